@@ -1,0 +1,13 @@
+"""FlashCore for CuPy: fused attention for CuPy arrays, compiled on your machine at first call.
+
+>>> import cupy, flashcore_cupy
+>>> o = flashcore_cupy.attention(q, k, v, causal=True)
+"""
+
+from __future__ import annotations
+
+from flashcore_cupy._version import __version__
+from flashcore_cupy.attention import attention, explain
+from flashcore_cupy.tiles import KERNELS
+
+__all__ = ["KERNELS", "__version__", "attention", "explain"]

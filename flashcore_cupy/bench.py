@@ -1,0 +1,258 @@
+"""Inputs, latency and peak rate: what `run` and `ladder` measure, and on which machine."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashcore_cupy import jit, reference
+from flashcore_cupy._version import __version__
+from flashcore_cupy.numpy_attention import Array
+from flashcore_cupy.problem import AttentionProblem
+from flashcore_cupy.reference import InputKind
+from flashcore_cupy.sources import kernels_digest
+
+if TYPE_CHECKING:
+    from flashcore_cupy.launch import Plan
+
+#: A timed sample is at least this long, so that the clock's resolution does not show.
+_SAMPLE_US = 1000.0
+_MOST_LAUNCHES = 500
+#: Sampling stops after this long, even if fewer samples than asked for were taken.
+_BUDGET_S = 4.0
+_FEWEST_SAMPLES = 3
+
+#: Dense fp16 tensor-core FLOP per clock and SM, products accumulated in fp32, by capability (CUDA
+#: C++ Programming Guide and the architectures' white papers). GeForce boards of 8.6, 8.9 and 12.0
+#: run at half of this.
+_TENSOR_FLOP = {75: 1024, 80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 103: 8192, 120: 1024}
+#: fp32 FLOP per clock and SM outside the tensor cores.
+_FP32_FLOP = {75: 128, 80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 103: 256, 120: 256}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a result comes from. ``gpu`` and ``driver`` are None without a GPU."""
+
+    gpu: str | None
+    arch: str
+    driver: str | None
+    nvrtc: str | None
+    cupy: str | None
+    kernels_digest: str
+    version: str
+    date: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as they are."""
+        return asdict(self)
+
+
+def machine(arch: str) -> Machine:
+    """Describe this machine and the moment; ``arch`` is the target that kernels are built for."""
+    on_gpu = jit.no_gpu_reason() is None
+    return Machine(
+        gpu=gpu_name() if on_gpu else None,
+        arch=arch,
+        driver=_driver() if on_gpu else None,
+        nvrtc=_nvrtc(),
+        cupy=_cupy_version(),
+        kernels_digest=kernels_digest(),
+        version=__version__,
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def gpu_name() -> str:
+    """Name of the current device, such as "NVIDIA H200"."""
+    import cupy
+
+    name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"]
+    return str(name.decode() if isinstance(name, bytes) else name)
+
+
+def _driver() -> str:
+    import cupy
+
+    cuda = int(cupy.cuda.runtime.driverGetVersion())
+    text = f"CUDA {cuda // 1000}.{cuda % 1000 // 10}"
+    try:
+        report = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return text
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", report)
+    return f"{found[0]} ({text})" if found else text
+
+
+def _nvrtc() -> str | None:
+    try:
+        return ".".join(map(str, jit.nvrtc_version()))
+    except RuntimeError:
+        return None
+
+
+def _cupy_version() -> str | None:
+    try:
+        return str(importlib.import_module("cupy").__version__)
+    except ImportError:
+        return None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A GPU's arithmetic rate as its data sheet would compute it; nothing measured."""
+
+    tflops: float
+    formula: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return both fields."""
+        return asdict(self)
+
+
+def peak(dtype: str) -> Peak | None:
+    """The current device's dense rate for ``dtype``; None for a GPU that is not in the table."""
+    import cupy
+
+    device = cupy.cuda.Device()
+    attributes = device.attributes
+    return peak_of(
+        dtype,
+        int(device.compute_capability),
+        int(attributes["MultiProcessorCount"]),
+        int(attributes.get("ClockRate", 0)) * 1e3,
+    )
+
+
+def peak_of(dtype: str, capability: int, multiprocessors: int, clock_hz: float) -> Peak | None:
+    """Multiprocessors x clock x FLOP per clock; fp32 without, the others with tensor cores."""
+    table, unit = (_FP32_FLOP, "fp32") if dtype == "float32" else (_TENSOR_FLOP, "tensor")
+    flop = table.get(capability)
+    if flop is None or clock_hz <= 0:
+        return None
+    formula = f"{multiprocessors} SMs x {clock_hz / 1e9:.2f} GHz x {flop} {unit} FLOP/clock"
+    return Peak(multiprocessors * clock_hz * flop / 1e12, formula)
+
+
+def inputs(
+    problem: AttentionProblem, seed: int, kind: InputKind = "normal"
+) -> tuple[Array, Array, Array]:
+    """Random q, k, v for a problem as canonical NumPy arrays; the same for the same seed."""
+    return reference.make_inputs(
+        kind,
+        batch=problem.batch,
+        heads=problem.heads_q,
+        heads_kv=problem.heads_kv,
+        seqlen=problem.seqlen_q,
+        seqlen_kv=problem.seqlen_kv,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        dtype=problem.dtype,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: over ``samples`` samples, each the mean of ``per_sample`` calls."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    samples: int
+    per_sample: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as they are."""
+        return asdict(self)
+
+
+def _summary(sample_us: list[float], per_sample: int) -> Timing:
+    p10, median, p90 = np.percentile(np.array(sample_us) / per_sample, [10, 50, 90])
+    return Timing(float(median), float(p10), float(p90), len(sample_us), per_sample)
+
+
+def _per_sample(once_us: float) -> int:
+    return int(min(_MOST_LAUNCHES, max(1, np.ceil(_SAMPLE_US / max(once_us, 1e-3)))))
+
+
+def _sample(measure: Callable[[], float], iters: int, warmup: int) -> list[float]:
+    """``iters`` measurements after ``warmup`` ones, or fewer of each where the time runs out."""
+    start = time.perf_counter()
+    for _ in range(warmup):
+        measure()
+        if time.perf_counter() - start > _BUDGET_S / 4:
+            break
+    samples: list[float] = []
+    while len(samples) < iters:
+        samples.append(measure())
+        if len(samples) >= _FEWEST_SAMPLES and time.perf_counter() - start > _BUDGET_S:
+            break
+    return samples
+
+
+def time_graph(plan: Plan, *, iters: int = 100, warmup: int = 10) -> Timing:
+    """Time ``plan.launch()`` on the GPU: a CUDA graph of many launches, replayed.
+
+    No Python and no launch call stands between the launches. The inputs stay the same, so that what
+    fits into the L2 cache comes from there. ``iters`` replays are timed after ``warmup`` others.
+    """
+    import cupy
+
+    cupy.cuda.Device().synchronize()  # the inputs come from another stream
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        plan.launch()
+        _elapsed_us(plan.launch, stream)
+        launches = _per_sample(_elapsed_us(plan.launch, stream))
+        stream.begin_capture()
+        for _ in range(launches):
+            plan.launch()
+        graph = stream.end_capture()
+        samples = _sample(lambda: _elapsed_us(lambda: graph.launch(stream), stream), iters, warmup)
+    cupy.cuda.Device().synchronize()
+    return _summary(samples, launches)
+
+
+def _elapsed_us(enqueue: Callable[[], None], stream: Any) -> float:
+    import cupy
+
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record(stream)
+    enqueue()
+    end.record(stream)
+    end.synchronize()
+    return float(cupy.cuda.get_elapsed_time(start, end)) * 1e3
+
+
+def time_calls(
+    call: Callable[[], Any],
+    *,
+    synchronize: Callable[[], None] = lambda: None,
+    iters: int = 100,
+    warmup: int = 10,
+) -> Timing:
+    """Time ``call()`` as Python sees it: batches of calls with one ``synchronize()`` at their end.
+
+    ``iters`` batches are timed after ``warmup`` others.
+    """
+
+    def batch(calls: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize()
+        return (time.perf_counter() - start) * 1e6
+
+    batch(1)  # whatever a first call does
+    calls = _per_sample(batch(1))
+    return _summary(_sample(lambda: batch(calls), iters, warmup), calls)

@@ -1,0 +1,162 @@
+"""What gets compiled for a problem or a table row, and what each build takes of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flashcore_cupy import jit, tiles
+from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.problem import contiguous_problem
+from flashcore_cupy.settings import settings
+
+#: The target where there is no GPU to ask.
+DEFAULT_ARCH = "sm_90a"
+
+OnDone = Callable[[jit.CompiledKernel | Exception], None]
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled configuration and its resources. Bytes; shared and local memory per block."""
+
+    kernel: str
+    source: str
+    arch: str
+    from_cache: bool
+    compile_seconds: float
+    dynamic_shared_bytes: int
+    entries: Mapping[str, jit.EntryResources]
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread of the entry point that takes most."""
+        return max(entry.registers for entry in self.entries.values())
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic and static shared memory of the entry point that takes most."""
+        return self.dynamic_shared_bytes + max(e.shared_bytes for e in self.entries.values())
+
+    @property
+    def local_bytes(self) -> int:
+        """Stack frame per thread of the entry point that takes most."""
+        return max(entry.local_bytes for entry in self.entries.values())
+
+    @property
+    def spill_bytes(self) -> int:
+        """Bytes spilled, all entry points together."""
+        return sum(entry.spill_bytes for entry in self.entries.values())
+
+    def resources(self) -> dict[str, int]:
+        """Return the four figures under the names that every JSON of this package uses."""
+        names = ("registers", "shared_bytes", "local_bytes", "spill_bytes")
+        return {name: int(getattr(self, name)) for name in names}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, with the summary of ``resources`` beside the single entry points."""
+        return {
+            "kernel": self.kernel,
+            "source": self.source,
+            "arch": self.arch,
+            "from_cache": self.from_cache,
+            "compile_seconds": self.compile_seconds,
+            "dynamic_shared_bytes": self.dynamic_shared_bytes,
+            **self.resources(),
+            "entries": {name: asdict(entry) for name, entry in self.entries.items()},
+        }
+
+
+def combined(builds: Sequence[Build]) -> dict[str, Any]:
+    """Resources of several builds that run after each other: the most of each, spills summed."""
+    figures = [build.resources() for build in builds]
+    most = {name: max(f[name] for f in figures) for name in figures[0]}
+    return most | {"spill_bytes": sum(f["spill_bytes"] for f in figures)}
+
+
+def configs_of(selection: tiles.Selection) -> tuple[KernelConfig, ...]:
+    """Every configuration that a selected kernel launches, in launch order."""
+    if selection.kernel.quantizes:
+        return tiles.quantize_config(selection.config), selection.config
+    return (selection.config,)
+
+
+def describe_build(config: KernelConfig, compiled: jit.CompiledKernel) -> Build:
+    """Join a configuration with what the compiler made of it."""
+    return Build(
+        kernel=config.kernel,
+        source=compiled.source,
+        arch=compiled.arch,
+        from_cache=compiled.from_cache,
+        compile_seconds=compiled.compile_seconds,
+        dynamic_shared_bytes=config.smem_bytes,
+        entries=compiled.entries,
+    )
+
+
+def job_of(config: KernelConfig, arch: str) -> tuple[str, Mapping[str, int | str], str]:
+    """Return what ``jit.compile_many`` takes for a configuration."""
+    return config.source, config.defines(), arch
+
+
+def build(config: KernelConfig, arch: str) -> Build:
+    """Compile one configuration, or take it from the cache. Raises ``jit.CompileError``."""
+    return describe_build(config, jit.compile_kernel(*job_of(config, arch)))
+
+
+def build_all(
+    wanted: Sequence[tuple[KernelConfig, str]], on_done: OnDone | None = None
+) -> list[Build]:
+    """Compile (configuration, target) pairs in parallel processes, in the order given.
+
+    Raises the first failure, such as ``jit.CompileError``, once all the others are done.
+    """
+    compiled = jit.compile_many([job_of(*pair) for pair in wanted], on_done=on_done)
+    return [describe_build(pair[0], c) for pair, c in zip(wanted, compiled, strict=True)]
+
+
+def build_each(
+    wanted: Sequence[tuple[KernelConfig, str]], on_done: OnDone | None = None
+) -> list[Build | jit.CompileError]:
+    """``build_all``, where a configuration that does not compile gives its error instead."""
+    try:
+        return list(build_all(wanted, on_done))
+    except jit.CompileError:
+        return [_build_or_error(*pair) for pair in wanted]
+
+
+def _build_or_error(config: KernelConfig, arch: str) -> Build | jit.CompileError:
+    try:
+        return build(config, arch)
+    except jit.CompileError as error:
+        return error
+
+
+def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
+    """Every row of the table for these kernels on a target: its dtypes, causal and not.
+
+    Rows that the target cannot run (no cp.async, too little shared memory) are left out.
+    """
+    seen = set()
+    for name in kernels:
+        kernel = tiles.KERNELS[name]
+        for row in tiles.rows_of(name):
+            for dtype in kernel.dtypes:
+                for causal in (False, True):
+                    problem = contiguous_problem(1, 1, 1, row.head_dim, dtype=dtype, causal=causal)
+                    try:
+                        config = tiles.configure(problem, kernel, arch)
+                    except ValueError:
+                        continue
+                    for c in configs_of(tiles.Selection(kernel, config)):
+                        if c not in seen:
+                            seen.add(c)
+                            yield c
+
+
+def target(arch: str | None, *, on_gpu: bool) -> str:
+    """The target to compile for: the GPU's own, or ``arch``, or the default without a GPU."""
+    if on_gpu:
+        return jit.device_arch()
+    return arch or settings().arch or DEFAULT_ARCH

@@ -1,0 +1,233 @@
+"""One kernel's configuration: the row of the table, joined with what the problem fixes.
+
+``KernelConfig.defines()`` is all that a kernel is compiled from; sequence lengths, batch and heads
+are not in it, so no kernel is compiled again because one of them changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from flashcore_cupy.params import ATTENTION_PARAMS, QUANTIZE_PARAMS
+from flashcore_cupy.problem import ITEMSIZE
+
+WARP_SIZE = 32
+WMMA = 16
+"""WMMA fragments are 16 x 16 x 16."""
+
+_DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2}
+_GATE_CODE = {None: 0, "qk": 1, "softmax": 2, "pv": 3}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a row of the table chooses, and ``--set`` / ``config={...}`` may override."""
+
+    block_m: int
+    """Queries per tile (Br)."""
+    block_n: int
+    """Keys per tile (Bc)."""
+    warps_m: int
+    """Warps along the queries."""
+    warps_n: int = 1
+    """Warps along the keys of S and the columns of O."""
+    num_stages: int = 1
+    """Tiles of K and V in shared memory at a time."""
+    cp_async: bool = False
+    """Copies to shared memory that overlap with computation (sm_80 and later)."""
+    warp_softmax: bool = False
+    """A warp owns its 16 rows: softmax by shuffle, O in registers."""
+    fp8: bool = False
+    """q, k, v arrive as e4m3 with a scale per head."""
+    min_blocks: int = 1
+    """Thread blocks per multiprocessor that registers are kept free for."""
+
+    def override(self, changes: Mapping[str, object]) -> Tile:
+        """Change some fields; ``ValueError`` names an unknown field or a wrong type."""
+        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in changes.items():
+            if name not in known:
+                raise ValueError(f"config: unknown field {name!r}; choose from {', '.join(known)}")
+            if type(value) is not type(known[name]):
+                kind = type(known[name]).__name__
+                raise ValueError(f"config: {name}={value!r} is not {kind}")
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Everything that one compiled kernel depends on."""
+
+    kernel: str
+    source: str
+    """File in ``kernels/``."""
+    dtype: str
+    head_dim: int
+    """Columns of the tiles; the columns from dim_qk (dim_v) on are zeros."""
+    dim_qk: int
+    dim_v: int
+    tile: Tile
+    causal: bool = False
+    gate: str | None = None
+    align_bytes: int = 16
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a thread block."""
+        return self.tile.warps_m * self.tile.warps_n
+
+    @property
+    def threads(self) -> int:
+        """Threads of a thread block."""
+        return self.num_warps * WARP_SIZE
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a thread block; the kernel asserts the same size."""
+        return _SMEM_BYTES[self.source](self)
+
+    @property
+    def params_bytes(self) -> int:
+        """Size of the struct that the kernel takes; the kernel asserts the same size."""
+        dtype = QUANTIZE_PARAMS if self.source == "fp8_quantize.cu" else ATTENTION_PARAMS
+        return int(dtype.itemsize)
+
+    def defines(self) -> dict[str, int]:
+        """The ``-DFC_*`` defines, read by ``kernels/flashcore/config.cuh``."""
+        t = self.tile
+        return {
+            "FC_DTYPE": _DTYPE_CODE[self.dtype],
+            "FC_DIM_QK": self.dim_qk,
+            "FC_DIM_V": self.dim_v,
+            "FC_HEAD_DIM": self.head_dim,
+            "FC_BLOCK_M": t.block_m,
+            "FC_BLOCK_N": t.block_n,
+            "FC_WARPS_M": t.warps_m,
+            "FC_WARPS_N": t.warps_n,
+            "FC_NUM_STAGES": t.num_stages,
+            "FC_CP_ASYNC": int(t.cp_async),
+            "FC_WARP_SOFTMAX": int(t.warp_softmax),
+            "FC_FP8": int(t.fp8),
+            "FC_CAUSAL": int(self.causal),
+            "FC_GATE": _GATE_CODE[self.gate],
+            "FC_ALIGN_BYTES": self.align_bytes,
+            "FC_MIN_BLOCKS": t.min_blocks,
+            "FC_SMEM_BYTES": self.smem_bytes,
+            "FC_PARAMS_BYTES": self.params_bytes,
+        }
+
+    def check(self) -> None:
+        """Raise ``ValueError`` with the reason if the kernel cannot be built with this tile."""
+        for reason in _illegal(self):
+            raise ValueError(f"config: {reason}")
+
+    def describe(self) -> str:
+        """One line for people."""
+        t = self.tile
+        parts = [f"{t.block_m}x{t.block_n} tile", f"{self.num_warps} warps"]
+        if t.warps_n > 1:
+            parts[-1] += f" ({t.warps_m}x{t.warps_n})"
+        if t.num_stages > 1:
+            parts.append(f"{t.num_stages} stages")
+        parts += [name for name in ("cp_async", "warp_softmax", "fp8") if getattr(t, name)]
+        parts.append(f"head dim {self.head_dim}")
+        parts.append(f"{self.align_bytes}-byte loads")
+        return ", ".join(parts)
+
+
+def _illegal(c: KernelConfig) -> list[str]:
+    """Why a tile does not fit its kernel, most basic reason first."""
+    t, source = c.tile, c.source
+    sizes = {
+        n: getattr(t, n)
+        for n in ["block_m", "block_n", "warps_m", "warps_n", "num_stages", "min_blocks"]
+    }
+    reasons = [f"{name}={value} is not positive" for name, value in sizes.items() if value < 1]
+    if reasons:
+        return reasons
+    if c.threads > 1024:
+        reasons.append(f"warps_m x warps_n = {c.num_warps} warps; a thread block holds at most 32")
+    if source == "scalar.cu":
+        if t.block_n != WARP_SIZE:
+            reasons.append(
+                f"block_n={t.block_n}; scalar gives each of 32 lanes one key: block_n=32"
+            )
+        if t.block_m % c.num_warps:
+            reasons.append(f"block_m={t.block_m} is not a multiple of the {c.num_warps} warps")
+        if t.num_stages != 1 or t.cp_async or t.warp_softmax or t.fp8:
+            reasons.append("scalar has one stage and none of cp_async, warp_softmax, fp8")
+        return reasons
+    if t.block_m % (WMMA * t.warps_m):
+        reasons.append(f"block_m={t.block_m} is not a multiple of 16 x warps_m = {16 * t.warps_m}")
+    if t.block_n % (WMMA * t.warps_n):
+        reasons.append(f"block_n={t.block_n} is not a multiple of 16 x warps_n = {16 * t.warps_n}")
+    if source == "wmma_unfused.cu":
+        if t.num_stages != 2 or t.warp_softmax or t.fp8:
+            reasons.append("wmma_unfused has num_stages=2 and neither warp_softmax nor fp8")
+        return reasons
+    if t.num_stages not in (1, 2):
+        reasons.append(f"num_stages={t.num_stages}; one stage, or two in turn")
+    if t.warp_softmax:
+        if t.warps_n != 1 or t.block_m != WMMA * t.warps_m:
+            reasons.append("warp_softmax: a warp owns 16 whole rows: warps_n=1, block_m=16*warps_m")
+        if 2 * t.block_m > 2 * t.num_stages * t.block_n:
+            reasons.append(
+                "warp_softmax: O leaves through K and V: block_m <= num_stages * block_n"
+            )
+    elif c.threads % t.block_m or c.threads // t.block_m not in (1, 2, 4, 8, 16, 32):
+        reasons.append(
+            f"{c.threads} threads do not divide evenly among block_m={t.block_m} softmax rows"
+        )
+    elif t.block_n % (c.threads // t.block_m):
+        reasons.append(f"block_n={t.block_n} is not a multiple of the threads of a softmax row")
+    if t.fp8 and not t.warp_softmax:
+        reasons.append("fp8 goes with warp_softmax")
+    if t.fp8 and t.cp_async:
+        reasons.append("fp8 widens on load, so its copies cannot be asynchronous: cp_async=False")
+    return reasons
+
+
+def padded_row(columns: int) -> int:
+    """Elements between rows of a shared tile; see ``padded_row`` in ``smem_tile.cuh``."""
+    return columns + 8
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _scalar_smem(c: KernelConfig) -> int:
+    t = c.tile
+    return 4 * (t.block_m * c.dim_qk + t.block_n * (c.dim_qk | 1) + t.block_n * c.dim_v)
+
+
+def _unfused_smem(c: KernelConfig) -> int:
+    t, ld, size = c.tile, padded_row(c.head_dim), ITEMSIZE[c.dtype]
+    scores = size * (t.block_m + t.block_n) * ld
+    stage = size * (t.block_m * padded_row(t.block_n) + t.block_n * ld)
+    output = t.num_stages * stage + 4 * t.block_m * ld + 4 * t.block_m
+    return _round_up(max(scores, output), 128)
+
+
+def _fused_smem(c: KernelConfig) -> int:
+    t, ld, size = c.tile, padded_row(c.head_dim), ITEMSIZE[c.dtype]
+    ld_s = padded_row(t.block_n)
+    total = size * ld * (t.block_m + 2 * t.num_stages * t.block_n)  # Q, K, V
+    total += 4 * t.block_m * ld_s  # S, and P over it
+    if not t.warp_softmax:
+        total += 4 * t.block_m * ld  # O
+        total += 4 * t.block_m * (c.threads // t.block_m)  # partial maxima and sums
+    return _round_up(total + 4 * t.block_m, 128)
+
+
+def _quantize_smem(c: KernelConfig) -> int:
+    return 4 * c.num_warps
+
+
+_SMEM_BYTES = {
+    "scalar.cu": _scalar_smem,
+    "wmma_unfused.cu": _unfused_smem,
+    "wmma_fused.cu": _fused_smem,
+    "fp8_quantize.cu": _quantize_smem,
+}

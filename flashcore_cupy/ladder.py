@@ -1,0 +1,239 @@
+"""Every kernel of the ladder on one problem: does it build, launch, get it right, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from flashcore_cupy import builds, jit, tiles, verify
+from flashcore_cupy.attention import plan
+from flashcore_cupy.bench import Timing, inputs, machine, time_graph
+from flashcore_cupy.job import problem_json, to_gpu
+from flashcore_cupy.numpy_attention import Array
+from flashcore_cupy.problem import AttentionProblem
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One row. None: not known, for want of a GPU or because an earlier stage failed."""
+
+    kernel: str
+    idea: str
+    config: str | None = None
+    refused: str | None = None
+    """Why the kernel cannot do this problem."""
+    failure: str | None = None
+    """What went wrong, of a kernel that can."""
+    builds: bool | None = None
+    launches: bool | None = None
+    correct: bool | None = None
+    max_error: float | None = None
+    mean_error: float | None = None
+    allowed_error: float | None = None
+    quantization_error: float | None = None
+    latency_us: float | None = None
+    p10_us: float | None = None
+    p90_us: float | None = None
+    speedup: float | None = None
+    registers: int | None = None
+    shared_bytes: int | None = None
+    local_bytes: int | None = None
+    spill_bytes: int | None = None
+    compile_seconds: float | None = None
+    from_cache: bool | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another implementation's latency on the same problem and GPU, microseconds."""
+
+    name: str
+    us: float
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """All rungs with the problem and the machine; its JSON is enough to draw it again."""
+
+    problem: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    rungs: tuple[Rung, ...]
+    baselines: tuple[Baseline, ...] = ()
+    rows_checked: int | None = None
+    """Query rows of each head that were checked, of ``problem["S"]``."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every kernel that can do the problem did it right, as far as it was tried."""
+        return not any(rung.failure for rung in self.rungs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON-able values."""
+        return {"ok": self.ok, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Ladder:
+        """Read what ``to_json`` gave. Raises ``ValueError`` for anything else."""
+        known = {field.name for field in fields(Rung)}
+        try:
+            rungs = tuple(
+                Rung(**{name: value for name, value in rung.items() if name in known})
+                for rung in data["rungs"]
+            )
+            baselines = tuple(Baseline(str(b["name"]), float(b["us"])) for b in data["baselines"])
+            return cls(data["problem"], data["machine"], rungs, baselines, data["rows_checked"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the JSON of a ladder: {error!r}") from None
+
+
+def climb(
+    problem: AttentionProblem,
+    arch: str,
+    *,
+    iters: int = 100,
+    warmup: int = 10,
+    seed: int = 0,
+    baselines: Iterable[Baseline] = (),
+    on_start: Callable[[int, str], None] | None = None,
+    on_step: Callable[[str], None] | None = None,
+) -> Ladder:
+    """Build every rung for ``arch`` in parallel, then check and time each on the GPU, if any.
+
+    ``on_start(steps, words)`` announces a phase, ``on_step(words)`` each of its steps.
+    """
+    announce = on_start or (lambda steps, words: None)
+    step = on_step or (lambda words: None)
+    chosen = {name: _choose(problem, arch, kernel) for name, kernel in tiles.KERNELS.items()}
+    rungs = _build(chosen, arch, announce, step)
+    rows: int | None = None
+    if jit.no_gpu_reason() is None:
+        announce(len(rungs), "checking and timing")
+        course = _Course.prepare(problem, seed)
+        rows = len(course.known.rows)
+        rungs = [_measured(rung, course, iters, warmup, step) for rung in rungs]
+        rungs = _with_speedup(rungs)
+    return Ladder(
+        problem_json(problem) | {"seed": seed},
+        machine(arch).to_json(),
+        tuple(rungs),
+        tuple(baselines),
+        rows,
+    )
+
+
+def _choose(
+    problem: AttentionProblem, arch: str, kernel: tiles.Kernel
+) -> tiles.Selection | ValueError:
+    try:
+        return tiles.Selection(kernel, tiles.configure(problem, kernel, arch))
+    except ValueError as error:
+        return error
+
+
+def _build(
+    chosen: Mapping[str, tiles.Selection | ValueError],
+    arch: str,
+    announce: Callable[[int, str], None],
+    step: Callable[[str], None],
+) -> list[Rung]:
+    wanted = [
+        (config, arch)
+        for choice in chosen.values()
+        if isinstance(choice, tiles.Selection)
+        for config in builds.configs_of(choice)
+    ]
+    announce(len(wanted), "compiling")
+    made = iter(builds.build_each(wanted, lambda done: step(_what(done))))
+    rungs = []
+    for name, choice in chosen.items():
+        rung = Rung(name, tiles.KERNELS[name].idea)
+        if isinstance(choice, tiles.Selection):
+            parts = [next(made) for _ in builds.configs_of(choice)]
+            rungs.append(_built(replace(rung, config=choice.config.describe()), parts))
+        else:
+            rungs.append(replace(rung, refused=str(choice)))
+    return rungs
+
+
+def _what(done: jit.CompiledKernel | Exception) -> str:
+    return done.source if isinstance(done, jit.CompiledKernel) else "failed"
+
+
+def _built(rung: Rung, parts: Sequence[builds.Build | jit.CompileError]) -> Rung:
+    errors = [str(part) for part in parts if isinstance(part, jit.CompileError)]
+    if errors:
+        return replace(rung, builds=False, failure=errors[0])
+    made = [part for part in parts if isinstance(part, builds.Build)]
+    return replace(
+        rung,
+        builds=True,
+        compile_seconds=sum(build.compile_seconds for build in made),
+        from_cache=all(build.from_cache for build in made),
+        **builds.combined(made),
+    )
+
+
+@dataclass(frozen=True)
+class _Course:
+    """The problem's arrays, on the host and on the GPU, and what they should give."""
+
+    host: tuple[Array, Array, Array]
+    gpu: list[Any]
+    problem: AttentionProblem
+    known: verify.Expectation
+
+    @classmethod
+    def prepare(cls, problem: AttentionProblem, seed: int) -> _Course:
+        host = inputs(problem, seed)
+        return cls(host, to_gpu(*host), problem, verify.expect(problem, *host))
+
+
+def _measured(
+    rung: Rung, course: _Course, iters: int, warmup: int, step: Callable[[str], None]
+) -> Rung:
+    if rung.builds:
+        rung = _launched(rung, course, iters, warmup)
+    step(rung.kernel)
+    return rung
+
+
+def _launched(rung: Rung, course: _Course, iters: int, warmup: int) -> Rung:
+    import cupy
+
+    try:
+        bound = plan(*course.gpu, kernel=rung.kernel, causal=course.problem.causal, return_lse=True)
+        bound.launch()
+        cupy.cuda.get_current_stream().synchronize()
+    except cupy.cuda.driver.CUDADriverError as error:
+        return replace(rung, launches=False, failure=str(error))
+    except (cupy.cuda.runtime.CUDARuntimeError, MemoryError) as error:
+        return replace(rung, launches=False, failure=str(error))
+    check = verify.check_plan(bound, *course.host, known=course.known)
+    timing = time_graph(bound, iters=iters, warmup=warmup)
+    return _judged(rung, check, timing)
+
+
+def _judged(rung: Rung, check: verify.Check, timing: Timing) -> Rung:
+    return replace(
+        rung,
+        launches=True,
+        correct=check.ok,
+        failure=check.reason or None,
+        max_error=check.comparison.max_error,
+        mean_error=check.comparison.mean_error,
+        allowed_error=check.comparison.allowed_error,
+        quantization_error=check.quantization_error,
+        latency_us=timing.median_us,
+        p10_us=timing.p10_us,
+        p90_us=timing.p90_us,
+    )
+
+
+def _with_speedup(rungs: Sequence[Rung]) -> list[Rung]:
+    """Speed-ups over the first rung that has a latency."""
+    first = next((rung.latency_us for rung in rungs if rung.latency_us), None)
+    return [
+        replace(rung, speedup=first / rung.latency_us) if first and rung.latency_us else rung
+        for rung in rungs
+    ]

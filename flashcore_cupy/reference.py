@@ -1,0 +1,355 @@
+"""What attention should give: the float64 oracle, the same-dtype naive one, and their comparison.
+
+NumPy only, plain formulas, nothing shared with the tiled algorithm but the mask's definition. All
+operands are canonical views with any strides: q (B, Hq, Sq, D), k (B, Hkv, Skv, D) and
+v (B, Hkv, Skv, Dv); query head h uses key head h // (Hq // Hkv). `rows`, a 1-D integer array, asks
+for these queries only, so that a few rows of a long sequence can be checked; Sq below is then
+len(rows).
+
+A query that sees no key gives o = 0 and lse = -inf. NaN and infinity reach the outputs that attend
+to them and no others: a masked value is left out, not multiplied by 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from flashcore_cupy.numpy_attention import Array, Sizes, causal_offset, sizes_of, tiled
+from flashcore_cupy.problem import Causal
+
+__all__ = [
+    "INPUT_KINDS",
+    "Comparison",
+    "InputKind",
+    "causal_offset",
+    "compare",
+    "gate_probabilities",
+    "gate_scores",
+    "gate_uniform",
+    "make_inputs",
+    "naive",
+    "oracle",
+    "tiled",
+]
+
+Float64Array: TypeAlias = NDArray[np.float64]
+BoolArray: TypeAlias = NDArray[np.bool_]
+InputKind: TypeAlias = Literal["normal", "outliers", "large", "constant", "onehot"]
+INPUT_KINDS: tuple[InputKind, ...] = get_args(InputKind)
+
+# Elements of one block of scores: 32 MB in float64.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def oracle(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    softmax_scale: float | None = None,
+    causal: Causal = False,
+    rows: Array | None = None,
+) -> tuple[Float64Array, Float64Array]:
+    """Attention in float64 on the given (rounded) inputs: o (B, Hq, Sq, Dv), lse (B, Hq, Sq)."""
+    sizes = sizes_of(q, k, v)
+    queries = _queries(sizes, rows)
+    o = np.zeros((*q.shape[:2], len(queries), sizes.head_dim_v))
+    lse = np.empty(o.shape[:3])
+    with np.errstate(all="ignore"):
+        for at, visible in _blocks(sizes, causal, queries):
+            scores = _scores(q, k, at, softmax_scale, np.float64)
+            p, lse[at.out] = _softmax(scores, visible)
+            o[at.out] = _weighted_sum(p, visible, v[at.head_kv].astype(np.float64))
+    return o, lse
+
+
+def naive(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    softmax_scale: float | None = None,
+    causal: Causal = False,
+    rows: Array | None = None,
+) -> Array:
+    """Unfused attention in the inputs' dtype: o (B, Hq, Sq, Dv), whose error sets the allowed one.
+
+    As real unfused implementations do it: products of the rounded inputs accumulate in float32, the
+    softmax is float32, and the normalised P is rounded to the inputs' dtype before P V.
+    """
+    sizes = sizes_of(q, k, v)
+    queries = _queries(sizes, rows)
+    o = np.zeros((*q.shape[:2], len(queries), sizes.head_dim_v), q.dtype)
+    with np.errstate(all="ignore"):
+        for at, visible in _blocks(sizes, causal, queries):
+            scores = _scores(q, k, at, softmax_scale, np.float32)
+            p = _softmax(scores, visible)[0].astype(q.dtype).astype(np.float32)
+            o[at.out] = _weighted_sum(p, visible, v[at.head_kv].astype(np.float32))
+    return o
+
+
+def gate_scores(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    softmax_scale: float | None = None,
+    causal: Causal = False,
+    rows: Array | None = None,
+) -> Float64Array:
+    """What gate "qk" gives: scale * Q K^T, -inf where masked, (B, Hq, Sq, Skv), float64."""
+    sizes = sizes_of(q, k, v)
+    queries = _queries(sizes, rows)
+    out = np.empty((*q.shape[:2], len(queries), sizes.seqlen_kv))
+    with np.errstate(all="ignore"):
+        for at, visible in _blocks(sizes, causal, queries):
+            scores = _scores(q, k, at, softmax_scale, np.float64)
+            out[at.out] = np.where(visible, scores, -np.inf)
+    return out
+
+
+def gate_probabilities(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    softmax_scale: float | None = None,
+    causal: Causal = False,
+    rows: Array | None = None,
+) -> Float64Array:
+    """What gate "softmax" gives: P, 0 where masked, (B, Hq, Sq, Skv), float64."""
+    sizes = sizes_of(q, k, v)
+    queries = _queries(sizes, rows)
+    out = np.empty((*q.shape[:2], len(queries), sizes.seqlen_kv))
+    with np.errstate(all="ignore"):
+        for at, visible in _blocks(sizes, causal, queries):
+            scores = _scores(q, k, at, softmax_scale, np.float64)
+            out[at.out] = np.where(visible, _softmax(scores, visible)[0], 0.0)
+    return out
+
+
+def gate_uniform(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    softmax_scale: float | None = None,
+    causal: Causal = False,
+    rows: Array | None = None,
+) -> Float64Array:
+    """What gate "pv" gives: the mean of the v rows that a query sees, (B, Hq, Sq, Dv), float64."""
+    del softmax_scale  # taken so that all gates are called alike
+    sizes = sizes_of(q, k, v)
+    queries = _queries(sizes, rows)
+    out = np.zeros((*q.shape[:2], len(queries), sizes.head_dim_v))
+    with np.errstate(all="ignore"):
+        for at, visible in _blocks(sizes, causal, queries):
+            p, _ = _softmax(np.zeros(visible.shape), visible)
+            out[at.out] = _weighted_sum(p, visible, v[at.head_kv].astype(np.float64))
+    return out
+
+
+class _Block(NamedTuple):
+    """Indexes of one block of one head's queries."""
+
+    head: tuple[int, int]  # into q
+    head_kv: tuple[int, int]  # into k and v
+    queries: NDArray[np.int64]  # into q[head]
+    out: tuple[int, int, slice]  # into the result
+
+
+def _queries(sizes: Sizes, rows: Array | None) -> NDArray[np.int64]:
+    if rows is None:
+        return np.arange(sizes.seqlen_q)
+    queries = np.asarray(rows)
+    integral = queries.size == 0 or np.issubdtype(queries.dtype, np.integer)
+    inside = bool(np.all((queries >= 0) & (queries < sizes.seqlen_q)))
+    if queries.ndim != 1 or not integral or not inside:
+        raise ValueError(
+            f"rows: got {rows!r}; use a 1-D array of integers in [0, {sizes.seqlen_q})"
+        )
+    return queries.astype(np.int64)
+
+
+def _blocks(
+    sizes: Sizes, causal: Causal, queries: NDArray[np.int64]
+) -> Iterator[tuple[_Block, BoolArray]]:
+    """Yield blocks of queries, each with the keys that they see: boolean, (queries, Skv)."""
+    offset = causal_offset(causal, sizes.seqlen_q, sizes.seqlen_kv)
+    step = max(1, _BLOCK_ELEMENTS // max(1, sizes.seqlen_kv))
+    keys = np.arange(sizes.seqlen_kv)
+    for first in range(0, len(queries), step):
+        chosen = queries[first : first + step]
+        last = np.full(len(chosen), sizes.seqlen_kv) if offset is None else chosen + offset
+        visible = keys <= last[:, None]
+        for b, h in np.ndindex(sizes.batch, sizes.heads_q):
+            out = b, h, slice(first, first + len(chosen))
+            yield _Block((b, h), (b, h // sizes.group), chosen, out), visible
+
+
+def _scores(
+    q: Array, k: Array, at: _Block, softmax_scale: float | None, dtype: type[np.floating[Any]]
+) -> Array:
+    q_rows, keys = q[at.head][at.queries].astype(dtype), k[at.head_kv].astype(dtype)
+    scale = 1 / np.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    scores: Array = (q_rows @ keys.T) * dtype(scale)
+    return scores
+
+
+def _softmax(scores: Array, visible: BoolArray) -> tuple[Array, Array]:
+    """Return the probabilities (0 for a row without keys) and the log-sum-exp."""
+    scores = np.where(visible, scores, -np.inf).astype(scores.dtype)
+    row_max = scores.max(axis=1, initial=-np.inf)
+    p = np.exp(scores - np.where(np.isneginf(row_max), 0, row_max)[:, None])
+    row_sum = p.sum(axis=1)
+    return p / np.where(row_sum == 0, 1, row_sum)[:, None], row_max + np.log(row_sum)
+
+
+def _weighted_sum(p: Array, visible: BoolArray, v: Array) -> Array:
+    if np.isfinite(v).all():
+        product: Array = p @ v
+        return product
+    # 0 * NaN is NaN: only the rows of V that a query sees may take part.
+    return np.stack([w[seen] @ v[seen] for w, seen in zip(p, visible, strict=True)])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Outcome of `compare`. Errors are absolute, over the positions finite on both sides."""
+
+    ok: bool
+    max_error: float
+    mean_error: float
+    allowed_error: float
+    worst_index: tuple[int, ...] | None
+    """Where to look: a wrong NaN or infinity if there is one, else the largest error."""
+    worst_got: float
+    worst_expected: float
+    nonfinite_mismatches: int
+    """Positions where one side is NaN or infinite and the other is not the same."""
+    reason: str
+    """Why it is not ok; empty if it is."""
+
+
+def compare(got: Array, expected: Array, naive: Array) -> Comparison:
+    """Judge an attention's output against `oracle`'s and `naive`'s, all of one shape.
+
+    NaN and infinities must stand in equal places, and elsewhere, with got's dtype,
+    max|got - expected| <= 2 max|naive - expected| + 2 max|((expected + 0.3) - 0.3) - expected|,
+    the last evaluated in that dtype; 4 instead of 2 for float32. Raises ValueError where shapes
+    differ.
+    """
+    if not got.shape == expected.shape == naive.shape:
+        raise ValueError(
+            f"naive, expected, got: got shapes {naive.shape}, {expected.shape}, {got.shape}; "
+            "use equal ones"
+        )
+    if got.size == 0:
+        return Comparison(True, 0.0, 0.0, 0.0, None, float("nan"), float("nan"), 0, "")
+    with np.errstate(all="ignore"):
+        x, ref = got.astype(np.float64), expected.astype(np.float64)
+        allowed = _allowed_error(got.dtype, ref, naive.astype(np.float64))
+        error = np.abs(x - ref)
+    finite = np.isfinite(x) & np.isfinite(ref)
+    wrong = ~finite & (x != ref) & ~(np.isnan(x) & np.isnan(ref))
+    rank = np.where(wrong, np.inf, np.where(finite, error, -1.0))
+    worst = tuple(int(i) for i in np.unravel_index(int(rank.argmax()), rank.shape))
+    max_error = float(error[finite].max(initial=0.0))
+    mean_error = float(error[finite].mean()) if finite.any() else 0.0
+    mismatches = int(wrong.sum())
+    reason = _reason(mismatches, max_error, allowed, worst, float(x[worst]), float(ref[worst]))
+    return Comparison(
+        ok=not reason,
+        max_error=max_error,
+        mean_error=mean_error,
+        allowed_error=allowed,
+        worst_index=worst,
+        worst_got=float(x[worst]),
+        worst_expected=float(ref[worst]),
+        nonfinite_mismatches=mismatches,
+        reason=reason,
+    )
+
+
+def _allowed_error(dtype: np.dtype[Any], ref: Float64Array, naive: Float64Array) -> float:
+    factor = 4.0 if dtype == np.float32 else 2.0  # float32 tensor cores truncate
+    rounded = ref.astype(dtype)
+    shift = np.asarray(0.3, dtype)
+    noise = np.abs((((rounded + shift) - shift) - rounded).astype(np.float64))
+    naive_error = np.abs(naive - ref)
+    return factor * sum(float(x[np.isfinite(x)].max(initial=0.0)) for x in (naive_error, noise))
+
+
+def _reason(
+    mismatches: int,
+    max_error: float,
+    allowed: float,
+    worst: tuple[int, ...],
+    got: float,
+    expected: float,
+) -> str:
+    where = f"at {worst}: got {got:.6g}, expected {expected:.6g}"
+    if mismatches:
+        return f"{mismatches} NaN or infinite values misplaced, {where}"
+    if max_error <= allowed:
+        return ""
+    return f"max error {max_error:.3g} > allowed {allowed:.3g}, {where}"
+
+
+def make_inputs(
+    kind: InputKind,
+    *,
+    batch: int,
+    heads: int,
+    seqlen: int,
+    head_dim: int,
+    heads_kv: int | None = None,
+    seqlen_kv: int | None = None,
+    head_dim_v: int | None = None,
+    dtype: DTypeLike = "float16",
+    seed: int = 0,
+) -> tuple[Array, Array, Array]:
+    """Return random q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv), the same per seed.
+
+    Kinds, for the default scale of 1 / sqrt(D):
+    "normal": N(0, 1). "outliers": N(0, 1) + N(0, 100) * Bernoulli(0.001), 100 being the variance.
+    "large": q and k of standard deviation 100, so scores of standard deviation 1e4.
+    "constant": all keys of a head alike, so all scores of a row are equal and o is the mean of v.
+    "onehot": rows of q and k with one element that is not 0, so a query attends, in equal parts, to
+    the keys with its element (score 16, the others 0); rows of v with one 1.
+    dtype is "float16", "bfloat16" or "float32". Raises ValueError for an unknown kind.
+    """
+    if kind not in INPUT_KINDS:
+        raise ValueError(f"kind: got {kind!r}; choose one of {', '.join(INPUT_KINDS)}")
+    heads_kv = heads if heads_kv is None else heads_kv
+    seqlen_kv = seqlen if seqlen_kv is None else seqlen_kv
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    rng = np.random.default_rng(seed)
+    q = _random(rng, kind, (batch, heads, seqlen, head_dim))
+    k = _random(rng, kind, (batch, heads_kv, seqlen_kv, head_dim))
+    v = _random(rng, kind, (batch, heads_kv, seqlen_kv, head_dim_v))
+    if kind == "large":
+        q, k = q * np.float32(100), k * np.float32(100)
+    if kind == "constant":
+        k[:] = k[:, :, :1].copy()
+    if kind == "onehot":
+        q, k = (x * np.float32(4 * head_dim**0.25) for x in (q, k))
+    element = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    return q.astype(element), k.astype(element), v.astype(element)
+
+
+def _random(rng: np.random.Generator, kind: InputKind, shape: tuple[int, ...]) -> Array:
+    if kind == "onehot":
+        hot = rng.integers(0, shape[-1], shape[:-1])
+        return np.asarray(np.arange(shape[-1]) == hot[..., None], np.float32)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    if kind == "outliers":
+        strong = rng.random(shape, dtype=np.float32) < 0.001
+        x += 10 * rng.standard_normal(shape, dtype=np.float32) * strong
+    return x

@@ -1,0 +1,36 @@
+"""Every ``FLASHCORE_*`` environment variable, read in this one place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for; ``None`` stands for "not set".
+
+    Attributes:
+        cache_dir: ``FLASHCORE_CACHE_DIR``, where compiled kernels are kept.
+        kernels_dir: ``FLASHCORE_KERNELS_DIR``, another copy of ``kernels/`` to compile from.
+        arch: ``FLASHCORE_ARCH``, the target to compile for instead of the device's own.
+    """
+
+    cache_dir: Path | None
+    kernels_dir: Path | None
+    arch: str | None
+
+
+def settings() -> Settings:
+    """Read the environment as it is now; an empty variable counts as not set."""
+    return Settings(
+        cache_dir=_path("FLASHCORE_CACHE_DIR"),
+        kernels_dir=_path("FLASHCORE_KERNELS_DIR"),
+        arch=os.environ.get("FLASHCORE_ARCH") or None,
+    )
+
+
+def _path(name: str) -> Path | None:
+    text = os.environ.get(name)
+    return Path(text).expanduser().absolute() if text else None

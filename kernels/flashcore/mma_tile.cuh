@@ -1,0 +1,84 @@
+// mma_tile.cuh - tile products out of WMMA fragments: S = Q K^T into shared memory, and O += P V
+// with O either in shared memory or in registers.
+#pragma once
+#include <flashcore/ptx_warp.cuh>
+#include <flashcore/ptx_wmma.cuh>
+#include <flashcore/smem_tile.cuh>
+
+namespace flashcore {
+
+constexpr int WMMA = 16;  // fragments are 16 x 16 x 16
+
+// S[16 x NUM_N*16] = Q[16 x DEPTH] K[NUM_N*16 x DEPTH]^T for one warp, raw scores, fp32.
+// sQ and sK point at the warp's first row; sK is read col-major, which is the transpose.
+template <int NUM_N, int DEPTH, int LD, typename T>
+__device__ __forceinline__ void scores_fragments(Accumulator (&rS)[NUM_N], const T* sQ,
+                                                 const T* sK) {
+#pragma unroll
+    for (int n = 0; n < NUM_N; ++n) fill(rS[n], 0.0f);
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += WMMA) {
+        FragmentAB<T> rQ;
+        wmma_load_a_row(rQ, sQ + k, LD);
+#pragma unroll
+        for (int n = 0; n < NUM_N; ++n) {
+            FragmentAB<T> rK;
+            wmma_load_b_col(rK, sK + n * WMMA * LD + k, LD);
+            wmma_mma_row_col(rS[n], rQ, rK);
+        }
+    }
+}
+
+// O[16 x NUM_D*16] += P[16 x DEPTH] V[DEPTH x NUM_D*16] for one warp, P and V row-major.
+template <int NUM_D, int DEPTH, int LD_P, int LD_V, typename T>
+__device__ __forceinline__ void accumulate_fragments(Accumulator (&rO)[NUM_D], const T* sP,
+                                                     const T* sV) {
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += WMMA) {
+        FragmentAB<T> rP;
+        wmma_load_a_row(rP, sP + k, LD_P);
+#pragma unroll
+        for (int d = 0; d < NUM_D; ++d) {
+            FragmentAB<T> rV;
+            wmma_load_b_row(rV, sV + k * LD_V + d * WMMA, LD_V);
+            wmma_mma_row_row(rO[d], rP, rV);
+        }
+    }
+}
+
+// Which row of its 16 x 16 matrix each of a lane's accumulator elements belongs to. WMMA does not
+// specify it, so ask the hardware: load a matrix whose elements are their own row numbers. sScratch
+// has room for 16 rows of LD floats and belongs to this warp.
+template <int LD>
+__device__ __forceinline__ void accumulator_rows(int (&rows)[8], float* sScratch) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    for (int i = lane; i < WMMA * WMMA; i += WARP_SIZE)
+        sScratch[(i / WMMA) * LD + i % WMMA] = float(i / WMMA);
+    warp_sync();  // the row numbers are there before any lane loads its share
+    Accumulator numbers;
+    wmma_load_c_row(numbers, sScratch, LD);
+    warp_sync();  // and have been read before the scratch is used for anything else
+#pragma unroll
+    for (int e = 0; e < 8; ++e) rows[e] = int(numbers.x[e]);
+}
+
+// The warp's O in registers: 16 rows, multiplied row by row without knowing the fragment's layout.
+template <int NUM_D>
+struct RegisterOutput {
+    Accumulator rO[NUM_D];
+    int rows[8];
+
+    // sFactor: one factor per row of the warp.
+    __device__ __forceinline__ void scale_rows(const float* sFactor) {
+        float factor[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) factor[e] = sFactor[rows[e]];
+#pragma unroll
+        for (int d = 0; d < NUM_D; ++d) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) rO[d].x[e] *= factor[e];
+        }
+    }
+};
+
+}  // namespace flashcore

@@ -1,0 +1,77 @@
+// params.cuh - what the launcher hands to every kernel: one struct, by value. launch.py describes
+// it once as a NumPy structured dtype; FC_PARAMS_BYTES lets each entry file assert that both agree.
+#pragma once
+#include <flashcore/types.cuh>
+
+namespace flashcore {
+
+// Element strides of a (batch, head, row, column) view; columns are contiguous. 64-bit: a batch of
+// long sequences passes 2^31 elements.
+struct Strides {
+    int64 batch, head, row;
+};
+
+struct AttentionParams {
+    const void* q;         // (B, Hq, Sq, D)
+    const void* k;         // (B, Hkv, Skv, D)
+    const void* v;         // (B, Hkv, Skv, Dv)
+    void* o;               // (B, Hq, Sq, Dv)
+    float* lse;            // (B, Hq, Sq), natural log, or null
+    float* gate;           // (B, Hq, Sq, gate_row) fp32: the stage a debug gate writes, or null
+    float* gate_tile_max;  // (B, Hq, Sq, gate_tiles): running maximum at each tile, log2 units
+    float* gate_row_max;   // (B, Hq, Sq): final maximum, log2 units
+    float* gate_row_sum;   // (B, Hq, Sq): final sum
+    void* scratch_scores;  // wmma_unfused: S, fp32, (B, Hq, rows_padded, cols_padded)
+    void* scratch_probs;   // wmma_unfused: P, T, the same shape
+    float* scratch_sum;    // wmma_unfused: row sums, (B, Hq, rows_padded)
+    const float* q_scale;  // fp8: dequantisation factors, (B, Hq)
+    const float* k_scale;  // fp8: (B, Hkv)
+    const float* v_scale;  // fp8: (B, Hkv)
+    Strides q_strides, k_strides, v_strides, o_strides;
+    int batch;
+    int heads_q;
+    int heads_kv;
+    int seqlen_q;
+    int seqlen_kv;      // keys that at least one query may see; later ones are never read
+    int causal_offset;  // query i sees key j <= i + causal_offset
+    int gate_row;       // the gate array's row length: the true Skv
+    int gate_tiles;     // tiles per row in gate_tile_max
+    int rows_padded;    // scratch rows: Sq rounded up to the tile
+    int cols_padded;    // scratch columns: Skv rounded up to the tile
+    float softmax_scale;
+    float scale_log2;  // softmax_scale * log2(e): exp(x) = exp2(x * log2(e))
+};
+
+// Which (batch, query head) and which block of queries a thread block works on.
+struct TileCoord {
+    int m_block, head, batch;
+};
+
+// Consecutive blocks share a head, so that its K and V stay in L2 while they are read again. Under
+// a causal mask the last queries see the most keys: they come first, so that no long block runs
+// alone at the end.
+template <bool CAUSAL>
+__device__ __forceinline__ TileCoord tile_coord(const AttentionParams& p, int block_m) {
+    const int m_blocks = div_up(p.seqlen_q, block_m);
+    const int head_index = blockIdx.x / m_blocks;
+    const int m_block = blockIdx.x - head_index * m_blocks;
+    return {CAUSAL ? m_blocks - 1 - m_block : m_block, head_index % p.heads_q,
+            head_index / p.heads_q};
+}
+
+// The (b, h) pair of a query head, as one index into (B, Hq) arrays.
+__device__ __forceinline__ int64 head_row(const AttentionParams& p, const TileCoord& tile) {
+    return int64(tile.batch) * p.heads_q + tile.head;
+}
+
+__device__ __forceinline__ int kv_head(const AttentionParams& p, int head) {
+    return head / (p.heads_q / p.heads_kv);
+}
+
+template <typename T>
+__device__ __forceinline__ const T* head_pointer(const void* base, const Strides& s, int batch,
+                                                 int head) {
+    return static_cast<const T*>(base) + batch * s.batch + head * s.head;
+}
+
+}  // namespace flashcore

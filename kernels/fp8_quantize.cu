@@ -1,0 +1,104 @@
+// fp8_quantize.cu - q, k, v to e4m3 with one scale per (batch, head), ahead of wmma_fused.cu's FP8
+// form.
+//
+//   scale = max |x| / 448 over the head's finite values (1 where that is below 1e-30),  x8 = e4m3(x
+//   / scale)
+//
+// so the largest value uses e4m3's whole range (448). NaN and infinities become e4m3's NaN: they
+// still reach the outputs that attend to them. One block per head and tensor: it reads the head
+// twice, once for the maximum and once to convert. Rows of x8 are HEAD_DIM bytes, the columns
+// beyond D zeros.
+#include <flashcore/config.cuh>
+#include <flashcore/params.cuh>
+#include <flashcore/ptx_convert.cuh>
+#include <flashcore/ptx_warp.cuh>
+
+namespace flashcore {
+
+constexpr float E4M3_MAX = 448.0f;
+constexpr float MIN_MAX = 1e-30f;
+
+struct QuantizeParams {
+    const void* x;  // (B, H, S, dim) of T
+    void* x8;       // (B, H, S, HEAD_DIM) of e4m3
+    float* scale;   // (B, H)
+    Strides strides;
+    int heads, seqlen, dim;
+};
+
+struct SharedStorage {
+    float sMax[NUM_WARPS];  // one maximum per warp
+};
+static_assert(sizeof(SharedStorage) == FC_SMEM_BYTES, "config.py computes the same size");
+static_assert(sizeof(QuantizeParams) == FC_PARAMS_BYTES, "launch.py packs the same struct");
+
+// As many neighbouring values as one load takes; and their e4m3.
+constexpr int VEC = ALIGN_BYTES / int(sizeof(T));
+constexpr int PIECES_PER_ROW = HEAD_DIM / VEC;
+union Piece {
+    T element[VEC];
+    Vector<ALIGN_BYTES> vector;
+};
+union Piece8 {
+    e4m3_t element[VEC];
+    Vector<VEC> vector;
+};
+
+__device__ __forceinline__ Piece load_piece(const T* gX, const QuantizeParams& params, int64 i) {
+    const int64 row = i / PIECES_PER_ROW;
+    const int col = int(i - row * PIECES_PER_ROW) * VEC;
+    Piece x = {};
+    if (col < params.dim)
+        x.vector =
+            *reinterpret_cast<const Vector<ALIGN_BYTES>*>(gX + row * params.strides.row + col);
+    return x;
+}
+
+__device__ __forceinline__ float finite_magnitude(float x) {
+    const float magnitude = fabsf(x);
+    return magnitude < -NEG_INFINITY ? magnitude : 0.0f;  // false for NaN, too
+}
+
+// Block-wide maximum; a maximum does not depend on the order, so the scale is the same every time.
+__device__ __forceinline__ float block_max(float* sMax, float value) {
+    value = group_max<WARP_SIZE>(value);
+    if (threadIdx.x % WARP_SIZE == 0) sMax[threadIdx.x / WARP_SIZE] = value;
+    block_sync();  // all warps' maxima are there
+    float result = sMax[0];
+    for (int warp = 1; warp < NUM_WARPS; ++warp) result = fmaxf(result, sMax[warp]);
+    return result;
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
+    fp8_quantize(const __grid_constant__ QuantizeParams params) {
+    extern __shared__ char smem_raw[];
+    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
+    const int head = blockIdx.x % params.heads, batch = blockIdx.x / params.heads;
+    const T* gX = head_pointer<T>(params.x, params.strides, batch, head);
+    Vector<VEC>* gX8 =
+        static_cast<Vector<VEC>*>(params.x8) + int64(blockIdx.x) * params.seqlen * PIECES_PER_ROW;
+
+    const int64 pieces = int64(params.seqlen) * PIECES_PER_ROW;
+    float magnitude = 0.0f;
+    for (int64 i = threadIdx.x; i < pieces; i += NUM_THREADS) {
+        const Piece x = load_piece(gX, params, i);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e)
+            magnitude = fmaxf(magnitude, finite_magnitude(to_float(x.element[e])));
+    }
+    const float max = block_max(smem.sMax, magnitude);
+    // A head of zeros, or of values whose factor would overflow, is left as it is.
+    const bool scaled = max > MIN_MAX;
+    const float to_e4m3_range = scaled ? E4M3_MAX / max : 1.0f;
+    for (int64 i = threadIdx.x; i < pieces; i += NUM_THREADS) {
+        const Piece x = load_piece(gX, params, i);
+        Piece8 x8;
+#pragma unroll
+        for (int e = 0; e < VEC; ++e)
+            x8.element[e] = to_e4m3(to_float(x.element[e]) * to_e4m3_range);
+        gX8[i] = x8.vector;
+    }
+    if (threadIdx.x == 0) params.scale[blockIdx.x] = scaled ? max / E4M3_MAX : 1.0f;
+}
+
+}  // namespace flashcore

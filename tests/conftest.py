@@ -1,0 +1,48 @@
+"""What all tests share: a cache folder of their own, and when a test cannot run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def gpu_skip_reason() -> str | None:
+    """Why tests marked ``gpu`` cannot run here; None if they can."""
+    from flashcore_cupy.jit import no_gpu_reason
+
+    return no_gpu_reason()
+
+
+def compiler_skip_reason() -> str | None:
+    """Why nothing can be compiled here: only for want of CuPy, a broken NVRTC is a failure."""
+    return None if importlib.util.find_spec("cupy") else "CuPy, which brings NVRTC, is missing"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Set before xdist starts its workers, which inherit it: one cache for the whole session.
+    if not hasattr(config, "workerinput") and not os.environ.get("FLASHCORE_CACHE_DIR"):
+        folder = tempfile.mkdtemp(prefix="flashcore-tests-")
+        os.environ["FLASHCORE_CACHE_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop("FLASHCORE_CACHE_DIR", None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    reason = gpu_skip_reason() if marked else None
+    if reason is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout, or the unpacked source distribution, that these tests belong to."""
+    return ROOT

@@ -1,0 +1,191 @@
+"""The doctor finds what breaks a first call, says how to cure it, and never breaks itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import compiler_skip_reason, gpu_skip_reason
+
+from flashcore_cupy import cache, doctor, jit
+from flashcore_cupy.doctor import Finding, examine
+from flashcore_cupy.sources import kernels_digest
+
+needs_compiler = pytest.mark.skipif(
+    compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
+)
+
+
+@pytest.fixture(autouse=True)
+def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
+    monkeypatch.delenv("FLASHCORE_KERNELS_DIR", raising=False)
+
+
+def finding(name: str) -> Finding:
+    (found,) = (item for item in examine().findings if item.name == name)
+    return found
+
+
+def test_report_is_complete_and_json() -> None:
+    report = examine()
+    names = [item.name for item in report.findings]
+    assert names == [
+        *("Python", "flashcore-cupy", "FLASHCORE_CACHE_DIR", "CuPy packages", "CuPy", "driver"),
+        *("GPU", "NVRTC", "target", "CUDA headers", "cache", "kernels", "a tiny compile"),
+        "a CuPy call",
+    ]
+    data = json.loads(json.dumps(report.to_json()))
+    assert data["ok"] is report.ok
+    assert [item["name"] for item in data["findings"]] == names
+    assert all(set(item) == {"name", "value", "state", "cure"} for item in data["findings"])
+
+
+def test_every_problem_and_note_has_one_sentence_of_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_1")
+    for item in examine().findings:
+        assert item.value
+        assert (item.cure == "") == (item.state == "ok"), item
+        assert item.state == "ok" or item.cure.endswith("."), item
+
+
+@needs_compiler
+def test_a_sound_machine_has_no_problem() -> None:
+    report = examine()
+    assert report.problems == () and report.ok
+    version = ".".join(map(str, jit.nvrtc_version()))
+    assert finding("NVRTC").value.startswith(version)
+    assert kernels_digest() in finding("kernels").value
+    assert str(jit.cache_dir()) in finding("cache").value
+    assert " ms" in finding("a tiny compile").value
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
+def test_paths_of_the_library_and_the_headers_exist() -> None:
+    assert Path(finding("NVRTC").value.split(", ", 1)[1]).is_file()
+    assert (Path(finding("CUDA headers").value) / "cuda_fp16.h").is_file()
+
+
+@needs_compiler
+@pytest.mark.skipif(gpu_skip_reason() is None, reason="this machine has a GPU")
+def test_a_missing_gpu_is_a_note_and_kernels_still_compile() -> None:
+    assert {finding(name).state for name in ("driver", "GPU", "a CuPy call")} == {"note"}
+    assert finding("a tiny compile").value.startswith("for sm_90a in ")
+
+
+def test_two_cupy_packages_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cupy-cuda90x", "cupy", "cupy-xarray"):  # the last brings no `cupy`
+        folder = tmp_path / "more" / f"{name.replace('-', '_')}-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path / "more")
+    found = finding("CuPy packages")
+    assert found.state == "problem"
+    assert "cupy-cuda90x" in found.value and "xarray" not in found.value
+    assert f"pip uninstall -y {' '.join(doctor.cupy_packages())}" in found.cure
+
+
+def test_broken_cupy_is_a_problem_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(doctor, "cupy_packages", lambda: ["cupy-cuda12x"])
+    found = finding("CuPy")
+    assert found.state == "problem" and "pip install cupy-cuda12x" in found.cure
+    assert not examine().ok
+    assert finding("GPU").value == "none: CuPy is not installed"
+
+
+def test_platform_without_cupy_has_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_nvrtc() -> tuple[int, int]:
+        raise RuntimeError("compiling a kernel needs CuPy")
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(doctor, "cupy_packages", lambda: [])
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(jit, "nvrtc_version", no_nvrtc)
+    monkeypatch.setattr(jit, "known_archs", no_nvrtc)
+    assert examine().problems == ()
+    assert finding("NVRTC").state == finding("a tiny compile").state == "note"
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason", "state", "nvrtc_state"),
+    [
+        (99000, None, "ok", "ok"),
+        (10020, None, "ok", "problem"),  # older by a whole CUDA release than NVRTC's code
+        (12020, "cudaErrorInsufficientDriver: too old", "problem", "ok"),
+        (0, "there is no NVIDIA driver", "note", "ok"),
+    ],
+)
+def test_driver(
+    monkeypatch: pytest.MonkeyPatch, driver: int, reason: str | None, state: str, nvrtc_state: str
+) -> None:
+    runtime = SimpleNamespace(driverGetVersion=lambda: driver)
+    monkeypatch.setattr(doctor, "_runtime", lambda: runtime)
+    monkeypatch.setattr(jit, "no_gpu_reason", lambda: reason)
+    monkeypatch.setattr(jit, "nvrtc_version", lambda: (12, 9))
+    found = doctor._driver()
+    assert found.state == state
+    assert driver == 0 or f"CUDA {driver // 1000}.{driver % 1000 // 10}" in found.value
+    assert doctor._nvrtc_library().state == nvrtc_state
+
+
+@needs_compiler
+def test_unknown_target_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_1")
+    found = finding("target")
+    assert found.state == "problem" and "'sm_1'" in found.value and "FLASHCORE_ARCH" in found.cure
+    assert finding("a tiny compile").state == "problem"
+
+
+def test_unwritable_cache_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    found = finding("cache")
+    assert found.state == "problem" and "FLASHCORE_CACHE_DIR" in found.cure
+
+
+def test_cache_that_others_write_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o770)
+    assert finding("cache").cure.endswith(f"chmod 700 {tmp_path / 'cache'}.")
+    (tmp_path / "cache").chmod(0o750)
+    assert finding("cache").state == "ok"
+
+
+def test_damaged_entries_are_noted() -> None:
+    cubin = cache.store("0" * 32, b"cubin", {})
+    assert finding("cache").state == "ok"
+    cubin.write_bytes(b"other")
+    found = finding("cache")
+    assert found.state == "note" and "1 damaged" in found.value
+
+
+def test_kernels_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(tmp_path / "nowhere"))
+    assert finding("kernels").state == "problem"
+    (tmp_path / "nowhere").mkdir()
+    found = finding("kernels")
+    assert found.state == "problem" and ": 0 files" in found.value
+
+
+def test_a_failing_check_is_reported_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[object]:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(jit, "cache_entries", broken)
+    report = examine()
+    (found,) = report.problems
+    assert (found.name, found.value) == ("cache folder", "the disk is gone")
+    assert report.findings[-1].name == "a CuPy call"
+
+
+@pytest.mark.gpu
+def test_gpu_is_described_and_works() -> None:
+    assert "compute" in finding("GPU").value and finding("GPU").state == "ok"
+    assert finding("target").value == jit.device_arch()
+    assert finding("a CuPy call").value == "works"

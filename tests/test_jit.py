@@ -1,0 +1,579 @@
+"""The JIT: what makes a key, what outlives damage, races and bad folders, what errors say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, compiler_skip_reason
+
+from flashcore_cupy import cache, jit, nvrtc, sources
+
+pytestmark = pytest.mark.skipif(
+    compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
+)
+
+HEADER = "#pragma once\nconstexpr int STEP = FC_STEP;\n"
+ENTRY = """#include <flashcore/part.cuh>
+
+extern "C" __global__ void demo(int* x) {
+    __shared__ int tile[4];
+    tile[threadIdx.x & 3] = x[threadIdx.x];
+    __syncthreads();
+    x[threadIdx.x] = tile[(threadIdx.x + STEP) & 3];
+}
+"""
+DEFINES = {"FC_STEP": 1}
+ARCH = "sm_90a"
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small kernels folder and an empty cache, both used by everything in the test."""
+    folder = tmp_path / "kernels"
+    (folder / "flashcore").mkdir(parents=True)
+    (folder / "flashcore" / "part.cuh").write_text(HEADER)
+    (folder / "demo.cu").write_text(ENTRY)
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
+    monkeypatch.setattr(cache, "_private_dir", None)
+    monkeypatch.setattr(cache, "_warned", False)
+    return folder
+
+
+def compile_demo(**changes: object) -> jit.CompiledKernel:
+    job: dict[str, object] = {"source": "demo.cu", "defines": DEFINES, "arch": ARCH} | changes
+    return jit.compile_kernel(**job)  # type: ignore[arg-type]
+
+
+# --- sources ------------------------------------------------------------------------------------
+
+
+def test_digest_is_what_the_documents_define(kernels: Path) -> None:
+    expected = hashlib.sha256()
+    for path in ("demo.cu", "flashcore/part.cuh"):
+        expected.update(path.encode() + b"\0" + (kernels / path).read_bytes() + b"\0")
+    assert sources.kernels_digest() == expected.hexdigest()[:12]
+    assert sources.kernels_digest(kernels) == expected.hexdigest()[:12]
+
+
+def test_digest_sees_sources_alone(kernels: Path) -> None:
+    before = sources.kernels_digest()
+    (kernels / "README.md").write_text("not a source")
+    (kernels / "demo.cubin").write_text("nor this")
+    assert sources.kernels_digest() == before
+    (kernels / "demo.cu").rename(kernels / "other.cu")
+    assert sources.kernels_digest() != before
+
+
+def test_kernels_of_the_checkout_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLASHCORE_KERNELS_DIR", raising=False)
+    assert sources.kernels_digest() == sources.kernels_digest(ROOT / "kernels")
+
+
+def test_wrong_kernels_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"FLASHCORE_KERNELS_DIR=.*nowhere"):
+        sources.kernels_dir()
+
+
+# --- the key ------------------------------------------------------------------------------------
+
+
+def test_second_compile_comes_from_the_cache(kernels: Path) -> None:
+    first, second = compile_demo(), compile_demo()
+    assert (first.from_cache, second.from_cache) == (False, True)
+    assert second.cubin == first.cubin and second.cubin.read_bytes().startswith(b"\x7fELF")
+    assert (second.entries, second.log) == (first.entries, first.log)
+    assert second.compile_seconds == first.compile_seconds > 0
+    assert (second.source, second.arch, dict(second.defines)) == ("demo.cu", ARCH, DEFINES)
+
+
+def test_edit_in_a_header_makes_a_new_key(kernels: Path) -> None:
+    first = compile_demo()
+    header = kernels / "flashcore" / "part.cuh"
+    header.write_text(HEADER.replace("FC_STEP", "FC_STEP + 1"))
+    second = compile_demo()
+    assert not second.from_cache
+    assert second.cubin != first.cubin
+    assert second.cubin.read_bytes() != first.cubin.read_bytes()
+    header.write_text(HEADER)
+    assert compile_demo().from_cache
+
+
+def test_defines_target_and_versions_make_new_keys(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kernels / "twin.cu").write_text(ENTRY)
+    compiled = [
+        compile_demo(),
+        compile_demo(defines={"FC_STEP": 2}),
+        compile_demo(defines={"FC_STEP": 1, "FC_MORE": 1}),
+        compile_demo(arch="sm_90"),
+        compile_demo(source="twin.cu"),
+    ]
+    monkeypatch.setattr(jit, "nvrtc_version", lambda: (99, 1))
+    compiled.append(compile_demo())
+    monkeypatch.setattr(jit, "__version__", "99.1")
+    compiled.append(compile_demo())
+    assert [kernel.from_cache for kernel in compiled] == [False] * len(compiled)
+    assert len({kernel.cubin for kernel in compiled}) == len(compiled)
+
+
+def test_order_of_defines_makes_no_difference(kernels: Path) -> None:
+    one = compile_demo(defines={"FC_STEP": 1, "FC_MORE": 2})
+    other = compile_demo(defines={"FC_MORE": 2, "FC_STEP": 1})
+    assert other.from_cache and other.cubin == one.cubin
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+def _truncate(entry: Path, other: Path) -> None:
+    data = (entry / "kernel.cubin").read_bytes()
+    (entry / "kernel.cubin").write_bytes(data[: len(data) // 2])
+
+
+def _flip_bit_of_cubin(entry: Path, other: Path) -> None:
+    data = bytearray((entry / "kernel.cubin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (entry / "kernel.cubin").write_bytes(data)
+
+
+def _forge_registers(entry: Path, other: Path) -> None:
+    text = (entry / "entry.json").read_text()
+    (entry / "entry.json").write_text(re.sub(r'"registers": \d+', '"registers": 999', text))
+
+
+def _truncate_json(entry: Path, other: Path) -> None:
+    text = (entry / "entry.json").read_text()
+    (entry / "entry.json").write_text(text[: len(text) // 2])
+
+
+def _json_of_another_kind(entry: Path, other: Path) -> None:
+    (entry / "entry.json").write_text(json.dumps([1, 2, 3]))
+
+
+def _foreign_cubin(entry: Path, other: Path) -> None:
+    shutil.copy(other / "kernel.cubin", entry / "kernel.cubin")
+
+
+def _foreign_entry(entry: Path, other: Path) -> None:
+    shutil.rmtree(entry)
+    shutil.copytree(other, entry)
+
+
+def _missing_cubin(entry: Path, other: Path) -> None:
+    (entry / "kernel.cubin").unlink()
+
+
+def _file_in_its_place(entry: Path, other: Path) -> None:
+    shutil.rmtree(entry)
+    entry.write_text("not a folder")
+
+
+def _empty_folder(entry: Path, other: Path) -> None:
+    shutil.rmtree(entry)
+    entry.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate,
+        _flip_bit_of_cubin,
+        _forge_registers,
+        _truncate_json,
+        _json_of_another_kind,
+        _foreign_cubin,
+        _foreign_entry,
+        _missing_cubin,
+        _file_in_its_place,
+        _empty_folder,
+    ],
+)
+def test_damaged_entry_is_rebuilt(kernels: Path, damage: object) -> None:
+    good, other = compile_demo(), compile_demo(defines={"FC_STEP": 2})
+    expected = good.cubin.read_bytes()
+    damage(good.cubin.parent, other.cubin.parent)  # type: ignore[operator]
+    assert [entry.damaged for entry in jit.cache_entries()].count(True) == 1
+
+    rebuilt = compile_demo()
+    assert not rebuilt.from_cache
+    assert rebuilt.cubin == good.cubin and rebuilt.cubin.read_bytes() == expected
+    assert rebuilt.entries == good.entries
+    assert compile_demo().from_cache
+    names = sorted(path.name for path in jit.cache_dir().iterdir())
+    assert names == sorted([good.cubin.parent.name, other.cubin.parent.name])
+
+
+# --- folders that cannot be written, races ------------------------------------------------------
+
+
+def _runtime_warnings(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(item.message) for item in caught if item.category is RuntimeWarning]
+
+
+def test_impossible_cache_folder_works_with_one_warning(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")  # a folder below a file: out of reach even for root
+    folder = tmp_path / "file" / "cache"
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(folder))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first = compile_demo()
+        compile_demo(defines={"FC_STEP": 2})
+        again = compile_demo()
+    (message,) = _runtime_warnings(caught)
+    assert str(folder) in message and "FLASHCORE_CACHE_DIR" in message
+    assert again.from_cache and again.cubin == first.cubin and first.cubin.is_file()
+    assert stat.S_IMODE(first.cubin.parent.parent.stat().st_mode) == 0o700
+    assert jit.cache_entries() == [] and jit.clear_cache() == 0
+
+
+def test_read_only_cache_serves_what_it_has(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = compile_demo()
+    make = tempfile.mkdtemp
+
+    def refuse(*args: object, **options: object) -> str:
+        if options.get("dir") == jit.cache_dir():
+            raise PermissionError(13, "Permission denied", str(options["dir"]))
+        return make(*args, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)  # root would not mind the folder's mode
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert compile_demo().cubin == stored.cubin
+        assert not _runtime_warnings(caught)
+        elsewhere = [compile_demo(defines={"FC_STEP": step}) for step in (2, 3)]
+    assert len(_runtime_warnings(caught)) == 1
+    assert all(jit.cache_dir() not in kernel.cubin.parents for kernel in elsewhere)
+
+
+def test_workers_of_an_unwritable_cache_leave_their_results(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.warns(RuntimeWarning) as caught:
+        compiled = jit.compile_many([("demo.cu", {"FC_STEP": i}, ARCH) for i in (1, 2)], workers=2)
+    assert len(caught) == 1
+    assert all(kernel.cubin.is_file() for kernel in compiled)
+
+
+def _compile_at_once(barrier: object, queue: object) -> None:
+    jit.nvrtc_version()  # loads the library, so that the compiles overlap
+    barrier.wait(timeout=120)  # type: ignore[attr-defined]
+    kernel = compile_demo()
+    queue.put((str(kernel.cubin), kernel.cubin.read_bytes()))  # type: ignore[attr-defined]
+
+
+def test_eight_processes_at_once_leave_one_entry(kernels: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(8), context.Queue()
+    processes = [
+        context.Process(target=_compile_at_once, args=(barrier, queue), daemon=True)
+        for _ in range(8)
+    ]
+    for process in processes:
+        process.start()
+    results = {queue.get(timeout=180) for _ in processes}
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert len(results) == 1
+    (entry,) = jit.cache_entries()
+    assert not entry.damaged
+    assert [path.name for path in jit.cache_dir().iterdir()] == [entry.key]
+
+
+def test_loser_of_the_race_takes_the_winners_entry(kernels: Path) -> None:
+    winner = compile_demo()
+    meta = json.loads((winner.cubin.parent / "entry.json").read_text())
+    before = winner.cubin.stat().st_ino
+    cubin = cache.store(winner.cubin.parent.name, b"the loser's", meta)
+    assert cubin == winner.cubin and cubin.stat().st_ino == before
+
+
+# --- many at once -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_compile_many_keeps_the_order_and_reports_each(kernels: Path, workers: int) -> None:
+    compile_demo(arch="sm_80")
+    jobs = [("demo.cu", {"FC_STEP": step}, "sm_80") for step in (3, 1, 2)]
+    reported: list[object] = []
+    compiled = jit.compile_many(jobs, workers=workers, on_done=reported.append)
+    assert [kernel.defines["FC_STEP"] for kernel in compiled] == [3, 1, 2]
+    assert [kernel.from_cache for kernel in compiled] == [False, True, False]
+    assert sorted(map(id, reported)) == sorted(map(id, compiled))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_compile_many_finishes_the_others_before_it_raises(kernels: Path, workers: int) -> None:
+    jobs = [("demo.cu", {}, ARCH), ("demo.cu", DEFINES, ARCH), ("demo.cu", DEFINES, "sm_1")]
+    reported: list[object] = []
+    with pytest.raises(jit.CompileError, match="FC_STEP"):
+        jit.compile_many(jobs, workers=workers, on_done=reported.append)
+    kinds = sorted(type(result).__name__ for result in reported)
+    assert kinds == ["CompileError", "CompiledKernel", "UnknownArchError"]
+    assert compile_demo().from_cache
+
+
+def test_compile_many_of_nothing_and_with_nobody() -> None:
+    assert jit.compile_many([]) == []
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        jit.compile_many([], workers=0)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["demo.cu", "flashcore/part.cuh"])
+def test_syntax_error_names_the_real_file_and_line(kernels: Path, place: str) -> None:
+    path = kernels / place
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, "int broken = ;", ""]))
+    with pytest.raises(jit.CompileError) as caught:
+        compile_demo()
+    error = caught.value
+    assert (error.path, error.line) == (str(path), len(lines) + 1)
+    assert f"{path}, line {len(lines) + 1}" in str(error)
+    for part in ("expected an expression", "-DFC_STEP=1", ARCH):
+        assert part in str(error)
+    copy = pickle.loads(pickle.dumps(error))  # as it comes back from a worker process
+    assert (str(copy), copy.path, copy.line) == (str(error), error.path, error.line)
+    assert jit.cache_entries() == []
+
+
+def test_error_of_the_assembler_names_the_file(kernels: Path) -> None:
+    bad = 'extern "C" __global__ void demo() { asm volatile("no_such_thing;"); }\n'
+    (kernels / "demo.cu").write_text(bad)
+    with pytest.raises(jit.CompileError, match="no_such_thing") as caught:
+        compile_demo()
+    assert (caught.value.path, caught.value.line) == (str(kernels / "demo.cu"), None)
+
+
+def test_folder_names_may_hold_spaces_and_other_letters(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = kernels.rename(kernels.with_name("my kernéls"))
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(moved))
+    assert compile_demo().entries["demo"].registers > 0
+    with pytest.raises(jit.CompileError) as caught:
+        compile_demo(defines={})
+    assert (caught.value.path, caught.value.line) == (str(moved / "flashcore" / "part.cuh"), 2)
+
+
+@pytest.mark.parametrize("arch", ["sm_1", "sm_90b", "90", "", "compute_90"])
+def test_unknown_target_names_the_known_ones(kernels: Path, arch: str) -> None:
+    with pytest.raises(jit.UnknownArchError) as caught:
+        compile_demo(arch=arch)
+    for name in (repr(arch), "sm_75", "sm_90a"):
+        assert name in str(caught.value)
+
+
+def test_missing_source_is_named(kernels: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"'absent\.cu'"):
+        compile_demo(source="absent.cu")
+
+
+def test_missing_cupy_says_what_to_install(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    cached = (nvrtc.nvrtc_version, nvrtc.arch_numbers, nvrtc.known_archs)
+    for function in cached:
+        function.cache_clear()
+        request.addfinalizer(function.cache_clear)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.nvrtc", None)
+    with pytest.raises(RuntimeError, match="pip install cupy-cuda12x, or cupy-cuda13x"):
+        compile_demo()
+
+
+# --- targets and resources ----------------------------------------------------------------------
+
+
+def test_every_known_target_compiles(kernels: Path) -> None:
+    archs = jit.known_archs()
+    assert {"sm_75", "sm_80", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"} <= set(archs)
+    compiled = jit.compile_many([("demo.cu", DEFINES, arch) for arch in archs])
+    assert [kernel.arch for kernel in compiled] == list(archs)
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [("90", "sm_90a"), ("89", "sm_89"), ("88", "sm_86"), ("100", "sm_100"), ("103", "sm_100")],
+)
+def test_target_of_a_device(monkeypatch: pytest.MonkeyPatch, capability: str, arch: str) -> None:
+    _fake_device(monkeypatch, capability)
+    assert jit.device_arch() == arch
+
+
+def test_device_beyond_this_nvrtc_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_device(monkeypatch, "70")
+    with pytest.raises(jit.UnknownArchError, match="'sm_70'"):
+        jit.device_arch()
+
+
+def test_target_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_device(monkeypatch, "90")
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_80")
+    assert jit.device_arch() == "sm_80"
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_2")
+    with pytest.raises(jit.UnknownArchError, match="'sm_2'"):
+        jit.device_arch()
+
+
+def _fake_device(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    import cupy
+
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
+    monkeypatch.setattr(cupy.cuda, "Device", lambda _=None: device)
+    monkeypatch.setattr(nvrtc, "arch_numbers", lambda: (75, 80, 86, 89, 90, 100, 120))
+
+
+def test_resources_come_from_the_compiler(kernels: Path) -> None:
+    text = ENTRY + (
+        'extern "C" __global__ void framed(int* x) {\n'
+        "    volatile int a[1024];\n"  # too many for registers
+        "    for (int i = 0; i < 1024; ++i) a[i] = x[i] * i;\n"
+        "    x[1] = a[x[2] & 1023] + a[x[3] & 1023];\n"
+        "}\n"
+        'extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x) {\n'
+        "    float a[96];\n"  # in the 32 registers that the launch bounds leave
+        "    #pragma unroll\n"
+        "    for (int i = 0; i < 96; ++i) a[i] = x[i * 32 + threadIdx.x];\n"
+        "    __syncthreads();\n"
+        "    #pragma unroll\n"
+        "    for (int i = 0; i < 96; ++i) x[i + 95 * threadIdx.x] = a[i] * a[95 - i];\n"
+        "}\n"
+    )
+    (kernels / "demo.cu").write_text(text)
+    entries = compile_demo().entries
+    assert set(entries) == {"demo", "framed", "spilling"}
+    assert (entries["demo"].shared_bytes, entries["demo"].local_bytes) == (16, 0)
+    assert (entries["framed"].shared_bytes, entries["framed"].local_bytes) == (0, 4096)
+    assert (entries["demo"].spill_bytes, entries["framed"].spill_bytes) == (0, 0)
+    assert entries["spilling"].spill_bytes > 0 and entries["spilling"].registers <= 32
+    assert all(0 < entry.registers <= 255 for entry in entries.values())
+
+
+def test_report_with_spills_and_calls_is_read() -> None:
+    log = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'first' for 'sm_80'
+ptxas info    : Function properties for first
+ptxas         .     16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Function properties for helper
+ptxas         .     0 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 48 bytes cumulative stack size, 1024 bytes smem
+ptxas info    : Compiling entry function 'second' for 'sm_80'
+ptxas info    : Function properties for second
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers"""
+    assert nvrtc.parse_resources(log) == {
+        "first": jit.EntryResources(40, 1024, 48, 28),
+        "second": jit.EntryResources(8, 0, 0, 0),
+    }
+
+
+# --- the cache as users see it ------------------------------------------------------------------
+
+
+def test_cache_folder_is_the_owners_alone(kernels: Path) -> None:
+    compile_demo()
+    assert stat.S_IMODE(jit.cache_dir().stat().st_mode) == 0o700
+
+
+def test_entries_are_listed_and_cleared_and_nothing_else(kernels: Path) -> None:
+    assert jit.cache_entries() == [] and jit.clear_cache() == 0
+    compiled = [compile_demo(), compile_demo(arch="sm_80")]
+    foreign = jit.cache_dir() / "keep.txt"
+    foreign.write_text("not ours")
+    entries = jit.cache_entries()
+    assert {(entry.source, entry.arch) for entry in entries} == {
+        ("demo.cu", ARCH),
+        ("demo.cu", "sm_80"),
+    }
+    for entry in entries:
+        files = [path.stat().st_size for path in entry.path.iterdir()]
+        assert entry.size_bytes == sum(files) > 0
+        assert dict(entry.defines) == DEFINES and not entry.damaged
+    assert jit.clear_cache() == 2
+    assert [path.name for path in jit.cache_dir().iterdir()] == ["keep.txt"]
+    assert not any(kernel.cubin.exists() for kernel in compiled)
+
+
+def test_remains_of_a_killed_process_go_after_an_hour(kernels: Path) -> None:
+    compile_demo()
+    old, fresh = (jit.cache_dir() / f".partial-{name}" for name in ("old", "fresh"))
+    for folder in (old, fresh):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    assert len(jit.cache_entries()) == 1
+    jit.clear_cache()
+    assert fresh.is_dir() and not old.exists()
+
+
+def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcore_cupy.settings import Settings, settings
+
+    for name in ("CACHE_DIR", "KERNELS_DIR", "ARCH"):
+        monkeypatch.setenv(f"FLASHCORE_{name}", "")
+    assert settings() == Settings(cache_dir=None, kernels_dir=None, arch=None)
+    assert jit.cache_dir().name == "flashcore-cupy"
+
+
+def test_warm_first_call_in_a_new_process_is_quick(kernels: Path) -> None:
+    compile_demo()
+    code = (
+        "import time; from flashcore_cupy import jit; jit.nvrtc_version(); "
+        "start = time.perf_counter(); "
+        f"kernel = jit.compile_kernel('demo.cu', {DEFINES!r}, {ARCH!r}); "
+        "print(kernel.from_cache, (time.perf_counter() - start) * 1e3)"
+    )
+    package = Path(jit.__file__).resolve().parent.parent
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    best = float("inf")
+    for _ in range(3):  # the machine may be busy with something else once
+        command = [sys.executable, "-c", code]
+        run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        from_cache, milliseconds = run.stdout.split()
+        assert from_cache == "True"
+        best = min(best, float(milliseconds))
+    assert best <= 30
+
+
+# --- on a device --------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_loaded_kernel_runs_and_is_kept(kernels: Path) -> None:
+    import cupy
+    import numpy as np
+
+    compiled = compile_demo(arch=jit.device_arch())
+    module = jit.load(compiled)
+    assert jit.load(compile_demo(arch=jit.device_arch())) is module
+    x = cupy.arange(4, dtype=cupy.int32)
+    module.get_function("demo")((1,), (4,), (x,))
+    np.testing.assert_array_equal(x.get(), [1, 2, 3, 0])
+    other = compile_demo(arch=jit.device_arch(), defines={"FC_STEP": 2})
+    jit.clear_cache()
+    jit.load(other).get_function("demo")((1,), (4,), (x,))
+    np.testing.assert_array_equal(x.get(), [3, 0, 1, 2])

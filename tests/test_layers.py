@@ -1,0 +1,235 @@
+"""The directions of imports and includes, and the size limits, that docs and reviews rely on."""
+
+from __future__ import annotations
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "flashcore_cupy"
+KERNELS = ROOT / "kernels"
+MODULES = sorted(PACKAGE.glob("*.py"))
+DEVICE_FILES = sorted(KERNELS.rglob("*.cu*"))
+ENTRIES = sorted(KERNELS.glob("*.cu"))
+FOLDERS = ("flashcore_cupy", "tests", "benchmarks", "examples")
+COLUMNS, FUNCTION_LINES = 100, 60
+MODULE_LINES, ENTRY_LINES, HEADER_LINES = 400, 450, 250
+
+# A module imports from lower layers, or, without a cycle, from its own. A new one gets its place.
+PYTHON_LAYERS = (
+    {"_version", "settings"},
+    {"sources", "cache", "nvrtc"},
+    {"jit"},
+    {"problem", "config", "params", "tiles", "numpy_attention", "reference"},
+    {"launch"},
+    {"attention"},
+    {"bench", "ladder", "selftest", "doctor"},
+    {"_cli"},
+    {"__init__", "__main__"},
+)
+# These describe and compute on the host alone, so they are testable anywhere.
+WITHOUT_CUPY = {"problem", "config", "params", "tiles", "numpy_attention", "reference"}
+WITHOUT_JIT = WITHOUT_CUPY  # nor anything of the layers that compile
+
+# A header includes headers of lower layers, or of its own, without a cycle.
+DEVICE_LAYERS = (
+    {"types"},
+    {"params"},
+    {"ptx"},  # stands for every ptx*.cuh
+    {"debug", "mask", "score", "smem_tile", "mma_tile", "softmax", "epilogue"},
+)
+INTRINSIC = re.compile(
+    r"\basm\b|\b__(?!global__|device__|host__|shared__|constant__|restrict__|forceinline__|"
+    r"noinline__|launch_bounds__|align__|grid_constant__|cluster_dims__|builtin_bit_cast)\w*\s*\("
+)
+FUNCTION_START = re.compile(r"^[^\n#/]*\b__(?:device|global)__\b[^;{}]*\{", re.MULTILINE)
+
+
+def _imports(path: Path) -> set[str]:
+    """Every module that a file imports, at whatever depth, save for type checking alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in _nodes(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            module = node.module or ""
+            found.add(module)
+            if module == "flashcore_cupy":
+                found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _nodes(tree: ast.AST) -> list[ast.AST]:
+    nodes = []
+    for child in ast.iter_child_nodes(tree):
+        is_typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+        if not is_typing:
+            nodes += [child, *_nodes(child)]
+    return nodes
+
+
+def _siblings(path: Path) -> set[str]:
+    names = {module.stem for module in MODULES}
+    parts = (name.split(".") for name in _imports(path) if name.startswith("flashcore_cupy."))
+    return {part[1] for part in parts} & names
+
+
+def _layer_of(name: str, layers: tuple[set[str], ...]) -> int:
+    for number, layer in enumerate(layers):
+        if name in layer:
+            return number
+    raise AssertionError(f"{name} has no layer yet: give it one in {Path(__file__).name}")
+
+
+def _includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*(["<][^">]*[">])', path.read_text(), re.MULTILINE)
+
+
+def _header_name(include: str) -> str:
+    return include.strip('<>"').removeprefix("flashcore/").removesuffix(".cuh")
+
+
+def _device_layer(name: str) -> int:
+    return _layer_of("ptx" if name.startswith("ptx") else name, DEVICE_LAYERS)
+
+
+def _code(path: Path) -> str:
+    """A device file's text with comments blanked, line by line as before."""
+    blank = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+    return blank.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), path.read_text())
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert len(MODULES) >= 10 and len(ENTRIES) >= 3 and len(DEVICE_FILES) >= 10
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_python_imports_run_one_way(path: Path) -> None:
+    own = _layer_of(path.stem, PYTHON_LAYERS)
+    for name in _siblings(path):
+        assert _layer_of(name, PYTHON_LAYERS) <= own, f"{path.stem} imports {name}"
+
+
+def test_python_imports_have_no_cycle() -> None:
+    TopologicalSorter({path.stem: _siblings(path) for path in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_cupy_is_imported_late_or_not_at_all(path: Path) -> None:
+    top_level = ast.Module(
+        [
+            node
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ],
+        [],
+    )
+    for node in top_level.body:
+        names = [alias.name for alias in node.names]  # type: ignore[attr-defined]
+        names.append(getattr(node, "module", None) or "")
+        assert not any(re.match(r"(cupy|cupy_backends|cuda)\b", name) for name in names)
+    if path.stem in WITHOUT_CUPY:
+        assert not re.search(r"import_module\(|\bimport cupy\b", path.read_text())
+        forbidden = {"jit", "nvrtc", "cache", "sources", "launch"}
+        assert not _siblings(path) & forbidden
+
+
+def test_environment_is_read_in_one_place() -> None:
+    readers = {
+        path.stem
+        for path in MODULES
+        if re.search(r"""(environ|getenv)\b[^\n]*FLASHCORE_""", path.read_text())
+        or re.search(r"""_path\("FLASHCORE_""", path.read_text())
+    }
+    assert readers == {"settings"}
+
+
+@pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
+def test_device_includes_run_one_way(path: Path) -> None:
+    is_entry = path.suffix == ".cu"
+    for include in _includes(path):
+        header = KERNELS / include.strip('<>"')
+        assert include.startswith("<flashcore/"), f"{include}: angle brackets, from kernels/"
+        assert header.is_file(), f"{include} does not exist"
+        name = _header_name(include)
+        if name == "config":
+            assert is_entry, "only entry files include config.cuh"
+        elif not is_entry and path.stem != "config":
+            assert _device_layer(name) <= _device_layer(path.stem), f"{path.stem} → {name}"
+
+
+def test_device_includes_have_no_cycle() -> None:
+    graph = {
+        path.stem: {_header_name(include) for include in _includes(path)}
+        for path in DEVICE_FILES
+        if path.suffix == ".cuh"
+    }
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
+def test_instructions_stand_in_the_ptx_headers(path: Path) -> None:
+    if path.name.startswith("ptx") and path.suffix == ".cuh":
+        assert INTRINSIC.search(_code(path)), "a ptx header wraps instructions"
+    else:
+        found = INTRINSIC.search(_code(path))
+        assert found is None, f"{found[0]!r} belongs into a ptx header" if found else ""
+
+
+@pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
+def test_only_config_reads_the_defines(path: Path) -> None:
+    if path.stem != "config":
+        uses = re.findall(r"\bFC_\w+", _code(path))
+        allowed = {"FC_SMEM_BYTES", "FC_PARAMS_BYTES"} if path.suffix == ".cu" else set()
+        assert set(uses) <= allowed
+
+
+@pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
+def test_device_files_stay_small(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= (ENTRY_LINES if path.suffix == ".cu" else HEADER_LINES)
+    assert _too_long(lines) == []
+    code = _code(path)
+    for start in FUNCTION_START.finditer(code):
+        length = code.count("\n", start.start(), _closing_brace(code, start.end())) + 1
+        head = code[start.start() : start.end()].strip().splitlines()[0]
+        assert length <= FUNCTION_LINES, f"{head}: {length} lines"
+
+
+def _too_long(lines: list[str]) -> list[int]:
+    return [number for number, line in enumerate(lines, 1) if len(line) > COLUMNS]
+
+
+def _closing_brace(code: str, position: int) -> int:
+    depth = 1
+    while depth:
+        depth += {"{": 1, "}": -1}.get(code[position], 0)
+        position += 1
+    return position
+
+
+PYTHON_FILES = sorted(
+    [
+        *ROOT.glob("*.py"),
+        *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")),
+    ]
+)
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_files_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert _too_long(lines) == []
+    if path.parent == PACKAGE:
+        assert len(lines) <= MODULE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= FUNCTION_LINES, f"{node.name}: {length} lines"
