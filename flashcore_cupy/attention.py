@@ -67,9 +67,9 @@ def attention(
     config : mapping, optional
         Overrides fields of the kernel's row in the table, such as ``{"block_n": 32}``.
     gate : None, "qk", "softmax" or "pv"
-        Stop after a stage and return it: the scaled scores (-inf where masked) or the probabilities,
-        float32, (B, Hq, Sq, Skv); or, for "pv", the output with all scores taken as 0, which is the
-        mean of the v rows that the query sees.
+        Stop after a stage and return it: the scaled scores (-inf where masked) or the
+        probabilities, float32, (B, Hq, Sq, Skv); or, for "pv", the output with all scores taken
+        as 0, which is the mean of the v rows that the query sees.
     out : array, optional
         Written in place and returned; the output's shape and dtype, last axis contiguous.
     stream : optional

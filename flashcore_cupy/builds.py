@@ -126,6 +126,11 @@ def build_each(
         return [_build_or_error(*pair) for pair in wanted]
 
 
+def what(done: jit.CompiledKernel | Exception) -> str:
+    """Word for a progress bar about what ``on_done`` was called with."""
+    return done.source if isinstance(done, jit.CompiledKernel) else "failed"
+
+
 def _build_or_error(config: KernelConfig, arch: str) -> Build | jit.CompileError:
     try:
         return build(config, arch)

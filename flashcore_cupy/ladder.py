@@ -84,7 +84,7 @@ class Ladder:
             baselines = tuple(Baseline(str(b["name"]), float(b["us"])) for b in data["baselines"])
             return cls(data["problem"], data["machine"], rungs, baselines, data["rows_checked"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not the JSON of a ladder: {error!r}") from None
+            raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def climb(
@@ -144,7 +144,7 @@ def _build(
         for config in builds.configs_of(choice)
     ]
     announce(len(wanted), "compiling")
-    made = iter(builds.build_each(wanted, lambda done: step(_what(done))))
+    made = iter(builds.build_each(wanted, lambda done: step(builds.what(done))))
     rungs = []
     for name, choice in chosen.items():
         rung = Rung(name, tiles.KERNELS[name].idea)
@@ -154,10 +154,6 @@ def _build(
         else:
             rungs.append(replace(rung, refused=str(choice)))
     return rungs
-
-
-def _what(done: jit.CompiledKernel | Exception) -> str:
-    return done.source if isinstance(done, jit.CompiledKernel) else "failed"
 
 
 def _built(rung: Rung, parts: Sequence[builds.Build | jit.CompileError]) -> Rung:

@@ -141,8 +141,8 @@ def describe(
     """Check every argument of a call and describe it.
 
     ``q``, ``k``, ``v`` are arrays in ``layout`` whose last axis is contiguous; ``addresses`` are
-    their first elements' addresses, for the alignment. Raises ``TypeError`` or ``ValueError`` naming the
-    argument, what it got and what works.
+    their first elements' addresses, for the alignment. Raises ``TypeError`` or ``ValueError``
+    naming the argument, what it got and what works.
     """
     check_choice("layout", layout, LAYOUTS)
     check_choice("gate", gate, GATES)

@@ -108,7 +108,9 @@ ROWS: tuple[Row, ...] = (
     *(Row("wmma_fused_64", d, _FUSED_64) for d in WMMA_HEAD_DIMS),
     *(Row("wmma_cp_async", d, _CP_ASYNC) for d in WMMA_HEAD_DIMS),
     *(Row("wmma_cp_async", d, replace(_CP_ASYNC, block_n=32)) for d in (96, 128)),
-    *(Row("wmma_warp_softmax", d, _WARP) for d in WMMA_HEAD_DIMS),
+    *(Row("wmma_warp_softmax", d, _WARP) for d in (32, 64, 80)),
+    # Two blocks are all that shared memory holds; a third one's worth of registers would spill.
+    *(Row("wmma_warp_softmax", d, replace(_WARP, min_blocks=2)) for d in (96, 128)),
     Row("wmma_warp_softmax", 128, replace(_WARP, block_n=32)),
     *(Row("fp8_wmma", d, _FP8) for d in WMMA_HEAD_DIMS),
     *(Row("fp8_wmma", d, replace(_FP8, block_n=32)) for d in (80, 96, 128)),
@@ -184,11 +186,11 @@ def configure(
         most = max(row.head_dim for row in rows_of(kernel.name))
         raise ValueError(f"takes head dims up to {most}, not {columns}")
     configs = [
-        _join(row, problem, kernel, overrides)
+        configure_row(row, problem, overrides)
         for row in rows_of(kernel.name)
         if row.head_dim == min(wide)
     ]
-    _check_instructions(configs[0], arch)
+    check_instructions(configs[0], arch)
     for config in configs:
         if config.smem_bytes <= smem_limit(arch):
             return config
@@ -198,9 +200,11 @@ def configure(
     )
 
 
-def _join(
-    row: Row, problem: AttentionProblem, kernel: Kernel, overrides: Mapping[str, object] | None
+def configure_row(
+    row: Row, problem: AttentionProblem, overrides: Mapping[str, object] | None = None
 ) -> KernelConfig:
+    """Join a row with a problem, for any target; ``ValueError`` says what is wrong with a tile."""
+    kernel = KERNELS[row.kernel]
     scalar = kernel.source == "scalar.cu"
     config = KernelConfig(
         kernel=kernel.name,
@@ -219,7 +223,8 @@ def _join(
     return config
 
 
-def _check_instructions(config: KernelConfig, arch: str) -> None:
+def check_instructions(config: KernelConfig, arch: str) -> None:
+    """Raise ``ValueError`` if the target lacks instructions that the configuration uses."""
     needs = None
     if config.tile.cp_async:
         needs = "cp.async"

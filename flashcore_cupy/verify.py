@@ -154,14 +154,15 @@ def _expect(
     return Expectation(rows, problem.seqlen_q, values, expected_by_naive, allowed, lse, lse_allowed)
 
 
-def sample_rows(problem: AttentionProblem, tile: int, *, budget: int = SCORE_BUDGET) -> Rows:
-    """All query rows, or so many that the scores of all heads stay within ``budget``.
+def sample_rows(problem: AttentionProblem, tile: int, *, budget: int | None = None) -> Rows:
+    """All query rows, or so many that the scores of all heads stay within ``budget``
+    (``SCORE_BUDGET``).
 
     A sample has the first and last row, those beside boundaries of tiles, and others at random.
     """
     total = problem.seqlen_q
     per_row = max(1, problem.batch * problem.heads_q * problem.seqlen_kv)
-    count = max(_FEWEST_ROWS, budget // per_row)
+    count = max(_FEWEST_ROWS, (SCORE_BUDGET if budget is None else budget) // per_row)
     if count >= total:
         return np.arange(total)
     last, middle = (total - 1) // tile * tile, total // 2 // tile * tile

@@ -27,13 +27,12 @@ PYTHON_LAYERS = (
     {"problem", "config", "params", "tiles", "numpy_attention", "reference"},
     {"launch"},
     {"attention"},
-    {"bench", "ladder", "selftest", "doctor"},
+    {"bench", "builds", "verify", "job", "ladder", "selftest", "doctor"},
     {"_cli"},
     {"__init__", "__main__"},
 )
 # These describe and compute on the host alone, so they are testable anywhere.
 WITHOUT_CUPY = {"problem", "config", "params", "tiles", "numpy_attention", "reference"}
-WITHOUT_JIT = WITHOUT_CUPY  # nor anything of the layers that compile
 
 # A header includes headers of lower layers, or of its own, without a cycle.
 DEVICE_LAYERS = (

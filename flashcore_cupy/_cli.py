@@ -1,0 +1,340 @@
+"""The command line: options in, library calls, tables or JSON out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import RenderableType
+
+from flashcore_cupy import _plot, _render, builds, doctor, jit, job, ladder, selftest, tiles
+from flashcore_cupy._options import (
+    PICTURES,
+    arch_option,
+    bad_input,
+    check_arch,
+    json_option,
+    missing_extra,
+    overrides_of,
+    problem_of,
+    problem_options,
+    target_of,
+    timing_options,
+    writable,
+)
+from flashcore_cupy._version import __version__
+from flashcore_cupy.config import Tile
+
+
+class _Cli(click.Group):
+    """Turns what the library raises into one message and an exit code, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except MemoryError as error:
+            raise click.ClickException(f"out of memory: {error}; try a smaller problem") from error
+        except (OSError, RuntimeError) as error:  # CompileError, CUDA's errors, a missing NVRTC
+            raise click.ClickException(str(error)) from error
+
+
+#: \b keeps the lines below it as they are.
+_HELP = """Fused attention for CuPy arrays: run, check and time its kernels.
+
+\b
+run --B 1 --H 8 --S 512    one kernel: check it, time it
+ladder --plot ladder.png   all kernels, side by side
+doctor                     what would make a first call fail
+
+Without a GPU, jobs run on NumPy arrays, and kernels are still compiled."""
+
+
+@click.group(cls=_Cli, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="flashcore-cupy")
+def main() -> None:
+    """Fused attention for CuPy arrays: run, check and time its kernels."""
+
+
+@main.command("run")
+@problem_options
+@click.option(
+    "--kernel", type=click.Choice(("auto", *tiles.KERNELS)), default="auto", show_default=True
+)
+@click.option(
+    "--gate",
+    type=click.Choice(("none", "qk", "softmax", "pv")),
+    default="none",
+    show_default=True,
+    help="Stop after a stage and check that: scaled scores, probabilities, or P V with uniform P.",
+)
+@click.option(
+    "--set",
+    "changes",
+    metavar="FIELD=VALUE",
+    multiple=True,
+    help="Override a field of the kernel's configuration, such as block_n=32; may be repeated. "
+    f"Fields: {', '.join(f.name for f in fields(Tile))}.",
+)
+@timing_options
+@click.option(
+    "--graph/--no-graph",
+    default=True,
+    show_default=True,
+    help="Also time the kernel in a CUDA graph.",
+)
+@arch_option
+@json_option
+def run_command(
+    kernel: str,
+    gate: str,
+    changes: tuple[str, ...],
+    seed: int,
+    warmup: int,
+    iters: int,
+    graph: bool,
+    arch: str | None,
+    as_json: bool,
+    **sizes: Any,
+) -> None:
+    """Run one kernel on random inputs, check it against float64, and time it.
+
+    Exit code 1: the check failed, or the kernel does not compile. 2: bad input.
+    """
+    target = target_of(arch)
+    options = job.Options(kernel, overrides_of(changes), seed, warmup, iters, graph)
+    with bad_input():
+        problem = problem_of(sizes, gate=None if gate == "none" else gate)
+        selection = job.choose(problem, target, options)
+    _note_missing_gpu(f"the job runs on NumPy arrays, the kernel is compiled for {target}")
+    result = job.run(problem, selection, target, options)
+    _report(as_json, result.to_json(), lambda: _render.run_table(result))
+    if not result.check.ok:
+        raise click.exceptions.Exit(1)
+
+
+@main.command("ladder")
+@problem_options
+@timing_options
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    callback=writable(*PICTURES),
+    metavar="FILE",
+    help="Draw the latencies into an existing folder: .png, .svg or .pdf.",
+)
+@click.option(
+    "--baseline-us",
+    type=click.FloatRange(min=0, min_open=True),
+    multiple=True,
+    help="Latency of something else on the same problem, drawn as a line; may be repeated.",
+)
+@click.option("--baseline-name", multiple=True, help="Its name, one per --baseline-us.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Show or draw the JSON of an earlier ladder instead of running one.",
+)
+@arch_option
+@json_option
+def ladder_command(
+    plot: Path | None,
+    baseline_us: tuple[float, ...],
+    baseline_name: tuple[str, ...],
+    source: Path | None,
+    arch: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Build, launch, check and time every kernel on one problem, side by side.
+
+    Without a GPU: what can be known there. Exit code 1: a kernel failed. 2: bad input.
+    """
+    if len(baseline_name) > len(baseline_us):
+        raise click.UsageError("--baseline-name: give a --baseline-us for each")
+    if plot is not None:
+        with missing_extra():
+            _plot.require_matplotlib()
+    names = [*baseline_name, *["baseline"] * len(baseline_us)]
+    baselines = tuple(ladder.Baseline(*pair) for pair in zip(names, baseline_us, strict=False))
+    if source is not None:
+        result = _read_ladder(source, baselines)
+    else:
+        result = _climb(settings, arch, baselines)
+    if plot is not None:
+        _plot.draw(result, plot)
+    _report(as_json, result.to_json(), lambda: _render.ladder_table(result))
+    if not result.ok:
+        raise click.exceptions.Exit(1)
+
+
+def _climb(
+    settings: dict[str, Any], arch: str | None, baselines: tuple[ladder.Baseline, ...]
+) -> ladder.Ladder:
+    timing = {name: settings.pop(name) for name in ("seed", "iters", "warmup")}
+    target = target_of(arch)
+    with bad_input():
+        problem = problem_of(settings)
+    _note_missing_gpu(f"kernels are compiled for {target}, not run")
+    with _Steps() as steps:
+        return ladder.climb(
+            problem,
+            target,
+            baselines=baselines,
+            on_start=steps.start,
+            on_step=steps.step,
+            **timing,
+        )
+
+
+def _read_ladder(source: Path, baselines: tuple[ladder.Baseline, ...]) -> ladder.Ladder:
+    try:
+        result = ladder.Ladder.from_json(json.loads(source.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise click.UsageError(f"--from: {source} is not the JSON of a ladder: {error}") from error
+    return replace(result, baselines=result.baselines + baselines)
+
+
+@main.command("selftest")
+@click.option("--quick", is_flag=True, help="Every seventh case.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    callback=writable(),
+    metavar="FILE",
+    help="Also write the JSON into this file.",
+)
+@json_option
+def selftest_command(quick: bool, output: Path | None, as_json: bool) -> None:
+    """Check every kernel on this machine's GPU: dtypes, head dims, shapes, views, gates.
+
+    Exit code 1: a case failed, or there is no GPU.
+    """
+    reason = jit.no_gpu_reason()
+    if reason is not None:
+        raise click.ClickException(f"selftest needs a GPU: {reason}")
+    with _Steps() as steps:
+        report = selftest.run_all(quick=quick, on_start=steps.start, on_step=steps.step)
+    if output is not None:
+        output.write_text(_as_json(report) + "\n", encoding="utf-8")
+    _report(as_json, report, lambda: _render.selftest_table(report))
+    if report["failed"]:
+        raise click.exceptions.Exit(1)
+
+
+@main.command("doctor")
+@json_option
+def doctor_command(as_json: bool) -> None:
+    """Look for what would make a first call fail, and say the cure of each.
+
+    Exit code 1: there is something to cure.
+    """
+    report = doctor.examine()
+    _report(as_json, report.to_json(), lambda: _render.doctor_table(report))
+    if not report.ok:
+        raise click.exceptions.Exit(1)
+
+
+@main.command("warmup")
+@click.option(
+    "--arch",
+    "archs",
+    metavar="TARGET",
+    multiple=True,
+    help="Target such as sm_90a, may be repeated; default: the GPU's own, "
+    f"{builds.DEFAULT_ARCH} without one.",
+)
+@click.option("--all", "everything", is_flag=True, help=f"Targets {', '.join(tiles.TARGETS)}.")
+@click.option(
+    "--kernel",
+    "kernels",
+    type=click.Choice(tuple(tiles.KERNELS)),
+    multiple=True,
+    help="Only this kernel; may be repeated.",
+)
+@json_option
+def warmup_command(
+    archs: tuple[str, ...], everything: bool, kernels: tuple[str, ...], as_json: bool
+) -> None:
+    """Compile the table's rows into the cache ahead of time, in parallel; needs no GPU.
+
+    Rows that a target cannot run are left out.
+    """
+    targets = archs or (tiles.TARGETS if everything else (target_of(None),))
+    for arch in targets:
+        check_arch(arch)
+    wanted = [
+        (config, arch)
+        for arch in dict.fromkeys(targets)
+        for config in builds.table_configs(kernels or tiles.KERNELS, arch)
+    ]
+    with _Steps() as steps:
+        steps.start(len(wanted), "compiling")
+        made = builds.build_all(wanted, lambda done: steps.step(builds.what(done)))
+    rows = [{"kernel": b.kernel, "arch": b.arch, **b.resources()} for b in made]
+    _report(as_json, {"kernels": rows}, lambda: _render.warmup_table(made))
+
+
+@main.command("cache")
+@click.option("--clear", is_flag=True, help="Remove every compiled kernel.")
+@json_option
+def cache_command(clear: bool, as_json: bool) -> None:
+    """Show the compiled kernels on disk, or remove them."""
+    cleared = jit.clear_cache() if clear else None
+    entries = jit.cache_entries()
+    folder = str(jit.cache_dir())
+    data = {
+        "folder": folder,
+        "size_bytes": sum(entry.size_bytes for entry in entries),
+        "cleared": cleared,
+        "entries": [asdict(entry) | {"path": str(entry.path)} for entry in entries],
+    }
+    if clear and not as_json:
+        click.echo(f"removed {cleared} kernels")
+    _report(as_json, data, lambda: _render.cache_table(folder, entries))
+
+
+class _Steps:
+    """A progress bar on stderr, phase after phase."""
+
+    def __init__(self) -> None:
+        self._progress = _render.progress(_render.console(stderr=True))
+        self._task: Any = None
+
+    def __enter__(self) -> _Steps:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def start(self, steps: int, words: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(words, total=steps, last="")
+
+    def step(self, words: str) -> None:
+        self._progress.update(self._task, advance=1, last=words)
+
+
+def _note_missing_gpu(what: str) -> None:
+    reason = jit.no_gpu_reason()
+    if reason is not None:
+        click.echo(f"no GPU ({reason}): {what}", err=True)
+
+
+def _report(as_json: bool, data: Any, table: Callable[[], RenderableType]) -> None:
+    if as_json:
+        click.echo(_as_json(data))
+    else:
+        _render.console().print(table())
+
+
+def _as_json(data: Any) -> str:
+    return json.dumps(_render.clean(data), indent=2, allow_nan=False)

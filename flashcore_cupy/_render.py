@@ -1,0 +1,322 @@
+"""Results as tables for people, by rich; the JSON of the same results is in `_cli`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from flashcore_cupy._plot import describe_problem
+from flashcore_cupy.bench import Machine, Timing
+from flashcore_cupy.builds import Build
+from flashcore_cupy.doctor import Report
+from flashcore_cupy.jit import CacheEntry
+from flashcore_cupy.job import Result, problem_json
+from flashcore_cupy.ladder import Ladder, Rung
+from flashcore_cupy.verify import Check
+
+_PIPE_COLUMNS = 110  # where output goes to a file, nothing says how wide it may be
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console for results, or for progress and notes on stderr."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPE_COLUMNS
+    return Console(stderr=stderr, width=width, highlight=False)
+
+
+def progress(shown: Console) -> Progress:
+    """A progress bar that leaves nothing behind."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[last]}", style="dim"),
+        console=shown,
+        transient=True,
+        disable=not shown.is_terminal,
+    )
+
+
+def clean(value: Any) -> Any:
+    """Make a result valid JSON: NaN and infinities, which JSON lacks, become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): clean(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    return value
+
+
+def run_table(result: Result) -> Group:
+    """What `run` prints."""
+    table = _grid()
+    table.add_row("device", _device(result.machine, result.no_gpu))
+    problem = problem_json(result.problem)
+    gate = f", gate {problem['gate']}" if problem["gate"] else ""
+    table.add_row("problem", f"{describe_problem(problem)}{gate}, seed {result.seed}")
+    table.add_row("kernel", _kernel(result))
+    for build in result.builds:
+        table.add_row("compiled", _compiled(build))
+    for build in result.builds:
+        for line in _resources(build):
+            table.add_row("resources", line)
+    if result.not_built is not None:
+        table.add_row("compiled", Text(f"nothing: {result.not_built}", style="yellow"))
+    table.add_row("check", _check(result.check))
+    if result.graph is not None:
+        what = "kernel in a replayed CUDA graph, inputs warm in L2"
+        table.add_row("latency", _timing(result.graph, what))
+    where = "per call from Python" if result.no_gpu is None else "per call, NumPy on the CPU"
+    table.add_row("latency", _timing(result.call, where))
+    if result.tflops is not None:
+        table.add_row("rate", _rate(result))
+    return Group(table)
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _device(machine: Machine, no_gpu: str | None) -> str:
+    versions = [f"CuPy {machine.cupy}" if machine.cupy else "", f"NVRTC {machine.nvrtc}"]
+    known = ", ".join(filter(None, versions if machine.nvrtc else versions[:1]))
+    if machine.gpu is None:
+        return f"CPU, NumPy arrays: {no_gpu}" + (f" ({known})" if known else "")
+    return f"{machine.gpu}, {machine.arch}, driver {machine.driver}, {known}"
+
+
+def _kernel(result: Result) -> str:
+    name = f"{result.kernel}: {result.config}"
+    if result.no_gpu is not None and not result.not_built:
+        return f"{name} (built for {result.machine.arch}, not run)"
+    return name
+
+
+def _compiled(build: Build) -> str:
+    seconds = f"{build.compile_seconds:.2f} s"
+    how = f"from the cache ({seconds} when it was compiled)" if build.from_cache else seconds
+    return f"{build.source} for {build.arch}: {how}"
+
+
+def _resources(build: Build) -> Iterable[Text]:
+    for name, entry in build.entries.items():
+        shared = build.dynamic_shared_bytes + entry.shared_bytes
+        text = (
+            f"{name}: {entry.registers} registers, {kib(shared)} KiB shared memory, "
+            f"{entry.spill_bytes} bytes spilled, {entry.local_bytes} bytes of stack"
+        )
+        yield Text(text, style="" if entry.spill_bytes + entry.local_bytes == 0 else "yellow")
+
+
+def _check(check: Check) -> Text:
+    result = check.comparison
+    text = Text("ok" if check.ok else "FAILED", style="bold green" if check.ok else "bold red")
+    figures = (
+        f"  max error {result.max_error:.3g}, mean {result.mean_error:.3g}, "
+        f"allowed {result.allowed_error:.3g}, against float64"
+    )
+    if check.quantization_error is not None:
+        figures += f" on the quantised inputs; quantisation error {check.quantization_error:.3g}"
+    text.append(f"{figures}\n{check.rows_checked} of {check.rows_total} query rows of each head")
+    if not check.ok:
+        text.append(f"\n{check.reason}\n", style="red")
+        text.append(f"worst element: {_place(check)}", style="red")
+    return text
+
+
+def _place(check: Check) -> str:
+    worst = check.comparison.worst_index
+    if worst is None:
+        return "none"
+    b, h, row, column = worst
+    got, expected = check.comparison.worst_got, check.comparison.worst_expected
+    return f"b={b} h={h} query={row} column={column}: got {got:.6g}, expected {expected:.6g}"
+
+
+def _timing(timing: Timing, what: str) -> str:
+    p10, p90 = timing.p10_us, timing.p90_us
+    spread = f"p10 {microseconds(p10)}, p90 {microseconds(p90)}"
+    count = f"{timing.samples} x {timing.per_sample}"
+    return f"{microseconds(timing.median_us)} us median ({spread}; {count} calls): {what}"
+
+
+def _rate(result: Result) -> str:
+    rate = f"{result.tflops:.3g} TFLOP/s"
+    if result.share_of_peak is None or result.peak is None:
+        return rate if result.no_gpu is None else f"{rate} on the CPU"
+    share = f"{100 * result.share_of_peak:.3g} % of {result.peak.tflops:.0f}"
+    return f"{rate}, {share}, the peak computed from {result.peak.formula}"
+
+
+def ladder_table(ladder: Ladder) -> Group:
+    """What `ladder` prints: the table, and under it what went wrong or is told beside."""
+    where = ladder.machine.get("gpu") or f"no GPU, built for {ladder.machine['arch']}"
+    table = Table(
+        title=f"FlashCore ladder · {where} · {describe_problem(ladder.problem)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("rung", no_wrap=True)
+    for name in ("builds", "launches", "correct"):
+        table.add_column(name, justify="center", no_wrap=True)
+    for name in ("error", "us", "speed-up", "registers", "shared KiB", "spills"):
+        table.add_column(name, justify="right")
+    for rung in ladder.rungs:
+        table.add_row(*_rung_cells(rung), style="dim" if rung.refused else "")
+    return Group(table, *(Text(note, style=style) for note, style in _ladder_notes(ladder)))
+
+
+def _rung_cells(rung: Rung) -> list[Text | str]:
+    return [
+        rung.kernel,
+        _yes(rung.builds),
+        _yes(rung.launches),
+        _yes(rung.correct),
+        figure(rung.max_error, ".2e"),
+        "-" if rung.latency_us is None else microseconds(rung.latency_us),
+        "-" if rung.speedup is None else f"{rung.speedup:.3g}x",
+        figure(rung.registers, "d"),
+        "-" if rung.shared_bytes is None else kib(rung.shared_bytes),
+        figure(rung.spill_bytes, "d"),
+    ]
+
+
+def _ladder_notes(ladder: Ladder) -> Iterable[tuple[str, str]]:
+    for rung in ladder.rungs:
+        if rung.refused:
+            yield f"{rung.kernel}: {rung.refused}", "dim"
+        if rung.failure:
+            yield f"{rung.kernel}: {rung.failure}", "red"
+        if rung.quantization_error is not None:
+            error = f"{rung.quantization_error:.2e}"
+            yield f"{rung.kernel}: judged on its quantised inputs; quantisation error {error}", ""
+    for baseline in ladder.baselines:
+        yield f"{baseline.name}: {microseconds(baseline.us)} us", ""
+    if ladder.rows_checked is not None:
+        rows = f"{ladder.rows_checked} of {ladder.problem['S']} query rows of each head"
+        yield f"error: max |o - float64 reference| over {rows}", "dim"
+        yield "us: median in a replayed CUDA graph, inputs warm in L2", "dim"
+
+
+def _yes(value: bool | None) -> Text:
+    if value is None:
+        return Text("-", style="dim")
+    return Text("yes", style="green") if value else Text("NO", style="bold red")
+
+
+def figure(value: float | None, style: str) -> str:
+    """A number, or "-" for None."""
+    return "-" if value is None else format(value, style)
+
+
+def microseconds(us: float) -> str:
+    """Three significant digits, never in exponent form."""
+    return f"{us:.0f}" if us >= 100 else f"{us:#.3g}"
+
+
+def kib(count: int) -> str:
+    """Bytes as KiB with one decimal."""
+    return f"{count / 1024:.1f}"
+
+
+def selftest_table(report: Mapping[str, Any]) -> Group:
+    """What `selftest` prints: cases per kernel and dtype, then every failure."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("kernel", "dtype"):
+        table.add_column(name, no_wrap=True)
+    for name in ("passed", "failed", "worst error / allowed"):
+        table.add_column(name, justify="right")
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["kernel"], row["dtype"]), []).append(row)
+    for (kernel, dtype), rows in groups.items():
+        failed = sum(not row["ok"] for row in rows)
+        share = max((_share(row) for row in rows), default=0.0)
+        style = "bold red" if failed else ""
+        passed = str(len(rows) - failed)
+        table.add_row(kernel, dtype, passed, Text(str(failed), style=style), f"{share:.2f}")
+    failures = [
+        Text(f"{r['kernel']} {r['dtype']} {r['case']}: {r['reason']}", style="red")
+        for r in report["rows"]
+        if not r["ok"]
+    ]
+    total = f"{report['passed']} passed, {report['failed']} failed on {report['gpu']}"
+    return Group(table, *failures, Text(total, style="red" if failures else "green"))
+
+
+def _share(row: Mapping[str, Any]) -> float:
+    error, allowed = row["max_error"] or 0.0, row["allowed_error"] or 0.0
+    return error / allowed if allowed else 0.0
+
+
+def warmup_table(builds: Iterable[Build]) -> Group:
+    """What `warmup` prints: per kernel and target, how many builds and the most they take."""
+    groups: dict[tuple[str, str], list[Build]] = {}
+    for build in builds:
+        groups.setdefault((build.kernel, build.arch), []).append(build)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("kernel", "target"):
+        table.add_column(name, no_wrap=True)
+    for name in ("builds", "from cache", "registers", "shared KiB", "stack", "spills"):
+        table.add_column(name, justify="right")
+    for (kernel, arch), group in groups.items():
+        cached = str(sum(build.from_cache for build in group))
+        registers = str(max(build.registers for build in group))
+        shared = kib(max(build.shared_bytes for build in group))
+        local = str(max(build.local_bytes for build in group))
+        spills = str(sum(build.spill_bytes for build in group))
+        table.add_row(kernel, arch, str(len(group)), cached, registers, shared, local, spills)
+    return Group(table, Text("registers, shared memory, stack: the most of any build", style="dim"))
+
+
+def cache_table(folder: str, entries: list[CacheEntry]) -> Group:
+    """What `cache` prints: per source and target, how many kernels and how much they take."""
+    groups: dict[tuple[str, str], list[CacheEntry]] = {}
+    for entry in entries:
+        name = "damaged, will be rebuilt" if entry.damaged else entry.source
+        groups.setdefault((name, entry.arch), []).append(entry)
+    size = sum(entry.size_bytes for entry in entries)
+    total = Text(f"{folder}: {len(entries)} kernels, {kib(size)} KiB")
+    if not entries:
+        return Group(total)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("source", "target"):
+        table.add_column(name, no_wrap=True)
+    for name in ("kernels", "KiB"):
+        table.add_column(name, justify="right")
+    for (name, arch), group in sorted(groups.items()):
+        table.add_row(name, arch, str(len(group)), kib(sum(entry.size_bytes for entry in group)))
+    return Group(total, table)
+
+
+def doctor_table(report: Report) -> Group:
+    """What `doctor` prints: every finding, and the cure under those that need one."""
+    marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM", "bold red")}
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for finding in report.findings:
+        word, style = marks[finding.state]
+        text = Text(finding.value)
+        if finding.cure:
+            text.append(f"\n{finding.cure}", style=style)
+        table.add_row(Text(word, style=style), finding.name, text)
+    count = len(report.problems)
+    total = "nothing stands in the way" if report.ok else f"{count} to cure, marked PROBLEM"
+    return Group(table, Text(total, style="green" if report.ok else "bold red"))

@@ -1,0 +1,192 @@
+"""What the correctness matrix tries: every kernel, each choice with a few of the others.
+
+The full product would be many thousands of cases. Each group below varies one thing thoroughly and
+lets the others rotate, so that every pair of choices that shares code meets somewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import ml_dtypes
+import numpy as np
+
+from flashcore_cupy import tiles
+from flashcore_cupy.problem import AttentionProblem, Causal, Gate, Layout, contiguous_problem
+from flashcore_cupy.reference import INPUT_KINDS, InputKind
+
+View = Literal["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]
+
+_CAUSAL: tuple[Causal, ...] = (False, True, "top-left")
+_GATES: tuple[Gate, ...] = ("qk", "softmax", "pv")
+#: Head dims that are padded to a row's, or fall between the widths of loads.
+_ODD_HEAD_DIMS = (1, 40, 72, 100)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem for one kernel, with how its arrays lie in memory; ``group`` says what varies."""
+
+    group: str
+    kernel: str
+    dtype: str = "float16"
+    batch: int = 1
+    heads: int = 2
+    heads_kv: int = 2
+    seqlen_q: int = 77
+    seqlen_kv: int = 100
+    head_dim: int = 64
+    head_dim_v: int = 64
+    causal: Causal = False
+    gate: Gate | None = None
+    kind: InputKind = "normal"
+    layout: Layout = "bhsd"
+    view: View = "contiguous"
+    repeats: int = 1
+    """Launches after the first, which must give its bits."""
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the case is, for people, without the kernel and the dtype."""
+        heads = f"H{self.heads}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads else "")
+        dims = f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.uneven else "")
+        size = f"B{self.batch} {heads} S{self.seqlen_q}x{self.seqlen_kv} {dims}"
+        causal = {False: "", True: "causal", "top-left": "causal top-left"}[self.causal]
+        gate = f"gate {self.gate}" if self.gate else ""
+        kind = self.kind if self.kind != "normal" else ""
+        layout = self.layout if self.layout != "bhsd" else ""
+        view = self.view if self.view != "contiguous" else ""
+        words = (f"{self.group}:", size, causal, gate, kind, layout, view)
+        return " ".join(filter(None, words))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether v has another head dim than q and k."""
+        return self.head_dim_v != self.head_dim
+
+    def numpy_dtype(self) -> np.dtype[np.generic]:
+        """The dtype as NumPy knows it, bfloat16 by ``ml_dtypes``."""
+        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+
+    def problem(self) -> AttentionProblem:
+        """The problem on canonical, contiguous arrays: what the oracle looks at."""
+        problem = contiguous_problem(
+            self.batch,
+            self.heads,
+            self.seqlen_q,
+            self.head_dim,
+            heads_kv=self.heads_kv,
+            seqlen_kv=self.seqlen_kv,
+            dtype=self.dtype,
+            causal=self.causal,
+            gate=self.gate,
+        )
+        v = problem.v
+        return replace(problem, v=replace(v, shape=(*v.shape[:3], self.head_dim_v)))
+
+    def shape_of(self, name: str) -> tuple[int, int, int, int]:
+        """Shape of "q", "k", "v" or "o" in the case's layout."""
+        heads = self.heads if name in "qo" else self.heads_kv
+        rows = self.seqlen_q if name in "qo" else self.seqlen_kv
+        columns = self.head_dim if name in "qk" else self.head_dim_v
+        middle = (heads, rows) if self.layout == "bhsd" else (rows, heads)
+        return self.batch, *middle, columns
+
+
+def cases() -> list[Case]:
+    """Every case, for every kernel of the ladder, in the same order each time."""
+    return [case for kernel in tiles.KERNELS for case in _cases_of(kernel)]
+
+
+def _cases_of(kernel: str) -> Iterator[Case]:
+    dtypes = tiles.KERNELS[kernel].dtypes
+    yield from _head_dims(kernel, dtypes)
+    yield from _shapes(kernel, dtypes)
+    yield from _memory(kernel, dtypes)
+    yield from _kinds(kernel, dtypes)
+    yield from _gates(kernel, dtypes)
+    for dtype in dtypes:
+        yield Case("repeat", kernel, dtype, heads=8, heads_kv=8, seqlen_q=300, repeats=10, seed=6)
+
+
+def _head_dims(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
+    """Every row's head dim, odd ones between them, and Dv apart from D."""
+    rows = {row.head_dim for row in tiles.rows_of(kernel)} | set(tiles.WMMA_HEAD_DIMS)
+    causal = itertools.cycle(_CAUSAL)
+    for dim in sorted(rows | set(_ODD_HEAD_DIMS)):
+        for dtype in dtypes:
+            yield Case(
+                "head dim", kernel, dtype, head_dim=dim, head_dim_v=dim, causal=next(causal), seed=1
+            )
+    for dim, dim_v in ((64, 32), (32, 96), (40, 72)):
+        yield Case("head dim", kernel, head_dim=dim, head_dim_v=dim_v, causal=next(causal), seed=1)
+
+
+def _shapes(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
+    """Lengths at, one below and one above the tiles, one, long, and unequal; grouped heads."""
+    row = next(row for row in tiles.rows_of(kernel) if row.head_dim >= 64)
+    m, n = row.tile.block_m, row.tile.block_n
+    lengths = [(m, n), (m - 1, n - 1), (m + 1, n + 1), (1, 1), (77, 77), (512, 512), (1000, 1000)]
+    lengths += [(1, 512), (512, 1), (200, 77), (77, 200), (3 * m, 2 * n + 1)]
+    which = itertools.cycle(dtypes[:2])
+    for (seqlen_q, seqlen_kv), causal in itertools.product(lengths, _CAUSAL):
+        if causal == "top-left" and seqlen_q == seqlen_kv:
+            continue  # the diagonal is the same
+        yield Case(
+            "shape",
+            kernel,
+            next(which) if max(seqlen_q, seqlen_kv) < 500 else "float16",
+            seqlen_q=seqlen_q,
+            seqlen_kv=seqlen_kv,
+            causal=causal,
+            seed=2,
+        )
+    for heads, heads_kv, batch in ((8, 2, 2), (4, 1, 3)):
+        for causal in _CAUSAL[:2]:
+            yield Case(
+                "heads", kernel, batch=batch, heads=heads, heads_kv=heads_kv, causal=causal, seed=2
+            )
+
+
+def _memory(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
+    """Both layouts in every kind of view, and head dims that no wide load divides."""
+    layouts: tuple[Layout, ...] = ("bhsd", "bshd")
+    which = itertools.cycle(dtypes[:2])
+    for view, layout in itertools.product(get_args(View), layouts):
+        yield Case(
+            "memory", kernel, next(which), batch=2, layout=layout, view=view, causal=True, seed=3
+        )
+    for dim in (36, 33):
+        yield Case("memory", kernel, head_dim=dim, head_dim_v=dim, view="strided", seed=3)
+
+
+def _kinds(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
+    """Every kind of random input."""
+    causal = itertools.cycle(_CAUSAL[:2])
+    for kind, dtype in itertools.product(INPUT_KINDS, dtypes):
+        yield Case(
+            "inputs", kernel, dtype, kind=kind, seqlen_q=200, seqlen_kv=300, causal=next(causal),
+            seed=4,
+        )  # fmt: skip
+
+
+def _gates(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
+    """Every gate on one tile, on tails, and on several tiles."""
+    row = next(row for row in tiles.rows_of(kernel) if row.head_dim >= 64)
+    m, n = row.tile.block_m, row.tile.block_n
+    lengths = ((m, n), (m + 1, n - 1), (100, 130))
+    for gate, (seqlen_q, seqlen_kv), causal in itertools.product(_GATES, lengths, _CAUSAL[:2]):
+        yield Case(
+            "gate",
+            kernel,
+            dtypes[1] if seqlen_q == 100 else dtypes[0],
+            seqlen_q=seqlen_q,
+            seqlen_kv=seqlen_kv,
+            causal=causal,
+            gate=gate,
+            seed=5,
+        )

@@ -1,0 +1,31 @@
+// Probes of ptx_cp_async.cuh: 32 threads copy 16, 8 and 4 bytes each, odd threads with `valid`
+// bytes of 0, in two groups of which the first is waited for alone.
+#include <flashcore/ptx_cp_async.cuh>
+#include <flashcore/ptx_warp.cuh>
+
+using namespace flashcore;
+
+extern "C" __global__ void copies(const uint8* x, uint8* y16, uint8* y8, uint8* y4, int* aligned) {
+    __shared__ __align__(16) uint8 s16[512];
+    __shared__ __align__(16) uint8 s8[256];
+    __shared__ __align__(16) uint8 s4[128];
+    const int t = threadIdx.x;
+    const bool valid = t % 2 == 0;
+    for (int i = t; i < 512; i += 32) s16[i] = 0xff;
+    for (int i = t; i < 256; i += 32) s8[i] = 0xff;
+    for (int i = t; i < 128; i += 32) s4[i] = 0xff;
+    block_sync();
+    cp_async_16(s16 + 16 * t, x + 16 * t, valid ? 16 : 0);
+    cp_async_commit();
+    cp_async_8(s8 + 8 * t, x + 8 * t, valid ? 8 : 0);
+    cp_async_4(s4 + 4 * t, x + 4 * t, valid ? 4 : 0);
+    cp_async_commit();
+    cp_async_wait<1>();
+    block_sync();
+    for (int i = t; i < 512; i += 32) y16[i] = s16[i];
+    cp_async_wait<0>();
+    block_sync();
+    for (int i = t; i < 256; i += 32) y8[i] = s8[i];
+    for (int i = t; i < 128; i += 32) y4[i] = s4[i];
+    if (t == 0) *aligned = shared_address(s16) % 16 == 0 && shared_address(s16 + 4) % 16 == 4;
+}

@@ -1,0 +1,68 @@
+// Probes of ptx_wmma.cuh and mma_tile.cuh: one warp, one 16 x 16 x 16 product, rows LD apart. A is
+// stored row by row; B once row by row (like V) and once column by column (like K).
+#include <flashcore/mma_tile.cuh>
+
+using namespace flashcore;
+
+constexpr int LD = 24;
+constexpr int LD_C = 20;
+
+template <typename T>
+__device__ void products(const uint16* a, const uint16* b, const float* c, float* row, float* col,
+                         float* global) {
+    __shared__ __align__(128) T sA[16 * LD];
+    __shared__ __align__(128) T sB[16 * LD];
+    __shared__ __align__(128) float sC[16 * LD_C];
+    const int lane = threadIdx.x;
+    for (int i = lane; i < 256; i += 32) {
+        sA[i / 16 * LD + i % 16].bits = a[i];
+        sB[i / 16 * LD + i % 16].bits = b[i];
+        sC[i / 16 * LD_C + i % 16] = c[i];
+    }
+    warp_sync();
+    FragmentAB<T> rA, rB;
+    Accumulator rC;
+    wmma_load_a_row(rA, sA, LD);
+    wmma_load_b_row(rB, sB, LD);
+    wmma_load_c_row(rC, sC, LD_C);
+    wmma_mma_row_row(rC, rA, rB);
+    warp_sync();
+    wmma_store_d_row(sC, rC, LD_C);
+    warp_sync();
+    for (int i = lane; i < 256; i += 32) row[i] = sC[i / 16 * LD_C + i % 16];
+    fill(rC, 0.5f);
+    wmma_load_b_col(rB, sB, LD);
+    wmma_mma_row_col(rC, rA, rB);
+    warp_sync();
+    wmma_store_d_row(sC, rC, LD_C);
+    wmma_store_d_row_global(global, rC, 16);
+    warp_sync();
+    for (int i = lane; i < 256; i += 32) col[i] = sC[i / 16 * LD_C + i % 16];
+}
+
+extern "C" __global__ void products_half(const uint16* a, const uint16* b, const float* c,
+                                         float* row, float* col, float* global) {
+    products<half_t>(a, b, c, row, col, global);
+}
+
+extern "C" __global__ void products_bfloat16(const uint16* a, const uint16* b, const float* c,
+                                             float* row, float* col, float* global) {
+#if __CUDA_ARCH__ >= 800
+    products<bfloat16_t>(a, b, c, row, col, global);
+#endif
+}
+
+// Multiplies row r of a matrix by factor[r] in registers, by accumulator_rows.
+extern "C" __global__ void scaled_rows(const float* c, const float* factor, float* out) {
+    __shared__ __align__(128) float sC[16 * LD_C];
+    __shared__ float sFactor[16];
+    const int lane = threadIdx.x;
+    RegisterOutput<1> output;
+    accumulator_rows<LD_C>(output.rows, sC);
+    for (int i = lane; i < 256; i += 32) sC[i / 16 * LD_C + i % 16] = c[i];
+    if (lane < 16) sFactor[lane] = factor[lane];
+    warp_sync();
+    wmma_load_c_row(output.rO[0], sC, LD_C);
+    output.scale_rows(sFactor);
+    wmma_store_d_row_global(out, output.rO[0], 16);
+}

@@ -1,0 +1,249 @@
+"""The public function: the correctness matrix, its arguments, and what it says about bad ones."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import flashcore_cupy
+from flashcore_cupy import problem, reference, selftest, selftest_cases, tiles
+
+attention = flashcore_cupy.attention
+
+
+def _arrays(dtype: object = np.float16, shape: tuple[int, ...] = (1, 2, 8, 16)) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(dtype) for _ in range(3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
+def test_matrix(kernel: str) -> None:
+    """Every case of ``flashcore-cupy selftest``: one item per kernel, every failure listed."""
+    mine = [case for case in selftest_cases.cases() if case.kernel == kernel]
+    assert len(mine) > 50
+    results = selftest.run_all(mine)
+    failed = [f"{r.case.dtype} {r.case.name}: {r.reason}" for r in results if not r.ok]
+    assert not failed, f"{len(failed)} of {len(mine)} cases fail:\n" + "\n".join(failed)
+
+
+def test_matrix_covers_the_table() -> None:
+    cases = selftest_cases.cases()
+    for row in tiles.ROWS:
+        kernel = tiles.KERNELS[row.kernel]
+        tried = [c for c in cases if c.kernel == row.kernel and c.head_dim == row.head_dim]
+        assert {c.dtype for c in tried} >= set(kernel.dtypes), row
+    for kernel in tiles.KERNELS:
+        mine = [c for c in cases if c.kernel == kernel]
+        assert {c.gate for c in mine} == set(problem.GATES)
+        assert {c.causal for c in mine} == {False, True, "top-left"}
+        assert {c.layout for c in mine} == set(problem.LAYOUTS)
+        assert {c.kind for c in mine} == set(reference.INPUT_KINDS)
+
+
+BAD_ARGUMENTS = {
+    "list for q": (lambda q, k, v: ((q.tolist(), k, v), {}), TypeError, "q: got list"),
+    "three dimensions": (lambda q, k, v: ((q[0], k, v), {}), ValueError, "q: got 3 dimensions"),
+    "float64": (
+        lambda q, k, v: ([x.astype(np.float64) for x in (q, k, v)], {}),
+        TypeError,
+        "q: got dtype float64",
+    ),
+    "integers": (lambda q, k, v: ((q, k.astype(int), v), {}), TypeError, "k: got dtype int64"),
+    "mixed dtypes": (
+        lambda q, k, v: ((q, k, v.astype(np.float32)), {}),
+        TypeError,
+        "v: got dtype float32, but q is float16",
+    ),
+    "other batch": (lambda q, k, v: ((q, k[:0], v[:0]), {}), ValueError, "k: got batch 0"),
+    "other length of v": (lambda q, k, v: ((q, k, v[:, :, 1:]), {}), ValueError, "v: got"),
+    "other head dim": (lambda q, k, v: ((q, k[..., 1:], v), {}), ValueError, "k: got head dim 15"),
+    "heads": (
+        lambda q, k, v: ((np.concatenate([q, q[:, :1]], 1), k, v), {}),
+        ValueError,
+        "k: got 2 heads for q's 3",
+    ),
+    "no heads": (lambda q, k, v: ((q, k[:, :0], v[:, :0]), {}), ValueError, "heads"),
+    "head dim too large": (
+        lambda q, k, v: ([np.zeros((1, 1, 2, 257), q.dtype)] * 3, {}),
+        ValueError,
+        "q: got head dim 257; kernels take 1 to 256",
+    ),
+    "head dim 0": (lambda q, k, v: ((q[..., :0], k[..., :0], v), {}), ValueError, "head dim 0"),
+    "NaN scale": (
+        lambda q, k, v: ((q, k, v), {"softmax_scale": math.nan}),
+        ValueError,
+        "softmax_scale: got nan",
+    ),
+    "infinite scale": (
+        lambda q, k, v: ((q, k, v), {"softmax_scale": math.inf}),
+        ValueError,
+        "softmax_scale: got inf",
+    ),
+    "scale as text": (
+        lambda q, k, v: ((q, k, v), {"softmax_scale": "1"}),
+        TypeError,
+        "softmax_scale: got str",
+    ),
+    "causal": (lambda q, k, v: ((q, k, v), {"causal": "bottom"}), ValueError, "causal: got"),
+    "layout": (lambda q, k, v: ((q, k, v), {"layout": "sbhd"}), ValueError, "layout: got 'sbhd'"),
+    "gate": (lambda q, k, v: ((q, k, v), {"gate": "pq"}), ValueError, "gate: got 'pq'"),
+    "kernel": (lambda q, k, v: ((q, k, v), {"kernel": "best"}), ValueError, "kernel: got 'best'"),
+    "GPU kernel on NumPy": (
+        lambda q, k, v: ((q, k, v), {"kernel": "scalar"}),
+        ValueError,
+        "kernel: chooses how a GPU runs",
+    ),
+    "LSE of a gate": (
+        lambda q, k, v: ((q, k, v), {"gate": "qk", "return_lse": True}),
+        ValueError,
+        "return_lse: gate 'qk' stops before",
+    ),
+    "shape of out": (
+        lambda q, k, v: ((q, k, v), {"out": np.empty((1, 2, 8, 15), q.dtype)}),
+        ValueError,
+        "out: got shape (1, 2, 8, 15)",
+    ),
+    "dtype of out": (
+        lambda q, k, v: ((q, k, v), {"out": np.empty(q.shape, np.float32)}),
+        TypeError,
+        "out: got dtype float32",
+    ),
+    "out is an input": (lambda q, k, v: ((q, k, v), {"out": k}), ValueError, "out: overlaps k"),
+    "out is a broadcast": (
+        lambda q, k, v: ((q, k, v), {"out": np.broadcast_to(np.zeros(16, q.dtype), q.shape)}),
+        ValueError,
+        "out: is a broadcast view",
+    ),
+    "out is a list": (lambda q, k, v: ((q, k, v), {"out": []}), TypeError, "out: got list"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(name: str) -> None:
+    change, kind, message = BAD_ARGUMENTS[name]
+    args, rules = change(*_arrays())
+    with pytest.raises(kind) as caught:
+        attention(*args, **rules)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_bad_gpu_arguments_are_named() -> None:
+    import cupy
+
+    host = _arrays(shape=(1, 2, 8, 64))
+    q, k, v = (cupy.asarray(x) for x in host)
+    cases = [
+        ((q, host[1], v), {}, TypeError, "k: on the CPU"),
+        ((q, k, v), {"kernel": "wmma_fused_64", "config": {"block_m": 24}}, ValueError, "block_m"),
+        ((q, k, v), {"config": {"tile": 3}}, ValueError, "unknown field 'tile'"),
+        ((q, k, v), {"config": {"block_n": "32"}}, ValueError, "block_n='32' is not int"),
+        ((q, k, v), {"stream": 7}, TypeError, "stream: got int"),
+        ((q, k, v), {"out": host[0]}, TypeError, "out: got ndarray"),
+        ((q, k, v), {"out": q}, ValueError, "out: overlaps q"),
+        (
+            [x.astype("f4") for x in (q, k, v)],
+            {"kernel": "wmma_cp_async"},
+            ValueError,
+            "kernel 'wmma_cp_async': takes float16 and bfloat16, not float32",
+        ),
+        (
+            [cupy.zeros((1, 1, 4, 200), q.dtype)] * 3,
+            {"kernel": "wmma_fused_32"},
+            ValueError,
+            "takes head dims up to 128, not 200",
+        ),
+        (
+            [cupy.zeros((1, 1, 4, 128), q.dtype)] * 3,
+            {"kernel": "wmma_cp_async", "config": {"block_m": 256, "warps_m": 16}},
+            ValueError,
+            "bytes of shared memory",
+        ),
+    ]
+    for args, rules, kind, message in cases:
+        with pytest.raises(kind) as caught:
+            attention(*args, **rules)
+        assert message in str(caught.value)
+
+
+def test_public_names() -> None:
+    assert callable(flashcore_cupy.attention)
+    assert set(flashcore_cupy.KERNELS) == set(tiles.KERNELS)
+    assert flashcore_cupy.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize("causal", [False, True, "top-left"])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), [(1, 1), (7, 7), (5, 9), (9, 5), (3, 40)])
+def test_flops_count_visible_pairs(causal: object, seqlen_q: int, seqlen_kv: int) -> None:
+    p = problem.contiguous_problem(2, 3, seqlen_q, 8, seqlen_kv=seqlen_kv, causal=causal)
+    offset = p.causal_offset if causal else seqlen_kv
+    pairs = sum(key <= query + offset for query in range(seqlen_q) for key in range(seqlen_kv))
+    assert p.flops == 2 * 2 * 3 * pairs * (8 + 8)
+
+
+def test_explain_on_numpy() -> None:
+    assert "CPU" in flashcore_cupy.explain(*_arrays())
+
+
+@pytest.mark.gpu
+def test_explain_on_gpu() -> None:
+    import cupy
+
+    q, k, v = (cupy.asarray(x) for x in _arrays(shape=(1, 2, 8, 64)))
+    text = flashcore_cupy.explain(q, k, v)
+    assert text.startswith("wmma_warp_softmax on sm_")
+    text = flashcore_cupy.explain(*(x.astype("f4") for x in (q, k, v)))
+    assert text.startswith("scalar on sm_")
+    assert "passed over wmma_warp_softmax: takes float16 and bfloat16, not float32" in text
+    turned = cupy.ascontiguousarray(q.swapaxes(2, 3)).swapaxes(2, 3)
+    assert "copied q" in flashcore_cupy.explain(turned, k, v)
+
+
+def test_config_defines_are_complete() -> None:
+    """config.cuh refuses to compile without any of its defines, so none can be forgotten."""
+    row = tiles.rows_of("wmma_fused_64")[0]
+    config = tiles.configure_row(row, problem.contiguous_problem(1, 1, 1, row.head_dim))
+    assert all(name.startswith("FC_") for name in config.defines())
+    assert config.defines()["FC_SMEM_BYTES"] == config.smem_bytes
+
+
+ILLEGAL_TILES = [
+    ("scalar", {"block_n": 64}, "block_n=32"),
+    ("scalar", {"block_m": 10}, "not a multiple of the 4 warps"),
+    ("scalar", {"cp_async": True}, "scalar has one stage"),
+    ("wmma_unfused", {"num_stages": 1}, "num_stages=2"),
+    ("wmma_fused_32", {"block_n": 0}, "block_n=0 is not positive"),
+    ("wmma_fused_64", {"block_n": 40}, "block_n=40 is not a multiple of 16 x warps_n"),
+    ("wmma_fused_64", {"warps_m": 8, "warps_n": 8}, "at most 32"),
+    ("wmma_fused_64", {"warps_m": 4, "warps_n": 3}, "is not a multiple"),
+    ("wmma_fused_64", {"num_stages": 3}, "num_stages=3"),
+    ("wmma_cp_async", {"fp8": True}, "fp8 goes with warp_softmax"),
+    ("wmma_warp_softmax", {"warps_m": 2}, "a warp owns 16 whole rows"),
+    ("wmma_warp_softmax", {"block_n": 16}, "block_m <= num_stages * block_n"),
+    ("fp8_wmma", {"cp_async": True}, "cp_async=False"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "changes", "message"), ILLEGAL_TILES)
+def test_illegal_tiles_say_why(kernel: str, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match="config: ") as caught:
+        tiles.select(
+            problem.contiguous_problem(1, 8, 512, 64), "sm_90a", kernel=kernel, overrides=changes
+        )
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_numpy_and_layouts_agree(dtype: object) -> None:
+    q, k, v = _arrays(dtype, (2, 4, 33, 16))
+    o, lse = attention(q, k[:, :2], v[:, :2], causal=True, return_lse=True)
+    turned = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k[:, :2], v[:, :2])]
+    other, other_lse = attention(*turned, causal=True, return_lse=True, layout="bshd")
+    assert o.dtype == dtype and lse.dtype == np.float32 and lse.shape == (2, 4, 33)
+    np.testing.assert_array_equal(o, other.swapaxes(1, 2))
+    np.testing.assert_array_equal(lse, other_lse)
