@@ -111,7 +111,7 @@ def run_command(
     with bad_input():
         problem = problem_of(sizes, gate=None if gate == "none" else gate)
         selection = job.choose(problem, target, options)
-    _note_missing_gpu(f"the job runs on NumPy arrays, the kernel is compiled for {target}")
+    _note_missing_gpu("the job runs on NumPy arrays")
     result = job.run(problem, selection, target, options)
     _report(as_json, result.to_json(), lambda: _render.run_table(result))
     if not result.check.ok:
@@ -181,7 +181,7 @@ def _climb(
     target = target_of(arch)
     with bad_input():
         problem = problem_of(settings)
-    _note_missing_gpu(f"kernels are compiled for {target}, not run")
+    _note_missing_gpu("kernels are compiled, not run")
     with _Steps() as steps:
         return ladder.climb(
             problem,

@@ -26,8 +26,12 @@ def require_matplotlib() -> None:
 
 def draw(ladder: Ladder, path: Path) -> None:
     """Write the picture to ``path``, in the format that its suffix names."""
+    picture(ladder).savefig(path)
+
+
+def picture(ladder: Ladder) -> Any:
+    """The picture as a matplotlib Figure. Raises ``RuntimeError`` if nothing was built."""
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     timed = [rung for rung in ladder.rungs if rung.latency_us]
@@ -36,14 +40,13 @@ def draw(ladder: Ladder, path: Path) -> None:
     if not rungs:
         raise RuntimeError("nothing to draw: no rung was built")
     figure = Figure(figsize=(9.0, 1.9 + 0.46 * len(rungs)), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
     if timed:
         _draw_latency(figure.add_subplot(), ladder, timed)
     else:
         _draw_resources(figure.subplots(1, 2, sharey=True), built)
     gpu = ladder.machine.get("gpu") or f"built for {ladder.machine['arch']}"
     figure.suptitle(f"FlashCore ladder · {gpu}", fontsize=14, fontweight="bold", x=0.012, ha="left")
-    figure.savefig(path)
+    return figure
 
 
 def describe_problem(problem: Any) -> str:

@@ -20,6 +20,7 @@ from flashcore_cupy.doctor import Report
 from flashcore_cupy.jit import CacheEntry
 from flashcore_cupy.job import Result, problem_json
 from flashcore_cupy.ladder import Ladder, Rung
+from flashcore_cupy.tiles import KERNELS
 from flashcore_cupy.verify import Check
 
 _PIPE_COLUMNS = 110  # where output goes to a file, nothing says how wide it may be
@@ -226,7 +227,7 @@ def figure(value: float | None, style: str) -> str:
 
 def microseconds(us: float) -> str:
     """Three significant digits, never in exponent form."""
-    return f"{us:.0f}" if us >= 100 else f"{us:#.3g}"
+    return f"{us:.0f}" if us >= 99.95 else f"{us:#.3g}"
 
 
 def kib(count: int) -> str:
@@ -241,12 +242,13 @@ def selftest_table(report: Mapping[str, Any]) -> Group:
         table.add_column(name, no_wrap=True)
     for name in ("passed", "failed", "worst error / allowed"):
         table.add_column(name, justify="right")
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in report["rows"]:
-        groups.setdefault((row["kernel"], row["dtype"]), []).append(row)
-    for (kernel, dtype), rows in groups.items():
+    order = [(name, dtype) for name, kernel in KERNELS.items() for dtype in kernel.dtypes]
+    for kernel, dtype in order:
+        rows = [r for r in report["rows"] if (r["kernel"], r["dtype"]) == (kernel, dtype)]
+        if not rows:
+            continue
         failed = sum(not row["ok"] for row in rows)
-        share = max((_share(row) for row in rows), default=0.0)
+        share = max(map(_share, rows))
         style = "bold red" if failed else ""
         passed = str(len(rows) - failed)
         table.add_row(kernel, dtype, passed, Text(str(failed), style=style), f"{share:.2f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from flashcore_cupy import jit, launch, reference
 from flashcore_cupy.problem import (
+    MAX_ALIGN,
     AttentionProblem,
     Causal,
     Gate,
@@ -133,16 +135,30 @@ def plan(
     """
     import cupy
 
-    q, k, v = (_last_axis_contiguous(x, cupy) for x in (q, k, v))
+    q, k, v = (_usable(x, cupy) for x in (q, k, v))
     problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
-    arch = jit.device_arch(q.device.id)
     if out is None:
         out = cupy.empty(problem.output_shape, q.dtype)
     else:
         _check_out(problem, out, (q, k, v), cupy)
-    o_operand = operand("o", out, layout, _address(out))
-    selection = select(problem, arch, kernel=kernel, overrides=config)
-    return launch.make_plan(problem, selection, arch, q, k, v, out, o_operand, want_lse=return_lse)
+    prepared = _prepare(
+        problem, _spec(out), jit.device_arch(q.device.id), kernel, tuple((config or {}).items())
+    )
+    return launch.make_plan(prepared, q, k, v, out, want_lse=return_lse)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(
+    problem: AttentionProblem,
+    out: _Spec,
+    arch: str,
+    kernel: str,
+    config: tuple[tuple[str, object], ...],
+) -> launch.Prepared:
+    """Everything about a call but its addresses: the same for the next call of this shape."""
+    selection = select(problem, arch, kernel=kernel, overrides=dict(config))
+    o = operand("o", out, problem.layout, out.address)
+    return launch.prepare(problem, selection, arch, o)
 
 
 def explain(
@@ -162,8 +178,7 @@ def explain(
     Builds and launches nothing; the arguments are ``attention``'s.
     """
     on_cpu = _on_cpu(q, k, v)
-    q_spec, k_spec, v_spec = (_spec_of_contiguous(x) for x in (q, k, v))
-    problem = _describe(q_spec, k_spec, v_spec, softmax_scale, causal, gate, layout)
+    problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
     if on_cpu:
         return "NumPy arrays: tiled online-softmax attention on the CPU, fp32 accumulation"
     arch = jit.device_arch(q.device.id)
@@ -171,9 +186,9 @@ def explain(
     lines = [f"{selection.kernel.name} on {arch}: {selection.config.describe()}"]
     lines += [f"passed over {name}: {reason}" for name, reason in selection.passed_over]
     lines += [
-        f"copied {name}: its last axis is not contiguous (stride {x.strides[-1]} bytes)"
+        f"copied {name}: its last axis is not contiguous (strides {x.strides} bytes)"
         for name, x in (("q", q), ("k", k), ("v", v))
-        if not _is_last_axis_contiguous(x)
+        if not _usable_as_is(x)
     ]
     return "\n".join(lines)
 
@@ -189,7 +204,7 @@ def _attention_numpy(
     gate: Gate | None,
     out: Any,
 ) -> Any:
-    q, k, v = (_last_axis_contiguous(x, np) for x in (q, k, v))
+    q, k, v = (_usable(x, np) for x in (q, k, v))
     problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
     if out is None:
         out = np.empty(problem.output_shape, q.dtype)
@@ -245,6 +260,36 @@ def _refuse_gpu_arguments(kernel: str, config: Mapping[str, object] | None, stre
             )
 
 
+class _Spec(NamedTuple):
+    """What ``describe`` looks at: an array without its data. Keys the cache of problems."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    address: int
+    """Modulo the widest load: all that matters of it is the alignment."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def _spec(x: Any) -> _Spec:
+    return _Spec(x.shape, x.strides, x.dtype, _address(x) % MAX_ALIGN)
+
+
+def _address(x: Any) -> int:
+    return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
+
+
+def _spec_of_copy(x: Any) -> _Spec:
+    """A C-contiguous copy of ``x`` that has not been made."""
+    strides = [x.dtype.itemsize]
+    for n in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * n)
+    return _Spec(x.shape, tuple(strides), x.dtype, 0)
+
+
 def _describe(
     q: Any,
     k: Any,
@@ -254,47 +299,45 @@ def _describe(
     gate: Gate | None,
     layout: Layout,
 ) -> AttentionProblem:
+    """The problem of arrays, a last axis that is not contiguous being copied; cached."""
     arrays = (q, k, v)
+    specs = [_spec(x) if _usable_as_is(x) else _spec_of_copy(x) for x in arrays]
+    try:
+        return _described(*specs, softmax_scale, causal, gate, layout)
+    except TypeError:  # an argument that cannot be hashed, for one: say what is wrong with it
+        return _described.__wrapped__(*specs, softmax_scale, causal, gate, layout)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)  # True and 1 are not the same argument
+def _described(
+    q: _Spec,
+    k: _Spec,
+    v: _Spec,
+    softmax_scale: float | None,
+    causal: Causal,
+    gate: Gate | None,
+    layout: Layout,
+) -> AttentionProblem:
     return describe(
-        *arrays,
+        *(q, k, v),
         softmax_scale=softmax_scale,
         causal=causal,
         gate=gate,
         layout=layout,
-        addresses=[_address(x) for x in arrays],
+        addresses=(q.address, k.address, v.address),
     )
 
 
-def _address(x: Any) -> int:
-    if isinstance(x, _Spec):
-        return 0  # a fresh copy is aligned
-    return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
+def _usable_as_is(x: Any) -> bool:
+    """Whether kernels can address ``x``: last axis contiguous, strides and start whole elements."""
+    size = x.dtype.itemsize
+    if x.ndim and x.shape[-1] > 1 and x.strides[-1] != size:
+        return False
+    return not any(s % size for s in x.strides) and _address(x) % size == 0
 
 
-class _Spec(NamedTuple):
-    """What ``describe`` looks at, for the copy of an array that has not been made."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: Any
-    ndim: int
-
-
-def _spec_of_contiguous(x: Any) -> Any:
-    if _is_last_axis_contiguous(x):
-        return x
-    strides = [int(x.dtype.itemsize)]
-    for n in reversed(x.shape[1:]):
-        strides.insert(0, strides[0] * n)
-    return _Spec(tuple(x.shape), tuple(strides), x.dtype, x.ndim)
-
-
-def _is_last_axis_contiguous(x: Any) -> bool:
-    return bool(x.ndim == 0 or x.shape[-1] <= 1 or x.strides[-1] == x.dtype.itemsize)
-
-
-def _last_axis_contiguous(x: Any, xp: Any) -> Any:
-    return x if _is_last_axis_contiguous(x) else xp.ascontiguousarray(x)
+def _usable(x: Any, xp: Any) -> Any:
+    return x if _usable_as_is(x) else xp.ascontiguousarray(x)
 
 
 def _check_out(problem: AttentionProblem, out: Any, inputs: tuple[Any, ...], xp: Any) -> None:
@@ -307,13 +350,20 @@ def _check_out(problem: AttentionProblem, out: Any, inputs: tuple[Any, ...], xp:
         raise TypeError(f"out: got dtype {out.dtype.name}; q's is {q.dtype.name}")
     if xp is not np and out.device != q.device:
         raise ValueError(f"out: on GPU {out.device.id}, but q is on GPU {q.device.id}")
-    if not _is_last_axis_contiguous(out):
+    if not _usable_as_is(out):
         raise ValueError("out: its last axis is not contiguous; use a contiguous array")
     if any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
         raise ValueError("out: is a broadcast view, whose elements share memory; use a real array")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if xp.may_share_memory(out, x):
             raise ValueError(f"out: overlaps {name} in memory; use another array")
+
+
+def _stream_of(owner: Any, cupy: Any) -> Any:
+    from_external = getattr(cupy.cuda.Stream, "from_external", None)
+    if from_external is None:  # CuPy before 14.1
+        return cupy.cuda.ExternalStream(owner.__cuda_stream__()[1])
+    return from_external(owner)
 
 
 @contextlib.contextmanager
@@ -331,6 +381,6 @@ def _entered(q: Any, stream: Any) -> Iterator[None]:
                     f"stream: got {type(stream).__name__}; use a CuPy stream or an object with "
                     f"__cuda_stream__"
                 )
-            stream = cupy.cuda.ExternalStream(stream.__cuda_stream__()[1])
+            stream = _stream_of(stream, cupy)
         with stream:
             yield

@@ -30,7 +30,7 @@ from flashcore_cupy.nvrtc import (
     known_archs,
     nvrtc_version,
 )
-from flashcore_cupy.settings import settings
+from flashcore_cupy.settings import arch_override
 from flashcore_cupy.sources import kernels_digest, kernels_dir
 
 if TYPE_CHECKING:
@@ -159,10 +159,16 @@ def device_arch(device: int | None = None) -> str:
         UnknownArchError: this NVRTC has no target that the device could run.
         cupy.cuda.runtime.CUDARuntimeError: there is no such device, or no driver.
     """
-    override = settings().arch
+    override = arch_override()
     if override is not None:
         nvrtc.check_arch(override)
         return override
+    cupy = importlib.import_module("cupy")
+    return _arch_of(cupy.cuda.Device().id if device is None else device)
+
+
+@functools.cache
+def _arch_of(device: int) -> str:
     cupy = importlib.import_module("cupy")
     capability = int(cupy.cuda.Device(device).compute_capability)
     if capability == 90:

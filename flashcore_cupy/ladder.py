@@ -201,8 +201,6 @@ def _launched(rung: Rung, course: _Course, iters: int, warmup: int) -> Rung:
         bound = plan(*course.gpu, kernel=rung.kernel, causal=course.problem.causal, return_lse=True)
         bound.launch()
         cupy.cuda.get_current_stream().synchronize()
-    except cupy.cuda.driver.CUDADriverError as error:
-        return replace(rung, launches=False, failure=str(error))
     except (cupy.cuda.runtime.CUDARuntimeError, MemoryError) as error:
         return replace(rung, launches=False, failure=str(error))
     check = verify.check_plan(bound, *course.host, known=course.known)

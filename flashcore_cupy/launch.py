@@ -46,7 +46,19 @@ class Step:
     block: int
     smem_bytes: int
     params: np.ndarray[Any, Any]
-    """0-d structured array: the struct that the kernel takes by value."""
+    """0-d array of bytes: the struct that the kernel takes by value."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A problem and its kernels, without any arrays."""
+
+    problem: AttentionProblem
+    selection: Selection
+    kernels: tuple[LoadedKernel, ...]
+    """In launch order."""
+    params: np.ndarray[Any, Any]
+    """``AttentionParams`` with all addresses 0."""
 
 
 @dataclass
@@ -77,41 +89,55 @@ class Plan:
         return _normalised_probabilities(self)
 
 
-def make_plan(
-    problem: AttentionProblem,
-    selection: Selection,
-    arch: str,
-    q: cupy.ndarray,
-    k: cupy.ndarray,
-    v: cupy.ndarray,
-    o: cupy.ndarray,
-    o_operand: Operand,
-    *,
-    want_lse: bool,
-) -> Plan:
-    """Build the kernel if need be, allocate what it needs beside ``o``, and pack its parameters.
+def prepare(
+    problem: AttentionProblem, selection: Selection, arch: str, o_operand: Operand
+) -> Prepared:
+    """Build the kernel if need be, load it, and pack what the problem fixes of its parameters.
 
-    ``q``, ``k``, ``v``, ``o`` are (B, H, S, D) or (B, S, H, D) arrays on the current device,
-    described by ``problem`` and ``o_operand``.
+    ``o_operand`` describes the output. For the current device.
     """
     import cupy
 
     device = cupy.cuda.Device().id
-    kernel = load_kernel(_aligned_for(selection.config, o_operand), arch, device)
-    plan = Plan(problem, selection, (kernel,), (), {"q": q, "k": k, "v": v, "o": o})
+    config = _aligned_for(selection.config, o_operand)
+    kernels = [load_kernel(config, arch, device)]
+    if selection.kernel.quantizes:
+        kernels.insert(0, load_kernel(quantize_config(config), arch, device))
+    params = _fixed_params(problem, config, o_operand)
+    return Prepared(problem, selection, tuple(kernels), params)
+
+
+def make_plan(
+    prepared: Prepared,
+    q: cupy.ndarray,
+    k: cupy.ndarray,
+    v: cupy.ndarray,
+    o: cupy.ndarray,
+    *,
+    want_lse: bool,
+) -> Plan:
+    """Bind a prepared problem to its arrays, and allocate what the kernel needs beside them."""
+    import cupy
+
+    problem = prepared.problem
+    plan = Plan(problem, prepared.selection, prepared.kernels, (), {"q": q, "k": k, "v": v, "o": o})
+    params = prepared.params.copy()
+    for name in "qkvo":
+        params[name] = plan.arrays[name].data.ptr
+    rows = (problem.batch, problem.heads_q, problem.seqlen_q)
     if want_lse:
-        shape = (problem.batch, problem.heads_q, problem.seqlen_q)
-        plan.arrays["lse"] = cupy.empty(shape, cupy.float32)
-    _allocate_gate(plan)
-    params = _attention_params(plan, o_operand)
-    if problem.batch * problem.heads_q * problem.seqlen_q == 0:
+        plan.arrays["lse"] = cupy.empty(rows, cupy.float32)
+        params["lse"] = plan.arrays["lse"].data.ptr
+    if problem.gate is not None:
+        _allocate_gate(plan, params)
+    if 0 in rows:
         return plan
-    if selection.kernel.name == "wmma_unfused":
-        _plan_unfused(plan, kernel, params)
-    elif selection.kernel.quantizes:
-        _plan_fp8(plan, kernel, params, arch, device)
+    if prepared.selection.kernel.name == "wmma_unfused":
+        _plan_unfused(plan, params)
+    elif prepared.selection.kernel.quantizes:
+        _plan_fp8(plan, params)
     else:
-        _plan_one_entry(plan, kernel, params)
+        _plan_one_entry(plan, params)
     return plan
 
 
@@ -132,16 +158,17 @@ def _aligned_for(config: KernelConfig, o_operand: Operand) -> KernelConfig:
     return replace(config, align_bytes=min(config.align_bytes, o_operand.align_bytes))
 
 
-def _plan_one_entry(plan: Plan, kernel: LoadedKernel, params: np.ndarray[Any, Any]) -> None:
-    """Scalar and the fused kernels: one block per BLOCK_M queries of a head."""
+def _plan_one_entry(plan: Plan, params: np.ndarray[Any, Any]) -> None:
+    """One block per BLOCK_M queries of a head."""
     (name,) = plan.selection.kernel.entries
-    plan.steps += (_step(kernel, name, _query_blocks(plan), params),)
+    plan.steps += (_step(plan.kernels[-1], name, _query_blocks(plan), params),)
 
 
-def _plan_unfused(plan: Plan, kernel: LoadedKernel, params: np.ndarray[Any, Any]) -> None:
+def _plan_unfused(plan: Plan, params: np.ndarray[Any, Any]) -> None:
     import cupy
 
-    problem, tile = plan.problem, kernel.config.tile
+    problem, (kernel,) = plan.problem, plan.kernels
+    tile = kernel.config.tile
     heads = problem.batch * problem.heads_q
     rows = _round_up(problem.seqlen_q, tile.block_m)
     cols = _round_up(problem.visible_kv, tile.block_n)
@@ -164,77 +191,72 @@ def _plan_unfused(plan: Plan, kernel: LoadedKernel, params: np.ndarray[Any, Any]
     )
 
 
-def _plan_fp8(
-    plan: Plan, kernel: LoadedKernel, params: np.ndarray[Any, Any], arch: str, device: int
-) -> None:
+def _plan_fp8(plan: Plan, params: np.ndarray[Any, Any]) -> None:
     """Quantise q, k, v, then attend to the e4m3 copies."""
     import cupy
 
-    config = kernel.config
-    quantizer = load_kernel(quantize_config(plan.selection.config), arch, device)
-    plan.kernels = (quantizer, kernel)
-    for operand in (plan.problem.q, plan.problem.k, plan.problem.v):
+    quantizer, kernel = plan.kernels
+    row = kernel.config.head_dim
+    pack = np.zeros((), QUANTIZE_PARAMS)
+    blocks = 0
+    for index, operand in enumerate((plan.problem.q, plan.problem.k, plan.problem.v)):
         name = operand.name
         batch, heads, seqlen, dim = operand.shape
-        x8 = cupy.empty((batch, heads, seqlen, config.head_dim), cupy.uint8)
+        x8 = cupy.empty((batch, heads, seqlen, row), cupy.uint8)
         scale = cupy.empty((batch, heads), cupy.float32)
         plan.arrays |= {f"{name}8": x8, f"{name}_scale": scale}
-        row = config.head_dim
         params[name] = x8.data.ptr
         params[f"{name}_scale"] = scale.data.ptr
         params[f"{name}_strides"] = (heads * seqlen * row, seqlen * row, row)
-        if batch * heads * seqlen == 0:
-            continue
-        pack = np.zeros((), QUANTIZE_PARAMS)
-        pack["x"], pack["x8"], pack["scale"] = (
-            plan.arrays[name].data.ptr,
-            x8.data.ptr,
-            scale.data.ptr,
-        )
-        pack["strides"] = operand.strides
-        pack["heads"], pack["seqlen"], pack["dim"] = heads, seqlen, dim
-        plan.steps += (_step(quantizer, "fp8_quantize", batch * heads, pack),)
-    _plan_one_entry(plan, kernel, params)
+        tensor = pack["tensor"][index]
+        tensor["x"], tensor["x8"] = plan.arrays[name].data.ptr, x8.data.ptr
+        tensor["scale"], tensor["strides"] = scale.data.ptr, operand.strides
+        tensor["heads"], tensor["seqlen"], tensor["dim"] = heads, seqlen, dim
+        tensor["blocks"] = batch * heads
+        blocks += batch * heads
+    plan.steps += (_step(quantizer, "fp8_quantize", blocks, pack),)
+    _plan_one_entry(plan, params)
 
 
-def _attention_params(plan: Plan, o_operand: Operand) -> np.ndarray[Any, Any]:
-    problem, arrays = plan.problem, plan.arrays
+def _fixed_params(
+    problem: AttentionProblem, config: KernelConfig, o_operand: Operand
+) -> np.ndarray[Any, Any]:
     params = np.zeros((), ATTENTION_PARAMS)
-    for operand in (problem.q, problem.k, problem.v, replace(o_operand, name="o")):
-        params[operand.name] = arrays[operand.name].data.ptr
+    for operand in (problem.q, problem.k, problem.v, o_operand):
         params[f"{operand.name}_strides"] = operand.strides
-    for name in ("lse", "gate", "gate_tile_max", "gate_row_max", "gate_row_sum"):
-        if name in arrays:
-            params[name] = arrays[name].data.ptr
     params["batch"], params["heads_q"] = problem.batch, problem.heads_q
     params["heads_kv"] = problem.heads_kv
     params["seqlen_q"], params["seqlen_kv"] = problem.seqlen_q, problem.visible_kv
     params["causal_offset"] = problem.causal_offset if problem.causal else 0
     params["gate_row"] = problem.seqlen_kv
-    params["gate_tiles"] = _gate_tiles(plan)
+    params["gate_tiles"] = _gate_tiles(problem, config)
     params["softmax_scale"] = problem.softmax_scale
     params["scale_log2"] = problem.softmax_scale * _LOG2_E
     return params
 
 
-def _allocate_gate(plan: Plan) -> None:
+def _allocate_gate(plan: Plan, params: np.ndarray[Any, Any]) -> None:
     """Arrays for what a gate writes, filled with what it means not to be written: hidden keys."""
     import cupy
 
     problem = plan.problem
     rows = (problem.batch, problem.heads_q, problem.seqlen_q)
+    gate: dict[str, Any] = {}
     if problem.gate == "qk":
-        plan.arrays["gate"] = cupy.full((*rows, problem.seqlen_kv), -np.inf, cupy.float32)
+        gate["gate"] = cupy.full((*rows, problem.seqlen_kv), -np.inf, cupy.float32)
     elif problem.gate == "softmax":
-        plan.arrays["gate"] = cupy.zeros((*rows, problem.seqlen_kv), cupy.float32)
-        hidden = cupy.full((*rows, _gate_tiles(plan)), -np.inf, cupy.float32)
-        plan.arrays["gate_tile_max"] = hidden
-        plan.arrays["gate_row_max"] = cupy.zeros(rows, cupy.float32)
-        plan.arrays["gate_row_sum"] = cupy.zeros(rows, cupy.float32)
+        tiles = _gate_tiles(problem, plan.selection.config)
+        gate["gate"] = cupy.zeros((*rows, problem.seqlen_kv), cupy.float32)
+        gate["gate_tile_max"] = cupy.full((*rows, tiles), -np.inf, cupy.float32)
+        gate["gate_row_max"] = cupy.zeros(rows, cupy.float32)
+        gate["gate_row_sum"] = cupy.zeros(rows, cupy.float32)
+    for name, array in gate.items():
+        plan.arrays[name] = array
+        params[name] = array.data.ptr
 
 
-def _gate_tiles(plan: Plan) -> int:
-    return -(-plan.problem.seqlen_kv // plan.selection.config.tile.block_n)
+def _gate_tiles(problem: AttentionProblem, config: KernelConfig) -> int:
+    return -(-problem.seqlen_kv // config.tile.block_n)
 
 
 def _normalised_probabilities(plan: Plan) -> Any:
@@ -253,7 +275,9 @@ def _step(kernel: LoadedKernel, entry: str, grid: int, params: np.ndarray[Any, A
     if grid > _MAX_GRID:
         raise ValueError(f"q: needs {grid} thread blocks, a launch has at most 2**31 - 1")
     config = kernel.config
-    return Step(kernel.entries[entry], grid, config.threads, config.smem_bytes, params)
+    # As plain bytes: CuPy looks at a structured array field by field at every launch.
+    block = params.view(np.dtype((np.void, params.itemsize)))
+    return Step(kernel.entries[entry], grid, config.threads, config.smem_bytes, block)
 
 
 def _query_blocks(plan: Plan) -> int:

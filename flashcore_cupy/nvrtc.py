@@ -143,7 +143,7 @@ def compile_source(root: Path, source: str, defines: Defines, arch: str) -> tupl
     """Return the cubin and the compiler's report."""
     nvrtc = _nvrtc()
     macros = [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    options = (f"-arch={arch}", f"-I{root}", *OPTIONS, *macros)
+    options = (f"-arch={arch}", f"-I{root}", *OPTIONS, *_no_cache(), *macros)
     text = (root / source).read_text(encoding="utf-8")
     # The program bears the file's own path, so that messages name a file that can be opened.
     program = nvrtc.createProgram(text, str(root / source), (), ())
@@ -155,6 +155,11 @@ def compile_source(root: Path, source: str, defines: Defines, arch: str) -> tupl
         raise CompileError(str(root / source), arch, defines, log) from error
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _no_cache() -> tuple[str, ...]:
+    """Keep NVRTC from its own cache: a hit there comes without the report on resources."""
+    return ("--no-cache",) if nvrtc_version() >= (12, 9) else ()
 
 
 def _log(nvrtc: Any, program: int) -> str:

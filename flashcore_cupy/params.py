@@ -33,12 +33,14 @@ ATTENTION_PARAMS = np.dtype(
     align=True,
 )
 
-#: ``QuantizeParams`` of ``fp8_quantize.cu``.
-QUANTIZE_PARAMS = np.dtype(
+_QUANTIZE_TENSOR = np.dtype(
     [
         *((name, "u8") for name in ("x", "x8", "scale")),
         ("strides", STRIDES),
-        *((name, "i4") for name in ("heads", "seqlen", "dim")),
+        *((name, "i4") for name in ("blocks", "heads", "seqlen", "dim")),
     ],
     align=True,
 )
+
+#: ``QuantizeParams`` of ``fp8_quantize.cu``: q, k, v.
+QUANTIZE_PARAMS = np.dtype([("tensor", _QUANTIZE_TENSOR, (3,))], align=True)

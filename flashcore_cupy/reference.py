@@ -12,6 +12,7 @@ to them and no others: a masked value is left out, not multiplied by 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -319,7 +320,8 @@ def make_inputs(
 
     Kinds, for the default scale of 1 / sqrt(D):
     "normal": N(0, 1). "outliers": N(0, 1) + N(0, 100) * Bernoulli(0.001), 100 being the variance.
-    "large": q and k of standard deviation 100, so scores of standard deviation 1e4.
+    "large": one column of q and k is large, so that scores are -1.2e4, 0 or 1.2e4, plus N(0, 1):
+    weights spread over a third of the keys, and a later key may raise the maximum by 1e4 or more.
     "constant": all keys of a head alike, so all scores of a row are equal and o is the mean of v.
     "onehot": rows of q and k with one element that is not 0, so a query attends, in equal parts, to
     the keys with its element (score 16, the others 0); rows of v with one 1.
@@ -335,7 +337,10 @@ def make_inputs(
     k = _random(rng, kind, (batch, heads_kv, seqlen_kv, head_dim))
     v = _random(rng, kind, (batch, heads_kv, seqlen_kv, head_dim_v))
     if kind == "large":
-        q, k = q * np.float32(100), k * np.float32(100)
+        # Large N(0, sigma) would make rows one-hot, and the largest error the luck of one near-tie.
+        column = math.sqrt(1.2e4 * math.sqrt(head_dim))
+        q[..., 0] = column * rng.choice([-1, 1], q.shape[:3])
+        k[..., 0] = column * rng.choice([-1, 0, 1], k.shape[:3])
     if kind == "constant":
         k[:] = k[:, :, :1].copy()
     if kind == "onehot":

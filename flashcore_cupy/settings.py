@@ -27,8 +27,13 @@ def settings() -> Settings:
     return Settings(
         cache_dir=_path("FLASHCORE_CACHE_DIR"),
         kernels_dir=_path("FLASHCORE_KERNELS_DIR"),
-        arch=os.environ.get("FLASHCORE_ARCH") or None,
+        arch=arch_override(),
     )
+
+
+def arch_override() -> str | None:
+    """``settings().arch`` alone: it is asked at every call, and paths take their time."""
+    return os.environ.get("FLASHCORE_ARCH") or None
 
 
 def _path(name: str) -> Path | None:

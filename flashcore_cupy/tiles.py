@@ -6,6 +6,7 @@ over ``ROWS``. Times in the notes: one H200, ``flashcore-cupy ladder``, B=4 H=16
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -106,6 +107,7 @@ ROWS: tuple[Row, ...] = (
     *(Row("wmma_unfused", d, replace(_UNFUSED, block_m=64)) for d in (80, 96, 128)),
     *(Row("wmma_fused_32", d, _FUSED_32) for d in WMMA_HEAD_DIMS),
     *(Row("wmma_fused_64", d, _FUSED_64) for d in WMMA_HEAD_DIMS),
+    *(Row("wmma_cp_async", d, replace(_CP_ASYNC, block_n=128)) for d in (32, 64)),
     *(Row("wmma_cp_async", d, _CP_ASYNC) for d in WMMA_HEAD_DIMS),
     *(Row("wmma_cp_async", d, replace(_CP_ASYNC, block_n=32)) for d in (96, 128)),
     *(Row("wmma_warp_softmax", d, _WARP) for d in (32, 64, 80)),
@@ -261,6 +263,14 @@ def select(
     the reason if there is none.
     """
     check_choice("kernel", kernel, ("auto", *KERNELS))
+    return _select(problem, arch, kernel, tuple((overrides or {}).items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(
+    problem: AttentionProblem, arch: str, kernel: str, changes: tuple[tuple[str, object], ...]
+) -> Selection:
+    overrides = dict(changes)
     if kernel != "auto":
         try:
             config = configure(problem, KERNELS[kernel], arch, overrides)

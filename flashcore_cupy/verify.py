@@ -27,7 +27,7 @@ Rows = NDArray[np.int64]
 Naive = Callable[[Rows], Array]
 
 #: Scores that the float64 oracle evaluates at most; beyond, it takes a sample of the query rows.
-SCORE_BUDGET = 2**26
+SCORE_BUDGET = 2**25
 _FEWEST_ROWS = 16
 _E4M3_MAX = np.float32(448)
 _SMALLEST_MAX = np.float32(1e-30)  # fp8_quantize.cu leaves a head below as it is
@@ -120,9 +120,9 @@ def expect(
     rules = _rules(problem)
 
     def naive(rows: Rows) -> Array:
-        if problem.gate == "pv":  # all scores 0, whatever q and k hold
-            return reference.naive(np.zeros_like(q), np.zeros_like(k), v, rows=rows, **rules)
-        return reference.naive(q, k, v, rows=rows, **rules)
+        uniform = problem.gate == "pv"  # all scores 0, whatever q and k hold
+        scored = (np.zeros_like(q), np.zeros_like(k)) if uniform else (q, k)
+        return reference.naive(*scored, v, rows=rows, **rules)
 
     return _expect(problem, q, k, v, naive, tile)
 
@@ -155,10 +155,10 @@ def _expect(
 
 
 def sample_rows(problem: AttentionProblem, tile: int, *, budget: int | None = None) -> Rows:
-    """All query rows, or so many that the scores of all heads stay within ``budget``
-    (``SCORE_BUDGET``).
+    """All query rows, or so many that the scores of all heads stay within ``budget``.
 
-    A sample has the first and last row, those beside boundaries of tiles, and others at random.
+    The default is ``SCORE_BUDGET``. A sample has the first and last row, those beside boundaries
+    of tiles, and others at random.
     """
     total = problem.seqlen_q
     per_row = max(1, problem.batch * problem.heads_q * problem.seqlen_kv)

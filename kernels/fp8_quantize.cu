@@ -5,7 +5,7 @@
 //   / scale)
 //
 // so the largest value uses e4m3's whole range (448). NaN and infinities become e4m3's NaN: they
-// still reach the outputs that attend to them. One block per head and tensor: it reads the head
+// still reach the outputs that attend to them. One block per head of q, k and v: it reads the head
 // twice, once for the maximum and once to convert. Rows of x8 are HEAD_DIM bytes, the columns
 // beyond D zeros.
 #include <flashcore/config.cuh>
@@ -18,12 +18,17 @@ namespace flashcore {
 constexpr float E4M3_MAX = 448.0f;
 constexpr float MIN_MAX = 1e-30f;
 
-struct QuantizeParams {
+struct QuantizeTensor {
     const void* x;  // (B, H, S, dim) of T
     void* x8;       // (B, H, S, HEAD_DIM) of e4m3
     float* scale;   // (B, H)
     Strides strides;
+    int blocks;  // B * H: its share of the grid
     int heads, seqlen, dim;
+};
+
+struct QuantizeParams {
+    QuantizeTensor tensor[3];  // q, k, v
 };
 
 struct SharedStorage {
@@ -44,13 +49,13 @@ union Piece8 {
     Vector<VEC> vector;
 };
 
-__device__ __forceinline__ Piece load_piece(const T* gX, const QuantizeParams& params, int64 i) {
+__device__ __forceinline__ Piece load_piece(const T* gX, const QuantizeTensor& tensor, int64 i) {
     const int64 row = i / PIECES_PER_ROW;
     const int col = int(i - row * PIECES_PER_ROW) * VEC;
     Piece x = {};
-    if (col < params.dim)
+    if (col < tensor.dim)
         x.vector =
-            *reinterpret_cast<const Vector<ALIGN_BYTES>*>(gX + row * params.strides.row + col);
+            *reinterpret_cast<const Vector<ALIGN_BYTES>*>(gX + row * tensor.strides.row + col);
     return x;
 }
 
@@ -73,15 +78,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     fp8_quantize(const __grid_constant__ QuantizeParams params) {
     extern __shared__ char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
-    const int head = blockIdx.x % params.heads, batch = blockIdx.x / params.heads;
-    const T* gX = head_pointer<T>(params.x, params.strides, batch, head);
-    Vector<VEC>* gX8 =
-        static_cast<Vector<VEC>*>(params.x8) + int64(blockIdx.x) * params.seqlen * PIECES_PER_ROW;
+    // The grid is q's heads, then k's, then v's.
+    int which = 0, block = blockIdx.x;
+    while (block >= params.tensor[which].blocks) block -= params.tensor[which++].blocks;
+    const QuantizeTensor& tensor = params.tensor[which];
+    const T* gX =
+        head_pointer<T>(tensor.x, tensor.strides, block / tensor.heads, block % tensor.heads);
+    const int64 pieces = int64(tensor.seqlen) * PIECES_PER_ROW;
+    Vector<VEC>* gX8 = static_cast<Vector<VEC>*>(tensor.x8) + block * pieces;
 
-    const int64 pieces = int64(params.seqlen) * PIECES_PER_ROW;
     float magnitude = 0.0f;
     for (int64 i = threadIdx.x; i < pieces; i += NUM_THREADS) {
-        const Piece x = load_piece(gX, params, i);
+        const Piece x = load_piece(gX, tensor, i);
 #pragma unroll
         for (int e = 0; e < VEC; ++e)
             magnitude = fmaxf(magnitude, finite_magnitude(to_float(x.element[e])));
@@ -91,14 +99,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     const bool scaled = max > MIN_MAX;
     const float to_e4m3_range = scaled ? E4M3_MAX / max : 1.0f;
     for (int64 i = threadIdx.x; i < pieces; i += NUM_THREADS) {
-        const Piece x = load_piece(gX, params, i);
+        const Piece x = load_piece(gX, tensor, i);
         Piece8 x8;
 #pragma unroll
         for (int e = 0; e < VEC; ++e)
             x8.element[e] = to_e4m3(to_float(x.element[e]) * to_e4m3_range);
         gX8[i] = x8.vector;
     }
-    if (threadIdx.x == 0) params.scale[blockIdx.x] = scaled ? max / E4M3_MAX : 1.0f;
+    if (threadIdx.x == 0) tensor.scale[block] = scaled ? max / E4M3_MAX : 1.0f;
 }
 
 }  // namespace flashcore

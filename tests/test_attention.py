@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import flashcore_cupy
-from flashcore_cupy import problem, reference, selftest, selftest_cases, tiles
+from flashcore_cupy import builds, jit, problem, reference, selftest, selftest_cases, tiles
 
 attention = flashcore_cupy.attention
 
@@ -25,7 +26,12 @@ def test_matrix(kernel: str) -> None:
     """Every case of ``flashcore-cupy selftest``: one item per kernel, every failure listed."""
     mine = [case for case in selftest_cases.cases() if case.kernel == kernel]
     assert len(mine) > 50
-    results = selftest.run_all(mine)
+    arch = jit.device_arch()
+    mine = selftest.runnable(mine, arch)
+    configs = [config for case in mine for config in selftest.case_config(case, arch)]
+    builds.build_each([(config, arch) for config in dict.fromkeys(configs)])
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(selftest.run_case, mine))
     failed = [f"{r.case.dtype} {r.case.name}: {r.reason}" for r in results if not r.ok]
     assert not failed, f"{len(failed)} of {len(mine)} cases fail:\n" + "\n".join(failed)
 

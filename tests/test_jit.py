@@ -442,7 +442,8 @@ def test_target_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _fake_device(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     import cupy
 
-    device = SimpleNamespace(compute_capability=capability)
+    device = SimpleNamespace(compute_capability=capability, id=0)
+    jit._arch_of.cache_clear()
     monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
     monkeypatch.setattr(cupy.cuda, "Device", lambda _=None: device)
     monkeypatch.setattr(nvrtc, "arch_numbers", lambda: (75, 80, 86, 89, 90, 100, 120))

@@ -230,5 +230,12 @@ def test_python_files_stay_small(path: Path) -> None:
         assert len(lines) <= MODULE_LINES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
+            length = (node.end_lineno or 0) - node.lineno + 1 - _docstring_lines(node)
             assert length <= FUNCTION_LINES, f"{node.name}: {length} lines"
+
+
+def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """A public function's manual is not what makes it long."""
+    if ast.get_docstring(node) is None:
+        return 0
+    return (node.body[0].end_lineno or 0) - node.body[0].lineno + 1

@@ -279,7 +279,8 @@ def test_float32_gives_float32_accuracy() -> None:
 
 def test_scores_past_1e4() -> None:
     q, k, v = make_inputs("large", batch=1, heads=2, seqlen=300, head_dim=64, dtype="bfloat16")
-    assert np.abs(reference.gate_scores(q, k, v)).max() > 2e4
+    scores = reference.gate_scores(q, k, v)
+    assert scores.max(axis=-1).min() > 1e4 and scores.min() < -1e4
     o, lse = tiled(q, k, v)
     assert np.isfinite(o.astype(np.float32)).all() and np.isfinite(lse).all()
 

@@ -1,0 +1,488 @@
+"""The command line: every command, its JSON, its exit codes, and how it refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from conftest import ROOT, compiler_skip_reason, gpu_skip_reason
+
+from flashcore_cupy import __version__, _render, tiles, verify
+from flashcore_cupy._cli import main
+
+ON_GPU = gpu_skip_reason() is None
+SMALL = ("--B", "1", "--H", "2", "--S", "40", "--D", "32")
+FAST = ("--iters", "2", "--warmup", "0")
+
+needs_compiler = pytest.mark.skipif(
+    compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
+)
+without_gpu = pytest.mark.skipif(ON_GPU, reason="shows what happens without a GPU")
+
+
+def invoke(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def json_of(*arguments: str, code: int = 0) -> Any:
+    """What a command prints with --json: nothing else on stdout, and strictly JSON."""
+    text = invoke(*arguments, "--json", code=code).stdout
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# --- run ---------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_run_prints_everything_that_matters() -> None:
+    text = invoke("run", *SMALL, *FAST).stdout
+    for word in ("device", "problem", "kernel", "compiled", "resources", "check", "latency"):
+        assert word in text
+    assert "B=1 H=2 S=40 D=32 float16" in text
+    assert "registers" in text and "KiB shared memory" in text and "0 bytes spilled" in text
+    assert "ok  max error" in text and "allowed" in text
+    assert "40 of 40 query rows" in text
+    assert "median" in text and "TFLOP/s" in text
+    assert ("replayed CUDA graph" in text) == ON_GPU
+
+
+@without_gpu
+@needs_compiler
+def test_run_without_a_gpu_says_so_in_one_line_and_compiles() -> None:
+    result = invoke("run", *SMALL, *FAST, "--kernel", "scalar", "--arch", "sm_80")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("no GPU (") and "NumPy" in result.stderr
+    assert "scalar.cu for sm_80" in result.stdout and "built for sm_80, not run" in result.stdout
+
+
+@needs_compiler
+def test_run_as_json() -> None:
+    data = json_of("run", *SMALL, *FAST, "--causal", "--Skv", "50", "--Hkv", "1", "--seed", "7")
+    assert data["ok"] and data["check"]["ok"]
+    assert data["check"]["max_error"] <= data["check"]["allowed_error"]
+    assert data["problem"] == {
+        "B": 1, "H": 2, "Hkv": 1, "S": 40, "Skv": 50, "D": 32, "dtype": "float16",
+        "causal": True, "gate": None, "seed": 7,
+    }  # fmt: skip
+    (build,) = data["builds"]
+    assert build["arch"] == data["machine"]["arch"]
+    assert build["registers"] > 16 and build["shared_bytes"] > 1000 and build["spill_bytes"] == 0
+    assert data["call"]["median_us"] > 0 and data["tflops"] > 0
+    assert (data["graph"] is not None) == ON_GPU == (data["no_gpu"] is None)
+
+
+@without_gpu  # where the first run's kernel would still be loaded
+@needs_compiler
+def test_the_second_run_takes_the_kernel_from_the_cache() -> None:
+    job = ("run", *SMALL, *FAST, "--kernel", "wmma_fused_64")
+    json_of(*job)
+    (build,) = json_of(*job)["builds"]
+    assert build["from_cache"]
+    assert "from the cache" in invoke(*job).stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize("gate", ["qk", "softmax", "pv"])
+def test_run_checks_a_gate(gate: str) -> None:
+    data = json_of("run", *SMALL, *FAST, "--gate", gate, "--kernel", "wmma_fused_32")
+    assert data["ok"] and data["problem"]["gate"] == gate and data["tflops"] is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_run_takes_other_dtypes(dtype: str) -> None:
+    assert json_of("run", *SMALL, *FAST, "--dtype", dtype)["problem"]["dtype"] == dtype
+
+
+@needs_compiler
+def test_set_changes_the_configuration() -> None:
+    job = ("run", *SMALL, *FAST, "--no-graph", "--kernel", "wmma_fused_64")
+    data = json_of(*job, "--set", "block_m=32", "--set", "warps_m=2,num_stages=2 cp_async=true")
+    assert data["config"].startswith("32x64 tile, 4 warps (2x2), 2 stages, cp_async")
+    assert data["graph"] is None
+
+
+@needs_compiler
+def test_fp8_reports_both_of_its_kernels() -> None:
+    data = json_of("run", *SMALL, *FAST, "--kernel", "fp8_wmma")
+    assert [build["source"] for build in data["builds"]] == ["fp8_quantize.cu", "wmma_fused.cu"]
+    assert (data["check"]["quantization_error"] is not None) == ON_GPU
+
+
+@needs_compiler
+def test_a_failed_check_is_exit_code_1_and_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = verify.Expectation.judge
+
+    def judge_moved(known: verify.Expectation, got: Any, lse: Any = None) -> verify.Check:
+        wrong = got.copy()
+        wrong[0, 1, 17, 3] += 5
+        return judge(known, wrong, lse)
+
+    monkeypatch.setattr(verify.Expectation, "judge", judge_moved)
+    text = invoke("run", *SMALL, *FAST, code=1).stdout
+    assert "FAILED" in text
+    assert "worst element: b=0 h=1 query=17 column=3: got" in text and "expected" in text
+    assert not json_of("run", *SMALL, *FAST, code=1)["ok"]
+
+
+@needs_compiler
+def test_a_kernel_that_does_not_compile_is_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "kernels"
+    (folder / "flashcore").mkdir(parents=True)
+    (folder / "scalar.cu").write_text("int x = ;\n")
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
+    # Another head dim than elsewhere: on a GPU, loaded kernels stay loaded.
+    job = ("run", "--S", "8", "--D", "29", *FAST, "--kernel", "scalar")
+    result = invoke(*job, code=1)
+    assert "scalar.cu, line 1" in result.stderr and "does not compile" in result.stderr
+
+
+def test_run_without_cupy_still_runs_and_says_why_nothing_was_built() -> None:
+    code = (
+        "import sys; sys.modules['cupy'] = sys.modules['cupy_backends'] = None\n"
+        "from flashcore_cupy._cli import main\n"
+        f"main({['run', *SMALL, *FAST]!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compiled  nothing: " in done.stdout and "pip install cupy" in done.stdout
+    assert "ok  max error" in done.stdout
+    assert done.stderr.startswith("no GPU (")
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+BAD_INPUT = {
+    "zero": (("run", "--B", "0"), "--B"),
+    "negative": (("run", "--S", "-5"), "--S"),
+    "not a number": (("run", "--H", "many"), "--H"),
+    "zero keys": (("run", "--Skv", "0"), "--Skv"),
+    "heads": (("run", "--H", "6", "--Hkv", "4"), "multiple"),
+    "head dim": (("run", "--D", "300"), "256"),
+    "head dim of a kernel": (("run", "--D", "200", "--kernel", "wmma_fused_64"), "up to 128"),
+    "dtype": (("run", "--dtype", "float64"), "float64"),
+    "dtype of a kernel": (("run", "--dtype", "float32", "--kernel", "fp8_wmma"), "float32"),
+    "kernel": (("run", "--kernel", "best"), "wmma_fused_64"),
+    "gate": (("run", "--gate", "out"), "softmax"),
+    "unknown field": (("run", "--set", "block_k=3"), "block_n"),
+    "no value": (("run", "--set", "block_n"), "FIELD=VALUE"),
+    "value of a wrong kind": (("run", "--set", "block_n=big"), "whole number"),
+    "illegal tile": (("run", "--kernel", "wmma_fused_64", "--set", "block_n=33"), "block_n=33"),
+    "too much shared memory": (
+        ("run", "--kernel", "wmma_fused_64", "--D", "128", "--set", "block_n=512"),
+        "shared memory",
+    ),
+    "seed": (("run", "--seed", "-1"), "--seed"),
+    "iters": (("run", "--iters", "0"), "--iters"),
+    "unknown option": (("run", "--batch", "3"), "--batch"),
+    "unknown command": (("fly",), "fly"),
+    "ladder sizes": (("ladder", "--D", "0"), "--D"),
+    "ladder heads": (("ladder", "--H", "3", "--Hkv", "2"), "multiple"),
+    "plot's folder": (("ladder", "--plot", "no/such/folder/ladder.png"), "no folder"),
+    "plot's format": (("ladder", "--plot", "ladder.bmp"), ".png"),
+    "plot onto a folder": (("ladder", "--plot", "tests.png"), "cannot be written"),
+    "baseline": (("ladder", "--baseline-us", "0"), "--baseline-us"),
+    "baseline without a time": (("ladder", "--baseline-name", "x"), "--baseline-us"),
+    "missing results": (("ladder", "--from", "missing.json"), "missing.json"),
+    "other results": (("ladder", "--from", "other.json"), "not the JSON of a ladder"),
+    "results that are not JSON": (("ladder", "--from", "text.json"), "not the JSON of a ladder"),
+    "selftest's output": (("selftest", "--output", "no/such/folder/x.json"), "no folder"),
+    "warmup kernel": (("warmup", "--kernel", "best"), "scalar"),
+    "warmup target": (("warmup", "--arch", "gpu"), "sm_90a"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "told"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_message_and_exit_code_2(
+    arguments: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests.png").mkdir()
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    (tmp_path / "text.json").write_text("hello")
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments, code=2)
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and told in errors[0]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"tests.png", "other.json", "text.json"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("command", ["run", "ladder", "warmup"])
+def test_a_target_that_the_compiler_does_not_know(command: str) -> None:
+    result = invoke(command, "--arch", "sm_31", code=2)
+    assert "sm_31" in result.stderr and "sm_90a" in result.stderr
+
+
+@needs_compiler
+def test_a_target_in_the_environment_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_31")
+    assert "sm_31" in invoke("run", *SMALL, code=2).stderr
+
+
+# --- ladder ------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_ladder_shows_every_rung() -> None:
+    result = invoke("ladder", *SMALL, *FAST)
+    lines = result.stdout.splitlines()
+    starts = [
+        line.split()[0] for line in lines if line.split() and line.split()[0] in tiles.KERNELS
+    ]
+    assert starts[: len(tiles.KERNELS)] == list(tiles.KERNELS)
+    for word in ("builds", "launches", "correct", "speed-up", "registers", "shared", "spills"):
+        assert word in result.stdout
+
+
+@needs_compiler
+def test_ladder_as_json() -> None:
+    data = json_of("ladder", *SMALL, *FAST)
+    assert data["ok"]
+    assert [rung["kernel"] for rung in data["rungs"]] == list(tiles.KERNELS)
+    for rung in data["rungs"]:
+        assert rung["builds"] and rung["registers"] > 16 and rung["spill_bytes"] == 0
+        assert rung["shared_bytes"] > 1000
+        assert rung["launches"] is rung["correct"] is (True if ON_GPU else None)
+        assert (rung["latency_us"] is not None) == (rung["speedup"] is not None) == ON_GPU
+
+
+@needs_compiler
+def test_ladder_says_why_a_rung_refuses() -> None:
+    data = json_of("ladder", *SMALL, *FAST, "--dtype", "float32")
+    assert data["ok"] and data["rungs"][0]["builds"]
+    assert all("not float32" in rung["refused"] for rung in data["rungs"][1:])
+    table = invoke("ladder", *SMALL, *FAST, "--dtype", "float32").stdout
+    assert "wmma_unfused: takes float16 and bfloat16, not float32" in table
+
+
+@needs_compiler
+def test_a_rung_that_does_not_compile_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", folder)
+    with (folder / "wmma_unfused.cu").open("a") as source:
+        source.write("\nint x = ;\n")
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
+    data = json_of("ladder", *SMALL, *FAST, code=1)
+    builds = {rung["kernel"]: rung["builds"] for rung in data["rungs"]}
+    assert builds == {kernel: kernel != "wmma_unfused" for kernel in tiles.KERNELS}
+    assert "wmma_unfused.cu" in data["rungs"][1]["failure"]
+
+
+def measured_ladder(folder: Path) -> Path:
+    """Made-up results, in the form of a GPU's."""
+    rungs = [
+        {
+            "kernel": kernel,
+            "idea": "",
+            "builds": True,
+            "launches": True,
+            "correct": kernel != "wmma_cp_async",
+            "max_error": 1e-4,
+            "latency_us": 2400.0 / 2.5**number,
+            "speedup": 2.5**number,
+            "registers": 96,
+            "shared_bytes": 4096,
+            "spill_bytes": 0,
+            "quantization_error": 0.04 if "fp8" in kernel else None,
+            "failure": "max error 1 > allowed 0.1" if kernel == "wmma_cp_async" else None,
+        }
+        for number, kernel in enumerate(tiles.KERNELS)
+    ]
+    problem = {"B": 1, "H": 8, "Hkv": 8, "S": 512, "Skv": 512, "D": 64}
+    data = {
+        "problem": problem | {"dtype": "float16", "causal": False, "gate": None, "seed": 0},
+        "machine": {"gpu": "Some GPU", "arch": "sm_90a"},
+        "rungs": rungs,
+        "baselines": [{"name": "first", "us": 22.0}],
+        "rows_checked": 512,
+    }
+    path = folder / "ladder.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def test_a_ladder_is_drawn_again_from_its_json(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    source, picture = measured_ladder(tmp_path), tmp_path / "ladder.png"
+    more = ("--baseline-us", "40", "--baseline-name", "second")
+    result = invoke("ladder", "--from", str(source), "--plot", str(picture), *more, code=1)
+    assert "2400" in result.stdout and "2.5x" in result.stdout and "Some GPU" in result.stdout
+    assert "first: 22.0 us" in result.stdout and "second: 40.0 us" in result.stdout
+    assert "wmma_cp_async: max error 1 > allowed 0.1" in result.stdout
+    width, height = png_size(picture)
+    assert 1200 <= width <= 2000 and 600 <= height <= 1400
+
+
+def test_labels_of_the_picture_do_not_overlap(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from flashcore_cupy import _plot, ladder
+
+    data = json.loads(measured_ladder(tmp_path).read_text())
+    figure = _plot.picture(ladder.Ladder.from_json(data))
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    labels = axes.texts
+    assert len(labels) == len(tiles.KERNELS)
+    assert [label.get_text().split()[0] for label in labels[:2]] == ["2400", "960"]
+    boxes = [label.get_window_extent() for label in labels]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x1 <= axes.bbox.x1 for box in boxes)
+    assert axes.get_xscale() == "log"
+    assert len(axes.lines) == 1  # the baseline
+
+
+@without_gpu
+@needs_compiler
+def test_a_ladder_without_a_gpu_is_drawn_from_what_is_known(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "ladder.png"
+    invoke("ladder", *SMALL, "--plot", str(picture))
+    assert png_size(picture)[0] >= 1200
+
+
+def test_plot_without_matplotlib_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    source = measured_ladder(tmp_path)
+    result = invoke("ladder", "--from", str(source), "--plot", str(tmp_path / "x.png"), code=2)
+    assert "flashcore-cupy[plot]" in result.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+# --- the other commands ------------------------------------------------------------------------
+
+
+@without_gpu
+def test_selftest_without_a_gpu_says_so() -> None:
+    assert "selftest needs a GPU: " in invoke("selftest", code=1).stderr
+
+
+@needs_compiler
+def test_warmup_reports_resources() -> None:
+    data = json_of("warmup", "--kernel", "wmma_fused_32", "--arch", "sm_80", "--arch", "sm_90a")
+    assert list(data) == ["kernels"]
+    rows = list(tiles.rows_of("wmma_fused_32"))
+    assert len(data["kernels"]) == 2 * 2 * 2 * len(rows)  # targets, dtypes, causal
+    keys = {"kernel", "arch", "registers", "shared_bytes", "local_bytes", "spill_bytes"}
+    for build in data["kernels"]:
+        assert set(build) == keys
+        assert build["kernel"] == "wmma_fused_32" and build["arch"] in ("sm_80", "sm_90a")
+        assert build["registers"] > 16 and build["local_bytes"] == build["spill_bytes"] == 0
+    table = invoke("warmup", "--kernel", "wmma_fused_32", "--arch", "sm_80").stdout
+    assert "wmma_fused_32" in table and "sm_80" in table
+
+
+@needs_compiler
+def test_warmup_leaves_out_what_a_target_cannot_run() -> None:
+    data = json_of("warmup", "--kernel", "wmma_cp_async", "--arch", "sm_75")
+    assert data == {"kernels": []}
+
+
+@needs_compiler
+def test_cache_shows_and_clears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "cache"))
+    assert json_of("cache")["entries"] == []
+    assert "0 kernels" in invoke("cache").stdout
+    json_of("warmup", "--kernel", "wmma_fused_32", "--arch", "sm_75")
+    data = json_of("cache")
+    assert data["folder"] == str(tmp_path / "cache")
+    assert len(data["entries"]) == 10 and data["size_bytes"] > 10_000
+    assert {entry["arch"] for entry in data["entries"]} == {"sm_75"}
+    assert "wmma_fused.cu" in invoke("cache").stdout
+    assert json_of("cache", "--clear")["cleared"] == 10
+    assert "removed 0 kernels" in invoke("cache", "--clear").stdout
+
+
+def test_doctor_lists_its_findings() -> None:
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    data = json.loads(result.stdout)
+    assert result.exit_code == (0 if data["ok"] else 1)
+    names = {finding["name"] for finding in data["findings"]}
+    assert {"CuPy", "driver", "NVRTC", "GPU", "cache"} <= names
+    table = CliRunner().invoke(main, ["doctor"])
+    assert table.exit_code == result.exit_code and "NVRTC" in table.stdout
+
+
+def test_version_and_help() -> None:
+    assert __version__ in invoke("--version").stdout
+    text = invoke("--help").stdout
+    for command in ("run", "ladder", "selftest", "doctor", "warmup", "cache"):
+        assert command in text
+        assert "--json" in invoke(command, "--help").stdout
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    data = {"a": [np.nan, np.inf, 1.5], "b": {"c": (-np.inf, True, None, "x", 3)}}
+    assert _render.clean(data) == {"a": [None, None, 1.5], "b": {"c": [None, True, None, "x", 3]}}
+
+
+def test_microseconds_keep_three_digits() -> None:
+    shown = [_render.microseconds(us) for us in (0.5, 7.25, 12.345, 99.96, 2480.4)]
+    assert shown == ["0.500", "7.25", "12.3", "100", "2480"]
+
+
+@needs_compiler
+def test_the_checkout_has_a_front_door() -> None:
+    done = subprocess.run(
+        [sys.executable, "cli.py", "run", *SMALL, *FAST, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"]
+    wrong = [sys.executable, "cli.py", "run", "--S", "0"]
+    done = subprocess.run(wrong, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2 and "--S" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_commands_on_a_gpu(tmp_path: Path) -> None:
+    data = json_of("run", "--kernel", "fp8_wmma", "--iters", "5")
+    assert data["ok"] and data["graph"]["median_us"] < data["call"]["median_us"] * 2
+    assert data["check"]["quantization_error"] > 0.001
+    picture, results = tmp_path / "ladder.png", tmp_path / "selftest.json"
+    data = json_of("ladder", "--iters", "5", "--plot", str(picture), "--baseline-us", "22")
+    assert all(rung["correct"] for rung in data["rungs"]) and png_size(picture)
+    assert data["rungs"][0]["speedup"] == 1
+    assert json_of("selftest", "--quick", "--output", str(results))["failed"] == 0
+    assert json.loads(results.read_text())["emulated"] is False
