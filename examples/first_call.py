@@ -1,4 +1,4 @@
-"""Attention on random arrays: CuPy's if there is a GPU, NumPy's if not; the same call either way."""
+"""Attention on random arrays: CuPy's where there is a GPU, else NumPy's; the same call."""
 
 import numpy as np
 

@@ -113,7 +113,7 @@ def run_command(
         selection = job.choose(problem, target, options)
     _note_missing_gpu("the job runs on NumPy arrays")
     result = job.run(problem, selection, target, options)
-    _report(as_json, result.to_json(), lambda: _render.run_table(result))
+    _report(as_json, result.to_json(), lambda _: _render.run_table(result))
     if not result.check.ok:
         raise click.exceptions.Exit(1)
 
@@ -169,7 +169,7 @@ def ladder_command(
         result = _climb(settings, arch, baselines)
     if plot is not None:
         _plot.draw(result, plot)
-    _report(as_json, result.to_json(), lambda: _render.ladder_table(result))
+    _report(as_json, result.to_json(), lambda columns: _render.ladder_table(result, columns))
     if not result.ok:
         raise click.exceptions.Exit(1)
 
@@ -223,7 +223,7 @@ def selftest_command(quick: bool, output: Path | None, as_json: bool) -> None:
         report = selftest.run_all(quick=quick, on_start=steps.start, on_step=steps.step)
     if output is not None:
         output.write_text(_as_json(report) + "\n", encoding="utf-8")
-    _report(as_json, report, lambda: _render.selftest_table(report))
+    _report(as_json, report, lambda _: _render.selftest_table(report))
     if report["failed"]:
         raise click.exceptions.Exit(1)
 
@@ -236,7 +236,7 @@ def doctor_command(as_json: bool) -> None:
     Exit code 1: there is something to cure.
     """
     report = doctor.examine()
-    _report(as_json, report.to_json(), lambda: _render.doctor_table(report))
+    _report(as_json, report.to_json(), lambda _: _render.doctor_table(report))
     if not report.ok:
         raise click.exceptions.Exit(1)
 
@@ -278,7 +278,7 @@ def warmup_command(
         steps.start(len(wanted), "compiling")
         made = builds.build_all(wanted, lambda done: steps.step(builds.what(done)))
     rows = [{"kernel": b.kernel, "arch": b.arch, **b.resources()} for b in made]
-    _report(as_json, {"kernels": rows}, lambda: _render.warmup_table(made))
+    _report(as_json, {"kernels": rows}, lambda _: _render.warmup_table(made))
 
 
 @main.command("cache")
@@ -297,7 +297,7 @@ def cache_command(clear: bool, as_json: bool) -> None:
     }
     if clear and not as_json:
         click.echo(f"removed {cleared} kernels")
-    _report(as_json, data, lambda: _render.cache_table(folder, entries))
+    _report(as_json, data, lambda _: _render.cache_table(folder, entries))
 
 
 class _Steps:
@@ -329,11 +329,12 @@ def _note_missing_gpu(what: str) -> None:
         click.echo(f"no GPU ({reason}): {what}", err=True)
 
 
-def _report(as_json: bool, data: Any, table: Callable[[], RenderableType]) -> None:
+def _report(as_json: bool, data: Any, table: Callable[[int], RenderableType]) -> None:
     if as_json:
         click.echo(_as_json(data))
     else:
-        _render.console().print(table())
+        console = _render.console()
+        console.print(table(console.width))
 
 
 def _as_json(data: Any) -> str:

@@ -23,6 +23,7 @@ from flashcore_cupy.ladder import Ladder, Rung
 from flashcore_cupy.tiles import KERNELS
 from flashcore_cupy.verify import Check
 
+_WIDE_LADDER = 100
 _PIPE_COLUMNS = 110  # where output goes to a file, nothing says how wide it may be
 
 
@@ -149,9 +150,9 @@ def _place(check: Check) -> str:
 
 def _timing(timing: Timing, what: str) -> str:
     p10, p90 = timing.p10_us, timing.p90_us
-    spread = f"p10 {microseconds(p10)}, p90 {microseconds(p90)}"
+    spread = f"p10 {significant(p10)}, p90 {significant(p90)}"
     count = f"{timing.samples} x {timing.per_sample}"
-    return f"{microseconds(timing.median_us)} us median ({spread}; {count} calls): {what}"
+    return f"{significant(timing.median_us)} us median ({spread}; {count} calls): {what}"
 
 
 def _rate(result: Result) -> str:
@@ -162,24 +163,32 @@ def _rate(result: Result) -> str:
     return f"{rate}, {share}, the peak computed from {result.peak.formula}"
 
 
-def ladder_table(ladder: Ladder) -> Group:
-    """What `ladder` prints: the table, and under it what went wrong or is told beside."""
+def ladder_table(ladder: Ladder, columns: int) -> Group:
+    """What `ladder` prints: the table, and under it what went wrong or is told beside.
+
+    ``columns`` is the terminal's width; 80 are enough for every figure.
+    """
+    wide = columns >= _WIDE_LADDER
     where = ladder.machine.get("gpu") or f"no GPU, built for {ladder.machine['arch']}"
     table = Table(
         title=f"FlashCore ladder · {where} · {describe_problem(ladder.problem)}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=(0, 1, 0, 0) if wide else 0,
         pad_edge=False,
+        show_edge=False,
     )
     table.add_column("rung", no_wrap=True)
     for name in ("builds", "launches", "correct"):
         table.add_column(name, justify="center", no_wrap=True)
-    for name in ("error", "us", "speed-up", "registers", "shared KiB", "spills"):
-        table.add_column(name, justify="right")
+    full = ("error", "us", "speed-up", "registers", "shared KiB", "spills")
+    short = ("error", "us", "speed", "regs", "KiB", "spills")
+    for name in full if wide else short:
+        table.add_column(name, justify="right", no_wrap=True)
     for rung in ladder.rungs:
         table.add_row(*_rung_cells(rung), style="dim" if rung.refused else "")
-    return Group(table, *(Text(note, style=style) for note, style in _ladder_notes(ladder)))
+    notes = (Text(note, style=style) for note, style in _ladder_notes(ladder))
+    return Group(table, "", *notes)
 
 
 def _rung_cells(rung: Rung) -> list[Text | str]:
@@ -188,9 +197,9 @@ def _rung_cells(rung: Rung) -> list[Text | str]:
         _yes(rung.builds),
         _yes(rung.launches),
         _yes(rung.correct),
-        figure(rung.max_error, ".2e"),
-        "-" if rung.latency_us is None else microseconds(rung.latency_us),
-        "-" if rung.speedup is None else f"{rung.speedup:.3g}x",
+        figure(rung.max_error, ".1e"),
+        "-" if rung.latency_us is None else significant(rung.latency_us),
+        "-" if rung.speedup is None else f"{significant(rung.speedup)}x",
         figure(rung.registers, "d"),
         "-" if rung.shared_bytes is None else kib(rung.shared_bytes),
         figure(rung.spill_bytes, "d"),
@@ -207,7 +216,7 @@ def _ladder_notes(ladder: Ladder) -> Iterable[tuple[str, str]]:
             error = f"{rung.quantization_error:.2e}"
             yield f"{rung.kernel}: judged on its quantised inputs; quantisation error {error}", ""
     for baseline in ladder.baselines:
-        yield f"{baseline.name}: {microseconds(baseline.us)} us", ""
+        yield f"{baseline.name}: {significant(baseline.us)} us", ""
     if ladder.rows_checked is not None:
         rows = f"{ladder.rows_checked} of {ladder.problem['S']} query rows of each head"
         yield f"error: max |o - float64 reference| over {rows}", "dim"
@@ -225,9 +234,9 @@ def figure(value: float | None, style: str) -> str:
     return "-" if value is None else format(value, style)
 
 
-def microseconds(us: float) -> str:
+def significant(value: float) -> str:
     """Three significant digits, never in exponent form."""
-    return f"{us:.0f}" if us >= 99.95 else f"{us:#.3g}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def kib(count: int) -> str:

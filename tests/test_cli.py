@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import subprocess
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import ROOT, compiler_skip_reason, gpu_skip_reason
+from rich.console import Console
 
-from flashcore_cupy import __version__, _render, tiles, verify
+from flashcore_cupy import __version__, _plot, _render, ladder, tiles, verify
 from flashcore_cupy._cli import main
 
 ON_GPU = gpu_skip_reason() is None
@@ -326,6 +328,15 @@ def measured_ladder(folder: Path) -> Path:
     return path
 
 
+def test_the_ladder_fits_80_columns_and_cuts_no_figure(tmp_path: Path) -> None:
+    data = json.loads(measured_ladder(tmp_path).read_text())
+    shown = Console(width=80, record=True, file=io.StringIO())
+    shown.print(_render.ladder_table(ladder.Ladder.from_json(data), 80))
+    text = shown.export_text()
+    assert "\u2026" not in text  # rich's mark for what it cut
+    assert "wmma_warp_softmax" in text and "launches" in text and "1.0e-04" in text
+
+
 def png_size(path: Path) -> tuple[int, int]:
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -338,7 +349,7 @@ def test_a_ladder_is_drawn_again_from_its_json(tmp_path: Path) -> None:
     source, picture = measured_ladder(tmp_path), tmp_path / "ladder.png"
     more = ("--baseline-us", "40", "--baseline-name", "second")
     result = invoke("ladder", "--from", str(source), "--plot", str(picture), *more, code=1)
-    assert "2400" in result.stdout and "2.5x" in result.stdout and "Some GPU" in result.stdout
+    assert "2400" in result.stdout and "2.50x" in result.stdout and "Some GPU" in result.stdout
     assert "first: 22.0 us" in result.stdout and "second: 40.0 us" in result.stdout
     assert "wmma_cp_async: max error 1 > allowed 0.1" in result.stdout
     width, height = png_size(picture)
@@ -348,8 +359,6 @@ def test_a_ladder_is_drawn_again_from_its_json(tmp_path: Path) -> None:
 def test_labels_of_the_picture_do_not_overlap(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from flashcore_cupy import _plot, ladder
 
     data = json.loads(measured_ladder(tmp_path).read_text())
     figure = _plot.picture(ladder.Ladder.from_json(data))
@@ -451,8 +460,8 @@ def test_numbers_that_json_lacks_become_null() -> None:
     assert _render.clean(data) == {"a": [None, None, 1.5], "b": {"c": [None, True, None, "x", 3]}}
 
 
-def test_microseconds_keep_three_digits() -> None:
-    shown = [_render.microseconds(us) for us in (0.5, 7.25, 12.345, 99.96, 2480.4)]
+def test_figures_keep_three_digits() -> None:
+    shown = [_render.significant(us) for us in (0.5, 7.25, 12.345, 99.96, 2480.4)]
     assert shown == ["0.500", "7.25", "12.3", "100", "2480"]
 
 

@@ -27,8 +27,8 @@ PYTHON_LAYERS = (
     {"problem", "config", "params", "tiles", "numpy_attention", "reference"},
     {"launch"},
     {"attention"},
-    {"bench", "builds", "verify", "job", "ladder", "selftest", "doctor"},
-    {"_cli"},
+    {"bench", "builds", "verify", "job", "ladder", "selftest", "selftest_cases", "doctor"},
+    {"_cli", "_options", "_plot", "_render"},
     {"__init__", "__main__"},
 )
 # These describe and compute on the host alone, so they are testable anywhere.
