@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashcore_cupy import jit, launch, reference
+from flashcore_cupy.arrays import ArraySpec, check_out, spec_of, spec_of_copy, usable, why_copied
+from flashcore_cupy.config import check_overrides
 from flashcore_cupy.problem import (
-    MAX_ALIGN,
+    GATES,
     AttentionProblem,
     Causal,
     Gate,
@@ -20,6 +22,7 @@ from flashcore_cupy.problem import (
     describe,
     operand,
 )
+from flashcore_cupy.settings import kernels_override
 from flashcore_cupy.tiles import KERNELS, select
 
 if TYPE_CHECKING:
@@ -43,10 +46,11 @@ def attention(
     out: Any = None,
     stream: Any = None,
 ) -> Any:
-    """Scaled-dot-product attention, ``softmax(softmax_scale * q @ k.T) @ v``, in one fused kernel.
+    """Scaled-dot-product attention, ``softmax(softmax_scale * q @ k.T) @ v``.
 
-    FlashAttention's algorithm (Dao et al. 2022, arXiv 2205.14135, algorithm 1): nothing of size
-    Sq x Skv is stored. CuPy arrays run on their GPU, NumPy arrays on the CPU.
+    By default one fused kernel, FlashAttention's algorithm (Dao et al. 2022, arXiv 2205.14135,
+    algorithm 1): nothing of size Sq x Skv is stored. CuPy arrays run on their GPU, NumPy arrays on
+    the CPU.
 
     Parameters
     ----------
@@ -73,7 +77,8 @@ def attention(
         probabilities, float32, (B, Hq, Sq, Skv); or, for "pv", the output with all scores taken
         as 0, which is the mean of the v rows that the query sees.
     out : array, optional
-        Written in place and returned; the output's shape and dtype, last axis contiguous.
+        Written in place and returned; the output's shape and dtype, last axis contiguous, no
+        element in common with q, k or v. Not with the gates "qk" and "softmax".
     stream : optional
         A CuPy stream, or anything with ``__cuda_stream__``; CuPy's current stream by default.
 
@@ -87,9 +92,15 @@ def attention(
     ------
     TypeError, ValueError
         Before anything is launched; names the argument, what it got and what works.
+    flashcore_cupy.jit.CompileError
+        The kernel does not compile: the place and the compiler's words.
+    flashcore_cupy.jit.UnknownArchError
+        The installed NVRTC is too old for this GPU.
     """
-    if return_lse and gate in ("qk", "softmax"):
-        raise ValueError(f"return_lse: gate {gate!r} stops before the log-sum-exp; leave one out")
+    check_choice("gate", gate, GATES)
+    if gate in ("qk", "softmax") and (return_lse or out is not None):
+        name = "return_lse" if return_lse else "out"
+        raise ValueError(f"{name}: gate {gate!r} stops before the output; leave one of them out")
     if _on_cpu(q, k, v):
         _refuse_gpu_arguments(kernel, config, stream)
         return _attention_numpy(q, k, v, layout, softmax_scale, causal, return_lse, gate, out)
@@ -128,37 +139,42 @@ def plan(
     gate: Gate | None = None,
     out: cupy.ndarray | None = None,
 ) -> launch.Plan:
-    """``attention`` up to, but without, the launch, for CuPy arrays on the current device.
+    """``attention`` up to, but without, the launch, for CuPy arrays.
 
-    ``plan(...).launch()`` enqueues the kernel on the current stream, as often as wanted, without
-    allocating: for timing, and for capture into a CUDA graph. The arguments are ``attention``'s.
+    ``plan(...).launch()`` enqueues the kernel on the current stream of the current device, as often
+    as wanted, without allocating: for timing, and for capture into a CUDA graph. The arguments are
+    ``attention``'s; the current device is the one that holds them.
     """
     import cupy
 
-    q, k, v = (_usable(x, cupy) for x in (q, k, v))
+    if q.device != cupy.cuda.Device():
+        raise ValueError(f"q: on GPU {q.device.id}, which is not the current device")
     problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
+    q, k, v = (usable(x, cupy) for x in (q, k, v))
     if out is None:
         out = cupy.empty(problem.output_shape, q.dtype)
     else:
-        _check_out(problem, out, (q, k, v), cupy)
-    prepared = _prepare(
-        problem, _spec(out), jit.device_arch(q.device.id), kernel, tuple((config or {}).items())
-    )
+        check_out(problem, out, (q, k, v), cupy)
+    device = q.device.id
+    place = launch.Place(device, jit.device_arch(device), kernels_override())
+    changes = check_overrides(config or {})
+    check_choice("kernel", kernel, ("auto", *KERNELS))
+    prepared = _prepare(problem, spec_of(out), place, kernel, tuple(changes.items()))
     return launch.make_plan(prepared, q, k, v, out, want_lse=return_lse)
 
 
 @functools.lru_cache(maxsize=4096)
 def _prepare(
     problem: AttentionProblem,
-    out: _Spec,
-    arch: str,
+    out: ArraySpec,
+    place: launch.Place,
     kernel: str,
-    config: tuple[tuple[str, object], ...],
+    changes: tuple[tuple[str, int | bool], ...],
 ) -> launch.Prepared:
     """Everything about a call but its addresses: the same for the next call of this shape."""
-    selection = select(problem, arch, kernel=kernel, overrides=dict(config))
+    selection = select(problem, place.arch, kernel=kernel, overrides=dict(changes))
     o = operand("o", out, problem.layout, out.address)
-    return launch.prepare(problem, selection, arch, o)
+    return launch.prepare(problem, selection, o, place)
 
 
 def explain(
@@ -175,20 +191,21 @@ def explain(
 ) -> str:
     """Tell which kernel a call takes, why faster ones were passed over, and what is copied.
 
-    Builds and launches nothing; the arguments are ``attention``'s.
+    Builds and launches nothing. Takes ``attention``'s arguments, as far as they decide that.
     """
     on_cpu = _on_cpu(q, k, v)
     problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
     if on_cpu:
+        _refuse_gpu_arguments(kernel, config, None)
         return "NumPy arrays: tiled online-softmax attention on the CPU, fp32 accumulation"
     arch = jit.device_arch(q.device.id)
     selection = select(problem, arch, kernel=kernel, overrides=config)
     lines = [f"{selection.kernel.name} on {arch}: {selection.config.describe()}"]
     lines += [f"passed over {name}: {reason}" for name, reason in selection.passed_over]
     lines += [
-        f"copied {name}: its last axis is not contiguous (strides {x.strides} bytes)"
+        f"copied {name}: {why_copied(x)}"
         for name, x in (("q", q), ("k", k), ("v", v))
-        if not _usable_as_is(x)
+        if why_copied(x)
     ]
     return "\n".join(lines)
 
@@ -204,12 +221,12 @@ def _attention_numpy(
     gate: Gate | None,
     out: Any,
 ) -> Any:
-    q, k, v = (_usable(x, np) for x in (q, k, v))
     problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
+    q, k, v = (usable(x, np) for x in (q, k, v))
     if out is None:
         out = np.empty(problem.output_shape, q.dtype)
     else:
-        _check_out(problem, out, (q, k, v), np)
+        check_out(problem, out, (q, k, v), np)
     views = [x if layout == "bhsd" else x.transpose(0, 2, 1, 3) for x in (q, k, v, out)]
     rules: dict[str, Any] = {"softmax_scale": problem.softmax_scale, "causal": causal}
     if gate == "qk":
@@ -260,36 +277,6 @@ def _refuse_gpu_arguments(kernel: str, config: Mapping[str, object] | None, stre
             )
 
 
-class _Spec(NamedTuple):
-    """What ``describe`` looks at: an array without its data. Keys the cache of problems."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: Any
-    address: int
-    """Modulo the widest load: all that matters of it is the alignment."""
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-
-def _spec(x: Any) -> _Spec:
-    return _Spec(x.shape, x.strides, x.dtype, _address(x) % MAX_ALIGN)
-
-
-def _address(x: Any) -> int:
-    return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
-
-
-def _spec_of_copy(x: Any) -> _Spec:
-    """A C-contiguous copy of ``x`` that has not been made."""
-    strides = [x.dtype.itemsize]
-    for n in reversed(x.shape[1:]):
-        strides.insert(0, strides[0] * n)
-    return _Spec(x.shape, tuple(strides), x.dtype, 0)
-
-
 def _describe(
     q: Any,
     k: Any,
@@ -301,18 +288,20 @@ def _describe(
 ) -> AttentionProblem:
     """The problem of arrays, a last axis that is not contiguous being copied; cached."""
     arrays = (q, k, v)
-    specs = [_spec(x) if _usable_as_is(x) else _spec_of_copy(x) for x in arrays]
+    specs = [spec_of_copy(x) if why_copied(x) else spec_of(x) for x in arrays]
+    rules = (softmax_scale, causal, gate, layout)
     try:
-        return _described(*specs, softmax_scale, causal, gate, layout)
-    except TypeError:  # an argument that cannot be hashed, for one: say what is wrong with it
-        return _described.__wrapped__(*specs, softmax_scale, causal, gate, layout)
+        hash(rules)
+    except TypeError:  # not hashable, hence not legal either: describe says which and why
+        return _described.__wrapped__(*specs, *rules)
+    return _described(*specs, *rules)
 
 
 @functools.lru_cache(maxsize=4096, typed=True)  # True and 1 are not the same argument
 def _described(
-    q: _Spec,
-    k: _Spec,
-    v: _Spec,
+    q: ArraySpec,
+    k: ArraySpec,
+    v: ArraySpec,
     softmax_scale: float | None,
     causal: Causal,
     gate: Gate | None,
@@ -326,37 +315,6 @@ def _described(
         layout=layout,
         addresses=(q.address, k.address, v.address),
     )
-
-
-def _usable_as_is(x: Any) -> bool:
-    """Whether kernels can address ``x``: last axis contiguous, strides and start whole elements."""
-    size = x.dtype.itemsize
-    if x.ndim and x.shape[-1] > 1 and x.strides[-1] != size:
-        return False
-    return not any(s % size for s in x.strides) and _address(x) % size == 0
-
-
-def _usable(x: Any, xp: Any) -> Any:
-    return x if _usable_as_is(x) else xp.ascontiguousarray(x)
-
-
-def _check_out(problem: AttentionProblem, out: Any, inputs: tuple[Any, ...], xp: Any) -> None:
-    q, k, v = inputs
-    if not isinstance(out, xp.ndarray):
-        raise TypeError(f"out: got {type(out).__name__}; use a {xp.__name__} array like q")
-    if out.shape != problem.output_shape:
-        raise ValueError(f"out: got shape {out.shape}; this problem's is {problem.output_shape}")
-    if out.dtype != q.dtype:
-        raise TypeError(f"out: got dtype {out.dtype.name}; q's is {q.dtype.name}")
-    if xp is not np and out.device != q.device:
-        raise ValueError(f"out: on GPU {out.device.id}, but q is on GPU {q.device.id}")
-    if not _usable_as_is(out):
-        raise ValueError("out: its last axis is not contiguous; use a contiguous array")
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
-        raise ValueError("out: is a broadcast view, whose elements share memory; use a real array")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if xp.may_share_memory(out, x):
-            raise ValueError(f"out: overlaps {name} in memory; use another array")
 
 
 def _stream_of(owner: Any, cupy: Any) -> Any:

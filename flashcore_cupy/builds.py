@@ -75,13 +75,6 @@ def combined(builds: Sequence[Build]) -> dict[str, Any]:
     return most | {"spill_bytes": sum(f["spill_bytes"] for f in figures)}
 
 
-def configs_of(selection: tiles.Selection) -> tuple[KernelConfig, ...]:
-    """Every configuration that a selected kernel launches, in launch order."""
-    if selection.kernel.quantizes:
-        return tiles.quantize_config(selection.config), selection.config
-    return (selection.config,)
-
-
 def describe_build(config: KernelConfig, compiled: jit.CompiledKernel) -> Build:
     """Join a configuration with what the compiler made of it."""
     return Build(
@@ -154,7 +147,7 @@ def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
                         config = tiles.configure(problem, kernel, arch)
                     except ValueError:
                         continue
-                    for c in configs_of(tiles.Selection(kernel, config)):
+                    for c in tiles.configs_of(tiles.Selection(kernel, config)):
                         if c not in seen:
                             seen.add(c)
                             yield c

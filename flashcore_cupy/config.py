@@ -44,15 +44,21 @@ class Tile:
     """Thread blocks per multiprocessor that registers are kept free for."""
 
     def override(self, changes: Mapping[str, object]) -> Tile:
-        """Change some fields; ``ValueError`` names an unknown field or a wrong type."""
-        known = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in changes.items():
-            if name not in known:
-                raise ValueError(f"config: unknown field {name!r}; choose from {', '.join(known)}")
-            if type(value) is not type(known[name]):
-                kind = type(known[name]).__name__
-                raise ValueError(f"config: {name}={value!r} is not {kind}")
+        """Change some fields; the changes have passed ``check_overrides``."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def check_overrides(changes: object) -> dict[str, int | bool]:
+    """Return ``changes`` as a dict; ``ValueError`` names an unknown field or a wrong type."""
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"config: got {type(changes).__name__}; use a dict, as {{'block_n': 32}}")
+    known = {f.name: bool if f.type == "bool" else int for f in fields(Tile)}
+    for name, value in changes.items():
+        if name not in known:
+            raise ValueError(f"config: unknown field {name!r}; choose from {', '.join(known)}")
+        if type(value) is not known[name]:
+            raise ValueError(f"config: {name}={value!r} is not {known[name].__name__}")
+    return dict(changes)
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,8 @@ def padded_row(columns: int) -> int:
     return columns + 8
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple of ``multiple``, or ``n`` itself."""
     return -(-n // multiple) * multiple
 
 
@@ -207,7 +214,7 @@ def _unfused_smem(c: KernelConfig) -> int:
     scores = size * (t.block_m + t.block_n) * ld
     stage = size * (t.block_m * padded_row(t.block_n) + t.block_n * ld)
     output = t.num_stages * stage + 4 * t.block_m * ld + 4 * t.block_m
-    return _round_up(max(scores, output), 128)
+    return round_up(max(scores, output), 128)
 
 
 def _fused_smem(c: KernelConfig) -> int:
@@ -218,7 +225,7 @@ def _fused_smem(c: KernelConfig) -> int:
     if not t.warp_softmax:
         total += 4 * t.block_m * ld  # O
         total += 4 * t.block_m * (c.threads // t.block_m)  # partial maxima and sums
-    return _round_up(total + 4 * t.block_m, 128)
+    return round_up(total + 4 * t.block_m, 128)
 
 
 def _quantize_smem(c: KernelConfig) -> int:

@@ -143,9 +143,10 @@ def _run_on_gpu(problem: AttentionProblem, arch: str, options: Options) -> Resul
     out = cupy.asarray(np.full(problem.output_shape, np.nan, host[0].dtype))
     bound = plan(q, k, v, out=out, return_lse=problem.gate is None, **rules)
     bound.launch()
+    rules |= _target(problem, out)
     check = verify.check_plan(bound, *host)
     timing = {"iters": options.iters, "warmup": options.warmup}
-    configs = builds.configs_of(bound.selection)
+    configs = tiles.configs_of(bound.selection)
     return Result(
         machine=machine(arch),
         no_gpu=None,
@@ -159,12 +160,17 @@ def _run_on_gpu(problem: AttentionProblem, arch: str, options: Options) -> Resul
         check=check,
         graph=time_graph(bound, **timing) if options.graph else None,
         call=time_calls(
-            lambda: attention(q, k, v, out=out, **rules),
+            lambda: attention(q, k, v, **rules),
             synchronize=cupy.cuda.get_current_stream().synchronize,
             **timing,
         ),
         peak=peak(problem.dtype),
     )
+
+
+def _target(problem: AttentionProblem, out: Any) -> dict[str, Any]:
+    """``out=``, unless the gate stops before there is an output."""
+    return {} if problem.gate in ("qk", "softmax") else {"out": out}
 
 
 def _run_on_cpu(
@@ -177,12 +183,12 @@ def _run_on_cpu(
     built, not_built = build_without_gpu(selection, arch)
     q, k, v = host = inputs(problem, options.seed)
     rules: dict[str, Any] = {"causal": problem.causal, "gate": problem.gate}
-    out = np.full(problem.output_shape, np.nan, q.dtype)
+    rules |= _target(problem, np.full(problem.output_shape, np.nan, q.dtype))
     lse = None
     if problem.gate is None:
-        got, lse = attention(q, k, v, out=out, return_lse=True, **rules)
+        got, lse = attention(q, k, v, return_lse=True, **rules)
     else:
-        got = attention(q, k, v, out=out, **rules)
+        got = attention(q, k, v, **rules)
     return Result(
         machine=machine(arch),
         no_gpu=no_gpu,
@@ -196,7 +202,7 @@ def _run_on_cpu(
         check=verify.expect(problem, *host).judge(got, lse),
         graph=None,
         call=time_calls(
-            lambda: attention(q, k, v, out=out, **rules),
+            lambda: attention(q, k, v, **rules),
             iters=options.iters,
             warmup=options.warmup,
         ),
@@ -212,4 +218,4 @@ def build_without_gpu(
         jit.nvrtc_version()
     except RuntimeError as error:
         return (), str(error)
-    return tuple(builds.build(config, arch) for config in builds.configs_of(selection)), None
+    return tuple(builds.build(config, arch) for config in tiles.configs_of(selection)), None

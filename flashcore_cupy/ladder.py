@@ -141,7 +141,7 @@ def _build(
         (config, arch)
         for choice in chosen.values()
         if isinstance(choice, tiles.Selection)
-        for config in builds.configs_of(choice)
+        for config in tiles.configs_of(choice)
     ]
     announce(len(wanted), "compiling")
     made = iter(builds.build_each(wanted, lambda done: step(builds.what(done))))
@@ -149,7 +149,7 @@ def _build(
     for name, choice in chosen.items():
         rung = Rung(name, tiles.KERNELS[name].idea)
         if isinstance(choice, tiles.Selection):
-            parts = [next(made) for _ in builds.configs_of(choice)]
+            parts = [next(made) for _ in tiles.configs_of(choice)]
             rungs.append(_built(replace(rung, config=choice.config.describe()), parts))
         else:
             rungs.append(replace(rung, refused=str(choice)))

@@ -10,15 +10,15 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from flashcore_cupy import jit
-from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.config import KernelConfig, round_up
 from flashcore_cupy.params import ATTENTION_PARAMS, QUANTIZE_PARAMS
 from flashcore_cupy.problem import AttentionProblem, Operand
-from flashcore_cupy.tiles import Selection, quantize_config
+from flashcore_cupy.tiles import Selection, configs_of
 
 if TYPE_CHECKING:
     import cupy
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 _LOG2_E = math.log2(math.e)
 _MAX_GRID = 2**31 - 1
 _DEFAULT_SMEM = 48 * 1024  # more than this has to be asked for, once per kernel
+
+
+class Place(NamedTuple):
+    """Where a kernel runs and what it is built from; keys whatever keeps loaded kernels."""
+
+    device: int
+    arch: str
+    sources: str | None
+    """The other folder of kernels that the environment asks for, if it does."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +99,16 @@ class Plan:
 
 
 def prepare(
-    problem: AttentionProblem, selection: Selection, arch: str, o_operand: Operand
+    problem: AttentionProblem, selection: Selection, o_operand: Operand, place: Place
 ) -> Prepared:
     """Build the kernel if need be, load it, and pack what the problem fixes of its parameters.
 
-    ``o_operand`` describes the output. For the current device.
+    ``o_operand`` describes the output; ``place`` names the current device.
     """
-    import cupy
-
-    device = cupy.cuda.Device().id
-    config = _aligned_for(selection.config, o_operand)
-    kernels = [load_kernel(config, arch, device)]
-    if selection.kernel.quantizes:
-        kernels.insert(0, load_kernel(quantize_config(config), arch, device))
-    params = _fixed_params(problem, config, o_operand)
-    return Prepared(problem, selection, tuple(kernels), params)
+    selection = replace(selection, config=_aligned_for(selection.config, o_operand))
+    kernels = tuple(load_kernel(config, place) for config in configs_of(selection))
+    params = _fixed_params(problem, selection.config, o_operand)
+    return Prepared(problem, selection, kernels, params)
 
 
 def make_plan(
@@ -142,9 +146,9 @@ def make_plan(
 
 
 @functools.cache
-def load_kernel(config: KernelConfig, arch: str, device: int) -> LoadedKernel:
-    """Compile (or fetch) and load a kernel; once per configuration and device."""
-    compiled = jit.compile_kernel(config.source, config.defines(), arch)
+def load_kernel(config: KernelConfig, place: Place) -> LoadedKernel:
+    """Compile (or fetch) and load a kernel; once per configuration and place."""
+    compiled = jit.compile_kernel(config.source, config.defines(), place.arch)
     module = jit.load(compiled)
     entries = {name: module.get_function(name) for name in compiled.entries}
     if config.smem_bytes > _DEFAULT_SMEM:
@@ -170,8 +174,8 @@ def _plan_unfused(plan: Plan, params: np.ndarray[Any, Any]) -> None:
     problem, (kernel,) = plan.problem, plan.kernels
     tile = kernel.config.tile
     heads = problem.batch * problem.heads_q
-    rows = _round_up(problem.seqlen_q, tile.block_m)
-    cols = _round_up(problem.visible_kv, tile.block_n)
+    rows = round_up(problem.seqlen_q, tile.block_m)
+    cols = round_up(problem.visible_kv, tile.block_n)
     scratch = {
         "scratch_scores": cupy.empty((heads, rows, cols), cupy.float32),
         "scratch_probs": cupy.empty((heads, rows, cols), plan.arrays["q"].dtype),
@@ -212,6 +216,7 @@ def _plan_fp8(plan: Plan, params: np.ndarray[Any, Any]) -> None:
         tensor["x"], tensor["x8"] = plan.arrays[name].data.ptr, x8.data.ptr
         tensor["scale"], tensor["strides"] = scale.data.ptr, operand.strides
         tensor["heads"], tensor["seqlen"], tensor["dim"] = heads, seqlen, dim
+        tensor["visible"] = seqlen if name == "q" else plan.problem.visible_kv
         tensor["blocks"] = batch * heads
         blocks += batch * heads
     plan.steps += (_step(quantizer, "fp8_quantize", blocks, pack),)
@@ -284,7 +289,3 @@ def _query_blocks(plan: Plan) -> int:
     problem = plan.problem
     blocks = -(-problem.seqlen_q // plan.selection.config.tile.block_m)
     return problem.batch * problem.heads_q * blocks
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -37,7 +37,7 @@ _QUANTIZE_TENSOR = np.dtype(
     [
         *((name, "u8") for name in ("x", "x8", "scale")),
         ("strides", STRIDES),
-        *((name, "i4") for name in ("blocks", "heads", "seqlen", "dim")),
+        *((name, "i4") for name in ("blocks", "heads", "seqlen", "dim", "visible")),
     ],
     align=True,
 )

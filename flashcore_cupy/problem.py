@@ -6,10 +6,11 @@ Nothing here needs a GPU or CuPy: an array is looked at through ``shape``, ``dty
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 Causal = bool | Literal["top-left"]
 Layout = Literal["bhsd", "bshd"]
@@ -20,11 +21,14 @@ LAYOUTS = ("bhsd", "bshd")
 GATES = (None, "qk", "softmax", "pv")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
+#: Times log2(e) it is still finite in float32.
+MAX_SCALE = 1e38
 #: Largest head dim of any kernel.
 MAX_HEAD_DIM = 256
 #: The widest load or store of one thread, bytes.
 MAX_ALIGN = 16
-_INT32_MAX = 2**31 - 1
+#: Positions are 32-bit in the kernels, with room for a tile beyond the last.
+MAX_SEQLEN = 2**31 - 2**11
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def describe(
     """
     check_choice("layout", layout, LAYOUTS)
     check_choice("gate", gate, GATES)
-    if not (isinstance(causal, bool) or causal == "top-left"):
+    if not (isinstance(causal, bool) or (isinstance(causal, str) and causal == "top-left")):
         raise ValueError(f"causal: got {causal!r}; use False, True (bottom-right) or 'top-left'")
     for name, array in (("q", q), ("k", k), ("v", v)):
         _check_array(name, array, layout)
@@ -215,8 +219,8 @@ def operand(name: str, array: Any, layout: Layout, address: int = 0) -> Operand:
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if not any(value is choice or (value == choice and value is not None) for choice in choices):
+    """Raise ValueError unless ``value``, a string or None, is one of ``choices``."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name}: got {value!r}; choose one of {listed}")
 
@@ -274,19 +278,18 @@ def _check_shapes(q: Operand, k: Operand, v: Operand) -> None:
                 f"{op.name}: got head dim {op.shape[3]}; kernels take 1 to {MAX_HEAD_DIM}"
             )
     for op in (q, k):
-        if op.shape[2] > _INT32_MAX:
-            raise ValueError(f"{op.name}: got sequence length {op.shape[2]}; at most 2**31 - 1")
+        if op.shape[2] > MAX_SEQLEN:
+            raise ValueError(f"{op.name}: got sequence length {op.shape[2]}; at most {MAX_SEQLEN}")
 
 
 def _check_scale(softmax_scale: object, head_dim: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, numbers.Real):
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float | np.floating):
         raise TypeError(
             f"softmax_scale: got {type(softmax_scale).__name__}; use a number, "
             f"or None for 1/sqrt(head dim)"
         )
-    scale = float(softmax_scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale: got {scale}; use a finite number")
-    return scale
+    if not abs(softmax_scale) <= MAX_SCALE:  # so written that NaN fails
+        raise ValueError(f"softmax_scale: got {softmax_scale}; use a finite number, at most 1e38")
+    return float(softmax_scale)

@@ -148,7 +148,7 @@ def _set_up(case: Case) -> _Setup:
 def case_config(case: Case, arch: str) -> tuple[KernelConfig, ...]:
     """What a case compiles; ``ValueError`` if the kernel refuses it on this target."""
     selection = tiles.select(_described(case), arch, kernel=case.kernel)
-    return builds.configs_of(selection)
+    return tiles.configs_of(selection)
 
 
 def _described(case: Case) -> AttentionProblem:

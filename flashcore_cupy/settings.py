@@ -31,6 +31,11 @@ def settings() -> Settings:
     )
 
 
+def kernels_override() -> str | None:
+    """``FLASHCORE_KERNELS_DIR`` as it stands: part of the key of every cache of kernels."""
+    return os.environ.get("FLASHCORE_KERNELS_DIR")
+
+
 def arch_override() -> str | None:
     """``settings().arch`` alone: it is asked at every call, and paths take their time."""
     return os.environ.get("FLASHCORE_ARCH") or None

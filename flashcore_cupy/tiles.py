@@ -1,7 +1,7 @@
 """THE table: which tile a kernel uses for which head dim, and which kernel a problem gets.
 
 To add a head dim or a tile, add a ``Row``; compile checks, tests, ``warmup`` and the ladder iterate
-over ``ROWS``. Times in the notes: one H200, ``flashcore-cupy ladder``, B=4 H=16 S=2048, float16.
+over ``ROWS``. Times in the comments: one H200, B=4 H=16 S=2048 D=64 float16, a replayed graph.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flashcore_cupy.config import KernelConfig, Tile
+from flashcore_cupy.config import KernelConfig, Tile, check_overrides
 from flashcore_cupy.problem import ITEMSIZE, MAX_HEAD_DIM, AttentionProblem, check_choice
 
 
@@ -101,19 +101,26 @@ _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
 #: In order of preference: a problem gets the first row of its kernel that is wide enough and fits
 #: the target's shared memory. The second row of a head dim is for the targets with 64 or 99 KiB.
 ROWS: tuple[Row, ...] = (
+    # 5597 us. Half the queries per block where the accumulators of 256 columns need the registers.
     Row("scalar", 128, Tile(16, 32, warps_m=4)),
     Row("scalar", MAX_HEAD_DIM, Tile(8, 32, warps_m=4)),
+    # 1651 us; 64 queries per block 1959, 256 queries 2152.
     *(Row("wmma_unfused", d, _UNFUSED) for d in WMMA_HEAD_DIMS),
     *(Row("wmma_unfused", d, replace(_UNFUSED, block_m=64)) for d in (80, 96, 128)),
+    # 1154 us; bounded to five blocks' worth of registers, 96 and fewer.
     *(Row("wmma_fused_32", d, _FUSED_32) for d in WMMA_HEAD_DIMS),
+    # 837 us with 8 warps as 4 x 2; 4 warps 1045, 2 x 4 869, 16 warps 1228.
     *(Row("wmma_fused_64", d, _FUSED_64) for d in WMMA_HEAD_DIMS),
+    # 800 us with 128 keys per tile, 818 with 64.
     *(Row("wmma_cp_async", d, replace(_CP_ASYNC, block_n=128)) for d in (32, 64)),
     *(Row("wmma_cp_async", d, _CP_ASYNC) for d in WMMA_HEAD_DIMS),
     *(Row("wmma_cp_async", d, replace(_CP_ASYNC, block_n=32)) for d in (96, 128)),
+    # 425 us bounded to three blocks' worth of registers, 477 unbounded.
     *(Row("wmma_warp_softmax", d, _WARP) for d in (32, 64, 80)),
     # Two blocks are all that shared memory holds; a third one's worth of registers would spill.
     *(Row("wmma_warp_softmax", d, replace(_WARP, min_blocks=2)) for d in (96, 128)),
     Row("wmma_warp_softmax", 128, replace(_WARP, block_n=32)),
+    # 569 us with two stages, 647 with one.
     *(Row("fp8_wmma", d, _FP8) for d in WMMA_HEAD_DIMS),
     *(Row("fp8_wmma", d, replace(_FP8, block_n=32)) for d in (80, 96, 128)),
 )
@@ -187,19 +194,14 @@ def configure(
     if not wide:
         most = max(row.head_dim for row in rows_of(kernel.name))
         raise ValueError(f"takes head dims up to {most}, not {columns}")
-    configs = [
-        configure_row(row, problem, overrides)
-        for row in rows_of(kernel.name)
-        if row.head_dim == min(wide)
-    ]
-    check_instructions(configs[0], arch)
-    for config in configs:
-        if config.smem_bytes <= smem_limit(arch):
-            return config
-    raise ValueError(
-        f"needs {configs[-1].smem_bytes} bytes of shared memory at head dim {columns}, "
-        f"{arch} has {smem_limit(arch)}; smaller tiles (block_m, block_n, num_stages) may fit"
-    )
+    reasons = []
+    for row in rows_of(kernel.name):
+        if row.head_dim == min(wide):
+            try:
+                return _check_target(configure_row(row, problem, overrides), arch)
+            except ValueError as error:
+                reasons.append(str(error))
+    raise ValueError(reasons[0])
 
 
 def configure_row(
@@ -222,6 +224,17 @@ def configure_row(
         align_bytes=ITEMSIZE[problem.dtype] if scalar else problem.align_bytes,
     )
     config.check()
+    return config
+
+
+def _check_target(config: KernelConfig, arch: str) -> KernelConfig:
+    check_instructions(config, arch)
+    if config.smem_bytes > smem_limit(arch):
+        columns = max(config.dim_qk, config.dim_v)
+        raise ValueError(
+            f"needs {config.smem_bytes} bytes of shared memory at head dim {columns}, "
+            f"{arch} has {smem_limit(arch)}; smaller tiles (block_m, block_n, num_stages) may fit"
+        )
     return config
 
 
@@ -250,6 +263,13 @@ def quantize_config(config: KernelConfig) -> KernelConfig:
     )
 
 
+def configs_of(selection: Selection) -> tuple[KernelConfig, ...]:
+    """Every configuration that a selected kernel launches, in launch order."""
+    if selection.kernel.quantizes:
+        return quantize_config(selection.config), selection.config
+    return (selection.config,)
+
+
 def select(
     problem: AttentionProblem,
     arch: str,
@@ -263,24 +283,33 @@ def select(
     the reason if there is none.
     """
     check_choice("kernel", kernel, ("auto", *KERNELS))
-    return _select(problem, arch, kernel, tuple((overrides or {}).items()))
+    changes = check_overrides(overrides or {})
+    return _select(problem, arch, kernel, tuple(changes.items()))
 
 
 @functools.lru_cache(maxsize=4096)
 def _select(
-    problem: AttentionProblem, arch: str, kernel: str, changes: tuple[tuple[str, object], ...]
+    problem: AttentionProblem, arch: str, kernel: str, changes: tuple[tuple[str, int | bool], ...]
 ) -> Selection:
-    overrides = dict(changes)
-    if kernel != "auto":
-        try:
-            config = configure(problem, KERNELS[kernel], arch, overrides)
-        except ValueError as error:
-            raise ValueError(f"kernel {kernel!r}: {error}") from None
-        return Selection(KERNELS[kernel], config)
+    if kernel == "auto":
+        fastest = _fastest(problem, arch)
+        if not changes:
+            return fastest
+        passed_over, kernel = fastest.passed_over, fastest.kernel.name
+    else:
+        passed_over = ()
+    try:
+        config = configure(problem, KERNELS[kernel], arch, dict(changes))
+    except ValueError as error:
+        raise ValueError(f"kernel {kernel!r}: {error}") from None
+    return Selection(KERNELS[kernel], config, passed_over)
+
+
+def _fastest(problem: AttentionProblem, arch: str) -> Selection:
     passed_over: list[tuple[str, str]] = []
     for name in AUTO_ORDER:
         try:
-            config = configure(problem, KERNELS[name], arch, overrides)
+            config = configure(problem, KERNELS[name], arch)
         except ValueError as error:
             passed_over.append((name, str(error)))
         else:

@@ -234,9 +234,15 @@ def expect_quantized(
         rules = _rules(problem)
         original, _ = reference.oracle(q, k, v, rows=expectation.rows, **rules)
         error = float(np.abs(expectation.values - original).max(initial=0.0))
-    inputs = {"q": q, "k": k, "v": v}
+    inputs = {"q": q, "k": _visible(problem, k), "v": _visible(problem, v)}
     faults = [fault for name in "qkv" for fault in _quantizer_faults(name, inputs, found)]
     return replace(expectation, quantization_error=error), faults
+
+
+def _visible(problem: AttentionProblem, x: Array) -> Array:
+    """Return k or v as the quantiser takes it: rows that no query sees are zeros."""
+    hidden = np.arange(x.shape[2]) >= problem.visible_kv
+    return np.where(hidden[:, None], x.dtype.type(0), x)
 
 
 def naive_quantized(problem: AttentionProblem, found: dict[str, Quantized], rows: Rows) -> Array:

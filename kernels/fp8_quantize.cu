@@ -1,13 +1,14 @@
-// fp8_quantize.cu - q, k, v to e4m3 with one scale per (batch, head), ahead of wmma_fused.cu's FP8
+// fp8_quantize.cu - q, k, v to e4m3, one scale per (batch, head), ahead of wmma_fused.cu's FP8
 // form.
 //
-//   scale = max |x| / 448 over the head's finite values (1 where that is below 1e-30),  x8 = e4m3(x
-//   / scale)
+//   scale = max |x| / 448 over the finite values of the head's visible rows,  x8 = e4m3(x / scale)
 //
-// so the largest value uses e4m3's whole range (448). NaN and infinities become e4m3's NaN: they
-// still reach the outputs that attend to them. One block per head of q, k and v: it reads the head
-// twice, once for the maximum and once to convert. Rows of x8 are HEAD_DIM bytes, the columns
-// beyond D zeros.
+// so the largest value uses e4m3's whole range (448); a head whose maximum is below 1e-30 keeps
+// scale
+// 1. NaN and infinities become e4m3's NaN: they still reach the outputs that attend to them. One
+// block per head of q, k and v: it reads the head twice, once for the maximum and once to convert.
+// Rows of x8 are HEAD_DIM bytes, the columns beyond D zeros; rows that no query sees are zeros,
+// too.
 #include <flashcore/config.cuh>
 #include <flashcore/params.cuh>
 #include <flashcore/ptx_convert.cuh>
@@ -16,7 +17,7 @@
 namespace flashcore {
 
 constexpr float E4M3_MAX = 448.0f;
-constexpr float MIN_MAX = 1e-30f;
+constexpr float SMALLEST_MAX = 1e-30f;  // below it the factor to e4m3's range might overflow
 
 struct QuantizeTensor {
     const void* x;  // (B, H, S, dim) of T
@@ -25,6 +26,7 @@ struct QuantizeTensor {
     Strides strides;
     int blocks;  // B * H: its share of the grid
     int heads, seqlen, dim;
+    int visible;  // rows from here on are seen by no query: not read, written as zeros
 };
 
 struct QuantizeParams {
@@ -53,7 +55,7 @@ __device__ __forceinline__ Piece load_piece(const T* gX, const QuantizeTensor& t
     const int64 row = i / PIECES_PER_ROW;
     const int col = int(i - row * PIECES_PER_ROW) * VEC;
     Piece x = {};
-    if (col < tensor.dim)
+    if (col < tensor.dim && row < tensor.visible)
         x.vector =
             *reinterpret_cast<const Vector<ALIGN_BYTES>*>(gX + row * tensor.strides.row + col);
     return x;
@@ -76,7 +78,7 @@ __device__ __forceinline__ float block_max(float* sMax, float value) {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     fp8_quantize(const __grid_constant__ QuantizeParams params) {
-    extern __shared__ char smem_raw[];
+    extern __shared__ __align__(128) char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
     // The grid is q's heads, then k's, then v's.
     int which = 0, block = blockIdx.x;
@@ -96,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     }
     const float max = block_max(smem.sMax, magnitude);
     // A head of zeros, or of values whose factor would overflow, is left as it is.
-    const bool scaled = max > MIN_MAX;
+    const bool scaled = max > SMALLEST_MAX;
     const float to_e4m3_range = scaled ? E4M3_MAX / max : 1.0f;
     for (int64 i = threadIdx.x; i < pieces; i += NUM_THREADS) {
         const Piece x = load_piece(gX, tensor, i);

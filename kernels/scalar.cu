@@ -1,11 +1,10 @@
-// scalar.cu - attention without tensor cores: the baseline that the other kernels are trusted
-// against.
+// scalar.cu - attention without tensor cores: what the other kernels are trusted against.
 //
-//   O = softmax(softmax_scale * Q K^T) V,  LSE = log sum exp, online softmax, all arithmetic in
-//   fp32.
+//   O = softmax(softmax_scale * Q K^T) V,  LSE = log sum exp
 //
-// One thread block owns BLOCK_M queries of one head; each of its warps owns ROWS of them, alone.
-// Keys come 32 at a time, converted to fp32 in shared memory:
+// Online softmax, all arithmetic in fp32. One thread block owns BLOCK_M queries of one head; each
+// of its warps owns ROWS of them, alone. Keys come 32 at a time, converted to fp32 in shared
+// memory:
 //
 //   S:  lane = key.     s[r] = sum over d of q[r][d] k[lane][d], for each of the warp's rows r
 //   m, l: maxima and sums over the lanes by shuffle
@@ -126,9 +125,7 @@ __device__ __forceinline__ void store_output(const WarpRows& rows, const Attenti
         if (params.lse != nullptr && rows.lane == 0)
             params.lse[first_row + query] = log_sum_exp(rows.state[r].max, sum);
         if constexpr (WRITES_OUTPUT<GATE>) {
-            T* gO =
-                const_cast<T*>(head_pointer<T>(params.o, params.o_strides, tile.batch, tile.head)) +
-                query * params.o_strides.row;
+            T* gO = output_pointer<T>(params, tile, query);
             const float inverse = inverse_sum(sum);
 #pragma unroll
             for (int i = 0; i < COLS; ++i) {
@@ -141,15 +138,15 @@ __device__ __forceinline__ void store_output(const WarpRows& rows, const Attenti
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     scalar(const __grid_constant__ AttentionParams params) {
-    extern __shared__ char smem_raw[];
+    extern __shared__ __align__(128) char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
     const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
     const int block_first = tile.m_block * BLOCK_M;
     const int64 first_row = head_row(params, tile) * params.seqlen_q;
-    const int head = kv_head(params, tile.head);
+    const int head_kv = kv_head(params, tile.head);
     const T* gQ = head_pointer<T>(params.q, params.q_strides, tile.batch, tile.head);
-    const T* gK = head_pointer<T>(params.k, params.k_strides, tile.batch, head);
-    const T* gV = head_pointer<T>(params.v, params.v_strides, tile.batch, head);
+    const T* gK = head_pointer<T>(params.k, params.k_strides, tile.batch, head_kv);
+    const T* gV = head_pointer<T>(params.v, params.v_strides, tile.batch, head_kv);
     const Mask<CAUSAL> mask(params);
 
     WarpRows rows = {};

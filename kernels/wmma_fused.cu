@@ -1,14 +1,14 @@
 // wmma_fused.cu - FlashAttention (Dao et al. 2022, algorithm 1) on WMMA tensor-core fragments.
 //
-//   O = softmax(softmax_scale * Q K^T) V,  LSE = log sum exp, one pass over the keys, nothing of
-//   size Sq x Skv in global memory.
+//   O = softmax(softmax_scale * Q K^T) V,  LSE = log sum exp
 //
-// One thread block owns BLOCK_M queries of one head and walks over the keys, BLOCK_N at a time:
+// in one pass over the keys, with nothing of size Sq x Skv in global memory. One thread block owns
+// BLOCK_M queries of one head and walks over the keys, BLOCK_N at a time:
 //
-//   load K_j, V_j -> shared       (copied by all threads; or by cp.async while tile j-1 is
-//   computed) S = Q K_j^T   -> sS, fp32     (fragments of 16 x 16, stored: their layout is not
-//   specified) p = exp(S - m), m, l          (rows of sS, online softmax)        -> sP, 16 bit O =
-//   O * exp(m_old - m) + P V_j
+//   K_j, V_j -> sK, sV              copied by all threads; or by cp.async while tile j-1 is used
+//   S = Q K_j^T -> sS, fp32         fragments of 16 x 16, stored: their layout is not specified
+//   p = exp(S - m) -> sP, 16 bit    online softmax on the rows of sS, with m and l
+//   O = O * exp(m_old - m) + P V_j
 //
 // Five rungs of the ladder are this file, as rows of the table in tiles.py:
 //   wmma_fused_32, _64   tiles of 32 or 64, block-wide softmax, O in shared memory
@@ -17,14 +17,16 @@
 //                        registers, and no block barrier but the one per tile that guards K and V
 //   fp8_wmma             the same, with q, k, v as e4m3 (quantised by fp8_quantize.cu)
 //
-// Shared memory (LD = HEAD_DIM + 8, see padded_row; a tile's rows are queries or keys)
+// Shared memory (LD = HEAD_DIM + 8, LD_S = BLOCK_N + 8; a row is a query or a key)
 //
-//   | sQ BLOCK_M x LD | sK NUM_STAGES x BLOCK_N x LD | sV the same | sS BLOCK_M x (BLOCK_N + 8)
-//   fp32 | P lies over S: all of the block's (block-wide), or each warp's 16 rows (warp-owned).
-//   block-wide:  | sO BLOCK_M x LD fp32 | sPartial | sFactor |
-//   warp-owned:  | sFactor |   O leaves through the space of sK and sV.
+//   | sQ BLOCK_M x LD | sK NUM_STAGES x BLOCK_N x LD | sV the same | sS BLOCK_M x LD_S, fp32 |
+//   block-wide:  | sO BLOCK_M x LD, fp32 | sPartial | sFactor |
+//   warp-owned:  | sFactor |
 //
-// Limits: 16-bit inputs, D and Dv <= HEAD_DIM, one block per (batch, head, BLOCK_M queries).
+// P lies over S: all of the block's (block-wide), or each warp's 16 rows (warp-owned), whose O
+// leaves through the space of sK and sV.
+//
+// Limits: 16-bit inputs, D and Dv <= HEAD_DIM.
 #include <flashcore/config.cuh>
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
@@ -38,18 +40,18 @@
 namespace flashcore {
 
 constexpr int LD = padded_row(HEAD_DIM);
-constexpr int LD_S = padded_row(BLOCK_N);          // of sS (fp32) and sP (T)
-constexpr int ROWS_PER_WARP = BLOCK_M / WARPS_M;   // query rows of a warp
-constexpr int TILES_N = BLOCK_N / WMMA / WARPS_N;  // 16-key fragments of a warp
-constexpr int TILES_D = HEAD_DIM / WMMA;
+constexpr int LD_S = padded_row(BLOCK_N);              // of sS (fp32) and sP (T)
+constexpr int ROWS_PER_WARP = BLOCK_M / WARPS_M;       // query rows of a warp
+constexpr int TILES_N = BLOCK_N / WMMA_DIM / WARPS_N;  // 16-key fragments of a warp
+constexpr int TILES_D = HEAD_DIM / WMMA_DIM;
 constexpr int THREADS_PER_ROW = NUM_THREADS / BLOCK_M;
 
-static_assert(BLOCK_M % (WMMA * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
-static_assert(BLOCK_N % (WMMA * WARPS_N) == 0, "warps own whole 16-key fragments of the tile");
-static_assert(HEAD_DIM % WMMA == 0, "the head dim is whole fragments");
+static_assert(BLOCK_M % (WMMA_DIM * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
+static_assert(BLOCK_N % (WMMA_DIM * WARPS_N) == 0, "warps own whole 16-key fragments of the tile");
+static_assert(HEAD_DIM % WMMA_DIM == 0, "the head dim is whole fragments");
 static_assert(NUM_THREADS % BLOCK_M == 0 && WARP_SIZE % THREADS_PER_ROW == 0,
               "the threads of a softmax row sit in one warp");
-static_assert(!WARP_SOFTMAX || (WARPS_N == 1 && ROWS_PER_WARP == WMMA),
+static_assert(!WARP_SOFTMAX || (WARPS_N == 1 && ROWS_PER_WARP == WMMA_DIM),
               "warp softmax: a warp owns 16 whole rows");
 static_assert(NUM_STAGES == 1 || NUM_STAGES == 2, "one stage, or two in turn");
 
@@ -105,8 +107,7 @@ struct Context {
     }
 };
 
-// ---- loads
-// ----------------------------------------------------------------------------------------
+// ---- loads -------------------------------------------------------------------------------------
 
 template <int ROWS, int DIM>
 __device__ __forceinline__ void load_rows(T* sTile, const void* base, const Strides& strides,
@@ -124,33 +125,31 @@ __device__ __forceinline__ void load_rows(T* sTile, const void* base, const Stri
 
 __device__ __forceinline__ void load_kv(const Context& c, int tile, int stage) {
     const AttentionParams& p = c.params;
-    const int head = kv_head(p, c.tile.head);
-    load_rows<BLOCK_N, DIM_QK>(c.smem.sK[stage], p.k, p.k_strides, c.tile.batch, head,
+    const int head_kv = kv_head(p, c.tile.head);
+    load_rows<BLOCK_N, DIM_QK>(c.smem.sK[stage], p.k, p.k_strides, c.tile.batch, head_kv,
                                tile * BLOCK_N, p.seqlen_kv);
-    load_rows<BLOCK_N, DIM_V>(c.smem.sV[stage], p.v, p.v_strides, c.tile.batch, head,
+    load_rows<BLOCK_N, DIM_V>(c.smem.sV[stage], p.v, p.v_strides, c.tile.batch, head_kv,
                               tile * BLOCK_N, p.seqlen_kv);
     if constexpr (CP_ASYNC) cp_async_commit();
 }
 
-// ---- S = Q K^T
-// ------------------------------------------------------------------------------------
+// ---- S = Q K^T ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ void compute_scores(const Context& c, int stage) {
-    const int first_key = c.warp_n * TILES_N * WMMA;
+    const int first_key = c.warp_n * TILES_N * WMMA_DIM;
     const T* sK = c.smem.sK[stage] + first_key * LD;
 #pragma unroll
-    for (int m = 0; m < ROWS_PER_WARP; m += WMMA) {
+    for (int m = 0; m < ROWS_PER_WARP; m += WMMA_DIM) {
         const int row = c.row_slab() + m;
         Accumulator rS[TILES_N];
         scores_fragments<TILES_N, HEAD_DIM, LD>(rS, c.smem.sQ + row * LD, sK);
 #pragma unroll
         for (int n = 0; n < TILES_N; ++n)
-            wmma_store_d_row(c.smem.sS + row * LD_S + first_key + n * WMMA, rS[n], LD_S);
+            wmma_store_d_row(c.smem.sS + row * LD_S + first_key + n * WMMA_DIM, rS[n], LD_S);
     }
 }
 
-// ---- block-wide softmax, O in shared memory
-// -------------------------------------------------------
+// ---- block-wide softmax, O in shared memory ----------------------------------------------------
 
 template <typename C>
 struct BlockWide {
@@ -214,18 +213,18 @@ struct BlockWide {
     __device__ __forceinline__ void accumulate(const C& c, int stage) {
         constexpr int ROUNDS = div_up(TILES_D, WARPS_N);
 #pragma unroll
-        for (int m = 0; m < ROWS_PER_WARP; m += WMMA) {
+        for (int m = 0; m < ROWS_PER_WARP; m += WMMA_DIM) {
             const int slab = c.row_slab() + m;
 #pragma unroll
             for (int i = 0; i < ROUNDS; ++i) {
                 const int d = c.warp_n + i * WARPS_N;
                 if (d >= TILES_D) break;
-                float* sO = c.smem.rows.sO + slab * LD + d * WMMA;
+                float* sO = c.smem.rows.sO + slab * LD + d * WMMA_DIM;
                 Accumulator rO[1];
                 wmma_load_c_row(rO[0], sO, LD);
                 accumulate_fragments<1, BLOCK_N, LD_S, LD>(
                     rO, reinterpret_cast<const T*>(c.smem.sS) + slab * LD_S,
-                    c.smem.sV[stage] + d * WMMA);
+                    c.smem.sV[stage] + d * WMMA_DIM);
                 wmma_store_d_row(sO, rO[0], LD);
             }
         }
@@ -244,8 +243,7 @@ struct BlockWide {
         block_sync();  // the factors are there before any thread stores rows
         if constexpr (WRITES_OUTPUT<GATE>) {
             const AttentionParams& p = c.params;
-            T* gO = const_cast<T*>(head_pointer<T>(p.o, p.o_strides, c.tile.batch, c.tile.head)) +
-                    c.first_query * p.o_strides.row;
+            T* gO = output_pointer<T>(p, c.tile, c.first_query);
             store_rows<BLOCK_M, DIM_V, LD, ALIGN_BYTES, NUM_THREADS>(
                 gO, p.o_strides.row, c.smem.rows.sO, c.smem.rows.sFactor,
                 p.seqlen_q - c.first_query, threadIdx.x);
@@ -253,8 +251,7 @@ struct BlockWide {
     }
 };
 
-// ---- warp-owned softmax, O in registers
-// -----------------------------------------------------------
+// ---- warp-owned softmax, O in registers --------------------------------------------------------
 
 template <typename C>
 struct WarpOwned {
@@ -267,8 +264,8 @@ struct WarpOwned {
 
     __device__ __forceinline__ explicit WarpOwned(const C& c) {
         const int lane = threadIdx.x % WARP_SIZE;
-        row = lane % WMMA;
-        half = lane / WMMA;
+        row = lane % WMMA_DIM;
+        half = lane / WMMA_DIM;
         swap = (row >> 2 ^ row >> 3) & 1;
         accumulator_rows<LD_S>(output.rows, slab(c));
 #pragma unroll
@@ -309,7 +306,7 @@ struct WarpOwned {
                 tile_max = fmaxf(tile_max, score[i][e]);
             }
         }
-        tile_max = fmaxf(tile_max, shfl_xor(tile_max, WMMA));
+        tile_max = fmaxf(tile_max, shfl_xor(tile_max, WMMA_DIM));
         const float rescale = raise_max(state, tile_max);
         gate.tile_max(tile, state.max);
         // Both lanes of the row hold the same factor; and P goes where S was, so every lane must
@@ -338,7 +335,7 @@ struct WarpOwned {
     }
 
     __device__ __forceinline__ void finish(const C& c, float v_scale) {
-        const float sum = state.sum + shfl_xor(state.sum, WMMA);
+        const float sum = state.sum + shfl_xor(state.sum, WMMA_DIM);
         const GateRow<GATE> gate = c.gate_row(c.row_slab() + row);
         block_sync();  // no warp reads K or V any more: O may take their place
         if (half == 0) {
@@ -349,31 +346,31 @@ struct WarpOwned {
         }
         float* sO = reinterpret_cast<float*>(c.smem.sK) + c.row_slab() * LD;
 #pragma unroll
-        for (int d = 0; d < TILES_D; ++d) wmma_store_d_row(sO + d * WMMA, output.rO[d], LD);
+        for (int d = 0; d < TILES_D; ++d) wmma_store_d_row(sO + d * WMMA_DIM, output.rO[d], LD);
         warp_sync();  // the slab of O and its factors are complete
         if constexpr (WRITES_OUTPUT<GATE>) {
             const AttentionParams& p = c.params;
             const int first = c.first_query + c.row_slab();
-            T* gO = const_cast<T*>(head_pointer<T>(p.o, p.o_strides, c.tile.batch, c.tile.head)) +
-                    first * p.o_strides.row;
-            store_rows<WMMA, DIM_V, LD, ALIGN_BYTES, WARP_SIZE>(
+            T* gO = output_pointer<T>(p, c.tile, first);
+            store_rows<WMMA_DIM, DIM_V, LD, ALIGN_BYTES, WARP_SIZE>(
                 gO, p.o_strides.row, sO, c.smem.rows.sFactor + c.row_slab(), p.seqlen_q - first,
                 threadIdx.x % WARP_SIZE);
         }
     }
 };
 
-// ---- the algorithm
-// --------------------------------------------------------------------------------
+// ---- the algorithm -----------------------------------------------------------------------------
 
 template <typename Rows>
 __device__ __forceinline__ void attend(const Context& c, float v_scale) {
     const AttentionParams& p = c.params;
     const int kv_end = c.mask.kv_end(min(c.first_query + BLOCK_M, p.seqlen_q) - 1);
     const int num_tiles = div_up(kv_end, BLOCK_N);
-    load_rows<BLOCK_M, DIM_QK>(c.smem.sQ, p.q, p.q_strides, c.tile.batch, c.tile.head,
-                               c.first_query, p.seqlen_q);
-    if (NUM_STAGES == 2 && num_tiles > 0) load_kv(c, 0, 0);
+    if (num_tiles > 0) {
+        load_rows<BLOCK_M, DIM_QK>(c.smem.sQ, p.q, p.q_strides, c.tile.batch, c.tile.head,
+                                   c.first_query, p.seqlen_q);
+        if constexpr (NUM_STAGES == 2) load_kv(c, 0, 0);
+    }
     Rows rows(c);
 #pragma unroll 1
     for (int tile = 0; tile < num_tiles; ++tile) {
@@ -396,9 +393,8 @@ __device__ __forceinline__ void attend(const Context& c, float v_scale) {
         }
         rows.sync_rows();  // the row's probabilities are complete, O is rescaled
         rows.accumulate(c, stage);
-        rows.sync_rows();  // P has been read before the next tile's scores take its place
+        // The next tile's scores take P's place after the block barrier above.
     }
-    if constexpr (CP_ASYNC) cp_async_wait<0>();  // with no tile at all, Q is still on its way
     rows.finish(c, v_scale);
 }
 
@@ -413,7 +409,7 @@ struct RowsOf<true> {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     wmma_fused(const __grid_constant__ AttentionParams params) {
-    extern __shared__ char smem_raw[];
+    extern __shared__ __align__(128) char smem_raw[];
     const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
     const int warp = threadIdx.x / WARP_SIZE;
     float score_scale = 1.0f;

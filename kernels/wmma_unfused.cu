@@ -1,6 +1,5 @@
-// wmma_unfused.cu - attention in three passes, as it is written on paper: S = Q K^T, P =
-// softmax(S), O = P V, with S and P in global memory. The two products run on WMMA fragments with
-// 16 warps.
+// wmma_unfused.cu - attention in three passes, as it is written on paper, with S and P in global
+// memory: S = Q K^T, P = softmax(S), O = P V. The two products run on WMMA fragments, 16 warps.
 //
 //   wmma_scores   one block per BLOCK_M x BLOCK_N tile of S: loads Q and K, writes raw scores, fp32
 //   wmma_softmax  one warp per row of S: m and l, then P = exp(S - m), 16 bit, unnormalised
@@ -9,8 +8,8 @@
 //                 after tile in order. No atomics and no merging of partial sums, hence the same
 //                 bits twice.
 //
-// What it costs: 4 + 4 + 2 + 2 bytes of traffic per score, where the fused kernels have none. That
-// is the point of the rung.
+// What it costs: S is written once and read twice, P written and read once, 16 bytes of traffic per
+// score where the fused kernels have none. That is the point of the rung.
 //
 // The scratch arrays are padded to whole tiles, so fragments go there without bounds checks.
 // Columns of P beyond a row's keys are written as zeros as far as wmma_pv reads.
@@ -29,14 +28,14 @@ namespace flashcore {
 constexpr int LD = padded_row(HEAD_DIM);
 constexpr int LD_P = padded_row(BLOCK_N);
 constexpr int ROWS_PER_WARP = BLOCK_M / WARPS_M;
-constexpr int TILES_N = BLOCK_N / WMMA / WARPS_N;
-constexpr int TILES_D = HEAD_DIM / WMMA;
+constexpr int TILES_N = BLOCK_N / WMMA_DIM / WARPS_N;
+constexpr int TILES_D = HEAD_DIM / WMMA_DIM;
 constexpr int TILES_D_PER_WARP = div_up(TILES_D, WARPS_N);  // the last round may be partly idle
-constexpr int FRAGMENTS_M = ROWS_PER_WARP / WMMA;
+constexpr int FRAGMENTS_M = ROWS_PER_WARP / WMMA_DIM;
 
-static_assert(BLOCK_M % (WMMA * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
-static_assert(BLOCK_N % (WMMA * WARPS_N) == 0, "warps own whole 16-key fragments of the tile");
-static_assert(HEAD_DIM % WMMA == 0, "the head dim is whole fragments");
+static_assert(BLOCK_M % (WMMA_DIM * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
+static_assert(BLOCK_N % (WMMA_DIM * WARPS_N) == 0, "warps own whole 16-key fragments of the tile");
+static_assert(HEAD_DIM % WMMA_DIM == 0, "the head dim is whole fragments");
 static_assert(NUM_STAGES == 2 && !WARP_SOFTMAX && !FP8, "two stages, none of the others");
 
 struct ScoresStorage {
@@ -67,12 +66,11 @@ __device__ __forceinline__ int keys_read(const AttentionParams& p, int first_que
     return div_up(Mask<CAUSAL>(p).kv_end(last_query), BLOCK_N) * BLOCK_N;
 }
 
-// ---- S = Q K^T: grid (n_blocks * m_blocks * B * Hq)
-// -------------------------------------------------
+// ---- S = Q K^T: grid (n_blocks * m_blocks * B * Hq) --------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     wmma_scores(const __grid_constant__ AttentionParams params) {
-    extern __shared__ char smem_raw[];
+    extern __shared__ __align__(128) char smem_raw[];
     ScoresStorage& smem = reinterpret_cast<SharedStorage*>(smem_raw)->scores;
     const int n_blocks = params.cols_padded / BLOCK_N;
     const int m_blocks = params.rows_padded / BLOCK_M;
@@ -99,22 +97,21 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
 
     const int warp = threadIdx.x / WARP_SIZE;
     const int warp_row = warp % WARPS_M * ROWS_PER_WARP;
-    const int warp_col = warp / WARPS_M * TILES_N * WMMA;
+    const int warp_col = warp / WARPS_M * TILES_N * WMMA_DIM;
     float* gS = static_cast<float*>(params.scratch_scores) +
                 scratch_row(params, head_index, first_query) * params.cols_padded + first_key;
 #pragma unroll
-    for (int m = warp_row; m < warp_row + ROWS_PER_WARP; m += WMMA) {
+    for (int m = warp_row; m < warp_row + ROWS_PER_WARP; m += WMMA_DIM) {
         Accumulator rS[TILES_N];
         scores_fragments<TILES_N, HEAD_DIM, LD>(rS, smem.sQ + m * LD, smem.sK + warp_col * LD);
 #pragma unroll
         for (int n = 0; n < TILES_N; ++n)
-            wmma_store_d_row_global(gS + int64(m) * params.cols_padded + warp_col + n * WMMA, rS[n],
-                                    params.cols_padded);
+            wmma_store_d_row_global(gS + int64(m) * params.cols_padded + warp_col + n * WMMA_DIM,
+                                    rS[n], params.cols_padded);
     }
 }
 
-// ---- P = exp(S - m): one warp per row, grid div_up(B * Hq * Sq, NUM_WARPS)
-// --------------------------
+// ---- P = exp(S - m): one warp per row, grid div_up(B * Hq * Sq, NUM_WARPS) ---------------------
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     wmma_softmax(const __grid_constant__ AttentionParams params) {
@@ -155,8 +152,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     for (int tile = 0; tile < params.gate_tiles; ++tile) gate.tile_max(tile, max);
 }
 
-// ---- O = P V: grid (m_blocks * B * Hq)
-// --------------------------------------------------------------
+// ---- O = P V: grid (m_blocks * B * Hq) ---------------------------------------------------------
 
 __device__ __forceinline__ void load_pv(OutputStorage& smem, const AttentionParams& params,
                                         const T* gP, const T* gV, int tile) {
@@ -171,7 +167,7 @@ __device__ __forceinline__ void load_pv(OutputStorage& smem, const AttentionPara
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     wmma_pv(const __grid_constant__ AttentionParams params) {
-    extern __shared__ char smem_raw[];
+    extern __shared__ __align__(128) char smem_raw[];
     OutputStorage& smem = reinterpret_cast<SharedStorage*>(smem_raw)->output;
     const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
     const int first_query = tile.m_block * BLOCK_M;
@@ -203,8 +199,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
                 const int d = warp_n + i * WARPS_N;
                 if (d >= TILES_D) break;
                 accumulate_fragments<1, BLOCK_N, LD_P, LD>(
-                    rO[m][i], smem.sP[stage] + (warp_m + m * WMMA) * LD_P,
-                    smem.sV[stage] + d * WMMA);
+                    rO[m][i], smem.sP[stage] + (warp_m + m * WMMA_DIM) * LD_P,
+                    smem.sV[stage] + d * WMMA_DIM);
             }
         }
     }
@@ -214,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
         for (int i = 0; i < TILES_D_PER_WARP; ++i) {
             const int d = warp_n + i * WARPS_N;
             if (d < TILES_D)
-                wmma_store_d_row(smem.sO + (warp_m + m * WMMA) * LD + d * WMMA, rO[m][i][0], LD);
+                wmma_store_d_row(smem.sO + (warp_m + m * WMMA_DIM) * LD + d * WMMA_DIM, rO[m][i][0],
+                                 LD);
         }
     }
     for (int row = threadIdx.x; row < BLOCK_M; row += NUM_THREADS)
@@ -222,8 +219,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
             first_query + row < params.seqlen_q ? params.scratch_sum[scratch + row] : 0.0f);
     block_sync();  // O and its factors are complete
     if constexpr (WRITES_OUTPUT<GATE>) {
-        T* gO = const_cast<T*>(head_pointer<T>(params.o, params.o_strides, tile.batch, tile.head)) +
-                first_query * params.o_strides.row;
+        T* gO = output_pointer<T>(params, tile, first_query);
         store_rows<BLOCK_M, DIM_V, LD, ALIGN_BYTES, NUM_THREADS>(
             gO, params.o_strides.row, smem.sO, smem.sFactor, params.seqlen_q - first_query,
             threadIdx.x);

@@ -120,10 +120,40 @@ BAD_ARGUMENTS = {
     ),
     "out is an input": (lambda q, k, v: ((q, k, v), {"out": k}), ValueError, "out: overlaps k"),
     "out is a broadcast": (
-        lambda q, k, v: ((q, k, v), {"out": np.broadcast_to(np.zeros(16, q.dtype), q.shape)}),
+        lambda q, k, v: (
+            (q, k, v),
+            {"out": np.lib.stride_tricks.as_strided(np.zeros(64, q.dtype), q.shape, (0, 32, 4, 2))},
+        ),
         ValueError,
-        "out: is a broadcast view",
+        "out: its elements share memory",
     ),
+    "out with a gate": (
+        lambda q, k, v: ((q, k, v), {"gate": "softmax", "out": np.empty_like(q)}),
+        ValueError,
+        "out: gate 'softmax' stops before",
+    ),
+    "read-only out": (
+        lambda q, k, v: ((q, k, v), {"out": np.frombuffer(bytes(512), q.dtype).reshape(q.shape)}),
+        ValueError,
+        "out: is read-only",
+    ),
+    "huge scale": (
+        lambda q, k, v: ((q, k, v), {"softmax_scale": 10**400}),
+        ValueError,
+        "softmax_scale: got 1",
+    ),
+    "scale in a list": (
+        lambda q, k, v: ((q, k, v), {"softmax_scale": [1.0]}),
+        TypeError,
+        "softmax_scale: got list",
+    ),
+    "causal in an array": (
+        lambda q, k, v: ((q, k, v), {"causal": np.ones(2, bool)}),
+        ValueError,
+        "causal: got",
+    ),
+    "gate in a list": (lambda q, k, v: ((q, k, v), {"gate": ["qk"]}), ValueError, "gate: got"),
+    "kernel in a list": (lambda q, k, v: ((q, k, v), {"kernel": []}), ValueError, "kernel: got"),
     "out is a list": (lambda q, k, v: ((q, k, v), {"out": []}), TypeError, "out: got list"),
 }
 
@@ -149,6 +179,9 @@ def test_bad_gpu_arguments_are_named() -> None:
         ((q, k, v), {"kernel": "wmma_fused_64", "config": {"block_m": 24}}, ValueError, "block_m"),
         ((q, k, v), {"config": {"tile": 3}}, ValueError, "unknown field 'tile'"),
         ((q, k, v), {"config": {"block_n": "32"}}, ValueError, "block_n='32' is not int"),
+        ((q, k, v), {"config": {"block_n": [32]}}, ValueError, "block_n=[32] is not int"),
+        ((q, k, v), {"config": {"cp_async": 1}}, ValueError, "cp_async=1 is not bool"),
+        ((q, k, v), {"config": {"block_m": 24}}, ValueError, "kernel 'wmma_warp_softmax': config"),
         ((q, k, v), {"stream": 7}, TypeError, "stream: got int"),
         ((q, k, v), {"out": host[0]}, TypeError, "out: got ndarray"),
         ((q, k, v), {"out": q}, ValueError, "out: overlaps q"),
@@ -242,6 +275,20 @@ def test_illegal_tiles_say_why(kernel: str, changes: dict, message: str) -> None
             problem.contiguous_problem(1, 8, 512, 64), "sm_90a", kernel=kernel, overrides=changes
         )
     assert message in str(caught.value)
+
+
+def test_an_override_is_judged_by_the_row_that_fits() -> None:
+    """Head dim 128 has a second, smaller row; this tile is illegal there, right in the first."""
+    wanted = problem.contiguous_problem(1, 8, 512, 128)
+    changes = {"block_m": 128, "warps_m": 8}
+    found = tiles.select(wanted, "sm_90a", kernel="wmma_warp_softmax", overrides=changes)
+    assert (found.config.tile.block_m, found.config.tile.block_n) == (128, 64)
+
+
+def test_auto_does_not_shop_around_for_an_override() -> None:
+    wanted = problem.contiguous_problem(1, 8, 512, 64)
+    with pytest.raises(ValueError, match="wmma_warp_softmax"):
+        tiles.select(wanted, "sm_90a", overrides={"block_m": 24})
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])

@@ -27,8 +27,13 @@ def everywhere(*kernels: str) -> Callable[[Callable[..., None]], Callable[..., N
         @pytest.mark.parametrize("on", [NUMPY, pytest.param("gpu", marks=pytest.mark.gpu)])
         @functools.wraps(test)
         def on_each(on: str, **rest: object) -> None:
+            failed = {}
             for name in (NUMPY,) if on == NUMPY else kernels:
-                test(on=name, **rest)
+                try:
+                    test(on=name, **rest)
+                except AssertionError as error:
+                    failed[name] = error
+            assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
 
         return on_each
 
@@ -91,6 +96,16 @@ def test_queries_without_keys(on: str) -> None:
 
 
 @everywhere(*tiles.KERNELS)
+def test_queries_without_keys_stay_zero_beside_nan(on: str) -> None:
+    """Their tile holds values that others see; NaN among those must not reach them."""
+    q, k, v = arrays(20, 10)
+    v[...] = np.nan
+    o, lse = run(on, q, k, v, causal=True, return_lse=True)
+    assert (o[:, :, :10] == 0).all() and (lse[:, :, :10] == -np.inf).all()
+    assert np.isnan(o[:, :, 10:]).all()
+
+
+@everywhere(*tiles.KERNELS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_in_q_reaches_its_row_alone(on: str, value: float) -> None:
     q, k, v = arrays(100, 130)
@@ -136,12 +151,13 @@ def test_keys_that_nobody_sees_do_not_leak(on: str) -> None:
     """Top-left causal with more keys than queries: the last keys are hidden from all."""
     q, k, v = arrays(70, 200)
     clean = run(on, q, k[:, :, :70], v[:, :, :70], causal="top-left")
-    k[:, :, 70:], v[:, :, 70:] = np.nan, np.inf
-    got = run(on, q, k, v, causal="top-left")
-    if on == NUMPY:  # other tiles, other bits
-        check(got, q, k, v, causal="top-left")
-    else:
-        np.testing.assert_array_equal(got, clean)
+    for hidden_k, hidden_v in ((np.nan, np.inf), (60000.0, -60000.0)):
+        k[:, :, 70:], v[:, :, 70:] = hidden_k, hidden_v
+        got = run(on, q, k, v, causal="top-left")
+        if on == NUMPY:  # other tiles, other bits
+            check(got, q, k, v, causal="top-left")
+        else:
+            np.testing.assert_array_equal(got, clean, err_msg=on)
 
 
 @everywhere(*EXACT)
@@ -178,6 +194,42 @@ def test_invariants(on: str) -> None:
 def test_one_query_many_keys(on: str) -> None:
     q, k, v = arrays(1, 20_000, heads=1)
     check(run(on, q, k, v), q, k, v)
+
+
+@everywhere(*EXACT)
+def test_elements_off_their_multiples_are_copied(on: str) -> None:
+    """Views of bytes: contiguous by their strides, yet no load of an element may touch them."""
+    host = arrays(30, 40)
+    if on == NUMPY:
+        xp = np
+    else:
+        import cupy as xp
+    views = []
+    for x in host:
+        base = xp.zeros(1 + x.nbytes, np.uint8)
+        base[1:] = xp.asarray(x.reshape(-1).view(np.uint8))
+        views.append(xp.ndarray(x.shape, x.dtype, base[1:].data))
+    rules = {} if on == NUMPY else {"kernel": on}
+    assert "multiples" in flashcore_cupy.explain(*views) or on == NUMPY
+    got = flashcore_cupy.attention(*views, **rules)
+    check(got if on == NUMPY else xp.asnumpy(got), *host)
+
+
+@everywhere(*EXACT)
+def test_out_beside_its_inputs(on: str) -> None:
+    """q, k, v and o as neighbours in one array: their spans overlap, their elements do not."""
+    q, k, v = arrays(50, 50)
+    if on == NUMPY:
+        xp = np
+    else:
+        import cupy as xp
+    packed = xp.stack([xp.asarray(x) for x in (q, k, v, q)], axis=3)
+    rules = {} if on == NUMPY else {"kernel": on}
+    views = [packed[:, :, :, i] for i in range(4)]
+    flashcore_cupy.attention(*views[:3], out=views[3], **rules)
+    host = packed if on == NUMPY else xp.asnumpy(packed)
+    check(host[:, :, :, 3], q, k, v)
+    np.testing.assert_array_equal(host[:, :, :, 0], q)
 
 
 @everywhere(*EXACT)
@@ -248,20 +300,36 @@ def test_graph_capture(kernel: str) -> None:
 def test_offsets_beyond_2_to_31_elements(kernel: str) -> None:
     import cupy
 
-    far = 2**31 + 64  # elements between the two batches, in every array
+    far = 2**31 + 64  # elements between batches, or heads, or the first row and the last
     if cupy.cuda.Device().mem_info[0] < 20e9:
         pytest.skip("needs 20 GB of free GPU memory")
-    host = arrays(40, 50, batch=2, heads=1)
-    views = []
-    for x in (*host, host[0]):  # the last is the output
-        base = cupy.empty(far + x[0].size, np.float16)
-        strides = (2 * far, x.strides[1], x.strides[2], 2)
-        views.append(cupy.ndarray(x.shape, np.float16, base.data, strides=strides))
-    for view, x in zip(views, host, strict=False):
-        view[...] = cupy.asarray(x)
-    got = flashcore_cupy.attention(*views[:3], out=views[3], kernel=kernel)
+    host = arrays(40, 50, batch=2, heads=2)
     plain = run(kernel, *host)
-    np.testing.assert_array_equal(cupy.asnumpy(cupy.ascontiguousarray(got)), plain)
+    for axis in range(3):
+        views = []
+        for x in (*host, host[0]):  # the last is the output
+            step = far if axis < 2 else -(-far // (x.shape[2] - 1) // 8) * 8
+            base = cupy.empty(step * (x.shape[axis] - 1) + x.size, np.float16)
+            strides = [*x.strides]
+            strides[axis] = 2 * step
+            views.append(cupy.ndarray(x.shape, np.float16, base.data, strides=tuple(strides)))
+        for view, x in zip(views, host, strict=False):
+            view[...] = cupy.asarray(x)
+        got = flashcore_cupy.attention(*views[:3], out=views[3], kernel=kernel)
+        np.testing.assert_array_equal(cupy.asnumpy(cupy.ascontiguousarray(got)), plain)
+
+
+@pytest.mark.gpu
+def test_every_gpu_of_the_machine() -> None:
+    import cupy
+
+    for device in range(cupy.cuda.runtime.getDeviceCount()):
+        with cupy.cuda.Device(device):
+            q, k, v = (cupy.asarray(x) for x in arrays(100, 100))
+        for kernel in tiles.KERNELS:  # from the current device, whichever holds the arrays
+            o = flashcore_cupy.attention(q, k, v, kernel=kernel)
+            assert o.device.id == device
+            assert cupy.isfinite(o).all()
 
 
 @pytest.mark.gpu

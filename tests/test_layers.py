@@ -24,7 +24,7 @@ PYTHON_LAYERS = (
     {"_version", "settings"},
     {"sources", "cache", "nvrtc"},
     {"jit"},
-    {"problem", "config", "params", "tiles", "numpy_attention", "reference"},
+    {"problem", "config", "params", "tiles", "arrays", "numpy_attention", "reference"},
     {"launch"},
     {"attention"},
     {"bench", "builds", "verify", "job", "ladder", "selftest", "selftest_cases", "doctor"},

@@ -5,6 +5,12 @@
 
 namespace flashcore {
 
+// A query that saw no key has factor 0. Its output is 0, even where NaN in a value that others of
+// its tile saw has made NaN of the sum.
+__device__ __forceinline__ float scaled_output(float o, float factor) {
+    return factor == 0.0f ? 0.0f : o * factor;
+}
+
 // Stores ROWS x DIM fp32 values from shared memory (row length LD), each row multiplied by
 // sFactor[row], as T. THREADS threads take part, this one being number `thread`. Rows from
 // valid_rows on are not written.
@@ -24,7 +30,7 @@ __device__ __forceinline__ void store_rows(T* gO, int64 row_stride, const float*
         } piece;
 #pragma unroll
         for (int e = 0; e < VEC; ++e)
-            piece.element[e] = from_float<T>(sO[row * LD + col + e] * sFactor[row]);
+            piece.element[e] = from_float<T>(scaled_output(sO[row * LD + col + e], sFactor[row]));
         *reinterpret_cast<Vector<BYTES>*>(gO + row * row_stride + col) = piece.vector;
     }
 }

@@ -1,5 +1,5 @@
-// mma_tile.cuh - tile products out of WMMA fragments: S = Q K^T into shared memory, and O += P V
-// with O either in shared memory or in registers.
+// mma_tile.cuh - one warp's share of a tile product out of WMMA fragments, S = Q K^T and O += P V;
+// and a way to scale the rows of fragments whose layout is not specified.
 #pragma once
 #include <flashcore/ptx_warp.cuh>
 #include <flashcore/ptx_wmma.cuh>
@@ -7,7 +7,7 @@
 
 namespace flashcore {
 
-constexpr int WMMA = 16;  // fragments are 16 x 16 x 16
+constexpr int WMMA_DIM = 16;  // fragments are 16 x 16 x 16
 
 // S[16 x NUM_N*16] = Q[16 x DEPTH] K[NUM_N*16 x DEPTH]^T for one warp, raw scores, fp32.
 // sQ and sK point at the warp's first row; sK is read col-major, which is the transpose.
@@ -17,13 +17,13 @@ __device__ __forceinline__ void scores_fragments(Accumulator (&rS)[NUM_N], const
 #pragma unroll
     for (int n = 0; n < NUM_N; ++n) fill(rS[n], 0.0f);
 #pragma unroll
-    for (int k = 0; k < DEPTH; k += WMMA) {
+    for (int k = 0; k < DEPTH; k += WMMA_DIM) {
         FragmentAB<T> rQ;
         wmma_load_a_row(rQ, sQ + k, LD);
 #pragma unroll
         for (int n = 0; n < NUM_N; ++n) {
             FragmentAB<T> rK;
-            wmma_load_b_col(rK, sK + n * WMMA * LD + k, LD);
+            wmma_load_b_col(rK, sK + n * WMMA_DIM * LD + k, LD);
             wmma_mma_row_col(rS[n], rQ, rK);
         }
     }
@@ -34,13 +34,13 @@ template <int NUM_D, int DEPTH, int LD_P, int LD_V, typename T>
 __device__ __forceinline__ void accumulate_fragments(Accumulator (&rO)[NUM_D], const T* sP,
                                                      const T* sV) {
 #pragma unroll
-    for (int k = 0; k < DEPTH; k += WMMA) {
+    for (int k = 0; k < DEPTH; k += WMMA_DIM) {
         FragmentAB<T> rP;
         wmma_load_a_row(rP, sP + k, LD_P);
 #pragma unroll
         for (int d = 0; d < NUM_D; ++d) {
             FragmentAB<T> rV;
-            wmma_load_b_row(rV, sV + k * LD_V + d * WMMA, LD_V);
+            wmma_load_b_row(rV, sV + k * LD_V + d * WMMA_DIM, LD_V);
             wmma_mma_row_row(rO[d], rP, rV);
         }
     }
@@ -52,8 +52,8 @@ __device__ __forceinline__ void accumulate_fragments(Accumulator (&rO)[NUM_D], c
 template <int LD>
 __device__ __forceinline__ void accumulator_rows(int (&rows)[8], float* sScratch) {
     const int lane = threadIdx.x % WARP_SIZE;
-    for (int i = lane; i < WMMA * WMMA; i += WARP_SIZE)
-        sScratch[(i / WMMA) * LD + i % WMMA] = float(i / WMMA);
+    for (int i = lane; i < WMMA_DIM * WMMA_DIM; i += WARP_SIZE)
+        sScratch[(i / WMMA_DIM) * LD + i % WMMA_DIM] = float(i / WMMA_DIM);
     warp_sync();  // the row numbers are there before any lane loads its share
     Accumulator numbers;
     wmma_load_c_row(numbers, sScratch, LD);

@@ -1,5 +1,6 @@
-// params.cuh - what the launcher hands to every kernel: one struct, by value. launch.py describes
-// it once as a NumPy structured dtype; FC_PARAMS_BYTES lets each entry file assert that both agree.
+// params.cuh - what the launcher hands to every kernel: one struct, by value. params.py describes
+// it once as a NumPy structured dtype; FC_PARAMS_BYTES lets each entry file assert that both have
+// the same size.
 #pragma once
 #include <flashcore/types.cuh>
 
@@ -37,7 +38,7 @@ struct AttentionParams {
     int gate_row;       // the gate array's row length: the true Skv
     int gate_tiles;     // tiles per row in gate_tile_max
     int rows_padded;    // scratch rows: Sq rounded up to the tile
-    int cols_padded;    // scratch columns: Skv rounded up to the tile
+    int cols_padded;    // scratch columns: seqlen_kv rounded up to the tile
     float softmax_scale;
     float scale_log2;  // softmax_scale * log2(e): exp(x) = exp2(x * log2(e))
 };
@@ -68,10 +69,19 @@ __device__ __forceinline__ int kv_head(const AttentionParams& p, int head) {
     return head / (p.heads_q / p.heads_kv);
 }
 
+// First element of a head.
 template <typename T>
 __device__ __forceinline__ const T* head_pointer(const void* base, const Strides& s, int batch,
                                                  int head) {
     return static_cast<const T*>(base) + batch * s.batch + head * s.head;
+}
+
+// Row `query` of the output.
+template <typename T>
+__device__ __forceinline__ T* output_pointer(const AttentionParams& p, const TileCoord& tile,
+                                             int query) {
+    return static_cast<T*>(p.o) + tile.batch * p.o_strides.batch + tile.head * p.o_strides.head +
+           query * p.o_strides.row;
 }
 
 }  // namespace flashcore

@@ -86,7 +86,7 @@ __device__ __forceinline__ void wmma_load_b_col(FragmentAB<bfloat16_t>& f, const
                  : "memory");
 }
 
-// acc += A B, A loaded by load_a_row, B by load_b_row.
+// acc += A B, A loaded by wmma_load_a_row, B by wmma_load_b_row.
 __device__ __forceinline__ void wmma_mma_row_row(Accumulator& d, const FragmentAB<half_t>& a,
                                                  const FragmentAB<half_t>& b) {
     asm volatile(
@@ -111,7 +111,7 @@ __device__ __forceinline__ void wmma_mma_row_row(Accumulator& d, const FragmentA
           "r"(b.x[3]));
 }
 
-// acc += A B, A loaded by load_a_row, B by load_b_col.
+// acc += A B, A loaded by wmma_load_a_row, B by wmma_load_b_col.
 __device__ __forceinline__ void wmma_mma_row_col(Accumulator& d, const FragmentAB<half_t>& a,
                                                  const FragmentAB<half_t>& b) {
     asm volatile(

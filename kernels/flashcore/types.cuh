@@ -36,7 +36,7 @@ constexpr float LN_2 = 0.6931471805599453f;
 
 __host__ __device__ constexpr int div_up(int a, int b) { return (a + b - 1) / b; }
 
-// Vectors of 2 to 16 bytes, for one load or store instruction each.
+// Vectors of 1 to 16 bytes, for one load or store instruction each.
 template <int BYTES>
 struct VectorType;
 template <>

@@ -1,0 +1,120 @@
+"""What kernels need to know of an array, CuPy's or NumPy's: addresses, strides, overlaps.
+
+Nothing here reads an element, or imports CuPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flashcore_cupy.problem import MAX_ALIGN, AttentionProblem
+
+# NumPy 1.25 moved it.
+_TooHardError = getattr(np, "exceptions", np).TooHardError
+
+
+class ArraySpec(NamedTuple):
+    """An array without its data: what ``problem.describe`` looks at, and a key for caches."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    address: int
+    """Modulo the widest load: all that matters of it is the alignment."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+
+def spec_of(x: Any) -> ArraySpec:
+    """Describe an array."""
+    return ArraySpec(x.shape, x.strides, x.dtype, address_of(x) % MAX_ALIGN)
+
+
+def address_of(x: Any) -> int:
+    """Return the address of the first element, on the host or on the GPU."""
+    return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
+
+
+def spec_of_copy(x: Any) -> ArraySpec:
+    """Describe a C-contiguous copy of ``x`` that has not been made."""
+    strides = [x.dtype.itemsize]
+    for n in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * n)
+    return ArraySpec(x.shape, tuple(strides), x.dtype, 0)
+
+
+def why_copied(x: Any) -> str:
+    """Say why kernels cannot address ``x`` as it is; empty if they can."""
+    size = x.dtype.itemsize
+    if x.ndim and x.shape[-1] > 1 and x.strides[-1] != size:
+        return f"its last axis is not contiguous (strides {x.strides} bytes)"
+    if any(s % size for s in x.strides) or address_of(x) % size:
+        return f"its elements do not lie on multiples of their {size} bytes"
+    return ""
+
+
+def usable(x: Any, xp: Any) -> Any:
+    """Return ``x``, or a copy of it that kernels can address; ``xp`` is its array module."""
+    # Not ascontiguousarray, which returns a misaligned array as it is.
+    return xp.array(x, order="C", copy=True) if why_copied(x) else x
+
+
+def check_out(problem: AttentionProblem, out: Any, inputs: tuple[Any, ...], xp: Any) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``out`` can take the output of ``inputs``."""
+    q, k, v = inputs
+    if not isinstance(out, xp.ndarray):
+        raise TypeError(f"out: got {type(out).__name__}; use a {xp.__name__} array like q")
+    if out.shape != problem.output_shape:
+        raise ValueError(f"out: got shape {out.shape}; this problem's is {problem.output_shape}")
+    if out.dtype != q.dtype:
+        raise TypeError(f"out: got dtype {out.dtype.name}; q's is {q.dtype.name}")
+    if xp is not np and out.device != q.device:
+        raise ValueError(f"out: on GPU {out.device.id}, but q is on GPU {q.device.id}")
+    if reason := why_copied(out):
+        raise ValueError(f"out: {reason}; use a contiguous array")
+    if xp is np and not out.flags.writeable:
+        raise ValueError("out: is read-only; use an array of your own")
+    if _overlaps_itself(out):
+        raise ValueError("out: its elements share memory, as a broadcast view's; use a real array")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if _share_memory(out, x):
+            raise ValueError(f"out: overlaps {name} in memory; use another array")
+
+
+def _overlaps_itself(x: Any) -> bool:
+    """Whether some axis steps inside what the axes of smaller steps cover."""
+    covered = x.dtype.itemsize
+    for step, n in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if step < covered:
+            return True
+        covered += step * (n - 1)
+    return False
+
+
+def _share_memory(x: Any, y: Any) -> bool:
+    """Whether two arrays, on the host or on one GPU, have a byte in common."""
+    x, y = (np.asarray(_Addresses(a)) for a in (x, y))
+    if not np.may_share_memory(x, y):
+        return False
+    try:
+        return np.shares_memory(x, y, max_work=10_000)  # type: ignore[arg-type]
+    except _TooHardError:
+        return True  # strides that take long to tell apart are not worth the risk
+
+
+class _Addresses:
+    """A stand-in for an array that NumPy may reason about, but not read."""
+
+    def __init__(self, x: Any) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": x.shape,
+            "strides": x.strides,
+            "typestr": f"|V{x.dtype.itemsize}",
+            "data": (address_of(x), True),
+        }
