@@ -48,13 +48,29 @@ def spec_of_copy(x: Any) -> ArraySpec:
     return ArraySpec(x.shape, tuple(strides), x.dtype, 0)
 
 
+def check_elements(name: str, x: Any) -> None:
+    """Raise ``ValueError`` for GPU elements that lie where no load of an element may go.
+
+    NumPy copies such an array; CuPy's own kernels fault on it.
+    """
+    if not isinstance(x, np.ndarray) and _is_misaligned(x):
+        raise ValueError(
+            f"{name}: its elements do not lie on multiples of their {x.dtype.itemsize} bytes; "
+            f"copy its bytes into an array of its own first"
+        )
+
+
+def _is_misaligned(x: Any) -> bool:
+    size = x.dtype.itemsize
+    return address_of(x) % size != 0 or any(s % size for s in x.strides)
+
+
 def why_copied(x: Any) -> str:
     """Say why kernels cannot address ``x`` as it is; empty if they can."""
-    size = x.dtype.itemsize
-    if x.ndim and x.shape[-1] > 1 and x.strides[-1] != size:
+    if x.ndim and x.shape[-1] > 1 and x.strides[-1] != x.dtype.itemsize:
         return f"its last axis is not contiguous (strides {x.strides} bytes)"
-    if any(s % size for s in x.strides) or address_of(x) % size:
-        return f"its elements do not lie on multiples of their {size} bytes"
+    if _is_misaligned(x):
+        return f"its elements do not lie on multiples of their {x.dtype.itemsize} bytes"
     return ""
 
 
@@ -98,13 +114,25 @@ def _overlaps_itself(x: Any) -> bool:
 
 def _share_memory(x: Any, y: Any) -> bool:
     """Whether two arrays, on the host or on one GPU, have a byte in common."""
-    x, y = (np.asarray(_Addresses(a)) for a in (x, y))
-    if not np.may_share_memory(x, y):
+    (x_first, x_end), (y_first, y_end) = _span(x), _span(y)
+    if x_end <= y_first or y_end <= x_first:
         return False
+    a, b = np.asarray(_Addresses(x)), np.asarray(_Addresses(y))
     try:
-        return np.shares_memory(x, y, max_work=10_000)  # type: ignore[arg-type]
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
     except _TooHardError:
         return True  # strides that take long to tell apart are not worth the risk
+
+
+def _span(x: Any) -> tuple[int, int]:
+    """Address of the first byte of an array, and of the one after its last."""
+    first = last = address_of(x)
+    for n, step in zip(x.shape, x.strides, strict=True):
+        if n == 0:
+            return first, first
+        first += min(0, step * (n - 1))
+        last += max(0, step * (n - 1))
+    return first, last + x.dtype.itemsize
 
 
 class _Addresses:

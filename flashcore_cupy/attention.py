@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashcore_cupy import jit, launch, reference
-from flashcore_cupy.arrays import ArraySpec, check_out, spec_of, spec_of_copy, usable, why_copied
+from flashcore_cupy import jit, launch
+from flashcore_cupy.arrays import (
+    ArraySpec,
+    check_elements,
+    check_out,
+    spec_of,
+    spec_of_copy,
+    usable,
+    why_copied,
+)
 from flashcore_cupy.config import check_overrides
 from flashcore_cupy.problem import (
     GATES,
@@ -221,6 +229,8 @@ def _attention_numpy(
     gate: Gate | None,
     out: Any,
 ) -> Any:
+    from flashcore_cupy import reference  # not imported where there is a GPU to do the work
+
     problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
     q, k, v = (usable(x, np) for x in (q, k, v))
     if out is None:
@@ -288,6 +298,8 @@ def _describe(
 ) -> AttentionProblem:
     """The problem of arrays, a last axis that is not contiguous being copied; cached."""
     arrays = (q, k, v)
+    for name, x in zip("qkv", arrays, strict=True):
+        check_elements(name, x)
     specs = [spec_of_copy(x) if why_copied(x) else spec_of(x) for x in arrays]
     rules = (softmax_scale, causal, gate, layout)
     try:

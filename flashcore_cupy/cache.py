@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from flashcore_cupy.settings import settings
 
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -64,7 +62,12 @@ class CacheEntry:
 
 def cache_dir() -> Path:
     """Return the cache folder: ``FLASHCORE_CACHE_DIR``, else the platform's. It may not exist."""
-    return settings().cache_dir or Path(platformdirs.user_cache_path("flashcore-cupy", False))
+    configured = settings().cache_dir
+    if configured is not None:
+        return configured
+    import platformdirs
+
+    return Path(platformdirs.user_cache_path("flashcore-cupy", False))
 
 
 def find(key: str) -> tuple[Path, dict[str, Any]] | None:

@@ -10,11 +10,9 @@ import functools
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,6 +268,10 @@ def _compile_in_processes(
     workers: int,
     done: Callable[[int, CompiledKernel | Exception], None],
 ) -> None:
+    # Imported here: a process that only looks kernels up in the cache starts without them.
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
     # Spawned, because a forked child must not use the parent's CUDA context.
     pool = ProcessPoolExecutor(
         workers,

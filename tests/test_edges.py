@@ -196,23 +196,30 @@ def test_one_query_many_keys(on: str) -> None:
     check(run(on, q, k, v), q, k, v)
 
 
-@everywhere(*EXACT)
-def test_elements_off_their_multiples_are_copied(on: str) -> None:
-    """Views of bytes: contiguous by their strides, yet no load of an element may touch them."""
+def _off_by_a_byte(x: np.ndarray, xp: Any) -> Any:
+    base = xp.zeros(1 + x.nbytes, np.uint8)
+    base[1:] = xp.asarray(x.reshape(-1).view(np.uint8))
+    memory = base[1:] if xp is np else base[1:].data
+    return xp.ndarray(x.shape, x.dtype, memory)
+
+
+def test_elements_off_their_multiples_are_copied() -> None:
+    """Views of bytes: contiguous by their strides, yet no vector of elements."""
     host = arrays(30, 40)
-    if on == NUMPY:
-        xp = np
-    else:
-        import cupy as xp
-    views = []
-    for x in host:
-        base = xp.zeros(1 + x.nbytes, np.uint8)
-        base[1:] = xp.asarray(x.reshape(-1).view(np.uint8))
-        views.append(xp.ndarray(x.shape, x.dtype, base[1:].data))
-    rules = {} if on == NUMPY else {"kernel": on}
-    assert "multiples" in flashcore_cupy.explain(*views) or on == NUMPY
-    got = flashcore_cupy.attention(*views, **rules)
-    check(got if on == NUMPY else xp.asnumpy(got), *host)
+    check(flashcore_cupy.attention(*(_off_by_a_byte(x, np) for x in host)), *host)
+
+
+@pytest.mark.gpu
+def test_elements_off_their_multiples_are_refused() -> None:
+    import cupy
+
+    q, k, v = (cupy.asarray(x) for x in arrays(30, 40))
+    off = _off_by_a_byte(cupy.asnumpy(k), cupy)
+    for call in (flashcore_cupy.attention, flashcore_cupy.explain):
+        with pytest.raises(ValueError, match="k: its elements do not lie on multiples of their 2"):
+            call(q, off, v)
+    with pytest.raises(ValueError, match="out: its elements do not lie"):
+        flashcore_cupy.attention(q, k, v, out=_off_by_a_byte(cupy.asnumpy(q), cupy))
 
 
 @everywhere(*EXACT)
