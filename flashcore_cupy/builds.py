@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from flashcore_cupy import jit, tiles
@@ -134,23 +135,27 @@ def _build_or_error(config: KernelConfig, arch: str) -> Build | jit.CompileError
 def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
     """Every row of the table for these kernels on a target: its dtypes, causal and not.
 
-    Rows that the target cannot run (no cp.async, too little shared memory) are left out.
+    Rows that the target cannot run (no cp.async, too little shared memory) are left out, and those
+    that it never takes because one before them fits.
     """
-    seen = set()
+    seen: set[KernelConfig] = set()
     for name in kernels:
         kernel = tiles.KERNELS[name]
-        for row in tiles.rows_of(name):
-            for dtype in kernel.dtypes:
-                for causal in (False, True):
-                    problem = contiguous_problem(1, 1, 1, row.head_dim, dtype=dtype, causal=causal)
-                    try:
-                        config = tiles.configure(problem, kernel, arch)
-                    except ValueError:
-                        continue
-                    for c in tiles.configs_of(tiles.Selection(kernel, config)):
-                        if c not in seen:
-                            seen.add(c)
-                            yield c
+        for dtype, causal in product(kernel.dtypes, (False, True)):
+            served = set()
+            for row in tiles.rows_of(name):
+                problem = contiguous_problem(1, 1, 1, row.head_dim, dtype=dtype, causal=causal)
+                if (row.head_dim, row.max_blocks) in served:
+                    continue
+                try:
+                    config = tiles.check_target(row, tiles.configure_row(row, problem), arch)
+                except ValueError:
+                    continue
+                served.add((row.head_dim, row.max_blocks))
+                for c in tiles.configs_of(tiles.Selection(kernel, config)):
+                    if c not in seen:
+                        seen.add(c)
+                        yield c
 
 
 def target(arch: str | None, *, on_gpu: bool) -> str:

@@ -94,6 +94,12 @@ class KernelConfig:
         return _SMEM_BYTES[self.source](self)
 
     @property
+    def softmax_keys(self) -> int:
+        """Keys between two updates of a row's running maximum."""
+        t = self.tile
+        return t.block_n // t.warps_n if self.source == "fwd_sm80.cu" else t.block_n
+
+    @property
     def params_bytes(self) -> int:
         """Size of the struct that the kernel takes; the kernel asserts the same size."""
         dtype = QUANTIZE_PARAMS if self.source == "fp8_quantize.cu" else ATTENTION_PARAMS
@@ -172,6 +178,8 @@ def _illegal(c: KernelConfig) -> list[str]:
         if t.num_stages != 2 or t.warp_softmax or t.fp8:
             reasons.append("wmma_unfused has num_stages=2 and neither warp_softmax nor fp8")
         return reasons
+    if source == "fwd_sm80.cu":
+        return reasons + _illegal_sm80(c)
     if t.num_stages not in (1, 2):
         reasons.append(f"num_stages={t.num_stages}; one stage, or two in turn")
     if t.warp_softmax:
@@ -191,6 +199,19 @@ def _illegal(c: KernelConfig) -> list[str]:
         reasons.append("fp8 goes with warp_softmax")
     if t.fp8 and t.cp_async:
         reasons.append("fp8 widens on load, so its copies cannot be asynchronous: cp_async=False")
+    return reasons
+
+
+def _illegal_sm80(c: KernelConfig) -> list[str]:
+    t = c.tile
+    reasons = []
+    if t.num_stages not in (1, 2):
+        reasons.append(f"num_stages={t.num_stages}; one stage, or two in turn")
+    if not t.cp_async or t.warp_softmax or t.fp8:
+        reasons.append("mma_sm80 has cp_async and neither warp_softmax nor fp8")
+    merged = (t.warps_n - 1) * 32 * (t.block_m // 16) * (4 + c.head_dim // 2) * 4
+    if merged > ITEMSIZE[c.dtype] * 2 * t.num_stages * t.block_n * padded_row(c.head_dim):
+        reasons.append(f"warps_n={t.warps_n}: their results do not fit over K and V for the merge")
     return reasons
 
 
@@ -228,6 +249,12 @@ def _fused_smem(c: KernelConfig) -> int:
     return round_up(total + 4 * t.block_m, 128)
 
 
+def _sm80_smem(c: KernelConfig) -> int:
+    t = c.tile
+    rows = t.block_m + 2 * t.num_stages * t.block_n
+    return round_up(ITEMSIZE[c.dtype] * rows * padded_row(c.head_dim), 128)
+
+
 def _quantize_smem(c: KernelConfig) -> int:
     return 4 * c.num_warps
 
@@ -236,5 +263,6 @@ _SMEM_BYTES = {
     "scalar.cu": _scalar_smem,
     "wmma_unfused.cu": _unfused_smem,
     "wmma_fused.cu": _fused_smem,
+    "fwd_sm80.cu": _sm80_smem,
     "fp8_quantize.cu": _quantize_smem,
 }

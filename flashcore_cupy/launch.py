@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import cupy
 
 _LOG2_E = math.log2(math.e)
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 _MAX_GRID = 2**31 - 1
 _DEFAULT_SMEM = 48 * 1024  # more than this has to be asked for, once per kernel
 
@@ -235,8 +236,14 @@ def _fixed_params(
     params["causal_offset"] = problem.causal_offset if problem.causal else 0
     params["gate_row"] = problem.seqlen_kv
     params["gate_tiles"] = _gate_tiles(problem, config)
-    params["softmax_scale"] = problem.softmax_scale
-    params["scale_log2"] = problem.softmax_scale * _LOG2_E
+    scale = problem.softmax_scale
+    if config.source == "fwd_sm80.cu":
+        # The kernel compares raw scores, for which the scale has to be positive. Instead of 0 the
+        # smallest number: every finite score times that is far below what exp2 can tell from 0.
+        params["negate_q"] = scale < 0
+        scale = max(abs(scale), _SMALLEST_SCALE)
+    params["softmax_scale"] = scale
+    params["scale_log2"] = scale * _LOG2_E
     return params
 
 
@@ -261,18 +268,20 @@ def _allocate_gate(plan: Plan, params: np.ndarray[Any, Any]) -> None:
 
 
 def _gate_tiles(problem: AttentionProblem, config: KernelConfig) -> int:
-    return -(-problem.seqlen_kv // config.tile.block_n)
+    # Whole tiles: with several maxima per tile, the last tile has all of them, too.
+    tile = config.tile
+    return -(-problem.seqlen_kv // tile.block_n) * (tile.block_n // config.softmax_keys)
 
 
 def _normalised_probabilities(plan: Plan) -> Any:
     """p~ * exp(m_j - m) / l: each tile's probabilities at the row's final maximum."""
     import cupy
 
-    arrays, block_n = plan.arrays, plan.selection.config.tile.block_n
+    arrays, keys = plan.arrays, plan.selection.config.softmax_keys
     row_max, row_sum = arrays["gate_row_max"][..., None], arrays["gate_row_sum"][..., None]
     factor = cupy.exp2(arrays["gate_tile_max"] - row_max) / row_sum
     factor = cupy.where(row_sum == 0, cupy.float32(0), factor)  # a query without keys
-    per_key = cupy.repeat(factor, block_n, axis=-1)[..., : plan.problem.seqlen_kv]
+    per_key = cupy.repeat(factor, keys, axis=-1)[..., : plan.problem.seqlen_kv]
     return arrays["gate"] * per_key
 
 

@@ -18,7 +18,7 @@ _POINTERS = [
 ]
 _INTEGERS = [
     *("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv", "causal_offset"),
-    *("gate_row", "gate_tiles", "rows_padded", "cols_padded"),
+    *("gate_row", "gate_tiles", "rows_padded", "cols_padded", "negate_q"),
 ]
 
 #: ``AttentionParams``: what every attention kernel takes.

@@ -106,6 +106,8 @@ def _cases_of(kernel: str) -> Iterator[Case]:
     dtypes = tiles.KERNELS[kernel].dtypes
     yield from _head_dims(kernel, dtypes)
     yield from _shapes(kernel, dtypes)
+    if any(row.max_blocks is not None for row in tiles.rows_of(kernel)):
+        yield from _grids(kernel, dtypes)
     yield from _memory(kernel, dtypes)
     yield from _kinds(kernel, dtypes)
     yield from _gates(kernel, dtypes)
@@ -149,6 +151,29 @@ def _shapes(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
         for causal in _CAUSAL[:2]:
             yield Case(
                 "heads", kernel, batch=batch, heads=heads, heads_kv=heads_kv, causal=causal, seed=2
+            )
+
+
+def _grids(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
+    """Heads enough for the tile of a full grid, at the edges of that tile."""
+    rows = [row for row in tiles.rows_of(kernel) if row.max_blocks is None]
+    which = itertools.cycle(dtypes[:2])
+    for dim in sorted({row.head_dim for row in rows}):
+        tile = next(row for row in rows if row.head_dim == dim).tile
+        for more, causal in itertools.product((-1, 0, 1), _CAUSAL[:2]):
+            yield Case(
+                "grid",
+                kernel,
+                next(which),
+                batch=9,
+                heads=8,
+                heads_kv=2,
+                seqlen_q=tile.block_m + more,
+                seqlen_kv=2 * tile.block_n + more,
+                head_dim=dim,
+                head_dim_v=dim,
+                causal=causal,
+                seed=7,
             )
 
 

@@ -181,7 +181,7 @@ def test_bad_gpu_arguments_are_named() -> None:
         ((q, k, v), {"config": {"block_n": "32"}}, ValueError, "block_n='32' is not int"),
         ((q, k, v), {"config": {"block_n": [32]}}, ValueError, "block_n=[32] is not int"),
         ((q, k, v), {"config": {"cp_async": 1}}, ValueError, "cp_async=1 is not bool"),
-        ((q, k, v), {"config": {"block_m": 24}}, ValueError, "kernel 'wmma_warp_softmax': config"),
+        ((q, k, v), {"config": {"block_m": 24}}, ValueError, "kernel 'mma_sm80': config"),
         ((q, k, v), {"stream": 7}, TypeError, "stream: got int"),
         ((q, k, v), {"out": host[0]}, TypeError, "out: got ndarray"),
         ((q, k, v), {"out": q}, ValueError, "out: overlaps q"),
@@ -235,10 +235,10 @@ def test_explain_on_gpu() -> None:
 
     q, k, v = (cupy.asarray(x) for x in _arrays(shape=(1, 2, 8, 64)))
     text = flashcore_cupy.explain(q, k, v)
-    assert text.startswith("wmma_warp_softmax on sm_")
+    assert text.startswith("mma_sm80 on sm_")
     text = flashcore_cupy.explain(*(x.astype("f4") for x in (q, k, v)))
     assert text.startswith("scalar on sm_")
-    assert "passed over wmma_warp_softmax: takes float16 and bfloat16, not float32" in text
+    assert "passed over mma_sm80: takes float16 and bfloat16, not float32" in text
     turned = cupy.ascontiguousarray(q.swapaxes(2, 3)).swapaxes(2, 3)
     assert "copied q" in flashcore_cupy.explain(turned, k, v)
 
@@ -287,7 +287,7 @@ def test_an_override_is_judged_by_the_row_that_fits() -> None:
 
 def test_auto_does_not_shop_around_for_an_override() -> None:
     wanted = problem.contiguous_problem(1, 8, 512, 64)
-    with pytest.raises(ValueError, match="wmma_warp_softmax"):
+    with pytest.raises(ValueError, match="mma_sm80"):
         tiles.select(wanted, "sm_90a", overrides={"block_m": 24})
 
 

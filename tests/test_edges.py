@@ -133,17 +133,17 @@ def test_nan_in_k_reaches_the_queries_that_see_it(on: str) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_in_v_reaches_whom_it_may(on: str, value: float) -> None:
     """Every query that sees it; beyond those, at most queries of the tile of keys."""
-    q, k, v = arrays(300, 300)
-    v[0, 1, 177, 3] = value
+    q, k, v = arrays(600, 600)
+    v[0, 1, 577, 3] = value
     o = run(on, q, k, v, causal=True)
     bad = ~np.isfinite(o)
-    assert bad[0, 1, 177:, 3].all(), "the queries that see it"
+    assert bad[0, 1, 577:, 3].all(), "the queries that see it"
     assert not bad[0, 0].any(), "another head"
     assert not np.delete(bad, 3, axis=-1).any(), "another column"
     if on in (NUMPY, "scalar"):
-        assert not bad[0, 1, :177].any(), "exact here: a hidden value is never multiplied"
+        assert not bad[0, 1, :577].any(), "exact here: a hidden value is never multiplied"
     else:
-        assert not bad[0, 1, :128].any(), "queries whose tiles end before it"
+        assert not bad[0, 1, :512].any(), "queries whose tiles end before it"
 
 
 @everywhere(*tiles.KERNELS)

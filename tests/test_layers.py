@@ -39,7 +39,7 @@ DEVICE_LAYERS = (
     {"types"},
     {"params"},
     {"ptx"},  # stands for every ptx*.cuh
-    {"debug", "mask", "score", "smem_tile", "mma_tile", "softmax", "epilogue"},
+    {"debug", "mask", "score", "smem_tile", "mma_tile", "mma_sync_tile", "softmax", "epilogue"},
 )
 INTRINSIC = re.compile(
     r"\basm\b|\b__(?!global__|device__|host__|shared__|constant__|restrict__|forceinline__|"

@@ -45,8 +45,8 @@ def test_every_wrapper_has_a_probe() -> None:
 @pytest.mark.parametrize("arch", tiles.TARGETS)
 def test_probes_compile(probe_folder: Path, arch: str) -> None:
     for probe in PROBES:
-        if probe.name == "cp_async.cu" and tiles.capability(arch) < 80:
-            continue  # the instruction does not exist there
+        if probe.name in ("cp_async.cu", "mma.cu") and tiles.capability(arch) < 80:
+            continue  # the instructions do not exist there
         compiled = jit.compile_kernel(f"probe_{probe.name}", {}, arch)
         assert compiled.entries
 
@@ -141,7 +141,7 @@ def test_warp(probe_folder: Path) -> None:
     run = Probe("warp")
     x = np.random.default_rng(2).integers(-1000, 1000, 256).astype(np.float32)
     lanes = np.arange(32)
-    got = run("shuffles", 32, [x[:32]], [_zeros(32, "f4") for _ in range(6)])
+    got = run("shuffles", 32, [x[:32]], [_zeros(32, "f4") for _ in range(7)])
     y = x[:32]
     expected = [
         y[lanes ^ 3],
@@ -150,6 +150,7 @@ def test_warp(probe_folder: Path) -> None:
         np.full(32, y.max()),
         np.repeat(y.reshape(8, 4).sum(1), 4),
         np.full(32, y.sum()),
+        np.ones(32),
     ]
     for g, e in zip(got, expected, strict=True):
         np.testing.assert_array_equal(g, e)
@@ -187,6 +188,21 @@ def test_wmma(probe_folder: Path, dtype: type) -> None:
     np.testing.assert_array_equal(row, a32 @ b32 + c)
     np.testing.assert_array_equal(col, a32 @ b32.T + 0.5)
     np.testing.assert_array_equal(direct, col)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_mma_and_ldmatrix(probe_folder: Path, dtype: type) -> None:
+    run = Probe("mma")
+    rng = np.random.default_rng(6)
+    a, b = (rng.integers(-8, 8, (16, 16)).astype(dtype) for _ in range(2))
+    c = rng.integers(-100, 100, (16, 16)).astype(np.float32)
+    name = "products_half" if dtype is np.float16 else "products_bfloat16"
+    inputs = [a.view(np.uint16), b.view(np.uint16), c]
+    row, col = run(name, 32, inputs, [np.zeros((16, 16), "f4") for _ in range(2)])
+    a32, b32 = a.astype(np.float32), b.astype(np.float32)
+    np.testing.assert_array_equal(row, a32 @ b32 + c)
+    np.testing.assert_array_equal(col, a32 @ b32.T + c)
 
 
 @pytest.mark.gpu

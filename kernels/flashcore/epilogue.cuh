@@ -35,4 +35,19 @@ __device__ __forceinline__ void store_rows(T* gO, int64 row_stride, const float*
     }
 }
 
+// Stores ROWS x DIM values of T that are already final, from shared rows LD apart.
+template <int ROWS, int DIM, int LD, int BYTES, int THREADS, typename T>
+__device__ __forceinline__ void copy_rows_out(T* gO, int64 row_stride, const T* sO, int valid_rows,
+                                              int thread) {
+    constexpr int VEC = BYTES / int(sizeof(T));
+    constexpr int PIECES_PER_ROW = DIM / VEC;
+    for (int i = thread; i < ROWS * PIECES_PER_ROW; i += THREADS) {
+        const int row = i / PIECES_PER_ROW;
+        const int col = (i % PIECES_PER_ROW) * VEC;
+        if (row >= valid_rows) break;  // rows only grow from here
+        *reinterpret_cast<Vector<BYTES>*>(gO + row * row_stride + col) =
+            *reinterpret_cast<const Vector<BYTES>*>(sO + row * LD + col);
+    }
+}
+
 }  // namespace flashcore

@@ -12,8 +12,13 @@ struct Mask {
     __device__ __forceinline__ explicit Mask(const AttentionParams& p)
         : seqlen_kv(p.seqlen_kv), causal_offset(p.causal_offset) {}
 
+    // One past the last key that the query sees; it sees all before.
+    __device__ __forceinline__ int row_end(int query) const {
+        return CAUSAL ? min(seqlen_kv, query + causal_offset + 1) : seqlen_kv;
+    }
+
     __device__ __forceinline__ bool visible(int query, int key) const {
-        return key < seqlen_kv && (!CAUSAL || key <= query + causal_offset);
+        return key < row_end(query);
     }
 
     // One past the last key that any of the queries [.., last_query] sees.

@@ -39,6 +39,7 @@ struct AttentionParams {
     int gate_tiles;     // tiles per row in gate_tile_max
     int rows_padded;    // scratch rows: Sq rounded up to the tile
     int cols_padded;    // scratch columns: seqlen_kv rounded up to the tile
+    int negate_q;       // fwd_sm80: the scale is negative, and given here without its sign
     float softmax_scale;
     float scale_log2;  // softmax_scale * log2(e): exp(x) = exp2(x * log2(e))
 };

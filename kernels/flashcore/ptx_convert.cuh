@@ -96,7 +96,13 @@ __device__ uint32 pack2(float lo, float hi);
 
 template <>
 __device__ __forceinline__ uint32 pack2<half_t>(float lo, float hi) {
+#if __CUDA_ARCH__ >= 800
+    uint32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));  // first source: upper half
+    return y;
+#else
     return uint32(from_float<half_t>(lo).bits) | uint32(from_float<half_t>(hi).bits) << 16;
+#endif
 }
 
 template <>

@@ -20,6 +20,11 @@ __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 // Orders shared memory among all threads of the block.
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
+// Whether the condition holds in any lane; the same answer in all of them.
+__device__ __forceinline__ bool warp_any(bool condition) {
+    return __any_sync(FULL_WARP, condition);
+}
+
 // Maximum over groups of WIDTH neighbouring lanes (a power of two); every lane gets it.
 template <int WIDTH>
 __device__ __forceinline__ float group_max(float x) {

@@ -5,7 +5,7 @@ using namespace flashcore;
 
 // 32 threads.
 extern "C" __global__ void shuffles(const float* x, float* partner, float* from_five, float* max8,
-                                    float* max32, float* sum4, float* sum32) {
+                                    float* max32, float* sum4, float* sum32, float* any) {
     const int lane = threadIdx.x;
     partner[lane] = shfl_xor(x[lane], 3);
     from_five[lane] = shfl(x[lane], 5);
@@ -13,6 +13,7 @@ extern "C" __global__ void shuffles(const float* x, float* partner, float* from_
     max32[lane] = group_max<32>(x[lane]);
     sum4[lane] = group_sum<4>(x[lane]);
     sum32[lane] = group_sum<32>(x[lane]);
+    any[lane] = float(warp_any(x[lane] == x[7]) && !warp_any(x[lane] > 1e9f));
 }
 
 // 256 threads: each reads what another warp (block_sync) and another lane (warp_sync) has written.

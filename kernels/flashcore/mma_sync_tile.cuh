@@ -1,0 +1,96 @@
+// mma_sync_tile.cuh - tile products out of mma.sync fragments, one warp's share: S = Q K^T and O +=
+// P V with S, P and O in registers. A warp owns FRAGMENTS_M times 16 rows; every fragment of K or V
+// that it loads serves all of them.
+#pragma once
+#include <flashcore/ptx_convert.cuh>
+#include <flashcore/ptx_mma.cuh>
+
+namespace flashcore {
+
+// Accumulator of FRAGMENTS_M * 16 rows and TILES * 8 columns; see ptx_mma.cuh for who holds what.
+template <int FRAGMENTS_M, int TILES>
+struct AccumulatorTile {
+    float x[FRAGMENTS_M][TILES][4];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m)
+#pragma unroll
+            for (int n = 0; n < TILES; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) x[m][n][e] = 0.0f;
+    }
+};
+
+// Byte offset, from a tile's first element, of the row that this lane points ldmatrix at:
+// A and V: blocks (rows 0-7, 8-15) of the left columns, then of the right ones.
+template <int LD>
+__device__ __forceinline__ uint32 lane_offset_rows_first() {
+    const int lane = threadIdx.x % WARP_SIZE;
+    return 2 * ((lane % 16) * LD + lane / 16 * 8);
+}
+// K: blocks (left, right columns) of the upper rows, then of the lower ones.
+template <int LD>
+__device__ __forceinline__ uint32 lane_offset_columns_first() {
+    const int lane = threadIdx.x % WARP_SIZE;
+    return 2 * ((lane / 16 * 8 + lane % 8) * LD + lane / 8 % 2 * 8);
+}
+
+// S = Q K^T. q and k: this lane's ldmatrix addresses of the warp's first row and first key.
+template <typename T, int FRAGMENTS_M, int TILES_N, int DEPTH, int LD>
+__device__ __forceinline__ void multiply_qk(AccumulatorTile<FRAGMENTS_M, TILES_N>& rS, uint32 q,
+                                            uint32 k) {
+    rS.clear();
+#pragma unroll
+    for (int d = 0; d < DEPTH; d += 16) {
+        uint32 rQ[FRAGMENTS_M][4];
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m) ldmatrix_x4(rQ[m], q + 2 * (m * 16 * LD + d));
+#pragma unroll
+        for (int n = 0; n < TILES_N; n += 2) {
+            uint32 rK[4];
+            ldmatrix_x4(rK, k + 2 * (n * 8 * LD + d));
+#pragma unroll
+            for (int m = 0; m < FRAGMENTS_M; ++m) {
+                mma_m16n8k16<T>(rS.x[m][n], rQ[m], rK[0], rK[1]);
+                mma_m16n8k16<T>(rS.x[m][n + 1], rQ[m], rK[2], rK[3]);
+            }
+        }
+    }
+}
+
+// P as the A operand of P V: FRAGMENTS_M * 16 rows, STEPS * 16 keys, two values of T per register.
+// The accumulator layout of two neighbouring 8-key tiles of S is the operand layout of one 16-key
+// step, so a probability stays in the lane that computed it.
+template <int FRAGMENTS_M, int STEPS>
+struct ProbabilityTile {
+    uint32 x[FRAGMENTS_M][STEPS][4];
+
+    // The register for the pair of keys that a lane holds of 8-key tile n, in row `half` of
+    // fragment m.
+    __device__ __forceinline__ uint32& pair(int m, int n, int half) {
+        return x[m][n / 2][n % 2 * 2 + half];
+    }
+};
+
+// O += P V. v: this lane's ldmatrix address of the first key.
+template <typename T, int FRAGMENTS_M, int STEPS, int TILES_D, int LD>
+__device__ __forceinline__ void multiply_pv(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
+                                            const ProbabilityTile<FRAGMENTS_M, STEPS>& rP,
+                                            uint32 v) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+        for (int d = 0; d < TILES_D; d += 2) {
+            uint32 rV[4];
+            ldmatrix_x4_trans(rV, v + 2 * (step * 16 * LD + d * 8));
+#pragma unroll
+            for (int m = 0; m < FRAGMENTS_M; ++m) {
+                mma_m16n8k16<T>(rO.x[m][d], rP.x[m][step], rV[0], rV[1]);
+                mma_m16n8k16<T>(rO.x[m][d + 1], rP.x[m][step], rV[2], rV[3]);
+            }
+        }
+    }
+}
+
+}  // namespace flashcore
