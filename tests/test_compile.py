@@ -69,7 +69,8 @@ def test_builds_without_spills(built, kernel: str, arch: str) -> None:
         assert set(compiled.entries) == expected_entries.get(config.source, entries)
         assert "warning" not in compiled.log, compiled.log
         for name, used in compiled.entries.items():
-            if config.gate is None:  # what a gate stores takes registers, and its time is no matter
+            # mma_sm80's tiles fill the registers; what a gate stores is too much for them.
+            if config.gate is None or kernel != "mma_sm80":
                 assert used.spill_bytes == 0, f"{name} spills: {config}"
                 assert used.local_bytes == 0, f"{name} uses local memory: {config}"
             assert used.shared_bytes == 0, "all shared memory is dynamic"
