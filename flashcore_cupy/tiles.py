@@ -121,8 +121,8 @@ _SOME = Tile(64, 128, warps_m=4, warps_n=2, num_stages=2, cp_async=True)
 _SOME_BLOCKS = 100
 _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
 
-#: In order of preference: a problem gets the first row of its kernel that is wide enough and fits
-#: the target's shared memory. The second row of a head dim is for the targets with 64 or 99 KiB.
+#: In order of preference: a problem gets the first row of its kernel and head dim that is meant for
+#: its grid (``max_blocks``) and for the target (``max_arch``), and fits the target's shared memory.
 ROWS: tuple[Row, ...] = (
     # 5597 us. Half the queries per block where the accumulators of 256 columns need the registers.
     Row("scalar", 128, Tile(16, 32, warps_m=4)),
@@ -275,7 +275,7 @@ def check_target(row: Row, config: KernelConfig, arch: str) -> KernelConfig:
     """Return the row's configuration; ``ValueError`` says what of it the target lacks."""
     if row.max_arch is not None and capability(arch) > row.max_arch:
         raise ValueError(f"has a row up to sm_{row.max_arch} alone, the target is {arch}")
-    check_instructions(config, arch)
+    _check_instructions(config, arch)
     if config.smem_bytes > smem_limit(arch):
         columns = max(config.dim_qk, config.dim_v)
         raise ValueError(
@@ -285,7 +285,7 @@ def check_target(row: Row, config: KernelConfig, arch: str) -> KernelConfig:
     return config
 
 
-def check_instructions(config: KernelConfig, arch: str) -> None:
+def _check_instructions(config: KernelConfig, arch: str) -> None:
     """Raise ``ValueError`` if the target lacks instructions that the configuration uses."""
     needs = None
     if config.tile.cp_async:

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, compiler_skip_reason
 
 import flashcore_cupy
-from flashcore_cupy import config, jit, launch, problem, reference, tiles
+from flashcore_cupy import config, jit, problem, reference, tiles
 
 
 def _outside_rule(got: np.ndarray, q, k, v, **rules: object) -> str:
@@ -168,10 +168,8 @@ def with_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Bug],
             text = text.replace(right, wrong)
         file.write_text(text)
         monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
-        launch.load_kernel.cache_clear()
 
-    yield put_back
-    launch.load_kernel.cache_clear()
+    return put_back
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
