@@ -67,6 +67,8 @@ def _is_misaligned(x: Any) -> bool:
 
 def why_copied(x: Any) -> str:
     """Say why kernels cannot address ``x`` as it is; empty if they can."""
+    if 0 in x.shape:
+        return ""
     if x.ndim and x.shape[-1] > 1 and x.strides[-1] != x.dtype.itemsize:
         return f"its last axis is not contiguous (strides {x.strides} bytes)"
     if _is_misaligned(x):
@@ -104,6 +106,8 @@ def check_out(problem: AttentionProblem, out: Any, inputs: tuple[Any, ...], xp: 
 
 def _overlaps_itself(x: Any) -> bool:
     """Whether some axis steps inside what the axes of smaller steps cover."""
+    if 0 in x.shape:
+        return False
     covered = x.dtype.itemsize
     for step, n in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
         if step < covered:
@@ -114,7 +118,7 @@ def _overlaps_itself(x: Any) -> bool:
 
 def _share_memory(x: Any, y: Any) -> bool:
     """Whether two arrays, on the host or on one GPU, have a byte in common."""
-    (x_first, x_end), (y_first, y_end) = _span(x), _span(y)
+    (x_first, x_end), (y_first, y_end) = (span_of(z, address_of(z)) for z in (x, y))
     if x_end <= y_first or y_end <= x_first:
         return False
     a, b = np.asarray(_Addresses(x)), np.asarray(_Addresses(y))
@@ -124,9 +128,9 @@ def _share_memory(x: Any, y: Any) -> bool:
         return True  # strides that take long to tell apart are not worth the risk
 
 
-def _span(x: Any) -> tuple[int, int]:
-    """Address of the first byte of an array, and of the one after its last."""
-    first = last = address_of(x)
+def span_of(x: Any, address: int) -> tuple[int, int]:
+    """First byte of an array that starts at ``address``, and the one after its last."""
+    first = last = address
     for n, step in zip(x.shape, x.strides, strict=True):
         if n == 0:
             return first, first

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from flashcore_cupy import jit, launch
-from flashcore_cupy.arrays import (
-    ArraySpec,
-    check_elements,
-    check_out,
-    spec_of,
-    spec_of_copy,
-    usable,
-    why_copied,
-)
-from flashcore_cupy.config import check_overrides
-from flashcore_cupy.problem import (
-    GATES,
-    AttentionProblem,
-    Causal,
-    Gate,
-    Layout,
-    check_choice,
-    describe,
-    operand,
-)
-from flashcore_cupy.settings import kernels_override
-from flashcore_cupy.tiles import KERNELS, select
+from flashcore_cupy import interop, launch, repeat
+from flashcore_cupy.problem import GATES, Causal, Gate, Layout, check_choice
+from flashcore_cupy.request import Request, bind, entered, refuse_gpu_arguments, select_for
 
 if TYPE_CHECKING:
     import cupy
 
 __all__ = ["attention", "explain", "plan"]
+
+Mod = str | Callable[..., Any]
 
 
 def attention(
@@ -47,18 +25,34 @@ def attention(
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
     causal: Causal = False,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    bias: Any = None,
+    mask: Any = None,
+    sink: Any = None,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    mod_args: Mapping[str, Any] | None = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     kernel: str = "auto",
     config: Mapping[str, object] | None = None,
     gate: Gate | None = None,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
-    """Scaled-dot-product attention, ``softmax(softmax_scale * q @ k.T) @ v``.
+    """Scaled-dot-product attention, ``softmax(rules(softmax_scale * q @ k.T)) @ v``.
 
     By default one fused kernel, FlashAttention's algorithm (Dao et al. 2022, arXiv 2205.14135,
     algorithm 1): nothing of size Sq x Skv is stored. CuPy arrays run on their GPU, NumPy arrays on
-    the CPU.
+    the CPU; so does anything that exports its memory by DLPack or ``__cuda_array_interface__``,
+    and the result is of q's kind (CuPy, NumPy, torch, JAX, Numba). Forward only.
+
+    A score goes through scale, softcap, ALiBi, bias, score_mod, in this order; then causal, window,
+    mask and mask_mod hide keys. off is Skv - Sq, or 0 with causal="top-left".
 
     Parameters
     ----------
@@ -73,15 +67,44 @@ def attention(
         Multiplies the scores; 1/sqrt(D) by default.
     causal : bool or "top-left"
         True: query i sees key j <= i + Skv - Sq (bottom-right aligned). "top-left": j <= i.
+    window : (left, right)
+        Query i sees i + off - left <= j <= i + off + right; -1 is no bound (Beltagy et al. 2020).
+    softcap : float
+        s becomes softcap * tanh(s / softcap); 0 is none (Gemma 2).
+    alibi_slopes : array, (Hq,) or (B, Hq), float32
+        s becomes s - slope * abs(i + off - j) (Press et al. 2022).
+    bias : array, broadcastable to (B, Hq, Sq, Skv)
+        Added to the scores; q's dtype or float32. The broadcast is not made.
+    mask : array of bool, broadcastable to (B, Hq, Sq, Skv)
+        True where a query attends.
+    sink : array, (Hq,), float32
+        A logit per query head that joins the softmax's denominator, and so the LSE, without a value
+        (gpt-oss).
+    score_mod, mask_mod : str, or on NumPy arrays a callable
+        CUDA expressions of ``b, h, q_idx, kv_idx`` and, for score_mod, ``score``, evaluated per
+        element inside the kernel: ``score_mod="score + 0.1f * (kv_idx - q_idx)"``,
+        ``mask_mod="kv_idx % 2 == 0"``. On NumPy arrays ``score_mod(score, b, h, q_idx, kv_idx,
+        **mod_args)`` takes and returns blocks (M, N) of scores, q_idx (M, 1) and kv_idx (1, N);
+        mask_mod, without score, returns booleans. Blocks are of any size, in several threads.
+    mod_args : mapping of names to arrays
+        What the mods use besides, C-contiguous; in an expression ``name[i]`` is element i.
+    cu_seqlens_q, cu_seqlens_k : array, (B + 1,), int32
+        Packed variable-length batches: sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1] of q
+        (total, Hq, D), and of k and v. On the host they are checked; on a GPU, where that would
+        mean waiting, kernels clamp them. bias and mask have no meaning then.
     return_lse : bool
-        Also return the log-sum-exp of the scores, natural log, float32, (B, Hq, Sq).
+        Also return the log-sum-exp of the scores, natural log, float32, (B, Hq, Sq); (Hq, total)
+        of a packed batch.
+    batch_invariant : bool
+        Choose tiles without regard to the batch: a sequence gives the same bits alone, in a batch
+        and in a packed batch.
     kernel : str
         "auto" for the fastest that can do the problem, or a name from the ladder:
         ``flashcore_cupy.KERNELS``. A kernel that cannot do the problem raises and says why.
     config : mapping, optional
         Overrides fields of the kernel's row in the table, such as ``{"block_n": 32}``.
     gate : None, "qk", "softmax" or "pv"
-        Stop after a stage and return it: the scaled scores (-inf where masked) or the
+        Stop after a stage and return it: the scores after all rules (-inf where masked) or the
         probabilities, float32, (B, Hq, Sq, Skv); or, for "pv", the output with all scores taken
         as 0, which is the mean of the v rows that the query sees.
     out : array, optional
@@ -93,44 +116,49 @@ def attention(
     Returns:
     -------
     o, or (o, lse) : arrays of the inputs' kind
-        o has q's dtype, (B, Hq, Sq, Dv) in ``layout``. A query that sees no key gives o = 0,
-        lse = -inf. The same call gives the same bits every time.
+        o has q's dtype, (B, Hq, Sq, Dv) in ``layout``, or (total, Hq, Dv). A query that sees no key
+        gives o = 0, lse = -inf (with a sink: lse = sink). The same call gives the same bits.
 
     Raises:
     ------
     TypeError, ValueError
         Before anything is launched; names the argument, what it got and what works.
     flashcore_cupy.jit.CompileError
-        The kernel does not compile: the place and the compiler's words.
+        The kernel does not compile: the place (in a user's expression: its line) and the compiler's
+        words.
     flashcore_cupy.jit.UnknownArchError
         The installed NVRTC is too old for this GPU.
     """
-    check_choice("gate", gate, GATES)
-    if gate in ("qk", "softmax") and (return_lse or out is not None):
-        name = "return_lse" if return_lse else "out"
-        raise ValueError(f"{name}: gate {gate!r} stops before the output; leave one of them out")
-    if _on_cpu(q, k, v):
-        _refuse_gpu_arguments(kernel, config, stream)
-        return _attention_numpy(q, k, v, layout, softmax_scale, causal, return_lse, gate, out)
-    with _entered(q, stream):
-        bound = plan(
-            q,
-            k,
-            v,
-            layout=layout,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            return_lse=return_lse,
-            kernel=kernel,
-            config=config,
-            gate=gate,
-            out=out,
-        )
+    plain = (
+        alibi_slopes is None and bias is None and mask is None and sink is None
+        and score_mod is None and mask_mod is None and mod_args is None
+        and cu_seqlens_q is None and cu_seqlens_k is None
+        and config is None and gate is None and stream is None
+    )  # fmt: skip
+    if plain:
+        choices = (layout, softmax_scale, causal, window, softcap, batch_invariant, kernel)
+        done = repeat.launch_again(q, k, v, out, return_lse, choices)
+        if done is not None:
+            return done
+    request = Request(
+        layout, softmax_scale, causal, window, softcap, alibi_slopes, bias, mask, sink, score_mod,
+        mask_mod, mod_args, cu_seqlens_q, cu_seqlens_k, batch_invariant, kernel, config, gate,
+    )  # fmt: skip
+    _check_gate(gate, return_lse, out)
+    gpu = interop.gpu_of("q", q)
+    if gpu is None:
+        return _on_host(request, q, k, v, out, stream, return_lse)
+    with entered(gpu, stream):
+        q, k, v, kind = interop.taken_together(q, k, v)
+        target, out_kind = (None, kind) if out is None else interop.taken_out(out)
+        bound = bind(request, q, k, v, target, want_lse=return_lse, own_workspace=False)
         bound.launch()
         if gate in ("qk", "softmax"):
-            return bound.gate_output()
-    o = bound.arrays["o"]
-    return (o, bound.arrays["lse"]) if return_lse else o
+            return interop.returned(bound.gate_output(), kind)
+        if plain:
+            repeat.remember(bound, choices, out_given=out is not None)
+        o = interop.returned(bound.arrays["o"], out_kind, out)
+        return (o, interop.returned(bound.arrays["lse"], kind)) if return_lse else o
 
 
 def plan(
@@ -138,219 +166,57 @@ def plan(
     k: cupy.ndarray,
     v: cupy.ndarray,
     *,
-    layout: Layout = "bhsd",
-    softmax_scale: float | None = None,
-    causal: Causal = False,
     return_lse: bool = False,
-    kernel: str = "auto",
-    config: Mapping[str, object] | None = None,
-    gate: Gate | None = None,
     out: cupy.ndarray | None = None,
+    **arguments: Any,
 ) -> launch.Plan:
     """``attention`` up to, but without, the launch, for CuPy arrays.
 
     ``plan(...).launch()`` enqueues the kernel on the current stream of the current device, as often
     as wanted, without allocating: for timing, and for capture into a CUDA graph. The arguments are
-    ``attention``'s; the current device is the one that holds them.
+    ``attention``'s but ``stream``; the current device is the one that holds the arrays.
     """
     import cupy
 
+    q, k, v, _ = interop.taken_together(q, k, v)
+    if not isinstance(q, cupy.ndarray):
+        raise TypeError("q: a plan is for arrays on a GPU; attention() takes NumPy arrays")
     if q.device != cupy.cuda.Device():
         raise ValueError(f"q: on GPU {q.device.id}, which is not the current device")
-    problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
-    q, k, v = (usable(x, cupy) for x in (q, k, v))
-    if out is None:
-        out = cupy.empty(problem.output_shape, q.dtype)
-    else:
-        check_out(problem, out, (q, k, v), cupy)
-    device = q.device.id
-    place = launch.Place(device, jit.device_arch(device), kernels_override())
-    changes = check_overrides(config or {})
-    check_choice("kernel", kernel, ("auto", *KERNELS))
-    prepared = _prepare(problem, spec_of(out), place, kernel, tuple(changes.items()))
-    return launch.make_plan(prepared, q, k, v, out, want_lse=return_lse)
+    return bind(Request(**arguments), q, k, v, out, want_lse=return_lse, own_workspace=True)
 
 
-@functools.lru_cache(maxsize=4096)
-def _prepare(
-    problem: AttentionProblem,
-    out: ArraySpec,
-    place: launch.Place,
-    kernel: str,
-    changes: tuple[tuple[str, int | bool], ...],
-) -> launch.Prepared:
-    """Everything about a call but its addresses: the same for the next call of this shape."""
-    selection = select(problem, place.arch, kernel=kernel, overrides=dict(changes))
-    o = operand("o", out, problem.layout, out.address)
-    return launch.prepare(problem, selection, o, place)
-
-
-def explain(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    layout: Layout = "bhsd",
-    softmax_scale: float | None = None,
-    causal: Causal = False,
-    kernel: str = "auto",
-    config: Mapping[str, object] | None = None,
-    gate: Gate | None = None,
-) -> str:
+def explain(q: Any, k: Any, v: Any, **arguments: Any) -> str:
     """Tell which kernel a call takes, why faster ones were passed over, and what is copied.
 
-    Builds and launches nothing. Takes ``attention``'s arguments, as far as they decide that.
+    Builds and launches nothing. Takes ``attention``'s arguments, as far as they decide that:
+    neither ``return_lse``, nor ``out``, nor ``stream``.
     """
-    on_cpu = _on_cpu(q, k, v)
-    problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
-    if on_cpu:
-        _refuse_gpu_arguments(kernel, config, None)
+    request = Request(**arguments)
+    q, k, v, _ = interop.taken_together(q, k, v)
+    if interop.gpu_of("q", q) is None:
+        request.describe(q, k, v)
+        refuse_gpu_arguments(request, None)
         return "NumPy arrays: tiled online-softmax attention on the CPU, fp32 accumulation"
-    arch = jit.device_arch(q.device.id)
-    selection = select(problem, arch, kernel=kernel, overrides=config)
-    lines = [f"{selection.kernel.name} on {arch}: {selection.config.describe()}"]
-    lines += [f"passed over {name}: {reason}" for name, reason in selection.passed_over]
-    lines += [
-        f"copied {name}: {why_copied(x)}"
-        for name, x in (("q", q), ("k", k), ("v", v))
-        if why_copied(x)
-    ]
-    return "\n".join(lines)
+    with entered(q.device.id, None):
+        return select_for(request, q, k, v)
 
 
-def _attention_numpy(
-    q: Any,
-    k: Any,
-    v: Any,
-    layout: Layout,
-    softmax_scale: float | None,
-    causal: Causal,
-    return_lse: bool,
-    gate: Gate | None,
-    out: Any,
+def _check_gate(gate: Any, return_lse: bool, out: Any) -> None:
+    check_choice("gate", gate, GATES)
+    if gate in ("qk", "softmax") and (return_lse or out is not None):
+        name = "return_lse" if return_lse else "out"
+        raise ValueError(f"{name}: gate {gate!r} stops before the output; leave one of them out")
+
+
+def _on_host(
+    request: Request, q: Any, k: Any, v: Any, out: Any, stream: Any, return_lse: bool
 ) -> Any:
-    from flashcore_cupy import reference  # not imported where there is a GPU to do the work
+    from flashcore_cupy.host import attend  # not imported where there is a GPU to do the work
 
-    problem = _describe(q, k, v, softmax_scale, causal, gate, layout)
-    q, k, v = (usable(x, np) for x in (q, k, v))
-    if out is None:
-        out = np.empty(problem.output_shape, q.dtype)
-    else:
-        check_out(problem, out, (q, k, v), np)
-    views = [x if layout == "bhsd" else x.transpose(0, 2, 1, 3) for x in (q, k, v, out)]
-    rules: dict[str, Any] = {"softmax_scale": problem.softmax_scale, "causal": causal}
-    if gate == "qk":
-        return reference.gate_scores(*views[:3], **rules).astype(np.float32)
-    if gate == "softmax":
-        return reference.gate_probabilities(*views[:3], **rules).astype(np.float32)
-    if gate == "pv":  # all scores 0, whatever q and k hold
-        views[0], views[1] = np.zeros_like(views[0]), np.zeros_like(views[1])
-    _, lse = reference.tiled(*views[:3], **rules, out=views[3])
-    return (out, lse) if return_lse else out
-
-
-def _on_cpu(q: Any, k: Any, v: Any) -> bool:
-    """Whether all are NumPy arrays; TypeError if they are neither all NumPy nor all CuPy arrays."""
-    named = {"q": q, "k": k, "v": v}
-    on_cpu = {name: isinstance(x, np.ndarray) for name, x in named.items()}
-    if all(on_cpu.values()):
-        return True
-    for name, x in named.items():
-        if not on_cpu[name] and type(x).__module__.partition(".")[0] != "cupy":
-            raise TypeError(
-                f"{name}: got {type(x).__name__}; use a CuPy array (GPU) or a NumPy array (CPU), "
-                f"for example cupy.asarray({name})"
-            )
-    if any(on_cpu.values()):
-        host = ", ".join(name for name in named if on_cpu[name])
-        raise TypeError(
-            f"{host}: on the CPU (NumPy) while the others are on a GPU (CuPy); "
-            f"use cupy.asarray on it, or cupy.asnumpy on the others"
-        )
-    devices = {name: x.device.id for name, x in named.items()}
-    for name, device in devices.items():
-        if device != devices["q"]:
-            raise ValueError(
-                f"{name}: on GPU {device}, but q is on GPU {devices['q']}; q, k, v share one"
-            )
-    return False
-
-
-def _refuse_gpu_arguments(kernel: str, config: Mapping[str, object] | None, stream: Any) -> None:
-    check_choice("kernel", kernel, ("auto", *KERNELS))
-    given = {"kernel": kernel != "auto", "config": config is not None, "stream": stream is not None}
-    for name, present in given.items():
-        if present:
-            raise ValueError(
-                f"{name}: chooses how a GPU runs, but q, k, v are NumPy arrays; "
-                f"leave it out, or pass CuPy arrays"
-            )
-
-
-def _describe(
-    q: Any,
-    k: Any,
-    v: Any,
-    softmax_scale: float | None,
-    causal: Causal,
-    gate: Gate | None,
-    layout: Layout,
-) -> AttentionProblem:
-    """The problem of arrays, a last axis that is not contiguous being copied; cached."""
-    arrays = (q, k, v)
-    for name, x in zip("qkv", arrays, strict=True):
-        check_elements(name, x)
-    specs = [spec_of_copy(x) if why_copied(x) else spec_of(x) for x in arrays]
-    rules = (softmax_scale, causal, gate, layout)
-    try:
-        hash(rules)
-    except TypeError:  # not hashable, hence not legal either: describe says which and why
-        return _described.__wrapped__(*specs, *rules)
-    return _described(*specs, *rules)
-
-
-@functools.lru_cache(maxsize=4096, typed=True)  # True and 1 are not the same argument
-def _described(
-    q: ArraySpec,
-    k: ArraySpec,
-    v: ArraySpec,
-    softmax_scale: float | None,
-    causal: Causal,
-    gate: Gate | None,
-    layout: Layout,
-) -> AttentionProblem:
-    return describe(
-        *(q, k, v),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        gate=gate,
-        layout=layout,
-        addresses=(q.address, k.address, v.address),
-    )
-
-
-def _stream_of(owner: Any, cupy: Any) -> Any:
-    from_external = getattr(cupy.cuda.Stream, "from_external", None)
-    if from_external is None:  # CuPy before 14.1
-        return cupy.cuda.ExternalStream(owner.__cuda_stream__()[1])
-    return from_external(owner)
-
-
-@contextlib.contextmanager
-def _entered(q: Any, stream: Any) -> Iterator[None]:
-    """Q's device and the caller's stream, current."""
-    import cupy
-
-    with q.device:
-        if stream is None:
-            yield
-            return
-        if not isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream):
-            if not hasattr(stream, "__cuda_stream__"):
-                raise TypeError(
-                    f"stream: got {type(stream).__name__}; use a CuPy stream or an object with "
-                    f"__cuda_stream__"
-                )
-            stream = _stream_of(stream, cupy)
-        with stream:
-            yield
+    q, k, v, kind = interop.taken_together(q, k, v)
+    target, out_kind = (None, kind) if out is None else interop.taken_out(out)
+    refuse_gpu_arguments(request, stream)
+    o, lse = attend(request, q, k, v, target)
+    o = interop.returned(o, out_kind, out)
+    return (o, interop.returned(lse, kind)) if return_lse else o

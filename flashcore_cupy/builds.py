@@ -89,9 +89,9 @@ def describe_build(config: KernelConfig, compiled: jit.CompiledKernel) -> Build:
     )
 
 
-def job_of(config: KernelConfig, arch: str) -> tuple[str, Mapping[str, int | str], str]:
+def job_of(config: KernelConfig, arch: str) -> jit.Job:
     """Return what ``jit.compile_many`` takes for a configuration."""
-    return config.source, config.defines(), arch
+    return config.source, config.defines(), arch, config.headers
 
 
 def build(config: KernelConfig, arch: str) -> Build:
@@ -144,14 +144,18 @@ def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
         for dtype, causal in product(kernel.dtypes, (False, True)):
             served = set()
             for row in tiles.rows_of(name):
-                problem = contiguous_problem(1, 1, 1, row.head_dim, dtype=dtype, causal=causal)
-                if (row.head_dim, row.max_blocks) in served:
+                meant_for = (row.dims, row.max_blocks, row.max_rows)
+                if dtype not in row.dtypes or meant_for in served:
                     continue
+                dim, dim_v = row.dims
+                problem = contiguous_problem(
+                    1, 1, 1, dim, head_dim_v=dim_v, dtype=dtype, causal=causal
+                )
                 try:
                     config = tiles.check_target(row, tiles.configure_row(row, problem), arch)
                 except ValueError:
                     continue
-                served.add((row.head_dim, row.max_blocks))
+                served.add(meant_for)
                 for c in tiles.configs_of(tiles.Selection(kernel, config)):
                     if c not in seen:
                         seen.add(c)

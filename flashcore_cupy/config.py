@@ -11,12 +11,27 @@ from dataclasses import dataclass, fields, replace
 
 from flashcore_cupy.params import ATTENTION_PARAMS, QUANTIZE_PARAMS
 from flashcore_cupy.problem import ITEMSIZE
+from flashcore_cupy.rules import Mods, Rules
 
 WARP_SIZE = 32
 WMMA = 16
 """WMMA fragments are 16 x 16 x 16."""
 
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2}
+#: What each rule is in ``FC_RULES``; ``kernels/flashcore/score.cuh`` has the same.
+RULE_BITS = {
+    "softcap": 1,
+    "alibi": 2,
+    "bias": 4,
+    "bias_fp32": 8,
+    "score_mod": 16,
+    "mask": 32,
+    "mask_mod": 64,
+    "sink": 128,
+    "bias_pairs": 256,
+    "mask_pairs": 512,
+    "negative_scale": 1024,
+}
 _GATE_CODE = {None: 0, "qk": 1, "softmax": 2, "pv": 3}
 
 
@@ -31,7 +46,9 @@ class Tile:
     warps_m: int
     """Warps along the queries."""
     warps_n: int = 1
-    """Warps along the keys of S and the columns of O."""
+    """Warps along the keys of S and the columns of O; mma_sm80: with their own m, l and O."""
+    warps_d: int = 1
+    """mma_sm80: warps along the columns of O, which share the scores of their rows."""
     num_stages: int = 1
     """Tiles of K and V in shared memory at a time."""
     cp_async: bool = False
@@ -40,6 +57,10 @@ class Tile:
     """A warp owns its 16 rows: softmax by shuffle, O in registers."""
     fp8: bool = False
     """q, k, v arrive as e4m3 with a scale per head."""
+    pack_gqa: bool = False
+    """mma_sm80: the query heads that share a head of K and V are rows of one tile."""
+    split_kv: bool = False
+    """mma_sm80: several thread blocks may share out the keys."""
     min_blocks: int = 1
     """Thread blocks per multiprocessor that registers are kept free for."""
 
@@ -70,18 +91,26 @@ class KernelConfig:
     """File in ``kernels/``."""
     dtype: str
     head_dim: int
-    """Columns of the tiles; the columns from dim_qk (dim_v) on are zeros."""
+    """Columns of the tiles of Q and K; those from dim_qk on are zeros."""
+    head_dim_v: int
+    """Columns of the tiles of V and O; those from dim_v on are zeros."""
     dim_qk: int
     dim_v: int
     tile: Tile
     causal: bool = False
     gate: str | None = None
     align_bytes: int = 16
+    window: bool = False
+    """Queries see no key far to the left of their own position; causal: to the right."""
+    rules: tuple[str, ...] = ()
+    """Names in ``RULE_BITS``."""
+    packed: bool = False
+    mods: Mods | None = None
 
     @property
     def num_warps(self) -> int:
         """Warps of a thread block."""
-        return self.tile.warps_m * self.tile.warps_n
+        return self.tile.warps_m * self.tile.warps_n * self.tile.warps_d
 
     @property
     def threads(self) -> int:
@@ -100,6 +129,11 @@ class KernelConfig:
         return t.block_n // t.warps_n if self.source == "fwd_sm80.cu" else t.block_n
 
     @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """Name and text of the headers that stand in for files of ``kernels/``."""
+        return () if self.mods is None else (("flashcore/mods.cuh", self.mods.header()),)
+
+    @property
     def params_bytes(self) -> int:
         """Size of the struct that the kernel takes; the kernel asserts the same size."""
         dtype = QUANTIZE_PARAMS if self.source == "fp8_quantize.cu" else ATTENTION_PARAMS
@@ -113,15 +147,22 @@ class KernelConfig:
             "FC_DIM_QK": self.dim_qk,
             "FC_DIM_V": self.dim_v,
             "FC_HEAD_DIM": self.head_dim,
+            "FC_HEAD_DIM_V": self.head_dim_v,
             "FC_BLOCK_M": t.block_m,
             "FC_BLOCK_N": t.block_n,
             "FC_WARPS_M": t.warps_m,
             "FC_WARPS_N": t.warps_n,
+            "FC_WARPS_D": t.warps_d,
             "FC_NUM_STAGES": t.num_stages,
             "FC_CP_ASYNC": int(t.cp_async),
             "FC_WARP_SOFTMAX": int(t.warp_softmax),
             "FC_FP8": int(t.fp8),
+            "FC_PACK_GQA": int(t.pack_gqa),
+            "FC_SPLIT_KV": int(t.split_kv),
             "FC_CAUSAL": int(self.causal),
+            "FC_WINDOW": int(self.window),
+            "FC_RULES": sum(RULE_BITS[name] for name in self.rules),
+            "FC_VARLEN": int(self.packed),
             "FC_GATE": _GATE_CODE[self.gate],
             "FC_ALIGN_BYTES": self.align_bytes,
             "FC_MIN_BLOCKS": t.min_blocks,
@@ -140,10 +181,15 @@ class KernelConfig:
         parts = [f"{t.block_m}x{t.block_n} tile", f"{self.num_warps} warps"]
         if t.warps_n > 1:
             parts[-1] += f" ({t.warps_m}x{t.warps_n})"
+        if t.warps_d > 1:
+            parts[-1] += f" ({t.warps_m}x{t.warps_d} on columns)"
         if t.num_stages > 1:
             parts.append(f"{t.num_stages} stages")
-        parts += [name for name in ("cp_async", "warp_softmax", "fp8") if getattr(t, name)]
-        parts.append(f"head dim {self.head_dim}")
+        switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
+        parts += [name for name in switches if getattr(t, name)]
+        dims = {self.head_dim, self.head_dim_v}
+        parts.append(f"head dim {'/'.join(map(str, sorted(dims)))}")
+        parts += self.rules
         parts.append(f"{self.align_bytes}-byte loads")
         return ", ".join(parts)
 
@@ -153,13 +199,17 @@ def _illegal(c: KernelConfig) -> list[str]:
     t, source = c.tile, c.source
     sizes = {
         n: getattr(t, n)
-        for n in ["block_m", "block_n", "warps_m", "warps_n", "num_stages", "min_blocks"]
+        for n in [
+            *("block_m", "block_n", "warps_m", "warps_n", "warps_d", "num_stages", "min_blocks")
+        ]
     }
     reasons = [f"{name}={value} is not positive" for name, value in sizes.items() if value < 1]
     if reasons:
         return reasons
     if c.threads > 1024:
         reasons.append(f"warps_m x warps_n = {c.num_warps} warps; a thread block holds at most 32")
+    if source != "fwd_sm80.cu" and (t.warps_d > 1 or t.pack_gqa or t.split_kv):
+        reasons.append("warps_d, pack_gqa and split_kv are mma_sm80's")
     if source == "scalar.cu":
         if t.block_n != WARP_SIZE:
             reasons.append(
@@ -203,16 +253,57 @@ def _illegal(c: KernelConfig) -> list[str]:
 
 
 def _illegal_sm80(c: KernelConfig) -> list[str]:
-    t = c.tile
+    t, size = c.tile, ITEMSIZE[c.dtype]
     reasons = []
     if t.num_stages not in (1, 2):
         reasons.append(f"num_stages={t.num_stages}; one stage, or two in turn")
     if not t.cp_async or t.warp_softmax or t.fp8:
         reasons.append("mma_sm80 has cp_async and neither warp_softmax nor fp8")
-    merged = (t.warps_n - 1) * 32 * (t.block_m // 16) * (4 + c.head_dim // 2) * 4
-    if merged > ITEMSIZE[c.dtype] * 2 * t.num_stages * t.block_n * padded_row(c.head_dim):
+    if t.block_n % (WMMA * t.warps_n * t.warps_d) or c.head_dim_v % (WMMA * t.warps_d):
+        reasons.append(f"warps_d={t.warps_d}: keys and columns do not divide into steps of 16")
+    alone = t.warps_n == 1 and t.num_stages == 1 and not t.split_kv and size == 2
+    if t.warps_d > 1 and not alone:
+        reasons.append("warps_d: with 16-bit inputs, one stage, and neither warps_n nor split_kv")
+    if size == 4 and t.block_n // t.warps_n > 64:
+        reasons.append(f"block_n={t.block_n}: a warp takes at most 64 keys of float32")
+    merged = (t.warps_n - 1) * 32 * (t.block_m // 16) * (4 + c.head_dim_v // t.warps_d // 2) * 4
+    if merged > t.num_stages * t.block_n * (
+        _row_bytes(c, c.head_dim) + _row_bytes(c, c.head_dim_v)
+    ):
         reasons.append(f"warps_n={t.warps_n}: their results do not fit over K and V for the merge")
     return reasons
+
+
+#: The quantiser that runs ahead of fp8_wmma: one block per head.
+_QUANTIZE_TILE = Tile(16, 16, warps_m=32)
+
+
+def quantize_config(config: KernelConfig) -> KernelConfig:
+    """The quantiser's configuration that goes with an fp8 kernel's."""
+    return KernelConfig(
+        kernel=config.kernel,
+        source="fp8_quantize.cu",
+        dtype=config.dtype,
+        head_dim=config.head_dim,
+        head_dim_v=config.head_dim_v,
+        dim_qk=config.dim_qk,
+        dim_v=config.dim_v,
+        tile=_QUANTIZE_TILE,
+        align_bytes=config.align_bytes,
+    )
+
+
+def rules_of(rules: Rules) -> tuple[str, ...]:
+    """The names in ``RULE_BITS`` of what a problem asks for."""
+    names = {"alibi_slopes": "alibi"}
+    found = [names.get(name, name) for name in rules.names]
+    if rules.bias is not None:
+        if rules.bias.dtype == "float32":
+            found[found.index("bias")] = "bias_fp32"
+        found += ["bias_pairs"] * rules.bias.pairs
+    if rules.mask is not None:
+        found += ["mask_pairs"] * rules.mask.pairs
+    return tuple(found)
 
 
 def padded_row(columns: int) -> int:
@@ -249,10 +340,24 @@ def _fused_smem(c: KernelConfig) -> int:
     return round_up(total + 4 * t.block_m, 128)
 
 
+def _row_bytes(c: KernelConfig, columns: int) -> int:
+    """A shared row of fwd_sm80: ``padded_columns`` in ``smem_tile.cuh``."""
+    return columns * ITEMSIZE[c.dtype] + 16
+
+
+_WORK_BYTES = 64
+"""``Work`` in ``schedule.cuh``, and two pointers."""
+
+
 def _sm80_smem(c: KernelConfig) -> int:
     t = c.tile
-    rows = t.block_m + 2 * t.num_stages * t.block_n
-    return round_up(ITEMSIZE[c.dtype] * rows * padded_row(c.head_dim), 128)
+    row, row_v = _row_bytes(c, c.head_dim), _row_bytes(c, c.head_dim_v)
+    total = t.block_m * max(row, row_v) + t.num_stages * t.block_n * (row + row_v)
+    if t.warps_d > 1:
+        total += t.block_m * _row_bytes(c, t.block_n) + 4 * t.warps_d * t.block_m
+    if "mask" in c.rules or "mask_mod" in c.rules:
+        total += 4 * c.num_warps * -(-t.block_n // (t.warps_n * t.warps_d) // 32)
+    return round_up(total + _WORK_BYTES, 128)
 
 
 def _quantize_smem(c: KernelConfig) -> int:

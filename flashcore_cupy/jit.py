@@ -24,6 +24,7 @@ from flashcore_cupy.nvrtc import (
     CompileError,
     Defines,
     EntryResources,
+    Headers,
     UnknownArchError,
     known_archs,
     nvrtc_version,
@@ -52,7 +53,8 @@ __all__ = [
     "nvrtc_version",
 ]
 
-Job = tuple[str, Defines, str]
+Job = tuple[str, Defines, str] | tuple[str, Defines, str, Headers]
+"""Arguments of `compile_kernel`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class CompiledKernel:
         compile_seconds: how long the compiler took, then or now.
         entries: resources by entry point's name.
         log: the compiler's output.
+        headers: generated headers, names and texts.
     """
 
     source: str
@@ -78,10 +81,15 @@ class CompiledKernel:
     compile_seconds: float
     entries: Mapping[str, EntryResources]
     log: str
+    headers: Headers = ()
 
 
-def compile_kernel(source: str, defines: Defines, arch: str) -> CompiledKernel:
+def compile_kernel(
+    source: str, defines: Defines, arch: str, headers: Headers = ()
+) -> CompiledKernel:
     """Compile ``source`` (relative to ``kernels/``) for ``arch``, or take it from the cache.
+
+    ``headers`` (names and texts) stand in for files of ``kernels/``.
 
     Raises:
         CompileError: the compiler rejects it.
@@ -89,12 +97,12 @@ def compile_kernel(source: str, defines: Defines, arch: str) -> CompiledKernel:
         FileNotFoundError: there is no such source.
         RuntimeError: CuPy or NVRTC is missing.
     """
-    key, identity = _identify(source, defines, arch)
+    key, identity = _identify(source, defines, arch, headers)
     found = _from_cache(key)
     if found is not None:
         return found
     start = time.perf_counter()
-    cubin, log = nvrtc.compile_source(kernels_dir(), source, defines, arch)
+    cubin, log = nvrtc.compile_source(kernels_dir(), source, defines, arch, headers)
     meta = identity | {
         "compile_seconds": time.perf_counter() - start,
         "entries": {name: asdict(entry) for name, entry in nvrtc.parse_resources(log).items()},
@@ -203,7 +211,9 @@ def load(compiled: CompiledKernel) -> cupy.RawModule:
     cupy = importlib.import_module("cupy")
     cubin = compiled.cubin
     if not cubin.is_file():  # somebody cleared the cache meanwhile
-        cubin = compile_kernel(compiled.source, compiled.defines, compiled.arch).cubin
+        cubin = compile_kernel(
+            compiled.source, compiled.defines, compiled.arch, compiled.headers
+        ).cubin
     return _load(str(cubin), cupy.cuda.Device().id)
 
 
@@ -212,7 +222,9 @@ def _load(cubin: str, device: int) -> cupy.RawModule:
     return importlib.import_module("cupy").RawModule(path=cubin)
 
 
-def _identify(source: str, defines: Defines, arch: str) -> tuple[str, dict[str, Any]]:
+def _identify(
+    source: str, defines: Defines, arch: str, headers: Headers = ()
+) -> tuple[str, dict[str, Any]]:
     """Return the cache key and what it is made of: everything that decides the cubin's bytes."""
     root = kernels_dir()
     if not (root / source).is_file():
@@ -221,6 +233,7 @@ def _identify(source: str, defines: Defines, arch: str) -> tuple[str, dict[str, 
     identity = {
         "source": source,
         "defines": dict(sorted(defines.items())),
+        "headers": [list(header) for header in headers],
         "arch": arch,
         "options": nvrtc.OPTIONS,
         "kernels_digest": kernels_digest(root),
@@ -245,6 +258,7 @@ def _describe(cubin: Path, meta: Mapping[str, Any], *, from_cache: bool) -> Comp
         compile_seconds=meta["compile_seconds"],
         entries={name: EntryResources(**entry) for name, entry in meta["entries"].items()},
         log=meta["log"],
+        headers=tuple((name, text) for name, text in meta["headers"]),
     )
 
 

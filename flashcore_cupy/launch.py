@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flashcore_cupy import jit
+from flashcore_cupy import gates, jit
 from flashcore_cupy.config import KernelConfig, round_up
 from flashcore_cupy.params import ATTENTION_PARAMS, QUANTIZE_PARAMS
 from flashcore_cupy.problem import AttentionProblem, Operand
-from flashcore_cupy.tiles import Selection, configs_of
+from flashcore_cupy.rules import Rules
+from flashcore_cupy.tiles import Selection, configs_of, smem_limit
+from flashcore_cupy.workspace import allocate, split_bytes, workspace
 
 if TYPE_CHECKING:
     import cupy
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 _LOG2_E = math.log2(math.e)
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 _MAX_GRID = 2**31 - 1
+# What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged.
+_PART_KEYS, _MERGE_KEYS = 256, 24
+_MOST_SPLITS = 128
+_REGISTERS = 65536  # of a multiprocessor
 _DEFAULT_SMEM = 48 * 1024  # more than this has to be asked for, once per kernel
 
 
@@ -34,6 +40,7 @@ class Place(NamedTuple):
 
     device: int
     arch: str
+    multiprocessors: int
     sources: str | None
     """The other folder of kernels that the environment asks for, if it does."""
 
@@ -46,17 +53,47 @@ class LoadedKernel:
     compiled: jit.CompiledKernel
     entries: Mapping[str, cupy.RawKernel]
 
+    def blocks_per_multiprocessor(self, arch: str) -> int:
+        """Thread blocks that registers and shared memory let run side by side."""
+        registers = max(entry.registers for entry in self.compiled.entries.values())
+        by_registers = _REGISTERS // (round_up(registers, 8) * self.config.threads)
+        # 1 KiB of every block's shared memory is the system's.
+        by_memory = (smem_limit(arch) + 1024) // (self.config.smem_bytes + 1024)
+        return max(1, min(by_registers, by_memory))
+
+
+class ParameterBlock:
+    """A kernel's argument, its one struct, where the driver reads it at a launch."""
+
+    def __init__(self, params: np.ndarray[Any, Any]) -> None:
+        self.bytes = np.frombuffer(params.tobytes(), np.uint8).copy()
+        self._pointers = np.array([self.bytes.ctypes.data], np.uint64)
+        self.address = int(self._pointers.ctypes.data)
+
+    def copy(self) -> ParameterBlock:
+        """Another block with the same contents."""
+        return ParameterBlock(self.bytes)
+
 
 @dataclass(frozen=True)
 class Step:
     """One launch."""
 
-    entry: cupy.RawKernel
+    function: int
+    """The driver's handle."""
     grid: int
     block: int
     smem_bytes: int
-    params: np.ndarray[Any, Any]
-    """0-d array of bytes: the struct that the kernel takes by value."""
+    params: ParameterBlock
+
+    def launch(self, stream: int) -> None:
+        """Enqueue on a stream, by its handle; returns without waiting."""
+        import cupy
+
+        cupy.cuda.driver.launchKernel(
+            *(self.function, self.grid, 1, 1, self.block, 1, 1, self.smem_bytes, stream),
+            *(self.params.address, 0),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +126,15 @@ class Plan:
 
     def launch(self) -> None:
         """Enqueue on the current stream; returns without waiting."""
+        import cupy
+
+        stream = cupy.cuda.get_current_stream().ptr
         for step in self.steps:
-            step.entry((step.grid,), (step.block,), (step.params,), shared_mem=step.smem_bytes)
+            step.launch(stream)
 
     def gate_output(self) -> Any:
         """What the gate stopped at, fp32 (B, Hq, Sq, Skv): scores, or normalised probabilities."""
-        if self.problem.gate == "qk":
-            return self.arrays["gate"]
-        return _normalised_probabilities(self)
+        return gates.output(self.problem, self.selection.config, self.arrays)
 
 
 def prepare(
@@ -108,7 +146,7 @@ def prepare(
     """
     selection = replace(selection, config=_aligned_for(selection.config, o_operand))
     kernels = tuple(load_kernel(config, place) for config in configs_of(selection))
-    params = _fixed_params(problem, selection.config, o_operand)
+    params = _fixed_params(problem, kernels[-1], o_operand, place)
     return Prepared(problem, selection, kernels, params)
 
 
@@ -120,8 +158,15 @@ def make_plan(
     o: cupy.ndarray,
     *,
     want_lse: bool,
+    extras: Mapping[str, Any] | None = None,
+    mod_args: Sequence[Any] = (),
+    own_workspace: bool = True,
 ) -> Plan:
-    """Bind a prepared problem to its arrays, and allocate what the kernel needs beside them."""
+    """Bind a prepared problem to its arrays, and allocate what the kernel needs beside them.
+
+    ``extras``: the rules' arrays by their names in ``AttentionParams``; ``mod_args``: the mods'.
+    ``own_workspace``: for a plan that is launched more than once, on whatever stream.
+    """
     import cupy
 
     problem = prepared.problem
@@ -129,27 +174,33 @@ def make_plan(
     params = prepared.params.copy()
     for name in "qkvo":
         params[name] = plan.arrays[name].data.ptr
-    rows = (problem.batch, problem.heads_q, problem.seqlen_q)
+    for name, array in (extras or {}).items():
+        plan.arrays[name] = array
+        params[name] = array.data.ptr
+    for index, array in enumerate(mod_args):
+        plan.arrays[f"mod_args[{index}]"] = array
+        params["mod_args"][index] = array.data.ptr
     if want_lse:
-        plan.arrays["lse"] = cupy.empty(rows, cupy.float32)
+        plan.arrays["lse"] = cupy.empty(problem.lse_shape, cupy.float32)
         params["lse"] = plan.arrays["lse"].data.ptr
-    if problem.gate is not None:
-        _allocate_gate(plan, params)
-    if 0 in rows:
+    for name, array in gates.allocate(problem, prepared.selection.config).items():
+        plan.arrays[name] = array
+        params[name] = array.data.ptr
+    if 0 in (problem.batch, problem.seqlen_q):
         return plan
     if prepared.selection.kernel.name == "wmma_unfused":
         _plan_unfused(plan, params)
     elif prepared.selection.kernel.quantizes:
         _plan_fp8(plan, params)
     else:
-        _plan_one_entry(plan, params)
+        _plan_one_entry(plan, params, own_workspace)
     return plan
 
 
 @functools.cache
 def load_kernel(config: KernelConfig, place: Place) -> LoadedKernel:
     """Compile (or fetch) and load a kernel; once per configuration and place."""
-    compiled = jit.compile_kernel(config.source, config.defines(), place.arch)
+    compiled = jit.compile_kernel(config.source, config.defines(), place.arch, config.headers)
     module = jit.load(compiled)
     entries = {name: module.get_function(name) for name in compiled.entries}
     if config.smem_bytes > _DEFAULT_SMEM:
@@ -163,10 +214,17 @@ def _aligned_for(config: KernelConfig, o_operand: Operand) -> KernelConfig:
     return replace(config, align_bytes=min(config.align_bytes, o_operand.align_bytes))
 
 
-def _plan_one_entry(plan: Plan, params: np.ndarray[Any, Any]) -> None:
-    """One block per BLOCK_M queries of a head."""
+def _plan_one_entry(plan: Plan, params: np.ndarray[Any, Any], own_workspace: bool = True) -> None:
+    """One block per BLOCK_M queries of a head, times the parts of the keys."""
     (name,) = plan.selection.kernel.entries
-    plan.steps += (_step(plan.kernels[-1], name, _query_blocks(plan), params),)
+    grid = _query_blocks(plan.problem, plan.selection.config)
+    splits = int(params["splits"])
+    if splits > 1:
+        partial, arrivals = split_bytes(plan.selection.config, grid, splits)
+        area = (allocate if own_workspace else workspace)(partial, arrivals)
+        params["split_partial"], params["split_arrivals"] = area.partial, area.arrivals
+        plan.arrays["split"] = area
+    plan.steps += (_step(plan.kernels[-1], name, grid * splits, params),)
 
 
 def _plan_unfused(plan: Plan, params: np.ndarray[Any, Any]) -> None:
@@ -192,7 +250,7 @@ def _plan_unfused(plan: Plan, params: np.ndarray[Any, Any]) -> None:
         plan.steps += (_step(kernel, "wmma_scores", tiles, params),)
     plan.steps += (
         _step(kernel, "wmma_softmax", row_blocks, params),
-        _step(kernel, "wmma_pv", _query_blocks(plan), params),
+        _step(kernel, "wmma_pv", _query_blocks(plan.problem, plan.selection.config), params),
     )
 
 
@@ -225,76 +283,96 @@ def _plan_fp8(plan: Plan, params: np.ndarray[Any, Any]) -> None:
 
 
 def _fixed_params(
-    problem: AttentionProblem, config: KernelConfig, o_operand: Operand
+    problem: AttentionProblem, kernel: LoadedKernel, o_operand: Operand, place: Place
 ) -> np.ndarray[Any, Any]:
+    config = kernel.config
     params = np.zeros((), ATTENTION_PARAMS)
     for operand in (problem.q, problem.k, problem.v, o_operand):
         params[f"{operand.name}_strides"] = operand.strides
     params["batch"], params["heads_q"] = problem.batch, problem.heads_q
     params["heads_kv"] = problem.heads_kv
     params["seqlen_q"], params["seqlen_kv"] = problem.seqlen_q, problem.visible_kv
-    params["causal_offset"] = problem.causal_offset if problem.causal else 0
+    params["causal_offset"] = problem.causal_offset
+    params["top_left"] = problem.causal == "top-left"
+    left, right = problem.window
+    params["window_left"], params["window_right"] = max(left, 0), max(right, 0)
+    heads = problem.heads_q * problem.seqlen_q
+    params["lse_strides"] = (0 if problem.packed else heads, problem.seqlen_q)
     params["gate_row"] = problem.seqlen_kv
-    params["gate_tiles"] = _gate_tiles(problem, config)
-    scale = problem.softmax_scale
-    if config.source == "fwd_sm80.cu":
-        # The kernel compares raw scores, for which the scale has to be positive. Instead of 0 the
-        # smallest number: every finite score times that is far below what exp2 can tell from 0.
-        params["negate_q"] = scale < 0
-        scale = max(abs(scale), _SMALLEST_SCALE)
-    params["softmax_scale"] = scale
-    params["scale_log2"] = scale * _LOG2_E
+    params["gate_tiles"] = gates.tiles_of(problem, config)
+    params["m_blocks"] = _blocks_per_head(problem, config)
+    params["splits"] = _splits(problem, kernel, place)
+    _set_rules(params, problem.rules)
+    _set_scale(params, problem, config)
     return params
 
 
-def _allocate_gate(plan: Plan, params: np.ndarray[Any, Any]) -> None:
-    """Arrays for what a gate writes, filled with what it means not to be written: hidden keys."""
-    import cupy
-
-    problem = plan.problem
-    rows = (problem.batch, problem.heads_q, problem.seqlen_q)
-    gate: dict[str, Any] = {}
-    if problem.gate == "qk":
-        gate["gate"] = cupy.full((*rows, problem.seqlen_kv), -np.inf, cupy.float32)
-    elif problem.gate == "softmax":
-        tiles = _gate_tiles(problem, plan.selection.config)
-        gate["gate"] = cupy.zeros((*rows, problem.seqlen_kv), cupy.float32)
-        gate["gate_tile_max"] = cupy.full((*rows, tiles), -np.inf, cupy.float32)
-        gate["gate_row_max"] = cupy.zeros(rows, cupy.float32)
-        gate["gate_row_sum"] = cupy.zeros(rows, cupy.float32)
-    for name, array in gate.items():
-        plan.arrays[name] = array
-        params[name] = array.data.ptr
+def _set_rules(params: np.ndarray[Any, Any], rules: Rules) -> None:
+    if rules.alibi is not None:
+        params["alibi_strides"] = rules.alibi
+    for name, array in (("bias", rules.bias), ("mask", rules.mask)):
+        if array is not None:
+            params[f"{name}_strides"] = array.strides
+    params["softcap"] = rules.softcap
+    params["inverse_softcap"] = 1 / rules.softcap if rules.softcap else 0
 
 
-def _gate_tiles(problem: AttentionProblem, config: KernelConfig) -> int:
-    # Whole tiles: with several maxima per tile, the last tile has all of them, too.
-    tile = config.tile
-    return -(-problem.seqlen_kv // tile.block_n) * (tile.block_n // config.softmax_keys)
+def _set_scale(
+    params: np.ndarray[Any, Any], problem: AttentionProblem, config: KernelConfig
+) -> None:
+    scale = problem.softmax_scale
+    if config.source == "fwd_sm80.cu" and 0 <= scale < _SMALLEST_SCALE:
+        # The kernel compares raw scores, for which the scale has to be positive. Instead of 0, or
+        # what float32 has not, the smallest number: every finite score times that is far below
+        # what exp2 can tell from 0.
+        scale = _SMALLEST_SCALE
+    params["softmax_scale"] = scale
+    params["scale_log2"] = scale * _LOG2_E
 
 
-def _normalised_probabilities(plan: Plan) -> Any:
-    """p~ * exp(m_j - m) / l: each tile's probabilities at the row's final maximum."""
-    import cupy
+def _blocks_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
+    """Blocks of rows per head of q, or of k and v where a group's heads are packed."""
+    block_m = config.tile.block_m
+    rows = problem.seqlen_q
+    if config.tile.pack_gqa:
+        rows *= problem.heads_q // problem.heads_kv
+    # Each packed sequence may start within a block: see PackedBatch in schedule.cuh.
+    return rows // block_m + problem.batch if problem.packed else -(-rows // block_m)
 
-    arrays, keys = plan.arrays, plan.selection.config.softmax_keys
-    row_max, row_sum = arrays["gate_row_max"][..., None], arrays["gate_row_sum"][..., None]
-    factor = cupy.exp2(arrays["gate_tile_max"] - row_max) / row_sum
-    factor = cupy.where(row_sum == 0, cupy.float32(0), factor)  # a query without keys
-    per_key = cupy.repeat(factor, keys, axis=-1)[..., : plan.problem.seqlen_kv]
-    return arrays["gate"] * per_key
+
+def _query_blocks(problem: AttentionProblem, config: KernelConfig) -> int:
+    heads = problem.heads_kv if config.tile.pack_gqa else problem.heads_q
+    sequences = 1 if problem.packed else problem.batch
+    return sequences * heads * _blocks_per_head(problem, config)
+
+
+def _splits(problem: AttentionProblem, kernel: LoadedKernel, place: Place) -> int:
+    """Parts of the keys that the thread blocks of one row of tiles share out.
+
+    The number that ends first if all blocks that fit on the GPU run side by side, each taking as
+    long as its keys, and some more for its beginning and for the merge.
+    """
+    config = kernel.config
+    if not config.tile.split_kv or problem.batch_invariant:
+        return 1
+    blocks, keys = _query_blocks(problem, config), problem.visible_kv
+    if problem.packed:  # on average; only the device knows the lengths
+        keys = -(-keys // max(1, problem.batch))
+        blocks = max(1, blocks // 2)  # about every other one has no sequence
+    tiles = max(1, -(-keys // config.tile.block_n))
+    resident = place.multiprocessors * kernel.blocks_per_multiprocessor(place.arch)
+
+    def cost(parts: int) -> float:
+        waves = -(-blocks * parts // resident)
+        own = -(-tiles // parts) * config.tile.block_n
+        return waves * (own + _PART_KEYS) + _MERGE_KEYS * (parts - 1)
+
+    return min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
 
 
 def _step(kernel: LoadedKernel, entry: str, grid: int, params: np.ndarray[Any, Any]) -> Step:
     if grid > _MAX_GRID:
         raise ValueError(f"q: needs {grid} thread blocks, a launch has at most 2**31 - 1")
     config = kernel.config
-    # As plain bytes: CuPy looks at a structured array field by field at every launch.
-    block = params.view(np.dtype((np.void, params.itemsize)))
-    return Step(kernel.entries[entry], grid, config.threads, config.smem_bytes, block)
-
-
-def _query_blocks(plan: Plan) -> int:
-    problem = plan.problem
-    blocks = -(-problem.seqlen_q // plan.selection.config.tile.block_m)
-    return problem.batch * problem.heads_q * blocks
+    function = kernel.entries[entry].kernel.ptr
+    return Step(function, grid, config.threads, config.smem_bytes, ParameterBlock(params))

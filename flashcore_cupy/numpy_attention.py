@@ -16,17 +16,28 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, NamedTuple, TypeAlias
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy.problem import Causal
+from flashcore_cupy.numpy_rules import (
+    Array,
+    Block,
+    BoolArray,
+    RuleArguments,
+    Rules,
+    Sizes,
+    sizes_of,
+)
 
-Array: TypeAlias = NDArray[Any]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Array", "Sizes", "sequences", "tiled"]
+
 Float32Array: TypeAlias = NDArray[np.float32]
-IntArray: TypeAlias = NDArray[np.int64]
 
 # A tile of scores takes 256 KB: it stays in a core's L2 while max, exp and P V pass over it.
 BLOCK_M = 64
@@ -37,90 +48,45 @@ SERIAL_PRODUCT = 64**3
 MIN_ROWS_PER_TASK = 512
 
 
-class Sizes(NamedTuple):
-    """Sizes of one attention: (B, Hq, Sq, D) x (B, Hkv, Skv, D) x (B, Hkv, Skv, Dv)."""
-
-    batch: int
-    heads_q: int
-    heads_kv: int
-    seqlen_q: int
-    seqlen_kv: int
-    head_dim: int
-    head_dim_v: int
-
-    @property
-    def group(self) -> int:
-        """Number of query heads that share a head of K and V."""
-        return self.heads_q // self.heads_kv if self.heads_kv else 0
-
-    def scale(self, softmax_scale: float | None) -> float:
-        """Return softmax_scale, by default 1 / sqrt(D)."""
-        return 1.0 / math.sqrt(self.head_dim) if softmax_scale is None else float(softmax_scale)
-
-
-def causal_offset(causal: Causal, seqlen_q: int, seqlen_kv: int) -> int | None:
-    """Return the offset of the causal diagonal: query i sees key j iff j <= i + offset.
-
-    None stands for "not causal". True aligns the diagonal with the bottom right corner of the
-    scores (the last query sees every key), "top-left" with the top left (query 0 sees key 0 only).
-    Raises ValueError for anything else.
-    """
-    if isinstance(causal, bool):
-        return seqlen_kv - seqlen_q if causal else None
-    if causal == "top-left":
-        return 0
-    raise ValueError(f"causal: got {causal!r}; use False, True (bottom-right) or 'top-left'")
-
-
-def sizes_of(q: Array, k: Array, v: Array) -> Sizes:
-    """Return the sizes of canonical (B, H, S, D) operands; ValueError where they do not fit."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name}: got shape {x.shape}; use 4 axes (B, H, S, D)")
-    batch, heads_q, seqlen_q, head_dim = q.shape
-    _, heads_kv, seqlen_kv, head_dim_v = v.shape
-    if k.shape != (batch, heads_kv, seqlen_kv, head_dim) or v.shape[0] != batch:
-        raise ValueError(
-            f"q, k, v: got shapes {q.shape}, {k.shape}, {v.shape}; use (B, Hq, Sq, D), "
-            "(B, Hkv, Skv, D), (B, Hkv, Skv, Dv)"
-        )
-    if heads_q != heads_kv and (heads_kv == 0 or heads_q % heads_kv):
-        raise ValueError(
-            f"k: got {heads_kv} heads for q's {heads_q}; "
-            "the heads of q are a multiple of those of k and v"
-        )
-    return Sizes(batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim, head_dim_v)
-
-
 def tiled(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    softmax_scale: float | None = None,
-    causal: Causal = False,
-    out: Array | None = None,
+    q: Array, k: Array, v: Array, *, out: Array | None = None, **rules: Unpack[RuleArguments]
 ) -> tuple[Array, Float32Array]:
     """Attention on NumPy arrays, softmax(scale * Q K^T) V, in O(S * tile) memory.
 
     Takes q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv) of float16, bfloat16 or float32
-    with any strides; Hq is a multiple of Hkv. Returns o (B, Hq, Sq, Dv) in q's dtype, which is
-    `out` if given, and the natural-log log-sum-exp of the scores (B, Hq, Sq), float32. A query that
-    sees no key gets o = 0 and lse = -inf. The same call gives the same bits, however many cores.
+    with any strides, Hq being a multiple of Hkv, and the arguments of `Rules`. Returns
+    o (B, Hq, Sq, Dv) in q's dtype, which is `out` if given, and the natural-log log-sum-exp of the
+    scores and the sink (B, Hq, Sq), float32. A query that sees no key gets o = 0 and, unless there
+    is a sink, lse = -inf. The same call gives the same bits, however many cores.
 
-    `out` takes any strides and must not overlap the inputs. Raises ValueError where shapes, causal
-    or out do not fit.
+    `out` takes any strides and must not overlap the inputs. Raises ValueError where shapes or out
+    do not fit, and what `Rules` raises.
     """
     sizes = sizes_of(q, k, v)
-    offset = causal_offset(causal, sizes.seqlen_q, sizes.seqlen_kv)
     shape = (*q.shape[:3], sizes.head_dim_v)
+    checked = Rules(sizes, **rules)
     if out is None:
         out = np.empty(shape, q.dtype)
     elif out.shape != shape or out.dtype != q.dtype:
         raise ValueError(f"out: got {out.dtype} {out.shape}; use {q.dtype} {shape}")
     lse = np.empty(shape[:3], np.float32)
-    _run(_Problem(q, k, v, out, lse, sizes, sizes.scale(softmax_scale), offset))
+    _run(_Problem(q, k, v, out, lse, checked))
     return out, lse
+
+
+def sequences(
+    q: Array, k: Array, v: Array, cu_seqlens_q: Array, cu_seqlens_k: Array
+) -> Iterator[tuple[Array, Array, Array, slice]]:
+    """Yield each sequence of a packed batch: views q, k, v (1, H, S, D), and its rows of q.
+
+    Takes q (total_q, Hq, D), k (total_k, Hkv, D), v (total_k, Hkv, Dv) and the boundaries of the
+    sequences (B + 1,), which are checked elsewhere: from 0, never decreasing, up to the total.
+    """
+    bounds = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+    for rows, keys in bounds:
+        cuts = q[slice(*rows)], k[slice(*keys)], v[slice(*keys)]
+        one_q, one_k, one_v = (x.swapaxes(0, 1)[None] for x in cuts)
+        yield one_q, one_k, one_v, slice(*rows)
 
 
 @dataclass(frozen=True)
@@ -130,18 +96,7 @@ class _Problem:
     v: Array
     out: Array
     lse: Float32Array
-    sizes: Sizes
-    scale: float
-    offset: int | None
-
-    def last_key(self, rows: slice) -> IntArray:
-        """Return, per query, the last key that it sees; negative if it sees none."""
-        last = self.sizes.seqlen_kv - 1
-        queries = np.arange(rows.start, rows.stop)
-        if self.offset is None:
-            return np.full_like(queries, last)
-        seen: IntArray = np.minimum(queries + self.offset, last)
-        return seen
+    rules: Rules
 
 
 class _Task(NamedTuple):
@@ -174,7 +129,7 @@ def _tasks(sizes: Sizes, workers: int) -> Iterator[_Task]:
 
 def _run(problem: _Problem) -> None:
     workers = _workers()
-    tasks = list(_tasks(problem.sizes, workers))
+    tasks = list(_tasks(problem.rules.sizes, workers))
     if min(workers, len(tasks)) < 2:
         for task in tasks:
             _run_task(problem, task)
@@ -191,9 +146,10 @@ def _run_task(problem: _Problem, task: _Task) -> None:
         keys = _Keys.of(problem.k[head], problem.v[head])
         scratch = np.empty(BLOCK_M * keys.blocks_per_tile * keys.block, np.float32)
         for head_q, row in task.tiles:
-            rows = slice(row, min(row + BLOCK_M, problem.sizes.seqlen_q))
+            rows = slice(row, min(row + BLOCK_M, problem.q.shape[2]))
             q = np.ascontiguousarray(problem.q[task.batch, head_q, rows], np.float32)
-            o, lse = _attend(q, keys, problem.last_key(rows), problem.scale, scratch)
+            at = task.batch, head_q, np.arange(rows.start, rows.stop), rows.start, rows.stop - 1
+            o, lse = _attend(q, keys, problem.rules, Block(*at, slice(0, 0)), scratch)
             problem.out[task.batch, head_q, rows] = o
             problem.lse[task.batch, head_q, rows] = lse
 
@@ -220,6 +176,13 @@ class _Keys(NamedTuple):
     def blocks_per_tile(self) -> int:
         return BLOCK_N // self.block
 
+    def tiles(self, seen: slice) -> Iterator[slice]:
+        """Yield the blocks of one tile after the other, as far as they hold keys that are seen."""
+        block, step = self.block, self.blocks_per_tile
+        end = -(-seen.stop // block) if seen.stop > seen.start else 0
+        for first in range(seen.start // block, end, step):
+            yield slice(first, min(first + step, end))
+
 
 def _in_blocks(x: Array, block: int) -> Float32Array:
     rows, columns = x.shape
@@ -231,46 +194,47 @@ def _in_blocks(x: Array, block: int) -> Float32Array:
 
 
 def _attend(
-    q: Float32Array, keys: _Keys, last_key: IntArray, scale: float, scratch: Float32Array
+    q: Float32Array, keys: _Keys, rules: Rules, at: Block, scratch: Float32Array
 ) -> tuple[Float32Array, Float32Array]:
-    """Return o (M, Dv) and lse (M,) of the queries q (M, D), each seeing keys 0..last_key."""
-    rows = len(q)
-    state = _RowState.empty(rows, keys.v.shape[2])
-    end_block = max(0, int(last_key[-1]) // keys.block + 1)
-    for first in range(0, end_block, keys.blocks_per_tile):
-        blocks = slice(first, min(first + keys.blocks_per_tile, end_block))
+    """Return o (M, Dv) and lse (M,) of the queries q (M, D) at `at`, over all keys they see."""
+    rows, block = len(q), keys.block
+    state = _RowState.empty(rows, keys.v.shape[2], rules.sink_of(at.head))
+    for blocks in keys.tiles(rules.keys_seen(at.lowest, at.highest)):
         k, v = keys.k[blocks], keys.v[blocks]
-        scores = scratch[: rows * len(k) * keys.block].reshape(rows, -1)
-        by_block = scores.reshape(rows, len(k), keys.block).transpose(1, 0, 2)  # (blocks, M, block)
+        scores = scratch[: rows * len(k) * block].reshape(rows, -1)
+        by_block = scores.reshape(rows, len(k), block).transpose(1, 0, 2)  # (blocks, M, block)
         np.matmul(q, k.transpose(0, 2, 1), out=by_block)
-        scores *= np.float32(scale)
-        last_column = last_key - first * keys.block
-        masked = int(last_column[0]) < scores.shape[1] - 1
-        if masked:
-            _mask(scores, last_column)
+        end = min(blocks.stop * block, rules.sizes.seqlen_kv)
+        at = at._replace(keys=slice(blocks.start * block, end))
+        masked = _finish_scores(scores, rules, at)
         rescale = state.exponentiate(scores)
         state.acc *= rescale[:, None]
         if masked and not keys.v_finite:
-            state.acc += _product_of_visible(scores, v, last_column)
+            state.acc += _product_of_visible(scores, v, rules.visible(at))
         else:
             state.acc += np.matmul(by_block, v).sum(axis=0)
     return state.finish()
 
 
-def _mask(scores: Float32Array, last_column: IntArray) -> None:
-    """Set what lies right of each row's last column to -inf."""
-    start = max(0, int(last_column[0]) + 1)
-    columns = np.arange(start, scores.shape[1])
-    np.copyto(scores[:, start:], -np.inf, where=columns > last_column[:, None])
+def _finish_scores(scores: Float32Array, rules: Rules, at: Block) -> bool:
+    """Turn products into scores, -inf where hidden, in place; return whether any may be."""
+    columns = at.keys.stop - at.keys.start
+    rules.apply(scores[:, :columns], at)
+    if columns < scores.shape[1]:
+        scores[:, columns:] = -np.inf  # what fills up the last block
+    doubtful = rules.doubtful(at)
+    for part in doubtful:
+        edge = scores[:, part.keys.start - at.keys.start : part.keys.stop - at.keys.start]
+        np.copyto(edge, -np.inf, where=~rules.visible(part))
+    return bool(doubtful)
 
 
-def _product_of_visible(
-    weights: Float32Array, v: Float32Array, last_column: IntArray
-) -> Float32Array:
+def _product_of_visible(weights: Float32Array, v: Float32Array, visible: BoolArray) -> Float32Array:
     """P V without the keys that a row does not see: 0 * NaN would leak them."""
-    flat = v.reshape(-1, v.shape[2])
-    ends = np.maximum(last_column + 1, 0)
-    return np.stack([w[:end] @ flat[:end] for w, end in zip(weights, ends, strict=True)])
+    columns = visible.shape[1]
+    flat = v.reshape(-1, v.shape[2])[:columns]
+    rows = zip(weights[:, :columns], visible, strict=True)
+    return np.stack([w[seen] @ flat[seen] for w, seen in rows])
 
 
 @dataclass
@@ -282,10 +246,11 @@ class _RowState:
     acc: Float32Array
 
     @classmethod
-    def empty(cls, rows: int, head_dim_v: int) -> _RowState:
+    def empty(cls, rows: int, head_dim_v: int, sink: float) -> _RowState:
+        """The sink alone, whose exp(sink - maximum) is 1; one of -inf vanishes at the first key."""
         return cls(
-            np.full(rows, -np.inf, np.float32),
-            np.zeros(rows, np.float32),
+            np.full(rows, sink, np.float32),
+            np.ones(rows, np.float32),
             np.zeros((rows, head_dim_v), np.float32),
         )
 
@@ -294,7 +259,7 @@ class _RowState:
         old_max = self.row_max
         self.row_max = np.maximum(old_max, scores.max(axis=1))
         # A row that has seen no key has maximum -inf, and -inf - -inf is NaN: subtract 0 instead.
-        shift = np.where(np.isneginf(self.row_max), np.float32(0), self.row_max)
+        shift = np.where(self.row_max == -np.inf, np.float32(0), self.row_max)
         scores -= shift[:, None]
         np.exp(scores, out=scores)
         rescale: Float32Array = np.exp(old_max - shift)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Defines = Mapping[str, int | str]
+Headers = Sequence[tuple[str, str]]
+"""Names, as ``#include <name>`` has them, and texts."""
 
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 _FIRST_ERROR = re.compile(r"^(?P<path>.+?)\((?P<line>\d+)\): [\w ]*error", re.MULTILINE)
@@ -33,10 +35,13 @@ class CompileError(RuntimeError):
         defines: the preprocessor defines.
         log: the compiler's whole output.
         path, line: where the first error is; ``source`` and None if the compiler names no place.
+        text: that line, if it is a user's expression, else None.
     """
 
-    def __init__(self, source: str, arch: str, defines: Defines, log: str) -> None:
-        super().__init__(source, arch, dict(defines), log)
+    def __init__(
+        self, source: str, arch: str, defines: Defines, log: str, headers: Headers = ()
+    ) -> None:
+        super().__init__(source, arch, dict(defines), log, tuple(headers))
         self.source = source
         self.arch = arch
         self.defines = dict(defines)
@@ -44,15 +49,27 @@ class CompileError(RuntimeError):
         place = _FIRST_ERROR.search(log)
         self.path = place["path"] if place else source
         self.line = int(place["line"]) if place else None
+        self.text = _line_of(self.path, self.line, headers)
 
     def __str__(self) -> str:
         """Return the place, the compiler's words, the target and the defines."""
         place = self.path if self.line is None else f"{self.path}, line {self.line}"
+        if self.text is not None:
+            place += f": {self.text.strip()!r}"
         defines = " ".join(f"-D{name}={value}" for name, value in sorted(self.defines.items()))
         return (
             f"{place}: the kernel does not compile for {self.arch}\n{self.log.strip()}\n"
             f"defines: {defines or 'none'}"
         )
+
+
+def _line_of(path: str, line: int | None, headers: Headers) -> str | None:
+    """Find a line of a generated header by the place that a ``#line`` in it gives."""
+    for _, text in headers:
+        _, found, rest = text.partition(f'#line 1 "{path}"\n')
+        if found and line is not None:
+            return rest.split("\n")[line - 1]
+    return None
 
 
 class UnknownArchError(ValueError):
@@ -139,22 +156,33 @@ def unknown_arch(arch: str) -> UnknownArchError:
     )
 
 
-def compile_source(root: Path, source: str, defines: Defines, arch: str) -> tuple[bytes, str]:
-    """Return the cubin and the compiler's report."""
+def compile_source(
+    root: Path, source: str, defines: Defines, arch: str, headers: Headers = ()
+) -> tuple[bytes, str]:
+    """Return the cubin and the compiler's report. ``headers`` stand in for files of ``root``."""
     nvrtc = _nvrtc()
     macros = [f"-D{name}={value}" for name, value in sorted(defines.items())]
     options = (f"-arch={arch}", f"-I{root}", *OPTIONS, *_no_cache(), *macros)
     text = (root / source).read_text(encoding="utf-8")
     # The program bears the file's own path, so that messages name a file that can be opened.
-    program = nvrtc.createProgram(text, str(root / source), (), ())
+    names, texts = (tuple(header[i].encode() for header in headers) for i in (0, 1))
+    program = nvrtc.createProgram(text, str(root / source), texts, names)
     try:
         nvrtc.compileProgram(program, options)
-        return bytes(nvrtc.getCUBIN(program)), _log(nvrtc, program)
+        return _whole(bytes(nvrtc.getCUBIN(program))), _log(nvrtc, program)
     except nvrtc.NVRTCError as error:
         log = _log(nvrtc, program) or str(error)
-        raise CompileError(str(root / source), arch, defines, log) from error
+        raise CompileError(str(root / source), arch, defines, log, headers) from error
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _whole(cubin: bytes) -> bytes:
+    """Put back the last byte, a zero, that CuPy takes for a string's end: disassemblers miss it."""
+    table, size, count = (
+        int.from_bytes(cubin[first:end], "little") for first, end in ((32, 40), (54, 56), (56, 58))
+    )
+    return cubin.ljust(table + size * count, b"\0")
 
 
 def _no_cache() -> tuple[str, ...]:

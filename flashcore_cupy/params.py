@@ -8,27 +8,40 @@ from __future__ import annotations
 
 import numpy as np
 
+from flashcore_cupy.rules import MAX_MOD_ARGS
+
 STRIDES = np.dtype([("batch", "i8"), ("head", "i8"), ("row", "i8")])
+HEAD_STRIDES = np.dtype([("batch", "i8"), ("head", "i8")])
+BROADCAST_STRIDES = np.dtype([("batch", "i8"), ("head", "i8"), ("row", "i8"), ("column", "i8")])
 
 _POINTERS = [
     *("q", "k", "v", "o", "lse"),
     *("gate", "gate_tile_max", "gate_row_max", "gate_row_sum"),
     *("scratch_scores", "scratch_probs", "scratch_sum"),
     *("q_scale", "k_scale", "v_scale"),
+    *("alibi", "bias", "mask", "sink"),
 ]
+_MORE_POINTERS = ["cu_seqlens_q", "cu_seqlens_kv", "split_partial", "split_arrivals"]
 _INTEGERS = [
     *("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv", "causal_offset"),
-    *("gate_row", "gate_tiles", "rows_padded", "cols_padded", "negate_q"),
+    *("window_left", "window_right", "top_left", "m_blocks", "splits"),
+    *("gate_row", "gate_tiles", "rows_padded", "cols_padded"),
 ]
 
 #: ``AttentionParams``: what every attention kernel takes.
 ATTENTION_PARAMS = np.dtype(
     [
         *((name, "u8") for name in _POINTERS),
+        ("mod_args", "u8", (MAX_MOD_ARGS,)),
+        *((name, "u8") for name in _MORE_POINTERS),
         *((f"{name}_strides", STRIDES) for name in "qkvo"),
+        *((f"{name}_strides", HEAD_STRIDES) for name in ("lse", "alibi")),
+        *((f"{name}_strides", BROADCAST_STRIDES) for name in ("bias", "mask")),
         *((name, "i4") for name in _INTEGERS),
         ("softmax_scale", "f4"),
         ("scale_log2", "f4"),
+        ("softcap", "f4"),
+        ("inverse_softcap", "f4"),
     ],
     align=True,
 )

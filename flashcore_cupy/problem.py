@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flashcore_cupy.rules import NO_RULES, Rules
+
 Causal = bool | Literal["top-left"]
 Layout = Literal["bhsd", "bshd"]
 Gate = Literal["qk", "softmax", "pv"]
@@ -24,11 +26,11 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 #: Times log2(e) it is still finite in float32.
 MAX_SCALE = 1e38
 #: Largest head dim of any kernel.
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 #: The widest load or store of one thread, bytes.
 MAX_ALIGN = 16
-#: Positions are 32-bit in the kernels, with room for a tile beyond the last.
-MAX_SEQLEN = 2**31 - 2**11
+#: Positions are 32-bit in the kernels, with room for sums of two.
+MAX_SEQLEN = 2**30
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,20 @@ class AttentionProblem:
     causal: Causal = False
     gate: Gate | None = None
     layout: Layout = "bhsd"
+    rules: Rules = NO_RULES
+    sequences: int | None = None
+    """Packed batches: how many sequences the rows of q, and of k and v, are made of."""
+    batch_invariant: bool = False
 
     @property
     def batch(self) -> int:
         """B."""
-        return self.q.shape[0]
+        return self.q.shape[0] if self.sequences is None else self.sequences
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences are packed, their boundaries given by cu_seqlens."""
+        return self.sequences is not None
 
     @property
     def heads_q(self) -> int:
@@ -73,12 +84,12 @@ class AttentionProblem:
 
     @property
     def seqlen_q(self) -> int:
-        """Sq."""
+        """Sq; packed batches: of all sequences together."""
         return self.q.shape[2]
 
     @property
     def seqlen_kv(self) -> int:
-        """Skv."""
+        """Skv; packed batches: of all sequences together."""
         return self.k.shape[2]
 
     @property
@@ -93,15 +104,22 @@ class AttentionProblem:
 
     @property
     def causal_offset(self) -> int:
-        """Query i sees key j <= i + this, when causal."""
+        """The key at query 0's own position: query i stands at i + this."""
         return 0 if self.causal == "top-left" else self.seqlen_kv - self.seqlen_q
 
     @property
+    def window(self) -> tuple[int, int]:
+        """Keys to the left and right of its position that a query sees; -1 is no bound."""
+        left, right = self.rules.window
+        return left, 0 if self.causal else right
+
+    @property
     def visible_kv(self) -> int:
-        """Keys that at least one query sees; the rest is never read."""
-        if not self.causal:
+        """Keys up to the last that any query sees; later ones are never read."""
+        right = self.window[1]
+        if right < 0 or self.packed:
             return self.seqlen_kv
-        return max(0, min(self.seqlen_kv, self.seqlen_q + self.causal_offset))
+        return max(0, min(self.seqlen_kv, self.seqlen_q + self.causal_offset + right))
 
     @property
     def align_bytes(self) -> int:
@@ -109,24 +127,40 @@ class AttentionProblem:
         return min(self.q.align_bytes, self.k.align_bytes, self.v.align_bytes)
 
     @property
-    def output_shape(self) -> tuple[int, int, int, int]:
+    def output_shape(self) -> tuple[int, ...]:
         """Shape of o in the caller's layout."""
-        b, h, s, d = self.batch, self.heads_q, self.seqlen_q, self.head_dim_v
+        (b, _, s, _), h, d = self.q.shape, self.heads_q, self.head_dim_v
+        if self.packed:
+            return s, h, d
         return (b, h, s, d) if self.layout == "bhsd" else (b, s, h, d)
 
     @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Shape of the log-sum-exp: (B, Hq, Sq), or (Hq, total) of a packed batch."""
+        heads = (self.heads_q, self.seqlen_q)
+        return heads if self.packed else (self.batch, *heads)
+
+    @property
     def flops(self) -> float:
-        """Floating-point operations of the two products, over visible (query, key) pairs."""
+        """Floating-point operations of the two products, over visible (query, key) pairs.
+
+        As far as positions hide them; not known of a packed batch.
+        """
+        if self.packed:
+            raise ValueError("the lengths of packed sequences are not known")
+        left, right = self.window
         pairs = float(self.seqlen_q) * self.seqlen_kv
-        if self.causal:
-            pairs = float(self._visible_pairs())
+        if right >= 0:
+            pairs = float(self._keys_up_to(right))
+        if left >= 0:
+            pairs = max(0.0, pairs - self._keys_up_to(-left - 1))
         return 2.0 * self.batch * self.heads_q * pairs * (self.head_dim + self.head_dim_v)
 
-    def _visible_pairs(self) -> int:
-        """Sum over queries of the keys that each sees."""
-        first = self.causal_offset + 1  # keys of query 0, before clamping to [0, seqlen_kv]
-        start = max(0, 1 - first)  # first query that sees any key
-        full = min(self.seqlen_q, max(start, self.seqlen_kv - first))  # first that sees all
+    def _keys_up_to(self, right: int) -> int:
+        """Sum over queries i of the keys j <= i + causal_offset + right."""
+        first = self.causal_offset + right + 1  # of query 0, before clamping to [0, seqlen_kv]
+        start = min(self.seqlen_q, max(0, 1 - first))  # first query that has any
+        full = min(self.seqlen_q, max(start, self.seqlen_kv - first))  # first that has all
         partial = (first + start + first + full - 1) * (full - start) // 2
         return partial + (self.seqlen_q - full) * self.seqlen_kv
 
@@ -140,23 +174,30 @@ def describe(
     causal: Causal = False,
     gate: Gate | None = None,
     layout: Layout = "bhsd",
+    sequences: int | None = None,
+    batch_invariant: bool = False,
     addresses: Sequence[int] = (0, 0, 0),
 ) -> AttentionProblem:
     """Check every argument of a call and describe it.
 
     ``q``, ``k``, ``v`` are arrays in ``layout`` whose last axis is contiguous; ``addresses`` are
-    their first elements' addresses, for the alignment. Raises ``TypeError`` or ``ValueError``
-    naming the argument, what it got and what works.
+    their first elements' addresses, for the alignment. ``sequences``: q, k, v are packed batches
+    (total, H, D) of so many. Raises ``TypeError`` or ``ValueError`` naming the argument, what it
+    got and what works.
     """
     check_choice("layout", layout, LAYOUTS)
     check_choice("gate", gate, GATES)
     if not (isinstance(causal, bool) or (isinstance(causal, str) and causal == "top-left")):
         raise ValueError(f"causal: got {causal!r}; use False, True (bottom-right) or 'top-left'")
     for name, array in (("q", q), ("k", k), ("v", v)):
-        _check_array(name, array, layout)
+        _check_array(name, array, layout, packed=sequences is not None)
+    if sequences is not None and gate is not None:
+        raise ValueError(f"gate: got {gate!r} with cu_seqlens; stop at a stage without packing")
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: got {batch_invariant!r}; use True or False")
     _check_dtypes(q, k, v)
     operands = [
-        operand(name, array, layout, address)
+        operand(name, array, layout if sequences is None else "packed", address)
         for (name, array), address in zip((("q", q), ("k", k), ("v", v)), addresses, strict=True)
     ]
     _check_shapes(*operands)
@@ -169,6 +210,8 @@ def describe(
         causal=causal,
         gate=gate,
         layout=layout,
+        sequences=sequences,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -180,6 +223,7 @@ def contiguous_problem(
     *,
     heads_kv: int | None = None,
     seqlen_kv: int | None = None,
+    head_dim_v: int | None = None,
     dtype: str = "float16",
     causal: Causal = False,
     gate: Gate | None = None,
@@ -189,27 +233,29 @@ def contiguous_problem(
     heads_kv = heads if heads_kv is None else heads_kv
     seqlen_kv = seqlen if seqlen_kv is None else seqlen_kv
 
-    def dense(name: str, h: int, s: int) -> Operand:
-        strides = (h * s * head_dim, s * head_dim, head_dim)
-        align = _align_bytes(0, strides, head_dim, ITEMSIZE[dtype])
-        return Operand(name, (batch, h, s, head_dim), strides, align)
+    def dense(name: str, h: int, s: int, d: int) -> Operand:
+        strides = (h * s * d, s * d, d)
+        align = _align_bytes(0, strides, d, ITEMSIZE[dtype])
+        return Operand(name, (batch, h, s, d), strides, align)
 
     operands = (
-        dense("q", heads, seqlen),
-        dense("k", heads_kv, seqlen_kv),
-        dense("v", heads_kv, seqlen_kv),
+        dense("q", heads, seqlen, head_dim),
+        dense("k", heads_kv, seqlen_kv, head_dim),
+        dense("v", heads_kv, seqlen_kv, head_dim if head_dim_v is None else head_dim_v),
     )
     _check_shapes(*operands)
     scale = 1.0 / math.sqrt(head_dim)
     return AttentionProblem(dtype, *operands, softmax_scale=scale, causal=causal, gate=gate)
 
 
-def operand(name: str, array: Any, layout: Layout, address: int = 0) -> Operand:
-    """The (B, H, S, D) view of an array whose last axis is contiguous."""
+def operand(name: str, array: Any, layout: Layout | Literal["packed"], address: int = 0) -> Operand:
+    """The (B, H, S, D) view of an array whose last axis is contiguous; packed: B = 1."""
     itemsize = array.dtype.itemsize
     shape = tuple(int(n) for n in array.shape)
     strides = [int(s) // itemsize for s in array.strides]
-    if layout == "bshd":
+    if layout == "packed":
+        shape, strides = (1, *shape), [0, *strides]
+    if layout != "bhsd":
         shape = (shape[0], shape[2], shape[1], shape[3])
         strides = [strides[0], strides[2], strides[1], strides[3]]
     # The stride of an axis of length 1 is never used, and may be anything.
@@ -232,12 +278,15 @@ def _align_bytes(address: int, strides: Sequence[int], columns: int, itemsize: i
     return align
 
 
-def _check_array(name: str, array: Any, layout: str) -> None:
-    axes = "(B, H, S, D)" if layout == "bhsd" else "(B, S, H, D)"
-    if array.ndim != 4:
+def _check_array(name: str, array: Any, layout: str, *, packed: bool) -> None:
+    axes, what = ("(B, H, S, D)" if layout == "bhsd" else "(B, S, H, D)"), f"layout {layout!r}"
+    if packed:
+        axes, what = "(total, H, D)", "a packed batch"
+    dimensions = axes.count(",") + 1
+    if array.ndim != dimensions:
         raise ValueError(
             f"{name}: got {array.ndim} dimensions, shape {tuple(array.shape)}; "
-            f"layout {layout!r} takes 4: {axes}"
+            f"{what} takes {dimensions}: {axes}"
         )
     if array.dtype.name not in DTYPES:
         raise TypeError(

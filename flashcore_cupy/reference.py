@@ -1,13 +1,14 @@
 """What attention should give: the float64 oracle, the same-dtype naive one, and their comparison.
 
-NumPy only, plain formulas, nothing shared with the tiled algorithm but the mask's definition. All
+NumPy only, plain formulas, nothing shared with the tiled algorithm but the rules' definitions. All
 operands are canonical views with any strides: q (B, Hq, Sq, D), k (B, Hkv, Skv, D) and
 v (B, Hkv, Skv, Dv); query head h uses key head h // (Hq // Hkv). `rows`, a 1-D integer array, asks
 for these queries only, so that a few rows of a long sequence can be checked; Sq below is then
-len(rows).
+len(rows). `rules` are the arguments of `numpy_rules.Rules`: softmax_scale, causal, window, softcap,
+alibi_slopes, bias, mask, sink, score_mod, mask_mod, mod_args.
 
-A query that sees no key gives o = 0 and lse = -inf. NaN and infinity reach the outputs that attend
-to them and no others: a masked value is left out, not multiplied by 0.
+A query that sees no key gives o = 0 and lse = -inf, or the sink. NaN and infinity reach the outputs
+that attend to them and no others: a hidden value is left out, not multiplied by 0.
 """
 
 from __future__ import annotations
@@ -15,14 +16,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from flashcore_cupy.numpy_attention import Array, Sizes, causal_offset, sizes_of, tiled
-from flashcore_cupy.problem import Causal
+from flashcore_cupy.numpy_attention import sequences, tiled
+from flashcore_cupy.numpy_rules import (
+    Array,
+    Block,
+    BoolArray,
+    IntArray,
+    RuleArguments,
+    Rules,
+    causal_offset,
+    sizes_of,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "INPUT_KINDS",
@@ -35,12 +48,13 @@ __all__ = [
     "gate_uniform",
     "make_inputs",
     "naive",
+    "naive_varlen",
     "oracle",
+    "oracle_varlen",
     "tiled",
 ]
 
 Float64Array: TypeAlias = NDArray[np.float64]
-BoolArray: TypeAlias = NDArray[np.bool_]
 InputKind: TypeAlias = Literal["normal", "outliers", "large", "constant", "onehot"]
 INPUT_KINDS: tuple[InputKind, ...] = get_args(InputKind)
 
@@ -49,166 +63,186 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def oracle(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    softmax_scale: float | None = None,
-    causal: Causal = False,
-    rows: Array | None = None,
+    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
 ) -> tuple[Float64Array, Float64Array]:
     """Attention in float64 on the given (rounded) inputs: o (B, Hq, Sq, Dv), lse (B, Hq, Sq)."""
-    sizes = sizes_of(q, k, v)
-    queries = _queries(sizes, rows)
-    o = np.zeros((*q.shape[:2], len(queries), sizes.head_dim_v))
-    lse = np.empty(o.shape[:3])
+    task = _Task.of(q, k, v, rows, rules)
+    o, lse = np.zeros(task.shape(v.shape[3])), np.empty(task.shape())
     with np.errstate(all="ignore"):
-        for at, visible in _blocks(sizes, causal, queries):
-            scores = _scores(q, k, at, softmax_scale, np.float64)
-            p, lse[at.out] = _softmax(scores, visible)
-            o[at.out] = _weighted_sum(p, visible, v[at.head_kv].astype(np.float64))
+        for part in task.parts():
+            p, lse[part.out] = task.softmax(task.scores(part, np.float64), part)
+            o[part.out] = _weighted_sum(p, part.visible, v[part.head_kv].astype(np.float64))
     return o, lse
 
 
 def naive(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    softmax_scale: float | None = None,
-    causal: Causal = False,
-    rows: Array | None = None,
+    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
 ) -> Array:
     """Unfused attention in the inputs' dtype: o (B, Hq, Sq, Dv), whose error sets the allowed one.
 
     As real unfused implementations do it: products of the rounded inputs accumulate in float32, the
-    softmax is float32, and the normalised P is rounded to the inputs' dtype before P V.
+    score rules and the softmax are float32, and the normalised P is rounded to the inputs' dtype
+    before P V.
     """
-    sizes = sizes_of(q, k, v)
-    queries = _queries(sizes, rows)
-    o = np.zeros((*q.shape[:2], len(queries), sizes.head_dim_v), q.dtype)
+    task = _Task.of(q, k, v, rows, rules)
+    o = np.zeros(task.shape(v.shape[3]), q.dtype)
     with np.errstate(all="ignore"):
-        for at, visible in _blocks(sizes, causal, queries):
-            scores = _scores(q, k, at, softmax_scale, np.float32)
-            p = _softmax(scores, visible)[0].astype(q.dtype).astype(np.float32)
-            o[at.out] = _weighted_sum(p, visible, v[at.head_kv].astype(np.float32))
+        for part in task.parts():
+            p, _ = task.softmax(task.scores(part, np.float32), part)
+            rounded = p.astype(q.dtype).astype(np.float32)
+            o[part.out] = _weighted_sum(rounded, part.visible, v[part.head_kv].astype(np.float32))
+    return o
+
+
+def oracle_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    **rules: Unpack[RuleArguments],
+) -> tuple[Float64Array, Float64Array]:
+    """`oracle` of a packed batch: o (total_q, Hq, Dv), lse (Hq, total_q).
+
+    Takes q (total_q, Hq, D), k (total_k, Hkv, D), v (total_k, Hkv, Dv) and the boundaries of the
+    sequences, (B + 1,) integers. A sequence's number is the b of its rules.
+    """
+    o, lse = np.zeros((*q.shape[:2], v.shape[2])), np.full(q.shape[1::-1], -np.inf)
+    for number, (*one, at) in enumerate(sequences(q, k, v, cu_seqlens_q, cu_seqlens_k)):
+        own: RuleArguments = {**rules, "sequence": number}
+        one_o, one_lse = oracle(*one, **own)
+        o[at], lse[:, at] = one_o[0].swapaxes(0, 1), one_lse[0]
+    return o, lse
+
+
+def naive_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    **rules: Unpack[RuleArguments],
+) -> Array:
+    """`naive` of a packed batch, with the arguments of `oracle_varlen`: o (total_q, Hq, Dv)."""
+    o = np.zeros((*q.shape[:2], v.shape[2]), q.dtype)
+    for number, (*one, at) in enumerate(sequences(q, k, v, cu_seqlens_q, cu_seqlens_k)):
+        own: RuleArguments = {**rules, "sequence": number}
+        o[at] = naive(*one, **own)[0].swapaxes(0, 1)
     return o
 
 
 def gate_scores(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    softmax_scale: float | None = None,
-    causal: Causal = False,
-    rows: Array | None = None,
+    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
 ) -> Float64Array:
-    """What gate "qk" gives: scale * Q K^T, -inf where masked, (B, Hq, Sq, Skv), float64."""
-    sizes = sizes_of(q, k, v)
-    queries = _queries(sizes, rows)
-    out = np.empty((*q.shape[:2], len(queries), sizes.seqlen_kv))
+    """What gate "qk" gives: the scores by all rules, -inf where hidden, (B, Hq, Sq, Skv), float64.
+
+    The sink is no score and does not show.
+    """
+    task = _Task.of(q, k, v, rows, rules)
+    out = np.empty(task.shape(k.shape[2]))
     with np.errstate(all="ignore"):
-        for at, visible in _blocks(sizes, causal, queries):
-            scores = _scores(q, k, at, softmax_scale, np.float64)
-            out[at.out] = np.where(visible, scores, -np.inf)
+        for part in task.parts():
+            out[part.out] = np.where(part.visible, task.scores(part, np.float64), -np.inf)
     return out
 
 
 def gate_probabilities(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    softmax_scale: float | None = None,
-    causal: Causal = False,
-    rows: Array | None = None,
+    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
 ) -> Float64Array:
-    """What gate "softmax" gives: P, 0 where masked, (B, Hq, Sq, Skv), float64."""
-    sizes = sizes_of(q, k, v)
-    queries = _queries(sizes, rows)
-    out = np.empty((*q.shape[:2], len(queries), sizes.seqlen_kv))
+    """What gate "softmax" gives: P, 0 where hidden, (B, Hq, Sq, Skv), float64.
+
+    With a sink the probabilities of a row sum to less than 1.
+    """
+    task = _Task.of(q, k, v, rows, rules)
+    out = np.empty(task.shape(k.shape[2]))
     with np.errstate(all="ignore"):
-        for at, visible in _blocks(sizes, causal, queries):
-            scores = _scores(q, k, at, softmax_scale, np.float64)
-            out[at.out] = np.where(visible, _softmax(scores, visible)[0], 0.0)
+        for part in task.parts():
+            p, _ = task.softmax(task.scores(part, np.float64), part)
+            out[part.out] = np.where(part.visible, p, 0.0)
     return out
 
 
 def gate_uniform(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    softmax_scale: float | None = None,
-    causal: Causal = False,
-    rows: Array | None = None,
+    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
 ) -> Float64Array:
-    """What gate "pv" gives: the mean of the v rows that a query sees, (B, Hq, Sq, Dv), float64."""
-    del softmax_scale  # taken so that all gates are called alike
-    sizes = sizes_of(q, k, v)
-    queries = _queries(sizes, rows)
-    out = np.zeros((*q.shape[:2], len(queries), sizes.head_dim_v))
+    """What gate "pv" gives: the mean of the v rows that a query sees, (B, Hq, Sq, Dv), float64.
+
+    All scores count as 0, whatever the score rules, and there is no sink.
+    """
+    task = _Task.of(q, k, v, rows, rules)
+    out = np.zeros(task.shape(v.shape[3]))
     with np.errstate(all="ignore"):
-        for at, visible in _blocks(sizes, causal, queries):
-            p, _ = _softmax(np.zeros(visible.shape), visible)
-            out[at.out] = _weighted_sum(p, visible, v[at.head_kv].astype(np.float64))
+        for part in task.parts():
+            p, _ = _softmax(np.zeros(part.visible.shape), part.visible, -math.inf)
+            out[part.out] = _weighted_sum(p, part.visible, v[part.head_kv].astype(np.float64))
     return out
 
 
-class _Block(NamedTuple):
-    """Indexes of one block of one head's queries."""
+class _Part(NamedTuple):
+    """A block of one head's queries, by all keys."""
 
-    head: tuple[int, int]  # into q
+    at: Block
+    visible: BoolArray  # (queries, Skv)
     head_kv: tuple[int, int]  # into k and v
-    queries: NDArray[np.int64]  # into q[head]
     out: tuple[int, int, slice]  # into the result
 
 
-def _queries(sizes: Sizes, rows: Array | None) -> NDArray[np.int64]:
+@dataclass(frozen=True)
+class _Task:
+    """What is asked for: some queries of all heads, under the rules."""
+
+    q: Array
+    k: Array
+    queries: IntArray
+    rules: Rules
+
+    @classmethod
+    def of(cls, q: Array, k: Array, v: Array, rows: Array | None, rules: RuleArguments) -> _Task:
+        sizes = sizes_of(q, k, v)
+        return cls(q, k, _queries(sizes.seqlen_q, rows), Rules(sizes, **rules))
+
+    def shape(self, *columns: int) -> tuple[int, ...]:
+        return *self.q.shape[:2], len(self.queries), *columns
+
+    def parts(self) -> Iterator[_Part]:
+        sizes = self.rules.sizes
+        step = max(1, _BLOCK_ELEMENTS // max(1, sizes.seqlen_kv))
+        for first in range(0, len(self.queries), step):
+            chosen = self.queries[first : first + step]
+            extremes = int(chosen.min()), int(chosen.max())
+            for b, h in np.ndindex(sizes.batch, sizes.heads_q):
+                at = Block(b, h, chosen, *extremes, slice(0, sizes.seqlen_kv))
+                out = b, h, slice(first, first + len(chosen))
+                yield _Part(at, self.rules.visible(at), (b, h // sizes.group), out)
+
+    def scores(self, part: _Part, dtype: type[np.floating[Any]]) -> Array:
+        queries = self.q[part.out[:2]][part.at.queries].astype(dtype)
+        scores: Array = queries @ self.k[part.head_kv].astype(dtype).T
+        self.rules.apply(scores, part.at)
+        return scores
+
+    def softmax(self, scores: Array, part: _Part) -> tuple[Array, Array]:
+        return _softmax(scores, part.visible, self.rules.sink_of(part.at.head))
+
+
+def _queries(seqlen_q: int, rows: Array | None) -> IntArray:
     if rows is None:
-        return np.arange(sizes.seqlen_q)
+        return np.arange(seqlen_q)
     queries = np.asarray(rows)
     integral = queries.size == 0 or np.issubdtype(queries.dtype, np.integer)
-    inside = bool(np.all((queries >= 0) & (queries < sizes.seqlen_q)))
+    inside = bool(np.all((queries >= 0) & (queries < seqlen_q)))
     if queries.ndim != 1 or not integral or not inside:
-        raise ValueError(
-            f"rows: got {rows!r}; use a 1-D array of integers in [0, {sizes.seqlen_q})"
-        )
+        raise ValueError(f"rows: got {rows!r}; use a 1-D array of integers in [0, {seqlen_q})")
     return queries.astype(np.int64)
 
 
-def _blocks(
-    sizes: Sizes, causal: Causal, queries: NDArray[np.int64]
-) -> Iterator[tuple[_Block, BoolArray]]:
-    """Yield blocks of queries, each with the keys that they see: boolean, (queries, Skv)."""
-    offset = causal_offset(causal, sizes.seqlen_q, sizes.seqlen_kv)
-    step = max(1, _BLOCK_ELEMENTS // max(1, sizes.seqlen_kv))
-    keys = np.arange(sizes.seqlen_kv)
-    for first in range(0, len(queries), step):
-        chosen = queries[first : first + step]
-        last = np.full(len(chosen), sizes.seqlen_kv) if offset is None else chosen + offset
-        visible = keys <= last[:, None]
-        for b, h in np.ndindex(sizes.batch, sizes.heads_q):
-            out = b, h, slice(first, first + len(chosen))
-            yield _Block((b, h), (b, h // sizes.group), chosen, out), visible
-
-
-def _scores(
-    q: Array, k: Array, at: _Block, softmax_scale: float | None, dtype: type[np.floating[Any]]
-) -> Array:
-    q_rows, keys = q[at.head][at.queries].astype(dtype), k[at.head_kv].astype(dtype)
-    scale = 1 / np.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
-    scores: Array = (q_rows @ keys.T) * dtype(scale)
-    return scores
-
-
-def _softmax(scores: Array, visible: BoolArray) -> tuple[Array, Array]:
+def _softmax(scores: Array, visible: BoolArray, sink: float) -> tuple[Array, Array]:
     """Return the probabilities (0 for a row without keys) and the log-sum-exp."""
     scores = np.where(visible, scores, -np.inf).astype(scores.dtype)
-    row_max = scores.max(axis=1, initial=-np.inf)
-    p = np.exp(scores - np.where(np.isneginf(row_max), 0, row_max)[:, None])
-    row_sum = p.sum(axis=1)
+    row_max = scores.max(axis=1, initial=sink)
+    shift = np.where(np.isneginf(row_max), 0, row_max).astype(scores.dtype)
+    p = np.exp(scores - shift[:, None])
+    row_sum = p.sum(axis=1) + np.exp(scores.dtype.type(sink) - shift)
     return p / np.where(row_sum == 0, 1, row_sum)[:, None], row_max + np.log(row_sum)
 
 

@@ -6,19 +6,19 @@ twice, and wants the same bits, an untouched surrounding, and the result that `v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from flashcore_cupy import builds, jit, tiles, verify
 from flashcore_cupy.attention import plan
-from flashcore_cupy.bench import inputs, machine
+from flashcore_cupy.bench import machine
 from flashcore_cupy.config import KernelConfig
 from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import AttentionProblem, describe
+from flashcore_cupy.selftest_arrays import Placed, Setup, described, set_up
 from flashcore_cupy.selftest_cases import Case, cases
 
 if TYPE_CHECKING:
@@ -26,11 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Case", "CaseResult", "cases", "run_all", "run_case"]
 
-#: NaN elements before and after every array. 64 keeps what follows aligned.
-_GUARD = 64
+_THREADS = 8
 _QUICK = 7  # no multiple of the 2 and 3 by which choices rotate
-#: Elements between the end of a row and the next one.
-_PADDING = {"strided": 8, "align8": 4, "align4": 2, "misaligned": 1}
 
 
 @dataclass(frozen=True)
@@ -58,137 +55,21 @@ class CaseResult:
         }
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """An array inside a larger buffer that is NaN elsewhere; offset and strides in elements."""
-
-    buffer: Array
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def on_host(self) -> Array:
-        """The array as a view of ``buffer``."""
-        strides = [s * self.buffer.itemsize for s in self.strides]
-        return as_strided(self.buffer[self.offset :], self.shape, strides)
-
-    def on_gpu(self) -> tuple[Any, Any]:
-        """Copy the buffer to the GPU; return the copy and the array as a view of it."""
-        import cupy
-
-        buffer = cupy.asarray(self.buffer)
-        size = self.buffer.itemsize
-        view = cupy.ndarray(
-            self.shape,
-            self.buffer.dtype,
-            memptr=buffer.data + self.offset * size,
-            strides=tuple(s * size for s in self.strides),
-        )
-        return buffer, view
-
-    def surroundings_are_nan(self, buffer: Array) -> bool:
-        """Whether nothing but the array was written in a copy of the buffer."""
-        outside = np.isnan(buffer.astype(np.float32))
-        view = as_strided(
-            outside[self.offset :], self.shape, [s * outside.itemsize for s in self.strides]
-        )
-        view[...] = True
-        return bool(outside.all())
-
-
-def embed(shape: tuple[int, ...], dtype: Any, view: str, *, like: Array | None = None) -> Embedded:
-    """Lay out an array as a case's ``view`` says, filled from ``like`` or NaN.
-
-    "contiguous": as NumPy would. "strided": rows 8 elements apart, heads a row apart. "align8",
-    "align4", "misaligned": rows 4, 2, 1 elements apart, so that fewer bytes are aligned.
-    "transposed": the last axis is not the contiguous one.
-    """
-    offset, strides, size = _lie(shape, view)
-    embedded = Embedded(np.full(size, np.nan, dtype), offset, shape, strides)
-    if like is not None:
-        embedded.on_host()[...] = like
-    return embedded
-
-
-def _lie(shape: tuple[int, ...], view: str) -> tuple[int, tuple[int, ...], int]:
-    """Offset, strides and size of the buffer of an array in a view, elements."""
-    lengths = (*shape[:2], shape[3], shape[2]) if view == "transposed" else shape
-    padding = _PADDING.get(view, 0)
-    row, rows = lengths[3] + padding, lengths[2] + (padding > 0)
-    strides = (lengths[1] * rows * row, rows * row, row, 1)
-    if view == "transposed":
-        strides = (*strides[:2], 1, row)
-    offset = _GUARD + (view == "misaligned")
-    return offset, strides, offset + lengths[0] * lengths[1] * rows * row + _GUARD
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """A case's inputs, canonical and as they will lie on the GPU, and its output's place."""
-
-    host: tuple[Array, Array, Array]
-    embedded: tuple[Embedded, Embedded, Embedded]
-    out: Embedded
-
-
-def _set_up(case: Case) -> _Setup:
-    host = inputs(case.problem(), case.seed, case.kind)
-    dtype = host[0].dtype
-
-    def laid_out(x: Array) -> Embedded:
-        y = x if case.layout == "bhsd" else x.transpose(0, 2, 1, 3)
-        return embed(y.shape, dtype, case.view, like=y)
-
-    q, k, v = (laid_out(x) for x in host)
-    out_view = "contiguous" if case.view == "transposed" else case.view
-    out = embed(case.shape_of("o"), dtype, out_view)
-    return _Setup(host, (q, k, v), out)
-
-
 def case_config(case: Case, arch: str) -> tuple[KernelConfig, ...]:
     """What a case compiles; ``ValueError`` if the kernel refuses it on this target."""
-    selection = tiles.select(_described(case), arch, kernel=case.kernel)
+    selection = tiles.select(described(case), arch, kernel=case.kernel)
     return tiles.configs_of(selection)
-
-
-def _described(case: Case) -> AttentionProblem:
-    """The problem with its strides and alignment, from arrays that are never filled."""
-    specs = [_Spec.of(case, name) for name in "qkv"]
-    return describe(
-        *specs,
-        causal=case.causal,
-        gate=case.gate,
-        layout=case.layout,
-        addresses=[spec.address for spec in specs],
-    )
-
-
-@dataclass(frozen=True)
-class _Spec:
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: Any
-    address: int
-    ndim: int = 4
-
-    @classmethod
-    def of(cls, case: Case, name: str) -> _Spec:
-        shape = case.shape_of(name)
-        view = "contiguous" if case.view == "transposed" else case.view  # launched as a copy
-        dtype = np.dtype(case.numpy_dtype())
-        offset, strides, _ = _lie(shape, view)
-        size = dtype.itemsize
-        return cls(shape, tuple(s * size for s in strides), dtype, offset * size)
 
 
 def run_case(case: Case) -> CaseResult:
     """Run one case on the current GPU. A kernel that fails gives a result that is not ok."""
     import cupy
 
-    setup = _set_up(case)
+    setup = set_up(case)
+    failures = (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError)
     try:
         launched = _launch(case, setup)
-    except (ValueError, jit.CompileError, cupy.cuda.runtime.CUDARuntimeError) as error:
+    except (ValueError, jit.CompileError, *failures) as error:
         return CaseResult(case, False, None, None, str(error).splitlines()[0])
     return judge(case, setup.host, launched)
 
@@ -204,35 +85,26 @@ class Launched:
     faults: tuple[str, ...] = ()
 
 
-def _launch(case: Case, setup: _Setup) -> Launched:
+def _launch(case: Case, setup: Setup) -> Launched:
     import cupy
 
-    placed = [embedded.on_gpu() for embedded in setup.embedded]
-    out_buffer, out = setup.out.on_gpu()
-    q, k, v = (view for _, view in placed)
-    bound = plan(
-        q,
-        k,
-        v,
-        layout=case.layout,
-        causal=case.causal,
-        gate=case.gate,
-        kernel=case.kernel,
-        return_lse=case.gate is None,
-        out=out,
-    )
+    placed = Placed.of(case, setup, on_gpu=True)
+    wanted = {"kernel": case.kernel, "return_lse": case.gate is None, **placed.arguments}
+    bound = plan(*placed.inputs, out=placed.out, **wanted)
     if case.gate is None:
         bound.arrays["lse"].fill(np.nan)
     faults: list[str] = []
     first = _outputs(bound, case)
     for _ in range(case.repeats):
-        out_buffer.set(setup.out.buffer)
+        placed.out_buffer.set(setup.out.buffer)
         again = _outputs(bound, case)
         if any(x.tobytes() != y.tobytes() for x, y in zip(first, again, strict=True)):
             faults.append("another launch gave other bits")
             break
-    if not setup.out.surroundings_are_nan(cupy.asnumpy(out_buffer)):
+    if not setup.out.surroundings_are_nan(cupy.asnumpy(placed.out_buffer)):
         faults.append("wrote beside the output")
+    if case.group == "invariant":
+        faults += _alone_faults(case, placed, first)
     return Launched(
         got=first[0],
         lse=first[1] if len(first) > 1 else None,
@@ -243,29 +115,61 @@ def _launch(case: Case, setup: _Setup) -> Launched:
 
 
 def _outputs(bound: Plan, case: Case) -> list[Array]:
-    """Launch; copy the output or the gate's array, and the log-sum-exp, to the host."""
+    """Launch; copy the output or the gate's array, and the log-sum-exp, to the host, canonical."""
     import cupy
 
     bound.launch()
     if case.gate in ("qk", "softmax"):
         return [cupy.asnumpy(bound.gate_output())]
-    o = cupy.asnumpy(bound.arrays["o"])
-    arrays = [o if case.layout == "bhsd" else o.transpose(0, 2, 1, 3)]
-    if "lse" in bound.arrays:
-        arrays.append(cupy.asnumpy(bound.arrays["lse"]))
-    return arrays
+    return canonical(
+        case, *(cupy.asnumpy(bound.arrays[n]) for n in ("o", "lse") if n in bound.arrays)
+    )
+
+
+def canonical(case: Case, o: Array, *lse: Array) -> list[Array]:
+    """Output and log-sum-exp of ``attention`` as (1 or B, H, S, Dv) and (1 or B, H, S)."""
+    if case.lengths:
+        o, lse = o[None], tuple(x[None] for x in lse)
+    return [o if case.layout == "bhsd" else o.transpose(0, 2, 1, 3), *lse]
+
+
+def _alone_faults(case: Case, placed: Placed, whole: list[Array]) -> Iterator[str]:
+    """Sequences whose bits are others when they are all of the batch; for cases without rules."""
+    import cupy
+
+    arguments = {n: x for n, x in placed.arguments.items() if not n.startswith("cu_seqlens")}
+    starts = np.cumsum([(0, 0), *case.lengths], axis=0)
+    for n in range(case.sequences):
+        if case.lengths:
+            rows, keys = (slice(*starts[n : n + 2, side]) for side in (0, 1))
+            q, k, v = (x[s][None] for x, s in zip(placed.inputs, (rows, keys, keys), strict=True))
+            expected = whole[0][:, :, rows]
+        else:
+            q, k, v = (x[n : n + 1] for x in placed.inputs)
+            expected = whole[0][n : n + 1]
+        bound = plan(q, k, v, kernel=case.kernel, **arguments)
+        bound.launch()
+        o = cupy.asnumpy(bound.arrays["o"])
+        got = o if case.layout == "bhsd" else o.transpose(0, 2, 1, 3)
+        if got.tobytes() != expected.tobytes():
+            yield f"sequence {n} alone gives other bits"
 
 
 def judge(case: Case, host: tuple[Array, Array, Array], launched: Launched) -> CaseResult:
     """Compare what was launched with what the oracle says about the case's inputs."""
     problem, faults = case.problem(), list(launched.faults)
-    if launched.quantized is not None:
+    arrays = case.rule_arrays()
+    rules = case.rules(arrays)
+    if case.lengths:
+        boundaries = [arrays[name] for name in ("cu_seqlens_q", "cu_seqlens_k")]
+        expectation = verify.expect_packed(problem, host, boundaries, rules)
+    elif launched.quantized is not None:
         expectation, wrong = verify.expect_quantized(
             problem, *host, launched.quantized, tile=launched.tile
         )
         faults += wrong
     else:
-        expectation = verify.expect(problem, *host, tile=launched.tile)
+        expectation = verify.expect(problem, *host, tile=launched.tile, rules=rules)
     check = expectation.judge(launched.got, launched.lse)
     reason = "; ".join(filter(None, (check.reason, *faults)))
     result = check.comparison
@@ -294,9 +198,10 @@ def run_all(
     announce(len(chosen), "checking")
 
     results = []
-    for case in chosen:
-        results.append(run_case(case))
-        step(case.kernel)
+    with ThreadPoolExecutor(_THREADS) as pool:  # most of the time is the oracle's
+        for result in pool.map(run_case, chosen):
+            results.append(result)
+            step(result.case.kernel)
     return report(results, arch)
 
 

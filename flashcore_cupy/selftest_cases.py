@@ -8,93 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
-
-import ml_dtypes
-import numpy as np
+from typing import get_args
 
 from flashcore_cupy import tiles
-from flashcore_cupy.problem import AttentionProblem, Causal, Gate, Layout, contiguous_problem
-from flashcore_cupy.reference import INPUT_KINDS, InputKind
+from flashcore_cupy.problem import Causal, Gate, Layout
+from flashcore_cupy.reference import INPUT_KINDS
+from flashcore_cupy.selftest_case import Case, View
+from flashcore_cupy.selftest_rules import rule_cases, takes_dims
 
-View = Literal["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]
+__all__ = ["Case", "cases"]
 
 _CAUSAL: tuple[Causal, ...] = (False, True, "top-left")
 _GATES: tuple[Gate, ...] = ("qk", "softmax", "pv")
 #: Head dims that are padded to a row's, or fall between the widths of loads.
 _ODD_HEAD_DIMS = (1, 40, 72, 100)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem for one kernel, with how its arrays lie in memory; ``group`` says what varies."""
-
-    group: str
-    kernel: str
-    dtype: str = "float16"
-    batch: int = 1
-    heads: int = 2
-    heads_kv: int = 2
-    seqlen_q: int = 77
-    seqlen_kv: int = 100
-    head_dim: int = 64
-    head_dim_v: int = 64
-    causal: Causal = False
-    gate: Gate | None = None
-    kind: InputKind = "normal"
-    layout: Layout = "bhsd"
-    view: View = "contiguous"
-    repeats: int = 1
-    """Launches after the first, which must give its bits."""
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """What the case is, for people, without the kernel and the dtype."""
-        heads = f"H{self.heads}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads else "")
-        dims = f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.uneven else "")
-        size = f"B{self.batch} {heads} S{self.seqlen_q}x{self.seqlen_kv} {dims}"
-        causal = {False: "", True: "causal", "top-left": "causal top-left"}[self.causal]
-        gate = f"gate {self.gate}" if self.gate else ""
-        kind = self.kind if self.kind != "normal" else ""
-        layout = self.layout if self.layout != "bhsd" else ""
-        view = self.view if self.view != "contiguous" else ""
-        words = (f"{self.group}:", size, causal, gate, kind, layout, view)
-        return " ".join(filter(None, words))
-
-    @property
-    def uneven(self) -> bool:
-        """Whether v has another head dim than q and k."""
-        return self.head_dim_v != self.head_dim
-
-    def numpy_dtype(self) -> np.dtype[np.generic]:
-        """The dtype as NumPy knows it, bfloat16 by ``ml_dtypes``."""
-        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
-
-    def problem(self) -> AttentionProblem:
-        """The problem on canonical, contiguous arrays: what the oracle looks at."""
-        problem = contiguous_problem(
-            self.batch,
-            self.heads,
-            self.seqlen_q,
-            self.head_dim,
-            heads_kv=self.heads_kv,
-            seqlen_kv=self.seqlen_kv,
-            dtype=self.dtype,
-            causal=self.causal,
-            gate=self.gate,
-        )
-        v = problem.v
-        return replace(problem, v=replace(v, shape=(*v.shape[:3], self.head_dim_v)))
-
-    def shape_of(self, name: str) -> tuple[int, int, int, int]:
-        """Shape of "q", "k", "v" or "o" in the case's layout."""
-        heads = self.heads if name in "qo" else self.heads_kv
-        rows = self.seqlen_q if name in "qo" else self.seqlen_kv
-        columns = self.head_dim if name in "qk" else self.head_dim_v
-        middle = (heads, rows) if self.layout == "bhsd" else (rows, heads)
-        return self.batch, *middle, columns
 
 
 def cases() -> list[Case]:
@@ -113,6 +40,8 @@ def _cases_of(kernel: str) -> Iterator[Case]:
     yield from _gates(kernel, dtypes)
     for dtype in dtypes:
         yield Case("repeat", kernel, dtype, heads=8, heads_kv=8, seqlen_q=300, repeats=10, seed=6)
+    if tiles.KERNELS[kernel].has_rules:
+        yield from rule_cases(kernel, dtypes)
 
 
 def _head_dims(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
@@ -121,6 +50,8 @@ def _head_dims(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
     causal = itertools.cycle(_CAUSAL)
     for dim in sorted(rows | set(_ODD_HEAD_DIMS)):
         for dtype in dtypes:
+            if not takes_dims(kernel, dtype, (dim, dim)):
+                continue
             yield Case(
                 "head dim", kernel, dtype, head_dim=dim, head_dim_v=dim, causal=next(causal), seed=1
             )

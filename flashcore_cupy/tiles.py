@@ -10,8 +10,18 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flashcore_cupy.config import KernelConfig, Tile, check_overrides
-from flashcore_cupy.problem import ITEMSIZE, MAX_HEAD_DIM, AttentionProblem, check_choice
+from flashcore_cupy.config import (
+    KernelConfig,
+    Tile,
+    check_overrides,
+    quantize_config,
+    rules_of,
+)
+from flashcore_cupy.problem import DTYPES, ITEMSIZE, AttentionProblem, check_choice
+from flashcore_cupy.targets import TARGETS as TARGETS
+from flashcore_cupy.targets import capability as capability
+from flashcore_cupy.targets import check_fits
+from flashcore_cupy.targets import smem_limit as smem_limit
 
 
 @dataclass(frozen=True)
@@ -26,24 +36,55 @@ class Kernel:
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     quantizes: bool = False
     """Rounds its inputs to fp8 first, so ``auto`` never takes it."""
+    has_rules: bool = False
+    """Windows, score rules, masks, sinks, packed batches; the others are causal or not."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tile, for heads of up to ``head_dim`` columns."""
+    """A tile, for heads of up to ``head_dim`` columns, and the problems that it is meant for."""
 
     kernel: str
     head_dim: int
     tile: Tile
     max_blocks: int | None = None
     """Only for grids that would hold at most this many blocks of 128 queries."""
+    max_rows: int | None = None
+    """Only where a head of K and V meets at most this many rows: queries times grouped heads."""
     max_arch: int | None = None
     """Only up to this compute capability: for newer ones the compiler spills."""
+    head_dim_v: int | None = None
+    """Columns of v where they differ from those of q and k."""
+    dtypes: tuple[str, ...] = ("float16", "bfloat16")
+    plain: bool = False
+    """Only without rules that are evaluated per score: with them the compiler spills."""
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Columns of the tiles of q and k, and of v."""
+        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     def serves(self, problem: AttentionProblem) -> bool:
-        """Whether the row is meant for a grid of this size."""
-        blocks = problem.batch * problem.heads_q * -(-problem.seqlen_q // 128)
-        return self.max_blocks is None or blocks <= self.max_blocks
+        """Whether the row is meant for a problem of this kind and size."""
+        per_score = set(problem.rules.names) - {"sink"} or problem.softmax_scale < 0
+        if problem.dtype not in self.dtypes or (self.plain and per_score):
+            return False
+        if self.max_blocks is None and self.max_rows is None:
+            return True
+        if self.tile.pack_gqa and problem.rules.differ_by_head:
+            return False  # a key that one head of the group does not see must not reach it
+        if problem.batch_invariant:  # the same tile, whatever else is in the batch
+            return False
+        sequences = 1 if problem.packed else problem.batch
+        blocks = sequences * problem.heads_q * -(-problem.seqlen_q // 128)
+        rows = problem.heads_q // problem.heads_kv * self._queries(problem)
+        few_blocks = self.max_blocks is None or blocks <= self.max_blocks
+        return few_blocks and (self.max_rows is None or rows <= self.max_rows)
+
+    @staticmethod
+    def _queries(problem: AttentionProblem) -> int:
+        """Queries of a sequence; packed: on average, for only the device knows the lengths."""
+        return -(-problem.seqlen_q // max(1, problem.batch)) if problem.packed else problem.seqlen_q
 
 
 #: The ladder, slowest first.
@@ -92,6 +133,8 @@ KERNELS: Mapping[str, Kernel] = {
             "fwd_sm80.cu",
             ("fwd_sm80",),
             "mma.sync and ldmatrix: scores, probabilities and output stay in registers",
+            dtypes=("float16", "bfloat16", "float32"),
+            has_rules=True,
         ),
         Kernel(
             "fp8_wmma",
@@ -107,26 +150,33 @@ KERNELS: Mapping[str, Kernel] = {
 WMMA_HEAD_DIMS = (32, 64, 80, 96, 128)
 #: Those of the mma.sync kernel.
 MMA_HEAD_DIMS = (*WMMA_HEAD_DIMS, 192, 256)
+FP32 = ("float32",)
 
 _UNFUSED = Tile(128, 64, warps_m=4, warps_n=4, num_stages=2, cp_async=True)
 _FUSED_32 = Tile(32, 32, warps_m=2, warps_n=2, min_blocks=5)
 _FUSED_64 = Tile(64, 64, warps_m=4, warps_n=2)
 _CP_ASYNC = Tile(64, 64, warps_m=4, warps_n=2, num_stages=2, cp_async=True)
 _WARP = Tile(64, 64, warps_m=4, num_stages=2, cp_async=True, warp_softmax=True, min_blocks=3)
-_MMA = Tile(128, 64, warps_m=4, num_stages=2, cp_async=True)
+# 32 rows per warp: a 16-row warp reads K and V from shared memory twice as often.
+_MMA = Tile(128, 64, warps_m=4, cp_async=True)
 # Short of queries, a GPU is filled by small blocks whose warps share out the keys.
 _FEW = Tile(32, 128, warps_m=2, warps_n=2, num_stages=2, cp_async=True)
 _FEW_BLOCKS = 40
 _SOME = Tile(64, 128, warps_m=4, warps_n=2, num_stages=2, cp_async=True)
 _SOME_BLOCKS = 100
+# One query, or a few, per sequence: K and V are read once, by as many blocks as fill the GPU.
+_DECODE = Tile(16, 128, warps_m=1, warps_n=4, cp_async=True, pack_gqa=True, split_kv=True)
+_DECODE_ROWS = 16
+_FP32 = Tile(64, 32, warps_m=4, cp_async=True)
+_FP32_DECODE = replace(_DECODE, block_n=64)
 _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
 
 #: In order of preference: a problem gets the first row of its kernel and head dim that is meant for
 #: its grid (``max_blocks``) and for the target (``max_arch``), and fits the target's shared memory.
 ROWS: tuple[Row, ...] = (
     # 5597 us. Half the queries per block where the accumulators of 256 columns need the registers.
-    Row("scalar", 128, Tile(16, 32, warps_m=4)),
-    Row("scalar", MAX_HEAD_DIM, Tile(8, 32, warps_m=4)),
+    Row("scalar", 128, Tile(16, 32, warps_m=4), dtypes=DTYPES),
+    Row("scalar", 256, Tile(8, 32, warps_m=4), dtypes=DTYPES),
     # 1651 us; 64 queries per block 1959, 256 queries 2152.
     *(Row("wmma_unfused", d, _UNFUSED) for d in WMMA_HEAD_DIMS),
     *(Row("wmma_unfused", d, replace(_UNFUSED, block_m=64)) for d in (80, 96, 128)),
@@ -143,20 +193,45 @@ ROWS: tuple[Row, ...] = (
     # Two blocks are all that shared memory holds; a third one's worth of registers would spill.
     *(Row("wmma_warp_softmax", d, replace(_WARP, min_blocks=2)) for d in (96, 128)),
     Row("wmma_warp_softmax", 128, replace(_WARP, block_n=32)),
-    # B=1 H=8 S=512 D=64: 8.7 us with 8 warps on tiles of 256 keys, 9.1 with 4 on 128.
-    *(Row("mma_sm80", d, replace(_FEW, block_n=256, warps_n=4), _FEW_BLOCKS) for d in (32, 64)),
+    *(Row("mma_sm80", d, _DECODE, max_rows=_DECODE_ROWS) for d in MMA_HEAD_DIMS),
+    *(Row("mma_sm80", d, replace(_DECODE, block_n=64), max_rows=_DECODE_ROWS) for d in (192, 256)),
+    # B=1 H=8 S=512 D=64: 8.2 us; 8.5 with 8 warps, or on tiles of 256 keys.
     *(Row("mma_sm80", d, _FEW, _FEW_BLOCKS) for d in MMA_HEAD_DIMS[:5]),
     *(Row("mma_sm80", d, replace(_FEW, block_n=64), _FEW_BLOCKS) for d in MMA_HEAD_DIMS[3:]),
     *(Row("mma_sm80", d, replace(_FEW, block_n=32), _FEW_BLOCKS) for d in (192, 256)),
     *(Row("mma_sm80", d, _SOME, _SOME_BLOCKS) for d in WMMA_HEAD_DIMS),
-    # As many keys as registers hold beside 32 queries per warp: a 16-row warp reads K and V from
-    # shared memory twice as often (D=128 B=4 S=4096: 2574 us with 8 warps, 1809 with 4).
-    *(Row("mma_sm80", d, replace(_MMA, block_n=n)) for d, n in ((32, 128), (64, 112), (80, 64))),
-    Row("mma_sm80", 96, _MMA),
-    Row("mma_sm80", 128, replace(_MMA, block_n=48), max_arch=90),
-    Row("mma_sm80", 128, replace(_MMA, block_n=32)),
-    *(Row("mma_sm80", d, replace(_MMA, warps_m=8)) for d in (192, 256)),
+    # Three blocks of 168 registers' threads: D=64 1.06 to 1.31 times FlashAttention-2's speed.
+    Row("mma_sm80", 32, replace(_MMA, num_stages=2, min_blocks=3), plain=True),
+    Row("mma_sm80", 64, replace(_MMA, num_stages=2, min_blocks=3), plain=True, max_arch=100),
+    # D=128: 1.02 to 1.15 times; GPUs with less shared memory take fewer keys.
+    *(Row("mma_sm80", d, replace(_MMA, num_stages=2), plain=True) for d in (64, 80, 96, 128)),
+    *(Row("mma_sm80", d, _MMA, plain=True) for d in (80, 96)),
+    Row("mma_sm80", 128, replace(_MMA, block_n=48, num_stages=2), plain=True),
+    Row("mma_sm80", 192, _MMA, head_dim_v=128, plain=True),
+    # Rules take registers, too.
+    *(Row("mma_sm80", d, replace(_MMA, block_m=64, min_blocks=2)) for d in WMMA_HEAD_DIMS),
+    Row("mma_sm80", 192, replace(_MMA, block_m=64), head_dim_v=128),
+    # Two blocks of 64 rows per SM: D=256 0.93 to 0.96 times; 128 rows, two warps on columns: 0.77.
+    *(Row("mma_sm80", d, replace(_MMA, block_m=64)) for d in (192, 256)),
+    Row("mma_sm80", 64, replace(_MMA, block_m=64), head_dim_v=256, plain=True),
     *(Row("mma_sm80", d, replace(_MMA, block_m=64, block_n=32)) for d in (192, 256)),
+    Row("mma_sm80", 64, replace(_MMA, block_m=64, block_n=32), head_dim_v=256),
+    Row("mma_sm80", 512, replace(_MMA, block_m=64, warps_m=4, warps_d=4)),
+    Row("mma_sm80", 512, replace(_MMA, block_m=32, block_n=32, warps_m=2, warps_d=2)),
+    Row("mma_sm80", 512, replace(_MMA, block_m=16, block_n=32, warps_m=1, warps_d=2)),
+    *(Row("mma_sm80", d, _FP32_DECODE, max_rows=_DECODE_ROWS, dtypes=FP32) for d in WMMA_HEAD_DIMS),
+    *(Row("mma_sm80", d, _FP32, dtypes=FP32) for d in WMMA_HEAD_DIMS),
+    *(
+        Row(
+            "mma_sm80",
+            d,
+            replace(_FP32, block_m=16 * w, warps_m=w, block_n=16),
+            max_arch=arch,
+            dtypes=FP32,
+        )
+        for d, arch in ((192, None), (256, 100))
+        for w in (4, 2)
+    ),
     # 569 us with two stages, 647 with one.
     *(Row("fp8_wmma", d, _FP8) for d in WMMA_HEAD_DIMS),
     *(Row("fp8_wmma", d, replace(_FP8, block_n=32)) for d in (80, 96, 128)),
@@ -172,30 +247,6 @@ AUTO_ORDER = (
     "scalar",
 )
 
-#: The quantiser that runs ahead of fp8_wmma: one block per head.
-QUANTIZE_TILE = Tile(16, 16, warps_m=32)
-
-#: Shared memory that one thread block may have, bytes (CUDA C++ Programming Guide, "Compute
-#: Capabilities", table of technical specifications).
-_KIB = 1024
-_SMEM_LIMIT = {
-    75: 64 * _KIB,
-    80: 163 * _KIB,
-    86: 99 * _KIB,
-    87: 163 * _KIB,
-    88: 163 * _KIB,
-    89: 99 * _KIB,
-    90: 227 * _KIB,
-    100: 227 * _KIB,
-    103: 227 * _KIB,
-    110: 227 * _KIB,
-    120: 99 * _KIB,
-    121: 99 * _KIB,
-}
-
-#: Targets that every row is built for by the tests and by ``warmup --all``.
-TARGETS = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -204,19 +255,6 @@ class Selection:
     kernel: Kernel
     config: KernelConfig
     passed_over: tuple[tuple[str, str], ...] = ()
-
-
-def capability(arch: str) -> int:
-    """90 for "sm_90a"."""
-    digits = "".join(c for c in arch.partition("_")[2] if c.isdigit())
-    if not digits:
-        raise ValueError(f"arch: got {arch!r}; use a target such as 'sm_90a'")
-    return int(digits)
-
-
-def smem_limit(arch: str) -> int:
-    """Bytes of shared memory that a thread block may have on ``arch``; 48 KiB where unknown."""
-    return _SMEM_LIMIT.get(capability(arch), 48 * _KIB)
 
 
 def rows_of(kernel: str) -> list[Row]:
@@ -233,19 +271,33 @@ def configure(
     """The kernel's configuration for a problem; ``ValueError`` says why there is none."""
     if problem.dtype not in kernel.dtypes:
         raise ValueError(f"takes {' and '.join(kernel.dtypes)}, not {problem.dtype}")
-    columns = max(problem.head_dim, problem.head_dim_v)
-    wide = [row.head_dim for row in rows_of(kernel.name) if row.head_dim >= columns]
+    _check_rules(problem, kernel)
+    dims = (problem.head_dim, problem.head_dim_v)
+    own = [row for row in rows_of(kernel.name) if problem.dtype in row.dtypes]
+    wide = {row.dims for row in own if row.dims[0] >= dims[0] and row.dims[1] >= dims[1]}
     if not wide:
-        most = max(row.head_dim for row in rows_of(kernel.name))
-        raise ValueError(f"takes head dims up to {most}, not {columns}")
+        most = max(row.head_dim for row in own)
+        raise ValueError(
+            f"takes head dims up to {most} in {problem.dtype}, not {'/'.join(map(str, dims))}"
+        )
     reasons = []
-    for row in rows_of(kernel.name):
-        if row.head_dim == min(wide) and row.serves(problem):
+    for row in own:
+        if row.dims == min(wide, key=sum) and row.serves(problem):
             try:
                 return check_target(row, configure_row(row, problem, overrides), arch)
             except ValueError as error:
                 reasons.append(str(error))
     raise ValueError(reasons[0])
+
+
+def _check_rules(problem: AttentionProblem, kernel: Kernel) -> None:
+    """Raise ``ValueError`` if the problem has rules that the kernel has not."""
+    if kernel.has_rules:
+        return
+    asked = [*problem.rules.names]
+    asked += ["window"] * (problem.rules.window != (-1, -1)) + ["cu_seqlens"] * problem.packed
+    if asked:
+        raise ValueError(f"has no {', '.join(asked)}")
 
 
 def configure_row(
@@ -254,60 +306,42 @@ def configure_row(
     """Join a row with a problem, for any target; ``ValueError`` says what is wrong with a tile."""
     kernel = KERNELS[row.kernel]
     scalar = kernel.source == "scalar.cu"
+    columns = max(problem.head_dim, problem.head_dim_v)
+    head_dim, head_dim_v = (columns, columns) if scalar else row.dims
+    left, right = problem.window
     config = KernelConfig(
         kernel=kernel.name,
         source=kernel.source,
         dtype=problem.dtype,
-        head_dim=max(problem.head_dim, problem.head_dim_v) if scalar else row.head_dim,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
         dim_qk=problem.head_dim,
         dim_v=problem.head_dim_v,
         tile=row.tile.override(overrides or {}),
-        causal=bool(problem.causal),
+        causal=right >= 0,
         gate=problem.gate,
         # scalar reads element by element: one build serves every alignment.
         align_bytes=ITEMSIZE[problem.dtype] if scalar else problem.align_bytes,
+        window=left >= 0,
+        rules=_rules_of(problem, kernel),
+        packed=problem.packed,
+        mods=problem.rules.mods,
     )
     config.check()
     return config
+
+
+def _rules_of(problem: AttentionProblem, kernel: Kernel) -> tuple[str, ...]:
+    negative = kernel.has_rules and problem.softmax_scale < 0
+    return rules_of(problem.rules) + ("negative_scale",) * negative
 
 
 def check_target(row: Row, config: KernelConfig, arch: str) -> KernelConfig:
     """Return the row's configuration; ``ValueError`` says what of it the target lacks."""
     if row.max_arch is not None and capability(arch) > row.max_arch:
         raise ValueError(f"has a row up to sm_{row.max_arch} alone, the target is {arch}")
-    _check_instructions(config, arch)
-    if config.smem_bytes > smem_limit(arch):
-        columns = max(config.dim_qk, config.dim_v)
-        raise ValueError(
-            f"needs {config.smem_bytes} bytes of shared memory at head dim {columns}, "
-            f"{arch} has {smem_limit(arch)}; smaller tiles (block_m, block_n, num_stages) may fit"
-        )
+    check_fits(config, arch)
     return config
-
-
-def _check_instructions(config: KernelConfig, arch: str) -> None:
-    """Raise ``ValueError`` if the target lacks instructions that the configuration uses."""
-    needs = None
-    if config.tile.cp_async:
-        needs = "cp.async"
-    elif config.dtype == "bfloat16":
-        needs = "bfloat16 conversions"
-    if needs and capability(arch) < 80:
-        raise ValueError(f"needs {needs}, hence sm_80 or later; the target is {arch}")
-
-
-def quantize_config(config: KernelConfig) -> KernelConfig:
-    """The quantiser's configuration that goes with an fp8 kernel's."""
-    return KernelConfig(
-        kernel=config.kernel,
-        source="fp8_quantize.cu",
-        dtype=config.dtype,
-        head_dim=config.head_dim,
-        dim_qk=config.dim_qk,
-        dim_v=config.dim_v,
-        tile=QUANTIZE_TILE,
-        align_bytes=config.align_bytes,
-    )
 
 
 def configs_of(selection: Selection) -> tuple[KernelConfig, ...]:

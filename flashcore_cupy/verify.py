@@ -7,7 +7,7 @@ judged on its own dequantised inputs, with the quantisation's error told beside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from flashcore_cupy import reference
 from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import AttentionProblem, Causal
+from flashcore_cupy.problem import AttentionProblem
 from flashcore_cupy.reference import Comparison
 
 if TYPE_CHECKING:
@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.int64]
 Naive = Callable[[Rows], Array]
+Operands = tuple[Array, Array, Array]
+Given = Mapping[str, Any] | None
 
 #: Scores that the float64 oracle evaluates at most; beyond, it takes a sample of the query rows.
 SCORE_BUDGET = 2**25
 _FEWEST_ROWS = 16
 _E4M3_MAX = np.float32(448)
+_POSITION_RULES = ("softmax_scale", "causal", "window", "mask", "mask_mod", "mod_args")
 _SMALLEST_MAX = np.float32(1e-30)  # fp8_quantize.cu leaves a head below as it is
 #: Rounding of a probability to the inputs' dtype, relative.
 _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 0.0}
@@ -111,28 +114,45 @@ class Expectation:
 
 
 def expect(
-    problem: AttentionProblem, q: Array, k: Array, v: Array, *, tile: int = 64
+    problem: AttentionProblem, q: Array, k: Array, v: Array, *, tile: int = 64, rules: Given = None
 ) -> Expectation:
     """What ``problem`` gives on q, k, v: canonical (B, H, S, D) NumPy arrays.
 
     ``tile`` is the kernel's block_m: a sample of the rows includes those beside its boundaries.
+    ``rules`` are ``attention``'s arguments of this name, NumPy arrays and callables, as far as the
+    problem does not hold their values; ``ValueError`` if one of them is missing.
     """
-    rules = _rules(problem)
+    rules = _rules(problem, rules)
 
     def naive(rows: Rows) -> Array:
-        uniform = problem.gate == "pv"  # all scores 0, whatever q and k hold
-        scored = (np.zeros_like(q), np.zeros_like(k)) if uniform else (q, k)
-        return reference.naive(*scored, v, rows=rows, **rules)
+        if problem.gate != "pv":
+            return reference.naive(q, k, v, rows=rows, **rules)
+        # All scores 0, whatever q and k hold and the rules make of them.
+        positions = {name: rules[name] for name in _POSITION_RULES if name in rules}
+        return reference.naive(np.zeros_like(q), np.zeros_like(k), v, rows=rows, **positions)
 
-    return _expect(problem, q, k, v, naive, tile)
+    return _expect(problem, (q, k, v), naive, tile, rules)
+
+
+def expect_packed(
+    problem: AttentionProblem, operands: Operands, boundaries: Sequence[Array], rules: Given = None
+) -> Expectation:
+    """``expect`` of packed sequences: q, k, v (1, H, total, D), split at both ``boundaries``."""
+    rules = _rules(problem, rules)
+    packed = [x[0].swapaxes(0, 1) for x in operands]
+    values, lse = reference.oracle_varlen(*packed, *boundaries, **rules)
+    by_naive = reference.naive_varlen(*packed, *boundaries, **rules)
+    o, naive = (x.swapaxes(0, 1)[None] for x in (values, by_naive))
+    lse_allowed = _lse_error(lse, _score_error(problem, *operands[:2], rules))
+    rows = np.arange(problem.seqlen_q)
+    return Expectation(rows, problem.seqlen_q, o, naive, None, lse[None], lse_allowed)
 
 
 def _expect(
-    problem: AttentionProblem, q: Array, k: Array, v: Array, naive: Naive, tile: int
+    problem: AttentionProblem, operands: Operands, naive: Naive, tile: int, rules: dict[str, Any]
 ) -> Expectation:
-    rows = sample_rows(problem, tile)
-    rules = _rules(problem)
-    limit = _score_error(problem, q, k)
+    rows, (q, k, v) = sample_rows(problem, tile), operands
+    limit = _score_error(problem, q, k, rules)
     allowed: float | None = None
     lse, lse_allowed = None, 0.0
     if problem.gate == "qk":
@@ -148,10 +168,13 @@ def _expect(
         expected_by_naive = naive(rows)
     else:
         values, lse = reference.oracle(q, k, v, rows=rows, **rules)
-        expected_by_naive = naive(rows)
-        finite = np.abs(lse[np.isfinite(lse)])
-        lse_allowed = limit + 1e-5 + 2.0**-20 * float(finite.max(initial=0.0))
+        expected_by_naive, lse_allowed = naive(rows), _lse_error(lse, limit)
     return Expectation(rows, problem.seqlen_q, values, expected_by_naive, allowed, lse, lse_allowed)
+
+
+def _lse_error(lse: Array, score_error: float) -> float:
+    finite = np.abs(lse[np.isfinite(lse)])
+    return score_error + 1e-5 + 2.0**-20 * float(finite.max(initial=0.0))
 
 
 def sample_rows(problem: AttentionProblem, tile: int, *, budget: int | None = None) -> Rows:
@@ -223,15 +246,15 @@ def expect_quantized(
 
     The expectation's ``quantization_error`` compares exact attention on both.
     """
-    exact = [found[name].dequantized() for name in "qkv"]
+    exact = (found["q"].dequantized(), found["k"].dequantized(), found["v"].dequantized())
 
     def naive(rows: Rows) -> Array:
         return naive_quantized(problem, found, rows)
 
-    expectation = _expect(problem, exact[0], exact[1], exact[2], naive, tile)
+    rules = _rules(problem)
+    expectation = _expect(problem, exact, naive, tile, rules)
     error: float | None = None
     if problem.gate is None:
-        rules = _rules(problem)
         original, _ = reference.oracle(q, k, v, rows=expectation.rows, **rules)
         error = float(np.abs(expectation.values - original).max(initial=0.0))
     inputs = {"q": q, "k": _visible(problem, k), "v": _visible(problem, v)}
@@ -308,18 +331,37 @@ def check_plan(plan: Plan, q: Array, k: Array, v: Array, known: Expectation | No
     return replace(check, faults=(*check.faults, *faults))
 
 
-def _rules(problem: AttentionProblem) -> dict[str, Any]:
-    rules: dict[str, Causal | float] = {
+def _rules(problem: AttentionProblem, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    rules = {
         "softmax_scale": problem.softmax_scale,
         "causal": problem.causal,
+        "window": problem.rules.window,
+        "softcap": problem.rules.softcap,
+        **(given or {}),
     }
+    missing = [name for name in problem.rules.names if name not in rules]
+    if missing:
+        raise ValueError(f"rules: the problem has {', '.join(missing)}; pass what it holds")
     return rules
 
 
-def _score_error(problem: AttentionProblem, q: Array, k: Array) -> float:
-    """Largest error of an fp32 score: a few roundings of D products, whose sum |q| |k| bounds."""
-    roundings = 16 + problem.head_dim / 4
-    return abs(problem.softmax_scale) * _longest(q) * _longest(k) * roundings * 2.0**-24
+def _score_error(problem: AttentionProblem, q: Array, k: Array, rules: Mapping[str, Any]) -> float:
+    """Largest error of an fp32 score: a few roundings of D products, whose sum |q| |k| bounds.
+
+    Each rule rounds again what the score has grown to by then.
+    """
+    largest = abs(problem.softmax_scale) * _longest(q) * _longest(k)
+    error = largest * (16 + problem.head_dim / 4) * 2.0**-24
+    if cap := rules["softcap"]:
+        largest = min(largest, cap)
+        error += cap * 2.0**-20  # tanh from approximate exp2 and reciprocal
+    if (slopes := rules.get("alibi_slopes")) is not None:
+        largest += float(np.abs(slopes).max()) * (problem.seqlen_q + problem.seqlen_kv)
+    if (bias := rules.get("bias")) is not None:
+        finite = np.abs(np.where(np.isfinite(bias), bias, 0).astype(np.float64))
+        largest += float(finite.max(initial=0.0))
+    changes = sum(rules.get(name) is not None for name in ("alibi_slopes", "bias", "score_mod"))
+    return error + changes * largest * 2.0**-22
 
 
 def _longest(x: Array) -> float:

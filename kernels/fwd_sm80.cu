@@ -1,350 +1,445 @@
 // fwd_sm80.cu - forward attention on mma.sync: scores, probabilities and O never leave the
 // registers.
 //
-//   O = softmax(softmax_scale * Q K^T) V,  LSE = log sum exp     (FlashAttention-2, Dao 2023)
+//   O = softmax(rules(softmax_scale * Q K^T)) V,  LSE = log sum exp   (FlashAttention-2, Dao 2023)
 //
-// One thread block owns BLOCK_M queries of one head and walks over the keys, BLOCK_N at a time,
-// tiles of K and V arriving by cp.async while the tile before is used:
+// One thread block owns BLOCK_M rows of one head and walks over the keys, BLOCK_N at a time. A row
+// is a query; with PACK_GQA the query heads that share a head of K and V are rows side by side.
 //
 //   S = Q K_j^T                       ldmatrix + mma, fp32 accumulators
+//   S = rules(S), -inf where hidden   score.cuh, mask.cuh
 //   m, l, p = exp2(S - m)             on the fragments: a row sits in four neighbouring lanes
 //   O = O * exp2(m_old - m) + P V_j   the accumulator layout of S is the operand layout of P
 //
-// Warps: WARPS_M along the queries, each with FRAGMENTS_M * 16 rows; WARPS_N along the keys of
-// every tile. With WARPS_N > 1 the warps of a row have seen different keys, and their m, l and O
-// are merged at the end, in order: for grids too small to fill the GPU with one warp per row.
+// NUM_STAGES = 1: V_j arrives while S is computed, K_{j+1} during softmax and P V.
+// NUM_STAGES = 2: K_{j+1} and V_{j+1} arrive while tile j is used; one barrier per tile, not two.
 //
-// Shared memory (LD = HEAD_DIM + 8: ldmatrix's eight rows of 16 bytes fall into different banks)
-//   | sQ BLOCK_M x LD | sK NUM_STAGES x BLOCK_N x LD | sV NUM_STAGES x BLOCK_N x LD |
+// Warps: WARPS_M along the rows, FRAGMENTS_M * 16 rows each. Those that share rows either
+//   WARPS_N  own different keys of every tile and have m, l, O of their own, merged at the end: for
+//            grids that do not fill the GPU with one warp per row; or
+//   WARPS_D  share m and P, each with its part of O's columns: for O too wide for one warp.
+// With SPLIT_KV several thread blocks share out the keys; the last one to finish merges.
+//
+// Shared memory (rows padded by 16 bytes: ldmatrix's eight rows fall into different banks)
+//   | sQ BLOCK_M x LD | sK NUM_STAGES x BLOCK_N x LD | sV NUM_STAGES x BLOCK_N x LD_V | sP, sRow |
 //   at the end: the other warps' m, l, O over sK and sV; then O, as T, over sQ
-//
-// Limits: 16-bit inputs, D and Dv <= HEAD_DIM.
 #include <flashcore/config.cuh>
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
 #include <flashcore/mask.cuh>
 #include <flashcore/mma_sync_tile.cuh>
+#include <flashcore/mma_tf32_tile.cuh>
 #include <flashcore/params.cuh>
 #include <flashcore/ptx_warp.cuh>
+#include <flashcore/row_sharing.cuh>
+#include <flashcore/rows.cuh>
+#include <flashcore/schedule.cuh>
+#include <flashcore/score.cuh>
+#include <flashcore/seen_keys.cuh>
 #include <flashcore/smem_tile.cuh>
 #include <flashcore/softmax.cuh>
 
 namespace flashcore {
 
-constexpr int LD = padded_row(HEAD_DIM);
+constexpr int LD = padded_columns<T>(HEAD_DIM), LD_V = padded_columns<T>(HEAD_DIM_V);
 constexpr int ROWS_PER_WARP = BLOCK_M / WARPS_M;
 constexpr int FRAGMENTS_M = ROWS_PER_WARP / 16;
-constexpr int KEYS_PER_WARP = BLOCK_N / WARPS_N;
+constexpr int KEYS_PER_WARP = BLOCK_N / (WARPS_N * WARPS_D);
 constexpr int TILES_N = KEYS_PER_WARP / 8;  // 8-key accumulator tiles of a warp's S
-constexpr int TILES_D = HEAD_DIM / 8;       // 8-column accumulator tiles of a warp's O
+constexpr int COLS_PER_WARP = HEAD_DIM_V / WARPS_D;
+constexpr int TILES_D = COLS_PER_WARP / 8;  // 8-column accumulator tiles of a warp's O
 constexpr int QUAD = 4;                     // lanes that share a row
+constexpr bool SHARES_ROWS = WARPS_D > 1;
+// Few tiles per block: the first V is worth asking for before the first K is there.
+constexpr bool EARLY_V = NUM_STAGES == 1 && SPLIT_KV;
+constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
+
+using Products = TileProducts<T, FRAGMENTS_M, TILES_N, TILES_D, HEAD_DIM, LD, LD_V>;
+using Scores = Products::Scores;
+using Probabilities = Products::Probabilities;
+using Rows = WarpRows<FRAGMENTS_M, TILES_D>;
+using Sharing = RowSharing<T, WARPS_D, BLOCK_M, BLOCK_N>;
+using SeenHere = SeenByWarp<HIDES_KEYS, KEYS_PER_WARP>;
+using Seen = SeenKeys<HIDES_KEYS, WARPS_M, WARPS_N * WARPS_D, KEYS_PER_WARP>;
 
 static_assert(BLOCK_M % (16 * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
-static_assert(BLOCK_N % (16 * WARPS_N) == 0, "warps own whole 16-key steps of the tile");
-static_assert(HEAD_DIM % 16 == 0, "the head dim is whole steps");
+static_assert(BLOCK_N % (16 * WARPS_N * WARPS_D) == 0, "warps own whole 16-key steps of the tile");
+static_assert(HEAD_DIM % 16 == 0 && COLS_PER_WARP % 16 == 0, "the head dims are whole steps");
 static_assert(CP_ASYNC && !WARP_SOFTMAX && !FP8, "cp.async, and none of the others");
 static_assert(NUM_STAGES == 1 || NUM_STAGES == 2, "one stage, or two in turn");
+static_assert(!SHARES_ROWS || (WARPS_N == 1 && !SPLIT_KV && NUM_STAGES == 1),
+              "warps that share rows have one stage, and nothing to merge");
 
-struct alignas(128) SharedStorage {
-    T sQ[BLOCK_M * LD];
-    T sKV[2 * NUM_STAGES * BLOCK_N * LD];  // K's stages, then V's
-
-    __device__ __forceinline__ T* sK(int stage) { return sKV + stage * BLOCK_N * LD; }
-    __device__ __forceinline__ T* sV(int stage) { return sK(NUM_STAGES + stage); }
+struct Tiles {
+    T sQ[BLOCK_M * (LD > LD_V ? LD : LD_V)];
+    T sK[NUM_STAGES][BLOCK_N * LD];
+    T sV[NUM_STAGES][BLOCK_N * LD_V];
+};
+// The block's work lies here rather than in each thread: the main loop needs every register.
+struct alignas(128) SharedStorage : Tiles, Sharing, Seen {
+    Work work;
+    int arrived;       // parts of a split row of blocks that have finished
+    const T *gK, *gV;  // the sequence's first rows of the head
 };
 static_assert(sizeof(SharedStorage) == FC_SMEM_BYTES, "config.py computes the same size");
 static_assert(sizeof(AttentionParams) == FC_PARAMS_BYTES, "launch.py packs the same struct");
-
-// What a warp hands over for the merge: per lane its m, l and O, lanes next to each other.
-constexpr int MERGE_VALUES = FRAGMENTS_M * (2 * 2 + TILES_D * 4);
-static_assert((WARPS_N - 1) * WARPS_M * MERGE_VALUES * WARP_SIZE * int(sizeof(float)) <=
-                  int(sizeof(T)) * 2 * NUM_STAGES * BLOCK_N * LD,
+static_assert((WARPS_N - 1) * WARPS_M * Rows::VALUES * WARP_SIZE * int(sizeof(float)) <=
+                  int(sizeof(T)) * NUM_STAGES * BLOCK_N * (LD + LD_V),
               "the other warps' results fit over K and V");
 
-// A lane's rows: two of each 16-row fragment, lane / 4 and lane / 4 + 8.
-struct Rows {
-    RowState state[FRAGMENTS_M][2];
-    AccumulatorTile<FRAGMENTS_M, TILES_D> rO;
-};
-
+// What a thread knows for the whole kernel.
 struct Context {
     const AttentionParams& params;
     SharedStorage& smem;
-    TileCoord tile;
-    Mask<CAUSAL> mask;
-    int first_query;
-    int warp_m, warp_n;
+    const Work& work;
+    // Made anew wherever it is used: its members are seldom worth their registers.
+    __device__ __forceinline__ Mask<CAUSAL, WINDOW> mask() const {
+        return {params, work.seqlen_kv, work.diagonal};
+    }
+    int warp_m, warp_n, warp_d;
     int lane;
 
+    __device__ __forceinline__ int first_row() const { return warp_m * ROWS_PER_WARP; }
     // Row of the block's tile: row `half` (0 or 1) of fragment m.
     __device__ __forceinline__ int row(int m, int half) const {
-        return warp_m * ROWS_PER_WARP + m * 16 + half * 8 + lane / QUAD;
+        return first_row() + m * 16 + half * 8 + lane / QUAD;
     }
-    // First of this lane's two keys of 8-key tile n.
-    __device__ __forceinline__ int key(int tile_index, int n) const {
-        return tile_index * BLOCK_N + warp_n * KEYS_PER_WARP + n * 8 + lane % QUAD * 2;
+    __device__ __forceinline__ QueryRow query(int m, int half) const {
+        return query_row<PACK_GQA>(work, row(m, half));
     }
-    __device__ __forceinline__ GateRow<GATE> gate_row(int m, int half) const {
-        const int query = first_query + row(m, half);
-        return {params, head_row(params, tile) * params.seqlen_q + query, query < params.seqlen_q,
-                params.softmax_scale};
+    // Where row `row` of the tile lies in q or o.
+    __device__ __forceinline__ const T* row_address(const void* base, const Strides& strides,
+                                                    int row, bool& valid) const {
+        const QueryRow q = query_row<PACK_GQA>(work, row);
+        valid = q.valid;
+        return head_row<T>(base, strides, work.batch, q.head, work.start_q + q.query);
+    }
+    // First of this lane's two keys of 8-key tile n of its S.
+    __device__ __forceinline__ int key(int tile, int n) const {
+        return tile * BLOCK_N + (warp_n + warp_d) * KEYS_PER_WARP + n * 8 + lane % QUAD * 2;
+    }
+    __device__ __forceinline__ GateRow<GATE> gate_row(const QueryRow& q) const {
+        const int64 row = (int64(work.batch) * params.heads_q + q.head) * work.seqlen_q + q.query;
+        return {params, row, q.valid, RULES & SCORE_RULES ? 1.0f : params.softmax_scale};
     }
 };
 
+// ---- loads -------------------------------------------------------------------------------------
+
 __device__ __forceinline__ void load_q(const Context& c) {
     const AttentionParams& p = c.params;
-    const T* gQ = head_pointer<T>(p.q, p.q_strides, c.tile.batch, c.tile.head) +
-                  c.first_query * p.q_strides.row;
-    load_tile<BLOCK_M, HEAD_DIM, DIM_QK, ALIGN_BYTES, NUM_THREADS, true>(
-        c.smem.sQ, gQ, p.q_strides.row, p.seqlen_q - c.first_query);
-}
-
-// A negative scale is a positive one on -Q.
-__device__ __forceinline__ void negate_q(const Context& c) {
-    constexpr int PIECES = BLOCK_M * HEAD_DIM * int(sizeof(T)) / 4;
-    uint32* sQ = reinterpret_cast<uint32*>(c.smem.sQ);
-    for (int i = threadIdx.x; i < PIECES; i += NUM_THREADS) {
-        const int row = i / (HEAD_DIM / 2), col = i % (HEAD_DIM / 2);
-        sQ[row * (LD / 2) + col] ^= 0x80008000u;
+    if constexpr (PACK_GQA) {
+        const auto row_of = [&](int row, bool& valid) {
+            return c.row_address(p.q, p.q_strides, row, valid);
+        };
+        gather_rows<T, BLOCK_M, HEAD_DIM, DIM_QK, LD, ALIGN_BYTES, NUM_THREADS>(c.smem.sQ, row_of);
+    } else {
+        TileCopy<T, BLOCK_M, HEAD_DIM, DIM_QK, LD, ALIGN_BYTES, NUM_THREADS>::load(
+            c.smem.sQ,
+            head_row<T>(p.q, p.q_strides, c.work.batch, c.work.head,
+                        c.work.start_q + c.work.first_row),
+            p.q_strides.row, 0, c.work.seqlen_q - c.work.first_row);
     }
 }
 
-__device__ __forceinline__ void load_kv(const Context& c, int tile, int stage) {
-    const AttentionParams& p = c.params;
-    const int head_kv = kv_head(p, c.tile.head), first_key = tile * BLOCK_N;
-    const T* gK = head_pointer<T>(p.k, p.k_strides, c.tile.batch, head_kv);
-    const T* gV = head_pointer<T>(p.v, p.v_strides, c.tile.batch, head_kv);
-    load_tile<BLOCK_N, HEAD_DIM, DIM_QK, ALIGN_BYTES, NUM_THREADS, true>(
-        c.smem.sK(stage), gK + first_key * p.k_strides.row, p.k_strides.row,
-        p.seqlen_kv - first_key);
-    load_tile<BLOCK_N, HEAD_DIM, DIM_V, ALIGN_BYTES, NUM_THREADS, true>(
-        c.smem.sV(stage), gV + first_key * p.v_strides.row, p.v_strides.row,
-        p.seqlen_kv - first_key);
+__device__ __forceinline__ void load_k(const Context& c, int tile) {
+    const int64 row_stride = c.params.k_strides.row;
+    const int first_key = tile * BLOCK_N;
+    TileCopy<T, BLOCK_N, HEAD_DIM, DIM_QK, LD, ALIGN_BYTES, NUM_THREADS>::load(
+        c.smem.sK[tile % NUM_STAGES], c.smem.gK + first_key * row_stride, row_stride, 0,
+        c.mask().seqlen_kv - first_key);
+}
+
+// Values that no query of the sequence sees become zeros: their probability is 0, but 0 * NaN is
+// not.
+__device__ __forceinline__ void load_v(const Context& c, int tile) {
+    const int64 row_stride = c.params.v_strides.row;
+    const int first_key = tile * BLOCK_N;
+    TileCopy<T, BLOCK_N, HEAD_DIM_V, DIM_V, LD_V, ALIGN_BYTES, NUM_THREADS>::load(
+        c.smem.sV[tile % NUM_STAGES], c.smem.gV + first_key * row_stride, row_stride,
+        c.mask().row_begin(0) - first_key, c.mask().row_end(c.work.seqlen_q - 1) - first_key);
+}
+
+struct TileRange {
+    int begin, end;
+};
+
+// Starts what the first tile needs.
+__device__ __forceinline__ void begin_walk(const Context& c, const TileRange& all) {
+    load_q(c);
+    load_k(c, all.begin);
+    if (EARLY_V) cp_async_commit();  // to be waited for without V
+    if (EARLY_V || NUM_STAGES == 2) load_v(c, all.begin);
     cp_async_commit();
 }
 
-// Hides what the mask hides, and finds the largest raw scores that this lane holds of both rows of
-// fragment m. Four chains of comparisons, two per row: one alone would wait for itself.
+// Everyone's copies of K_tile (the first time: and of Q) are visible, and all are done with what
+// the copies that start here overwrite.
+__device__ __forceinline__ void begin_tile(const Context& c, int tile, const TileRange& all) {
+    const bool has_v = EARLY_V && tile == all.begin;
+    if (has_v) {
+        cp_async_wait<1>();
+    } else {
+        cp_async_wait<0>();
+    }
+    block_sync();
+    if (NUM_STAGES == 1 && !has_v) load_v(c, tile);
+    if (NUM_STAGES == 2 && tile + 1 < all.end) {
+        load_k(c, tile + 1);
+        load_v(c, tile + 1);
+    }
+    cp_async_commit();
+}
+
+// Everyone's copies of V_tile are visible, and all are done with K_tile.
+__device__ __forceinline__ void begin_values(const Context& c, int tile, const TileRange& all) {
+    if (NUM_STAGES == 2) return;  // V came with K
+    cp_async_wait<0>();
+    block_sync();
+    if (tile + 1 < all.end) load_k(c, tile + 1);
+    cp_async_commit();
+}
+
+// ---- softmax -----------------------------------------------------------------------------------
+
+// Applies the rules, hides what is hidden, and finds the largest score that this lane's quad holds
+// of both rows of fragment m.
 template <bool MASKED>
-__device__ __forceinline__ void mask_and_max(const Context& c,
-                                             AccumulatorTile<FRAGMENTS_M, TILES_N>& rS, int tile,
-                                             int m, float (&max)[2]) {
-    const int first_key = c.key(tile, 0);
-    float chain[4];
+__device__ __forceinline__ void find_max(const Context& c, Scores& rS, int tile, int m,
+                                         float (&max)[2], SeenHere& seen_here) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) chain[e] = NEG_INFINITY;
+    for (int half = 0; half < 2; ++half) {
+        const QueryRow q = c.query(m, half);
+        const GateRow<GATE> gate = c.gate_row(q);
+        const RowRules<T, RULES> rules(c.params, c.work.batch, q.head, q.query, c.work.seqlen_q,
+                                       c.work.seqlen_kv, c.work.diagonal);
+        // Relative to this lane's first key, so that each comparison is with a constant.
+        const int first_key = c.key(tile, 0);
+        const int begin = c.mask().row_begin(q.query) - first_key;
+        const int end = c.mask().row_end(q.query) - first_key;
+        float chain[2] = {NEG_INFINITY, NEG_INFINITY};
+#pragma unroll
+        for (int n = 0; n < TILES_N; ++n) {
+            float s[2] = {rS.x[m][n][2 * half], rS.x[m][n][2 * half + 1]};
+            bool seen[2] = {true, true};
+            if constexpr (rules.CHANGES_SCORES) rules.template change<MASKED>(s, first_key + n * 8);
+            if constexpr (HIDES_KEYS) rules.template see<MASKED>(seen, first_key + n * 8);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int key = n * 8 + e;
+                if (MASKED) seen[e] = seen[e] && key < end && (!WINDOW || key >= begin);
+                gate.score(first_key + key, s[e], seen[e]);
+                s[e] = seen[e] ? gate.raw_score(s[e]) : NEG_INFINITY;
+                if (HIDES_KEYS && seen[e] && q.valid) seen_here.set(key);
+                chain[e] = fmaxf(chain[e], s[e]);
+            }
+            rS.set_pair(m, n, half, s[0], s[1]);
+        }
+        max[half] = group_max<QUAD>(fmaxf(chain[0], chain[1]));
+    }
+}
+
+// From scores to probabilities, given the tile's maxima; O is rescaled where they are too large for
+// the old m. Without score rules the scores are still raw products: their scale, which is positive
+// then, is part of the exponent's multiply-add.
+__device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const Scores& rS,
+                                             Probabilities& rP, int tile, int m,
+                                             const float (&tile_max)[2]) {
+    const float scale = RULES & SCORE_RULES ? LOG2_E : c.params.scale_log2;
+    float max[2], factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        RowState& state = rows.state[m][half];
+        factor[half] = raise_max(state, tile_max[half] * scale);
+        c.gate_row(c.query(m, half)).tile_max(tile * WARPS_N + c.warp_n, state.max);
+        max[half] = finite_max(state.max);
+    }
+    float sum[4] = {};  // two chains per row
 #pragma unroll
     for (int n = 0; n < TILES_N; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const GateRow<GATE> gate = c.gate_row(m, e / 2);
-            // Relative to this lane's first key, so that each comparison is with a constant.
-            const int end = c.mask.row_end(c.first_query + c.row(m, e / 2)) - first_key;
-            float& s = rS.x[m][n][e];
-            const bool visible = !MASKED || n * 8 + e % 2 < end;
-            gate.score(first_key + n * 8 + e % 2, s, visible);
-            s = visible ? gate.raw_score(s) : NEG_INFINITY;
-            chain[e] = fmaxf(chain[e], s);
+        for (int half = 0; half < 2; ++half) {
+            float p[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                p[e] = exp2_approx(rS.x[m][n][2 * half + e] * scale - max[half]);
+                sum[2 * half + e] += p[e];
+                c.gate_row(c.query(m, half))
+                    .probability(c.key(tile, n) + e, to_float(from_float<T>(p[e])));
+            }
+            rP.set_pair(m, n, half, p[0], p[1]);
         }
     }
-    max[0] = group_max<QUAD>(fmaxf(chain[0], chain[1]));
-    max[1] = group_max<QUAD>(fmaxf(chain[2], chain[3]));
+    rows.state[m][0].sum += sum[0] + sum[1];
+    rows.state[m][1].sum += sum[2] + sum[3];
+    if (warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) rows.scale_output(m, factor);
 }
 
-// Online softmax: from the accumulators of S to P; O is rescaled. The scale is positive (see
-// negate_q), so the largest raw score is the largest scaled one, and each exponent is one
-// multiply-add away from its raw score.
+// From S to P. Warps that share rows have the others' maxima after the barrier in begin_values.
 template <bool MASKED>
-__device__ __forceinline__ void softmax(const Context& c, Rows& rows,
-                                        AccumulatorTile<FRAGMENTS_M, TILES_N>& rS,
-                                        ProbabilityTile<FRAGMENTS_M, TILES_N / 2>& rP, int tile) {
-    const float scale = c.params.scale_log2;
+__device__ __forceinline__ void softmax(const Context& c, Rows& rows, Scores& rS, Probabilities& rP,
+                                        int tile, const TileRange& all) {
+    SeenHere seen_here;
+    float max[FRAGMENTS_M][2];
+    if (SHARES_ROWS) {
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m) find_max<MASKED>(c, rS, tile, m, max[m], seen_here);
+        c.smem.tell(max, c.first_row(), c.warp_d);
+        begin_values(c, tile, all);
+        c.smem.hear(max, c.first_row(), fmaxf);
+    }
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
-        float max[2], factor[2];
-        float sum[4] = {};  // two chains per row, as for the maximum
-        mask_and_max<MASKED>(c, rS, tile, m, max);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            RowState& state = rows.state[m][half];
-            factor[half] = raise_max(state, max[half] * scale);
-            c.gate_row(m, half).tile_max(tile * WARPS_N + c.warp_n, state.max);
-            max[half] = finite_max(state.max);
-        }
-#pragma unroll
-        for (int n = 0; n < TILES_N; ++n) {
-            float p[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                p[e] = exp2_approx(rS.x[m][n][e] * scale - max[e / 2]);
-                sum[e] += p[e];
-                c.gate_row(m, e / 2).probability(c.key(tile, n) + e % 2,
-                                                 to_float(from_float<T>(p[e])));
-            }
-            rP.pair(m, n, 0) = pack2<T>(p[0], p[1]);
-            rP.pair(m, n, 1) = pack2<T>(p[2], p[3]);
-        }
-        rows.state[m][0].sum += sum[0] + sum[1];
-        rows.state[m][1].sum += sum[2] + sum[3];
-        // After the first few tiles most rows have met their maximum: nothing to multiply then.
-        if (warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-            for (int d = 0; d < TILES_D; ++d) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) rows.rO.x[m][d][e] *= factor[e / 2];
-            }
-        }
+        if (!SHARES_ROWS) find_max<MASKED>(c, rS, tile, m, max[m], seen_here);
+        exponentiate(c, rows, rS, rP, tile, m, max[m]);
+    }
+    c.smem.exchange(rP, c.first_row(), c.warp_d * KEYS_PER_WARP, 1 + c.warp_m);
+    c.smem.template clear_unseen<HEAD_DIM_V, LD_V>(c.smem.sV[tile % NUM_STAGES], seen_here);
+}
+
+// ---- the walk over the keys --------------------------------------------------------------------
+
+// The tiles of keys that some row of the block sees, or this block's part of them.
+__device__ __forceinline__ TileRange visible_tiles(const Context& c) {
+    const int first_query = query_of<PACK_GQA>(c.work, 0);
+    const int last_query = last_query_of<PACK_GQA>(c.work, BLOCK_M);
+    TileRange tiles = {c.mask().row_begin(first_query) / BLOCK_N,
+                       div_up(max(c.mask().row_end(last_query), 0), BLOCK_N)};
+    if constexpr (SPLIT_KV) {
+        const int part = div_up(max(tiles.end - tiles.begin, 0), c.params.splits);
+        tiles.begin += c.work.split * part;
+        tiles.end = min(tiles.end, tiles.begin + part);
+    }
+    return tiles;
+}
+
+// This lane's addresses of its warp's first operands.
+struct Operands {
+    uint32 q, k, v, p;
+
+    __device__ __forceinline__ explicit Operands(const Context& c) {
+        const int key = (c.warp_n + c.warp_d) * KEYS_PER_WARP;
+        const int value_key = c.warp_n * KEYS_PER_WARP, column = c.warp_d * COLS_PER_WARP;
+        q = shared_address(c.smem.sQ + c.first_row() * LD) + Products::lane_q();
+        k = shared_address(c.smem.sK[0] + key * LD) + Products::lane_k();
+        v = shared_address(c.smem.sV[0] + value_key * LD_V + column) + Products::lane_v();
+        p = c.smem.operand(c.first_row());
+    }
+};
+
+__device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, const Operands& at,
+                                            int tile, const TileRange& all) {
+    const int stage = tile % NUM_STAGES;
+    const uint32 v = at.v + stage * int(sizeof(c.smem.sV[0]));
+    Scores rS;
+    Probabilities rP;
+    begin_tile(c, tile, all);
+    Products::scores(rS, at.q, at.k + stage * int(sizeof(c.smem.sK[0])));
+    if (!SHARES_ROWS) begin_values(c, tile, all);
+    if (c.mask().cuts(query_of<PACK_GQA>(c.work, 0), last_query_of<PACK_GQA>(c.work, BLOCK_M),
+                      tile * BLOCK_N, (tile + 1) * BLOCK_N)) {
+        softmax<true>(c, rows, rS, rP, tile, all);
+    } else {
+        softmax<false>(c, rows, rS, rP, tile, all);
+    }
+    if constexpr (SHARES_ROWS) {
+        multiply_shared_pv<T, FRAGMENTS_M, BLOCK_N / 16, TILES_D, LD_V, Sharing::LD_P>(rows.rO,
+                                                                                       at.p, v);
+    } else {
+        Products::output(rows.rO, rP, v);
     }
 }
 
-// The walk over the keys.
 __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
-    const AttentionParams& p = c.params;
-    const int kv_end = c.mask.kv_end(min(c.first_query + BLOCK_M, p.seqlen_q) - 1);
-    const int num_tiles = div_up(kv_end, BLOCK_N);
-    const uint32 q =
-        shared_address(c.smem.sQ + c.warp_m * ROWS_PER_WARP * LD) + lane_offset_rows_first<LD>();
-    const uint32 k_lane = 2 * c.warp_n * KEYS_PER_WARP * LD + lane_offset_columns_first<LD>();
-    const uint32 v_lane = 2 * c.warp_n * KEYS_PER_WARP * LD + lane_offset_rows_first<LD>();
-    if (num_tiles > 0) {
-        load_q(c);
-        if constexpr (NUM_STAGES == 2) load_kv(c, 0, 0);
-    }
+    const TileRange all = visible_tiles(c);
+    if (all.begin >= all.end) return;
+    begin_walk(c, all);
+    const Operands at(c);
 #pragma unroll 1
-    for (int tile = 0; tile < num_tiles; ++tile) {
-        const int stage = tile % NUM_STAGES;
-        if constexpr (NUM_STAGES == 1) {
-            block_sync();  // all are done with the previous tile before it is overwritten
-            load_kv(c, tile, stage);
-        }
-        cp_async_wait<0>();
-        if (tile == 0 && p.negate_q) {
-            block_sync();  // Q is complete
-            negate_q(c);
-        }
-        // Everyone's copies of this tile (the first time: and of Q) are visible; with two stages,
-        // also: all are done with the previous tile, whose place the next one takes.
-        block_sync();
-        if (NUM_STAGES == 2 && tile + 1 < num_tiles) load_kv(c, tile + 1, stage ^ 1);
-        AccumulatorTile<FRAGMENTS_M, TILES_N> rS;
-        multiply_qk<T, FRAGMENTS_M, TILES_N, HEAD_DIM, LD>(
-            rS, q, shared_address(c.smem.sK(stage)) + k_lane);
-        ProbabilityTile<FRAGMENTS_M, TILES_N / 2> rP;
-        if (c.mask.cuts(c.first_query, (tile + 1) * BLOCK_N)) {
-            softmax<true>(c, rows, rS, rP, tile);
-        } else {
-            softmax<false>(c, rows, rS, rP, tile);
-        }
-        multiply_pv<T, FRAGMENTS_M, TILES_N / 2, TILES_D, LD>(
-            rows.rO, rP, shared_address(c.smem.sV(stage)) + v_lane);
-    }
+    for (int tile = all.begin; tile < all.end; ++tile) attend_tile(c, rows, at, tile, all);
 }
 
-// Adds what the warps n = 1, 2, ... of each row have found to what warp 0 has, in this order.
-__device__ __forceinline__ void merge_warps(const Context& c, Rows& rows) {
-    block_sync();  // no warp reads K or V any more: the results may take their place
-    // Value i of a lane of warp (warp_m, warp_n): lanes next to each other, hence no bank
-    // conflicts.
-    float* sMerge = reinterpret_cast<float*>(c.smem.sKV) + c.lane;
-    const auto slot = [&](int warp_n, int i) -> float& {
-        const int warp = (warp_n - 1) * WARPS_M + c.warp_m;
-        return sMerge[(warp * MERGE_VALUES + i) * WARP_SIZE];
-    };
-    if (c.warp_n > 0) {
-        int i = 0;
-#pragma unroll
-        for (int m = 0; m < FRAGMENTS_M; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                slot(c.warp_n, i++) = rows.state[m][half].max;
-                slot(c.warp_n, i++) = rows.state[m][half].sum;
-            }
-#pragma unroll
-            for (int d = 0; d < TILES_D; ++d)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) slot(c.warp_n, i++) = rows.rO.x[m][d][e];
-        }
-    }
-    block_sync();  // the results of the other warps are there
-    if (c.warp_n > 0) return;
-#pragma unroll 1
-    for (int other = 1; other < WARPS_N; ++other) {
-        int i = 0;
-#pragma unroll
-        for (int m = 0; m < FRAGMENTS_M; ++m) {
-            float mine[2], theirs[2];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                RowState& state = rows.state[m][half];
-                const float their_max = slot(other, i++), their_sum = slot(other, i++);
-                mine[half] = raise_max(state, their_max);
-                theirs[half] = exp2_approx(their_max - finite_max(state.max));
-                state.sum += their_sum * theirs[half];
-            }
-#pragma unroll
-            for (int d = 0; d < TILES_D; ++d) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    float& o = rows.rO.x[m][d][e];
-                    o = o * mine[e / 2] + slot(other, i++) * theirs[e / 2];
-                }
-            }
-        }
-    }
-}
+// ---- the end -----------------------------------------------------------------------------------
 
 // Normalises, writes the LSE, and sends O through the warp's own rows of sQ out to memory.
 __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
     const AttentionParams& p = c.params;
-    T* sO = c.smem.sQ + c.warp_m * ROWS_PER_WARP * LD;
+    c.smem.finish_sums(rows, c.first_row(), c.warp_d);
+    if (LD != LD_V) block_sync();  // no warp reads Q any more, whose rows lie elsewhere
+    T* sO = c.smem.sQ + c.first_row() * LD_V + c.warp_d * COLS_PER_WARP;
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const RowState& state = rows.state[m][half];
-            const float sum = group_sum<QUAD>(state.sum);
-            const GateRow<GATE> gate = c.gate_row(m, half);
-            if (c.lane % QUAD == 0) {
-                gate.finish(state.max, sum);
-                if (p.lse != nullptr && gate.valid) p.lse[gate.row] = log_sum_exp(state.max, sum);
+            RowState& state = rows.state[m][half];
+            const QueryRow q = c.query(m, half);
+            const GateRow<GATE> gate = c.gate_row(q);
+            float factor = 1.0f;
+            if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
+                if (q.valid) factor = add_sink(state, p.sink[q.head]);
+            if (c.lane % QUAD == 0 && c.warp_d == 0) {
+                gate.finish(state.max, state.sum);
+                if (p.lse != nullptr && q.valid)
+                    p.lse[c.work.batch * p.lse_strides.batch + q.head * p.lse_strides.head +
+                          c.work.start_q + q.query] = log_sum_exp(state.max, state.sum);
             }
-            const float inverse = inverse_sum(sum);
-            T* row = sO + (m * 16 + half * 8 + c.lane / QUAD) * LD + c.lane % QUAD * 2;
+            factor *= inverse_sum(state.sum);
+            T* row = sO + (m * 16 + half * 8 + c.lane / QUAD) * LD_V + c.lane % QUAD * 2;
 #pragma unroll
             for (int d = 0; d < TILES_D; ++d) {
                 const float (&o)[4] = rows.rO.x[m][d];
-                *reinterpret_cast<uint32*>(row + d * 8) = pack2<T>(
-                    scaled_output(o[2 * half], inverse), scaled_output(o[2 * half + 1], inverse));
+                store_pair(row + d * 8, scaled_output(o[2 * half], factor),
+                           scaled_output(o[2 * half + 1], factor));
             }
         }
     }
-    warp_sync();  // the warp's rows are complete; with WARPS_N = 1 no other warp touches them
+    warp_sync();  // the warp's part of its rows is complete
     if constexpr (WRITES_OUTPUT<GATE>) {
-        const int first = c.first_query + c.warp_m * ROWS_PER_WARP;
-        T* gO = output_pointer<T>(p, c.tile, first);
-        copy_rows_out<ROWS_PER_WARP, DIM_V, LD, ALIGN_BYTES, WARP_SIZE>(gO, p.o_strides.row, sO,
-                                                                        p.seqlen_q - first, c.lane);
+        const auto row_of = [&](int row, bool& valid) {
+            const T* gO = c.row_address(p.o, p.o_strides, c.first_row() + row, valid);
+            return const_cast<T*>(gO) + c.warp_d * COLS_PER_WARP;
+        };
+        scatter_rows<T, ROWS_PER_WARP, COLS_PER_WARP, LD_V, ALIGN_BYTES>(
+            sO, row_of, min(DIM_V - c.warp_d * COLS_PER_WARP, COLS_PER_WARP), c.lane);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     fwd_sm80(const __grid_constant__ AttentionParams params) {
     extern __shared__ __align__(128) char smem_raw[];
-    const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
-    const int warp = threadIdx.x / WARP_SIZE;
+    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
+    Work work;
+    if (!find_work<CAUSAL, VARLEN, PACK_GQA, SPLIT_KV>(params, BLOCK_M, work)) return;
+    if (threadIdx.x == 0) {
+        smem.work = work;
+        smem.gK = head_row<T>(params.k, params.k_strides, work.batch, work.head_kv, work.start_kv);
+        smem.gV = head_row<T>(params.v, params.v_strides, work.batch, work.head_kv, work.start_kv);
+    }
+    block_sync();  // the work is there
+    // Through a shuffle, which tells the compiler that a warp's lanes agree on it.
+    const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
+    const int column = warp / WARPS_M;
     const Context context = {params,
-                             *reinterpret_cast<SharedStorage*>(smem_raw),
-                             tile,
-                             Mask<CAUSAL>(params),
-                             tile.m_block * BLOCK_M,
+                             smem,
+                             smem.work,
                              warp % WARPS_M,
-                             warp / WARPS_M,
+                             SHARES_ROWS ? 0 : column,
+                             SHARES_ROWS ? column : 0,
                              int(threadIdx.x % WARP_SIZE)};
     Rows rows;
     rows.rO.clear();
     attend(context, rows);
-    if constexpr (WARPS_N > 1) {
-        merge_warps(context, rows);
+    if constexpr (WARPS_N > 1 || SPLIT_KV) {
+        // Rows that do not exist, most of a tile of a few decoded queries, have nothing to tell.
+        const int end = smem.work.seqlen_q * smem.work.group - smem.work.first_row;
+        const RowMerge<WARPS_M, WARPS_N> merge = {reinterpret_cast<float*>(smem.sK[0]),
+                                                  context.warp_m, context.warp_n,
+                                                  end - context.first_row()};
+        merge.warps(rows);
+        if constexpr (SPLIT_KV) {
+            if (params.splits > 1 && !merge.splits(params, smem.work.split, smem.arrived, rows))
+                return;
+        }
         if (context.warp_n > 0) return;
     }
     finish(context, rows);

@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
     const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
     const int block_first = tile.m_block * BLOCK_M;
-    const int64 first_row = head_row(params, tile) * params.seqlen_q;
+    const int64 first_row = head_index(params, tile) * params.seqlen_q;
     const int head_kv = kv_head(params, tile.head);
     const T* gQ = head_pointer<T>(params.q, params.q_strides, tile.batch, tile.head);
     const T* gK = head_pointer<T>(params.k, params.k_strides, tile.batch, head_kv);
@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     load_rows<BLOCK_M, DIM_QK, DIM_QK>(smem.sQ, gQ, params.q_strides.row, block_first,
                                        params.seqlen_q);
 
-    const int kv_end = mask.kv_end(min(block_first + BLOCK_M, params.seqlen_q) - 1);
+    const int kv_end = mask.row_end(min(block_first + BLOCK_M, params.seqlen_q) - 1);
 #pragma unroll 1
     for (int tile_n = 0; tile_n < div_up(kv_end, BLOCK_N); ++tile_n) {
         const int first_key = tile_n * BLOCK_N;
@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
         load_rows<BLOCK_N, DIM_V, DIM_V>(smem.sV, gV, params.v_strides.row, first_key,
                                          params.seqlen_kv);
         block_sync();  // the tile (the first time: and Q) is complete
-        if (mask.cuts(block_first, first_key + BLOCK_N)) {
+        if (mask.cuts(block_first, block_first + BLOCK_M - 1, first_key, first_key + BLOCK_N)) {
             attend_tile<true>(rows, smem, params, first_row, mask, tile_n);
         } else {
             attend_tile<false>(rows, smem, params, first_row, mask, tile_n);

@@ -102,7 +102,7 @@ struct Context {
 
     __device__ __forceinline__ GateRow<GATE> gate_row(int row) const {
         const int query = first_query + row;
-        return {params, head_row(params, tile) * params.seqlen_q + query, query < params.seqlen_q,
+        return {params, head_index(params, tile) * params.seqlen_q + query, query < params.seqlen_q,
                 params.softmax_scale * score_scale};
     }
 };
@@ -364,7 +364,7 @@ struct WarpOwned {
 template <typename Rows>
 __device__ __forceinline__ void attend(const Context& c, float v_scale) {
     const AttentionParams& p = c.params;
-    const int kv_end = c.mask.kv_end(min(c.first_query + BLOCK_M, p.seqlen_q) - 1);
+    const int kv_end = c.mask.row_end(min(c.first_query + BLOCK_M, p.seqlen_q) - 1);
     const int num_tiles = div_up(kv_end, BLOCK_N);
     if (num_tiles > 0) {
         load_rows<BLOCK_M, DIM_QK>(c.smem.sQ, p.q, p.q_strides, c.tile.batch, c.tile.head,
@@ -386,7 +386,8 @@ __device__ __forceinline__ void attend(const Context& c, float v_scale) {
         if (NUM_STAGES == 2 && tile + 1 < num_tiles) load_kv(c, tile + 1, stage ^ 1);
         compute_scores(c, stage);
         rows.sync_rows();  // the row's scores are complete
-        if (c.mask.cuts(c.first_query, (tile + 1) * BLOCK_N)) {
+        if (c.mask.cuts(c.first_query, c.first_query + BLOCK_M - 1, tile * BLOCK_N,
+                        (tile + 1) * BLOCK_N)) {
             rows.template softmax<true>(c, tile);
         } else {
             rows.template softmax<false>(c, tile);
@@ -416,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     float v_scale = 1.0f;
     if constexpr (FP8) {
         const int64 kv = int64(tile.batch) * params.heads_kv + kv_head(params, tile.head);
-        score_scale = params.q_scale[head_row(params, tile)] * params.k_scale[kv];
+        score_scale = params.q_scale[head_index(params, tile)] * params.k_scale[kv];
         v_scale = params.v_scale[kv];
     }
     const Context context = {params,

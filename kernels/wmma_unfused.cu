@@ -63,7 +63,7 @@ __device__ __forceinline__ int64 scratch_row(const AttentionParams& p, int64 hea
 // Keys that wmma_pv reads for the block of queries that starts at first_query.
 __device__ __forceinline__ int keys_read(const AttentionParams& p, int first_query) {
     const int last_query = min(first_query + BLOCK_M, p.seqlen_q) - 1;
-    return div_up(Mask<CAUSAL>(p).kv_end(last_query), BLOCK_N) * BLOCK_N;
+    return div_up(Mask<CAUSAL>(p).row_end(last_query), BLOCK_N) * BLOCK_N;
 }
 
 // ---- S = Q K^T: grid (n_blocks * m_blocks * B * Hq) --------------------------------------------
@@ -171,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     OutputStorage& smem = reinterpret_cast<SharedStorage*>(smem_raw)->output;
     const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
     const int first_query = tile.m_block * BLOCK_M;
-    const int64 scratch = scratch_row(params, head_row(params, tile), first_query);
+    const int64 scratch = scratch_row(params, head_index(params, tile), first_query);
     const T* gP = static_cast<const T*>(params.scratch_probs) + scratch * params.cols_padded;
     const T* gV =
         head_pointer<T>(params.v, params.v_strides, tile.batch, kv_head(params, tile.head));

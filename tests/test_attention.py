@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import flashcore_cupy
 from flashcore_cupy import builds, jit, problem, reference, selftest, selftest_cases, tiles
+from flashcore_cupy import rules as rules_module
 
 attention = flashcore_cupy.attention
 
@@ -39,9 +41,8 @@ def test_matrix(kernel: str) -> None:
 def test_matrix_covers_the_table() -> None:
     cases = selftest_cases.cases()
     for row in tiles.ROWS:
-        kernel = tiles.KERNELS[row.kernel]
-        tried = [c for c in cases if c.kernel == row.kernel and c.head_dim == row.head_dim]
-        assert {c.dtype for c in tried} >= set(kernel.dtypes), row
+        tried = [c for c in cases if (c.kernel, c.head_dim) == (row.kernel, row.head_dim)]
+        assert {c.dtype for c in tried} >= set(row.dtypes), row
     for kernel in tiles.KERNELS:
         mine = [c for c in cases if c.kernel == kernel]
         assert {c.gate for c in mine} == set(problem.GATES)
@@ -74,9 +75,9 @@ BAD_ARGUMENTS = {
     ),
     "no heads": (lambda q, k, v: ((q, k[:, :0], v[:, :0]), {}), ValueError, "heads"),
     "head dim too large": (
-        lambda q, k, v: ([np.zeros((1, 1, 2, 257), q.dtype)] * 3, {}),
+        lambda q, k, v: ([np.zeros((1, 1, 2, 513), q.dtype)] * 3, {}),
         ValueError,
-        "q: got head dim 257; kernels take 1 to 256",
+        "q: got head dim 513; kernels take 1 to 512",
     ),
     "head dim 0": (lambda q, k, v: ((q[..., :0], k[..., :0], v), {}), ValueError, "head dim 0"),
     "NaN scale": (
@@ -216,29 +217,23 @@ def test_public_names() -> None:
     assert flashcore_cupy.__version__.count(".") == 2
 
 
-@pytest.mark.parametrize("causal", [False, True, "top-left"])
-@pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), [(1, 1), (7, 7), (5, 9), (9, 5), (3, 40)])
-def test_flops_count_visible_pairs(causal: object, seqlen_q: int, seqlen_kv: int) -> None:
-    p = problem.contiguous_problem(2, 3, seqlen_q, 8, seqlen_kv=seqlen_kv, causal=causal)
-    offset = p.causal_offset if causal else seqlen_kv
-    pairs = sum(key <= query + offset for query in range(seqlen_q) for key in range(seqlen_kv))
-    assert p.flops == 2 * 2 * 3 * pairs * (8 + 8)
-
-
 def test_explain_on_numpy() -> None:
     assert "CPU" in flashcore_cupy.explain(*_arrays())
 
 
 @pytest.mark.gpu
-def test_explain_on_gpu() -> None:
+def test_explain_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
 
     q, k, v = (cupy.asarray(x) for x in _arrays(shape=(1, 2, 8, 64)))
     text = flashcore_cupy.explain(q, k, v)
     assert text.startswith("mma_sm80 on sm_")
-    text = flashcore_cupy.explain(*(x.astype("f4") for x in (q, k, v)))
-    assert text.startswith("scalar on sm_")
-    assert "passed over mma_sm80: takes float16 and bfloat16, not float32" in text
+    text = flashcore_cupy.explain(*(x.astype("f4") for x in (q, k, v)), softcap=30.0)
+    assert text.startswith("mma_sm80 on sm_") and "softcap" in text
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_75")
+    text = flashcore_cupy.explain(q, k, v)
+    assert text.startswith("wmma_fused_64 on sm_75")
+    assert "passed over mma_sm80: needs cp.async, hence sm_80 or later" in text
     turned = cupy.ascontiguousarray(q.swapaxes(2, 3)).swapaxes(2, 3)
     assert "copied q" in flashcore_cupy.explain(turned, k, v)
 
@@ -265,6 +260,16 @@ ILLEGAL_TILES = [
     ("wmma_warp_softmax", {"warps_m": 2}, "a warp owns 16 whole rows"),
     ("wmma_warp_softmax", {"block_n": 16}, "block_m <= num_stages * block_n"),
     ("fp8_wmma", {"cp_async": True}, "cp_async=False"),
+    ("scalar", {"pack_gqa": True}, "warps_d, pack_gqa and split_kv are mma_sm80's"),
+    ("wmma_fused_64", {"warps_d": 2}, "warps_d, pack_gqa and split_kv are mma_sm80's"),
+    ("mma_sm80", {"num_stages": 3}, "num_stages=3"),
+    ("mma_sm80", {"cp_async": False}, "mma_sm80 has cp_async"),
+    ("mma_sm80", {"warp_softmax": True}, "neither warp_softmax nor fp8"),
+    ("mma_sm80", {"block_m": 40}, "not a multiple of 16 x warps_m"),
+    ("mma_sm80", {"warps_d": 3, "num_stages": 1}, "do not divide into steps of 16"),
+    ("mma_sm80", {"warps_d": 2, "split_kv": True}, "neither warps_n nor split_kv"),
+    ("mma_sm80", {"warps_d": 0}, "warps_d=0 is not positive"),
+    ("mma_sm80", {"warps_m": 4, "warps_n": 4, "warps_d": 4}, "at most 32"),
 ]
 
 
@@ -277,12 +282,73 @@ def test_illegal_tiles_say_why(kernel: str, changes: dict, message: str) -> None
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("kernel", [k for k in tiles.KERNELS if not tiles.KERNELS[k].has_rules])
+def test_kernels_without_rules_say_so(kernel: str) -> None:
+    plain = problem.contiguous_problem(1, 2, 64, 64)
+    rules = rules_module.describe_rules(
+        rules_module.Scores(1, 2, 64, 64), "float16", window=(3, -1), softcap=2.0, mask_mod="true"
+    )
+    for wanted, missing in (
+        (replace(plain, rules=rules), "softcap, mask_mod, window"),
+        (replace(plain, sequences=1), "cu_seqlens"),
+    ):
+        with pytest.raises(ValueError, match=f"kernel '{kernel}': has no {missing}"):
+            tiles.select(wanted, "sm_90a", kernel=kernel)
+        assert tiles.select(wanted, "sm_90a").kernel.has_rules
+        with pytest.raises(ValueError, match="none can do this problem on sm_75"):
+            tiles.select(wanted, "sm_75")
+
+
+def test_float32_has_rows_of_its_own() -> None:
+    for head_dim in (32, 64, 100, 256, 512):
+        for dtype in ("float32", "float16"):
+            wanted = problem.contiguous_problem(1, 2, 200, head_dim, dtype=dtype)
+            try:
+                found = tiles.select(wanted, "sm_90a", kernel="mma_sm80")
+            except ValueError as error:
+                assert f"in {dtype}, not {head_dim}/{head_dim}" in str(error)
+                continue
+            rows = [row for row in tiles.rows_of("mma_sm80") if dtype in row.dtypes]
+            assert found.config.tile in {row.tile for row in rows}
+    wanted = problem.contiguous_problem(1, 2, 200, 64, dtype="float32")
+    with pytest.raises(ValueError, match="wmma_fused_64': takes float16 and bfloat16, not float32"):
+        tiles.select(wanted, "sm_90a", kernel="wmma_fused_64")
+
+
 def test_an_override_is_judged_by_the_row_that_fits() -> None:
     """Head dim 128 has a second, smaller row; this tile is illegal there, right in the first."""
     wanted = problem.contiguous_problem(1, 8, 512, 128)
     changes = {"block_m": 128, "warps_m": 8}
     found = tiles.select(wanted, "sm_90a", kernel="wmma_warp_softmax", overrides=changes)
     assert (found.config.tile.block_m, found.config.tile.block_n) == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch", "changes", "reason"),
+    [
+        ("wmma_fused_64", "sm_75", {}, "needs bfloat16 conversions, hence sm_80 or later"),
+        ("mma_sm80", "sm_75", {}, "needs cp.async, hence sm_80 or later; the target is sm_75"),
+        (
+            "wmma_cp_async",
+            "sm_90a",
+            {"block_m": 256, "warps_m": 16},
+            "bytes of shared memory at head dim 128, sm_90a has 232448",
+        ),
+    ],
+)
+def test_what_a_target_lacks_is_named(kernel: str, arch: str, changes: dict, reason: str) -> None:
+    wanted = problem.contiguous_problem(1, 8, 512, 128, dtype="bfloat16")
+    with pytest.raises(ValueError, match=f"kernel '{kernel}': ") as caught:
+        tiles.select(wanted, arch, kernel=kernel, overrides=changes)
+    assert reason in str(caught.value)
+
+
+def test_targets() -> None:
+    assert [tiles.capability(arch) for arch in ("sm_75", "sm_90a", "sm_120f")] == [75, 90, 120]
+    assert tiles.smem_limit("sm_90") == tiles.smem_limit("sm_90a") == 227 * 1024
+    assert tiles.smem_limit("sm_999") == 48 * 1024, "what every GPU has"
+    with pytest.raises(ValueError, match="arch: got 'gpu'; use a target such as 'sm_90a'"):
+        tiles.capability("gpu")
 
 
 def test_auto_does_not_shop_around_for_an_override() -> None:

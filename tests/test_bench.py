@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from flashcore_cupy import attention, bench, builds, ladder, reference, selftest, tiles, verify
 from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
 from flashcore_cupy.selftest import Case
+from flashcore_cupy.selftest_arrays import Placed, described, embed, set_up
 
 Array = NDArray[Any]
 CASES = selftest.cases()
@@ -249,7 +250,7 @@ def test_combined_resources_of_several_builds() -> None:
 
 
 def test_cases_are_many_distinct_and_runnable_on_hopper() -> None:
-    assert 400 <= len(CASES) <= 1000
+    assert 1000 <= len(CASES) <= 1500
     assert len(set(CASES)) == len(CASES)
     assert selftest.runnable(CASES, "sm_90a") == CASES
     fewer = selftest.runnable(CASES, "sm_75")
@@ -281,7 +282,7 @@ VIEWS = [case for case in CASES if case.group == "memory" and case.kernel == "wm
 
 @pytest.mark.parametrize("case", VIEWS, ids=lambda case: case.name)
 def test_a_case_compiles_ahead_what_it_will_launch(case: Case) -> None:
-    setup = selftest._set_up(case)
+    setup = set_up(case)
     arrays, addresses = [], []
     for placed in setup.embedded:
         view = placed.on_host()
@@ -289,13 +290,13 @@ def test_a_case_compiles_ahead_what_it_will_launch(case: Case) -> None:
         arrays.append(np.ascontiguousarray(view) if contiguous else view)
         addresses.append(0 if contiguous else placed.offset * placed.buffer.itemsize)
     rules: Any = {"causal": case.causal, "gate": case.gate, "layout": case.layout}
-    assert describe(*arrays, addresses=addresses, **rules) == selftest._described(case)
+    assert describe(*arrays, addresses=addresses, **rules) == described(case)
 
 
 @pytest.mark.parametrize("view", ["contiguous", "strided", "misaligned", "transposed"])
 def test_arrays_lie_among_nan_and_writes_beside_them_are_seen(view: str) -> None:
     x = np.arange(24, dtype=np.float16).reshape(1, 2, 3, 4)
-    placed = selftest.embed(x.shape, np.float16, view, like=x)
+    placed = embed(x.shape, np.float16, view, like=x)
     assert np.array_equal(placed.on_host(), x)
     assert int(np.isnan(placed.buffer).sum()) == placed.buffer.size - x.size
     assert placed.surroundings_are_nan(placed.buffer)
@@ -317,22 +318,19 @@ def emulated(case: Case, setup: Any) -> selftest.Launched:
         plain = case.gate in ("qk", "softmax")
         got = expectation.values.astype(np.float32 if plain else case.numpy_dtype())
         return selftest.Launched(got, expectation.lse, found, 64)
-    views = [placed.on_host() for placed in setup.embedded]
-    out = setup.out.on_host()
-    rules: Any = {"layout": case.layout, "causal": case.causal, "gate": case.gate}
-    rules |= {"out": out} if case.gate in (None, "pv") else {}
-    if case.gate is None:
-        got, lse = attention(*views, return_lse=True, **rules)
-    else:
-        got, lse = attention(*views, **rules), None
-    if case.layout == "bshd" and case.gate not in ("qk", "softmax"):
-        got = got.transpose(0, 2, 1, 3)
-    return selftest.Launched(got, lse, None, 64)
+    placed = Placed.of(case, setup, on_gpu=False)
+    wanted: Any = {"out": placed.out} if case.gate in (None, "pv") else {}
+    wanted |= {"return_lse": case.gate is None, **placed.arguments}
+    got = attention(*placed.inputs, **wanted)
+    if case.gate in ("qk", "softmax"):
+        return selftest.Launched(got, None, None, 64)
+    o, *lse = selftest.canonical(case, *(got if isinstance(got, tuple) else (got,)))
+    return selftest.Launched(o, lse[0] if lse else None, None, 64)
 
 
 def test_cases_pass_when_numpy_plays_the_gpu() -> None:
     for case in CASES[::9]:
-        setup = selftest._set_up(case)
+        setup = set_up(case)
         result = selftest.judge(case, setup.host, emulated(case, setup))
         assert result.ok, (case, result.reason)
         assert setup.out.surroundings_are_nan(setup.out.buffer)
@@ -341,7 +339,7 @@ def test_cases_pass_when_numpy_plays_the_gpu() -> None:
 @pytest.mark.parametrize("gate", [None, *GATES])
 def test_a_scale_applied_twice_or_a_dropped_key_fails(gate: Any) -> None:
     case = Case("x", "wmma_fused_64", gate=gate, causal=True)
-    setup = selftest._set_up(case)
+    setup = set_up(case)
     q, k, v = (x.copy() for x in setup.host)
     if gate == "pv":
         v[:, :, 5] = 0

@@ -179,7 +179,7 @@ BAD_INPUT = {
     "not a number": (("run", "--H", "many"), "--H"),
     "zero keys": (("run", "--Skv", "0"), "--Skv"),
     "heads": (("run", "--H", "6", "--Hkv", "4"), "multiple"),
-    "head dim": (("run", "--D", "300"), "256"),
+    "head dim": (("run", "--D", "600"), "512"),
     "head dim of a kernel": (("run", "--D", "200", "--kernel", "wmma_fused_64"), "up to 128"),
     "dtype": (("run", "--dtype", "float64"), "float64"),
     "dtype of a kernel": (("run", "--dtype", "float32", "--kernel", "fp8_wmma"), "float32"),
@@ -272,8 +272,12 @@ def test_ladder_as_json() -> None:
 @needs_compiler
 def test_ladder_says_why_a_rung_refuses() -> None:
     data = json_of("ladder", *SMALL, *FAST, "--dtype", "float32")
-    assert data["ok"] and data["rungs"][0]["builds"]
-    assert all("not float32" in rung["refused"] for rung in data["rungs"][1:])
+    assert data["ok"]
+    for rung in data["rungs"]:
+        if "float32" in tiles.KERNELS[rung["kernel"]].dtypes:
+            assert rung["builds"] and rung["refused"] is None
+        else:
+            assert "not float32" in rung["refused"]
     table = invoke("ladder", *SMALL, *FAST, "--dtype", "float32").stdout
     assert "wmma_unfused: takes float16 and bfloat16, not float32" in table
 

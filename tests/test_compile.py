@@ -6,47 +6,108 @@ Nothing here needs a GPU. All builds go through one parallel warm-up into the se
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import compiler_skip_reason
 
 from flashcore_cupy import builds, jit, tiles
+from flashcore_cupy.arrays import spec_of
 from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.problem import ITEMSIZE, contiguous_problem
+from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, contiguous_problem
+from flashcore_cupy.rules import Scores, describe_rules
 
 MAIN_TARGET = "sm_90a"
-GATES = (None, "qk", "softmax", "pv")
+STAGES = ("qk", "softmax", "pv")
+LENGTH = 64
 
 
-def _configs(row: tiles.Row, arch: str, *, all_pairs: bool) -> list[KernelConfig]:
-    """The row's builds on a target: dtypes x causal in full, or pairwise; and each gate once."""
-    kernel = tiles.KERNELS[row.kernel]
-    pairs = [(dtype, causal) for dtype in kernel.dtypes for causal in (False, True)]
-    if not all_pairs:
-        pairs = [pairs[0], pairs[-1]]
-    rules: list[tuple[str, bool, str | None]] = [(*pair, None) for pair in pairs]
-    rules += [(*pairs[i % len(pairs)], gate) for i, gate in enumerate(GATES) if gate and all_pairs]
-    found = []
-    for dtype, causal, gate in rules:
-        problem = contiguous_problem(1, 1, 64, row.head_dim, dtype=dtype, causal=causal, gate=gate)
-        try:
-            config = tiles.check_target(row, tiles.configure_row(row, problem), arch)
-        except ValueError:
-            continue
-        found += tiles.configs_of(tiles.Selection(kernel, config))
-    if all_pairs and found:  # narrow loads; and fewer columns than the tile's, unlike for q and v
-        narrow = replace(found[-1], align_bytes=ITEMSIZE[found[-1].dtype])
-        uneven = replace(found[0], dim_qk=row.head_dim - 8, dim_v=max(8, row.head_dim - 24))
-        found += [narrow] if row.kernel == "scalar" else [narrow, uneven]
-    return list(dict.fromkeys(found))
+def _scores(dtype: object, *shape: int) -> Any:
+    return spec_of(np.empty(shape, dtype))
+
+
+# What fwd_sm80 has beyond causal masks; the first two go with every row.
+RULES: tuple[dict[str, Any], ...] = (
+    {"window": (20, 5)},
+    {"packed": True, "causal": True},
+    {"softcap": 30.0, "alibi_slopes": _scores("f4", 1)},
+    {"bias": _scores("f4", LENGTH, LENGTH), "mask": _scores("?", LENGTH, LENGTH)},
+    {"bias": _scores("f4", LENGTH, 1), "mask": _scores("?", LENGTH), "sink": _scores("f4", 1)},
+    {
+        "score_mod": "score + 0.1f * x[kv_idx]",
+        "mask_mod": "x[q_idx] <= x[kv_idx]",
+        "mod_args": {"x": _scores("f2", LENGTH)},
+    },
+    {"softcap": 30.0, "window": (20, 0), "packed": True, "mask_mod": "kv_idx % 3 != b"},
+)
+
+
+def _problem(row: tiles.Row, dtype: str, causal: Any = False, **rules: Any) -> AttentionProblem:
+    (dim, dim_v), gate = row.dims, rules.pop("gate", None)
+    problem = contiguous_problem(
+        1, 1, LENGTH, dim, head_dim_v=dim_v, dtype=dtype, causal=causal, gate=gate
+    )
+    described = describe_rules(Scores(1, 1, LENGTH, LENGTH), dtype, **rules)
+    return replace(problem, rules=described, sequences=1 if rules.get("packed") else None)
+
+
+def _fits(row: tiles.Row, problem: AttentionProblem, arch: str) -> KernelConfig | None:
+    try:
+        return tiles.check_target(row, tiles.configure_row(row, problem), arch)
+    except ValueError:
+        return None
+
+
+def _is_taken(row: tiles.Row, arch: str) -> bool:
+    """Whether the row fits the target, and no row before it that is meant for the same problems."""
+
+    def meant_for(row: tiles.Row) -> tuple[object, ...]:
+        return row.dims, row.dtypes, row.max_blocks, row.max_rows, row.plain
+
+    rows = [other for other in tiles.rows_of(row.kernel) if meant_for(other) == meant_for(row)]
+    return next((r for r in rows if _fits(r, _problem(r, r.dtypes[0]), arch)), None) == row
+
+
+def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
+    """The row's builds on a target.
+
+    On the main target, both dtypes and both choices of causal; and, in turns with the kernel's
+    other rows, the gates, and the rules. On others, if it takes the row, one of dtypes x causal.
+    """
+    if arch != MAIN_TARGET and not _is_taken(row, arch):
+        return []
+    kernel, rows = tiles.KERNELS[row.kernel], tiles.rows_of(row.kernel)
+    turn = rows.index(row)
+    pairs = [(dtype, causal) for dtype in row.dtypes for causal in (False, True)]
+    if arch != MAIN_TARGET:
+        problems = [_problem(row, *pairs[(turn + tiles.TARGETS.index(arch)) % len(pairs)])]
+    else:
+        flipped = enumerate(row.dtypes, turn)
+        problems = [_problem(row, dtype, i % 2 == 0) for i, dtype in flipped]
+        if kernel.has_rules:
+            rules = RULES[turn % (2 if row.plain else len(RULES))]
+            problems.append(_problem(row, row.dtypes[turn % len(row.dtypes)], **rules))
+    found = [_fits(row, problem, arch) for problem in problems]
+    if arch == MAIN_TARGET and any(found):
+        shared = min(len(STAGES), len(rows))
+        for gate in STAGES[turn % shared :: shared]:
+            problem = _problem(row, *pairs[turn % len(pairs)], gate=gate)
+            found.append(_other_rows(row, _fits(row, problem, arch), narrow=turn % 2 == 0))
+    selections = [tiles.Selection(kernel, config) for config in found if config is not None]
+    return list(dict.fromkeys(c for chosen in selections for c in tiles.configs_of(chosen)))
+
+
+def _other_rows(row: tiles.Row, config: KernelConfig | None, *, narrow: bool) -> KernelConfig:
+    """Rows that are loaded element by element, or have fewer columns than the tile."""
+    assert config is not None
+    if narrow or row.kernel == "scalar":
+        return replace(config, align_bytes=ITEMSIZE[config.dtype])
+    return replace(config, dim_qk=row.dims[0] - 8, dim_v=max(8, row.dims[1] - 24))
 
 
 WANTED = {
-    (kernel, arch): [
-        config
-        for row in tiles.rows_of(kernel)
-        for config in _configs(row, arch, all_pairs=arch == MAIN_TARGET)
-    ]
+    (kernel, arch): [config for row in tiles.rows_of(kernel) for config in _configs(row, arch)]
     for kernel in tiles.KERNELS
     for arch in tiles.TARGETS
 }
@@ -86,7 +147,7 @@ def test_which_kernels_a_target_has(arch: str) -> None:
 
 def test_every_row_is_built_somewhere() -> None:
     for row in tiles.ROWS:
-        assert any(_configs(row, arch, all_pairs=True) for arch in tiles.TARGETS), row
+        assert any(_configs(row, arch) for arch in tiles.TARGETS), row
 
 
 @pytest.mark.parametrize("arch", tiles.TARGETS)

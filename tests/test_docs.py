@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from flashcore_cupy import tiles
+from flashcore_cupy import attention, tiles
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "kernels/README.md"])
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+EXCERPT = re.compile(r"\]\((examples/\w+\.py)\)[^`]*```python\n(.*?)```", re.DOTALL)
 PATH = re.compile(r"`((?:kernels|flashcore_cupy|tests|docs|benchmarks|examples)/[\w./*-]*)`")
 
 
@@ -33,6 +36,54 @@ def test_readme_says_where_to_add_things() -> None:
     assert all(LINK.search(row) for row in rows)
 
 
+def test_readme_has_every_argument() -> None:
+    table = _section("README.md", "## What it does")
+    named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    assert sorted(named) == sorted(inspect.signature(attention).parameters)
+
+
+def test_readme_has_the_widest_heads() -> None:
+    """Those of the kernel that "auto" tries first, which also takes the widest."""
+    rows = tiles.rows_of(tiles.AUTO_ORDER[0])
+    half, full = (
+        max(row.head_dim for row in rows if dtype in row.dtypes) for dtype in ("float16", "float32")
+    )
+    claim = f"D and Dv up to {half}, with float32 up to {full}."
+    assert claim in _section("README.md", "## What it does")
+
+
+def test_kernel_notes_show_tiles_of_the_table() -> None:
+    table = _section("kernels/README.md", "#### Warps")
+    shown = {
+        (int(cells[1]), *map(int, found.groups()))
+        for cells in (line.split("|") for line in table.splitlines() if re.match(r"\| \d", line))
+        for found in map(re.compile(r" (\d+) x (\d+),").match, cells[2:])
+        if found
+    }
+    rows = tiles.rows_of("mma_sm80")
+    assert len(shown) > 8
+    assert shown <= {(row.head_dim, row.tile.block_m, row.tile.block_n) for row in rows}
+
+
+def test_readme_shows_what_the_examples_run() -> None:
+    """Each paragraph of a code block stands in the script that its link names."""
+    blocks = EXCERPT.findall(_section("README.md", "## Examples"))
+    assert len(blocks) == 3
+    for script, block in blocks:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for paragraph in block.strip().split("\n\n"):
+            indented = textwrap.indent(paragraph, "    ")
+            assert paragraph in source or indented in source, f"{script}: {paragraph}"
+
+
+def test_kernel_notes_place_every_header_in_a_layer() -> None:
+    table = _section("kernels/README.md", "## Layers")
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")][1:]
+    named = re.findall(r"`(\w+)`", " ".join(rows))
+    headers = [path.stem for path in (ROOT / "kernels/flashcore").glob("*.cuh")]
+    assert sorted(named) == sorted(set(headers) - {"config"})
+
+
 def test_readme_and_kernel_notes_name_every_rung() -> None:
     for name in ("README.md", "kernels/README.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -46,3 +97,9 @@ def test_the_receipt_is_one_of_every_kernel() -> None:
     assert receipt["failed"] == 0 and receipt["passed"] == len(receipt["rows"]) > 700
     assert receipt["emulated"] is False and "H200" in receipt["gpu"]
     assert {row["kernel"] for row in receipt["rows"]} == set(tiles.KERNELS)
+
+
+def _section(document: str, heading: str) -> str:
+    """The text below a heading, up to the next one of its level."""
+    text = (ROOT / document).read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    return text.partition("\n## ")[0]

@@ -5,11 +5,13 @@ Lengths are those at which a stage goes wrong first: one tile, one less, one mor
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
 import flashcore_cupy
-from flashcore_cupy import reference, tiles, verify
+from flashcore_cupy import gates, reference, tiles, verify
 from flashcore_cupy.problem import contiguous_problem
 
 EXACT_KERNELS = [name for name, kernel in tiles.KERNELS.items() if not kernel.quantizes]
@@ -113,3 +115,42 @@ def test_gates_of_fp8_are_those_of_the_quantised_inputs() -> None:
         bound.launch()
         result = verify.check_plan(bound, q, k, v)
         assert result.ok, f"{gate}: {result.reason}"
+
+
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 300])
+def test_probabilities_of_tiles_are_joined(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what a kernel writes, each tile's at the maximum so far; here it is written by NumPy."""
+    monkeypatch.setitem(sys.modules, "cupy", np)
+    problem = contiguous_problem(1, 2, 5, 64, seqlen_kv=keys, gate="softmax")
+    config = tiles.select(problem, "sm_90a", kernel="mma_sm80").config
+    arrays = gates.allocate(problem, config)
+    assert {name: x.dtype for name, x in arrays.items()} == dict.fromkeys(arrays, np.float32)
+    scores = np.random.default_rng(keys).standard_normal((1, 2, 5, keys)) * 5
+    scores[..., 0, :] = -np.inf  # a query without keys: kernels write nothing for it
+    row_max = np.full(scores.shape[:3], -np.inf)
+    for tile, first in enumerate(range(0, keys, config.softmax_keys)):
+        block = scores[..., first : first + config.softmax_keys]
+        row_max = np.maximum(row_max, block.max(-1))
+        arrays["gate_tile_max"][..., tile] = row_max
+        with np.errstate(invalid="ignore"):
+            p = np.nan_to_num(np.exp2(block - row_max[..., None]))
+        arrays["gate"][..., first : first + config.softmax_keys] = p
+    arrays["gate_row_max"][:] = np.where(np.isneginf(row_max), 0, row_max)
+    weights = np.exp2(scores - arrays["gate_row_max"][..., None])
+    arrays["gate_row_sum"][:] = weights.sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        got = gates.output(problem, config, arrays)
+    expected = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_gates_of_scores_start_as_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", np)
+    problem = contiguous_problem(2, 3, 5, 64, seqlen_kv=7, gate="qk")
+    config = tiles.select(problem, "sm_90a").config
+    arrays = gates.allocate(problem, config)
+    assert list(arrays) == ["gate"] and arrays["gate"].shape == (2, 3, 5, 7)
+    assert np.isneginf(arrays["gate"]).all()
+    assert gates.output(problem, config, arrays) is arrays["gate"]
+    assert gates.allocate(contiguous_problem(1, 1, 5, 64, gate="pv"), config) == {}
+    assert gates.allocate(contiguous_problem(1, 1, 5, 64), config) == {}

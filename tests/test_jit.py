@@ -134,6 +134,42 @@ def test_defines_target_and_versions_make_new_keys(
     assert len({kernel.cubin for kernel in compiled}) == len(compiled)
 
 
+def test_generated_headers_stand_in_for_files_and_make_new_keys(kernels: Path) -> None:
+    plain, name = compile_demo(), "flashcore/part.cuh"
+    with_two = ((name, "#pragma once\nconstexpr int STEP = 2;\n"),)
+    other = compile_demo(headers=with_two)
+    assert not other.from_cache and other.cubin != plain.cubin
+    assert other.cubin.read_bytes() != plain.cubin.read_bytes()
+    again = compile_demo(headers=with_two)
+    assert again.from_cache and again.cubin == other.cubin and again.headers == with_two
+    three = ((name, "#pragma once\nconstexpr int STEP = 3;\n"),)
+    assert not compile_demo(headers=three).from_cache
+    beside = compile_demo(headers=(("flashcore/other.cuh", ""),))
+    assert not beside.from_cache and beside.cubin.read_bytes() == plain.cubin.read_bytes()
+    assert compile_demo().cubin == plain.cubin and compile_demo().headers == ()
+
+
+def test_an_error_in_a_generated_header_shows_its_line(kernels: Path) -> None:
+    text = '#pragma once\n#line 1 "step"\nconstexpr int STEP =\n  unknown;\n#line 1 "end"\n'
+    with pytest.raises(jit.CompileError) as caught:
+        compile_demo(headers=(("flashcore/part.cuh", text),))
+    error = caught.value
+    assert (error.path, error.line, error.text) == ("step", 2, "  unknown;")
+    assert str(error).startswith("step, line 2: 'unknown;': the kernel does not compile")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_compile_many_takes_headers(kernels: Path, workers: int) -> None:
+    jobs: list[jit.Job] = [
+        ("demo.cu", {}, ARCH, (("flashcore/part.cuh", f"constexpr int STEP = {n};\n"),))
+        for n in (1, 2)
+    ]
+    jobs.append(("demo.cu", DEFINES, ARCH))
+    compiled = jit.compile_many(jobs, workers=workers)
+    assert [kernel.headers for kernel in compiled] == [jobs[0][3], jobs[1][3], ()]
+    assert len({kernel.cubin for kernel in compiled}) == 3
+
+
 def test_order_of_defines_makes_no_difference(kernels: Path) -> None:
     one = compile_demo(defines={"FC_STEP": 1, "FC_MORE": 2})
     other = compile_demo(defines={"FC_MORE": 2, "FC_STEP": 1})

@@ -24,22 +24,76 @@ PYTHON_LAYERS = (
     {"_version", "settings"},
     {"sources", "cache", "nvrtc"},
     {"jit"},
-    {"problem", "config", "params", "tiles", "arrays", "numpy_attention", "reference"},
+    {
+        "rules",
+        "problem",
+        "params",
+        "config",
+        "targets",
+        "tiles",
+        "arrays",
+        "interop",
+        "packed",
+        "numpy_rules",
+        "numpy_attention",
+        "reference",
+    },
+    {"workspace"},
+    {"gates"},
     {"launch"},
+    {"repeat", "request", "host"},
     {"attention"},
-    {"bench", "builds", "verify", "job", "ladder", "selftest", "selftest_cases", "doctor"},
+    {
+        "bench",
+        "builds",
+        "verify",
+        "job",
+        "ladder",
+        "selftest",
+        "selftest_case",
+        "selftest_cases",
+        "selftest_rules",
+        "selftest_arrays",
+        "doctor",
+    },
     {"_cli", "_options", "_plot", "_render"},
     {"__init__", "__main__"},
 )
 # These describe and compute on the host alone, so they are testable anywhere.
-WITHOUT_CUPY = {"problem", "config", "params", "tiles", "numpy_attention", "reference"}
+WITHOUT_CUPY = {
+    "rules",
+    "problem",
+    "params",
+    "config",
+    "targets",
+    "tiles",
+    "arrays",
+    "numpy_rules",
+    "numpy_attention",
+    "reference",
+}
 
 # A header includes headers of lower layers, or of its own, without a cycle.
 DEVICE_LAYERS = (
     {"types"},
-    {"params"},
     {"ptx"},  # stands for every ptx*.cuh
-    {"debug", "mask", "score", "smem_tile", "mma_tile", "mma_sync_tile", "softmax", "epilogue"},
+    {"mod_array", "mods"},
+    {"params"},
+    {
+        "debug",
+        "mask",
+        "score",
+        "schedule",
+        "smem_tile",
+        "mma_tile",
+        "mma_sync_tile",
+        "mma_tf32_tile",
+        "row_sharing",
+        "seen_keys",
+        "rows",
+        "softmax",
+        "epilogue",
+    },
 )
 INTRINSIC = re.compile(
     r"\basm\b|\b__(?!global__|device__|host__|shared__|constant__|restrict__|forceinline__|"

@@ -173,10 +173,12 @@ def test_editable_install_sees_edits_at_once(checkout: Path, tmp_path: Path) -> 
     shutil.copytree(checkout, source, ignore=NOT_SOURCES)
     with zipfile.ZipFile(_build("build_editable", source, tmp_path / "editable")) as archive:
         archive.extractall(tmp_path / "site")
-    # What the install adds goes in front of a copy that this environment may have already.
+    # What the install adds goes in front of a copy that this environment may have already, and
+    # which may be an editable install, too: its finder has the same name.
     look = (
         "import site, sys; path, meta = sys.path[:], sys.meta_path[:]; "
-        f"site.addsitedir({str(tmp_path / 'site')!r}); "
+        "[sys.modules.pop(name) for name in [*sys.modules] if name.startswith('__editable__')]; "
+        f"sys.path.insert(0, {str(tmp_path / 'site')!r}); site.addsitedir(sys.path[0]); "
         "sys.path = [p for p in sys.path if p not in path] + path; "
         "sys.meta_path = [m for m in sys.meta_path if m not in meta] + meta; " + WHERE
     )

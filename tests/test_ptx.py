@@ -45,7 +45,7 @@ def test_every_wrapper_has_a_probe() -> None:
 @pytest.mark.parametrize("arch", tiles.TARGETS)
 def test_probes_compile(probe_folder: Path, arch: str) -> None:
     for probe in PROBES:
-        if probe.name in ("cp_async.cu", "mma.cu") and tiles.capability(arch) < 80:
+        if probe.name in ("cp_async.cu", "mma.cu", "mma_tf32.cu") and tiles.capability(arch) < 80:
             continue  # the instructions do not exist there
         compiled = jit.compile_kernel(f"probe_{probe.name}", {}, arch)
         assert compiled.entries
@@ -137,6 +137,26 @@ def test_exp2(probe_folder: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_reciprocal(probe_folder: Path) -> None:
+    run = Probe("convert")
+    powers = np.random.default_rng(11).uniform(-120, 120, 65530)
+    special = [1.0, -4.0, np.inf, -np.inf, np.nan, 2.0**127]
+    x = np.concatenate([np.exp2(powers) * np.where(np.arange(65530) % 2, 1, -1), special])
+    x = x.astype(np.float32)
+    (y,) = run("reciprocal", 65536, [x], [_zeros(65536, "f4")])
+    expected = 1 / x[:65530].astype(np.float64)
+    assert np.max(np.abs(y[:65530] / expected - 1)) < 2.0**-22.5
+    np.testing.assert_array_equal(y[-6:], [1.0, -0.25, 0.0, -0.0, np.nan, 0.0])
+
+
+@pytest.mark.gpu
+def test_bytes(probe_folder: Path) -> None:
+    numbers = np.arange(256, dtype=np.uint8)
+    (y,) = Probe("convert")("widen_bytes", 256, [numbers], [_zeros(256, "f4")])
+    np.testing.assert_array_equal(y, np.arange(256))
+
+
+@pytest.mark.gpu
 def test_warp(probe_folder: Path) -> None:
     run = Probe("warp")
     x = np.random.default_rng(2).integers(-1000, 1000, 256).astype(np.float32)
@@ -157,6 +177,45 @@ def test_warp(probe_folder: Path) -> None:
     block, warp = run("syncs", 256, [x], [_zeros(256, "f4") for _ in range(2)])
     np.testing.assert_array_equal(block, x[::-1])
     np.testing.assert_array_equal(warp, x[np.arange(256) ^ 31])
+
+
+@pytest.mark.gpu
+def test_integers_in_a_warp(probe_folder: Path) -> None:
+    rng = np.random.default_rng(12)
+    x = rng.integers(-(2**31), 2**31, 32, np.int32)
+    bits = (np.uint32(1) << rng.integers(0, 32, 32, np.uint32)).astype(np.uint32)
+    outputs = [_zeros(32, "i4"), _zeros(32, "i4"), _zeros(32, "u4")]
+    from_five, negative, any_bit = Probe("warp")("integers", 32, [x, bits], outputs)
+    np.testing.assert_array_equal(from_five, np.full(32, x[5]))
+    np.testing.assert_array_equal(negative, np.full(32, (x < 0).sum()))
+    np.testing.assert_array_equal(any_bit, np.full(32, np.bitwise_or.reduce(bits)))
+
+
+@pytest.mark.gpu
+def test_named_barriers(probe_folder: Path) -> None:
+    x = np.random.default_rng(13).integers(-1000, 1000, 256).astype(np.float32)
+    (y,) = Probe("warp")("pairs_of_warps", 256, [x], [_zeros(256, "f4")])
+    threads = np.arange(256)
+    laps = threads // 64 + 1
+    np.testing.assert_array_equal(y, x[np.where(laps % 2, threads ^ 32, threads)] + laps)
+
+
+@pytest.mark.gpu
+def test_the_last_to_arrive_reads_what_all_wrote(probe_folder: Path) -> None:
+    blocks = 500
+    x = np.random.default_rng(14).integers(-1000, 1000, (blocks, 256)).astype(np.float32)
+    outputs = [
+        np.full((blocks, 256), np.nan, np.float32),
+        np.full((blocks, 256), -1, np.int32),
+        _zeros(256, "i4"),
+        np.full(256, np.nan, np.float32),
+    ]
+    got = Probe("global")("last_one_sums", blocks * 256, [x], outputs)
+    parts, before, arrivals, total = got
+    np.testing.assert_array_equal(parts, x)
+    np.testing.assert_array_equal(np.sort(before, 0), np.arange(blocks)[:, None] + _zeros(256, int))
+    np.testing.assert_array_equal(arrivals, blocks)
+    np.testing.assert_array_equal(total, x.sum(0))
 
 
 @pytest.mark.gpu
@@ -203,6 +262,112 @@ def test_mma_and_ldmatrix(probe_folder: Path, dtype: type) -> None:
     a32, b32 = a.astype(np.float32), b.astype(np.float32)
     np.testing.assert_array_equal(row, a32 @ b32 + c)
     np.testing.assert_array_equal(col, a32 @ b32.T + c)
+
+
+@pytest.mark.gpu
+def test_split_tf32(probe_folder: Path) -> None:
+    rng = np.random.default_rng(7)
+    exact = (rng.integers(-2047, 2048, 4096) * 2.0 ** rng.integers(-60, 60, 4096)).astype("f4")
+    special = np.array([np.inf, -np.inf, np.nan, -np.nan], np.float32)
+    payload = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)  # NaN, as computed
+    normal = rng.standard_normal(65536 - 4096 - 6, np.float32)
+    x = np.concatenate([normal, exact, special, payload])
+    words = Probe("convert")("split", 65536, [x], [_zeros(65536, "u4") for _ in range(2)])
+    hi, lo = (word.view(np.float32) for word in words)
+    assert not (words[0] & 0x1FFF).any(), "hi is a tf32"
+    same = slice(normal.size, normal.size + exact.size)
+    np.testing.assert_array_equal(hi[same], exact)
+    np.testing.assert_array_equal(lo[same], 0)
+    np.testing.assert_array_equal(hi[-6:], x[-6:])
+    assert np.isnan(lo[-6:]).all()
+    cut = (words[1] & 0xFFFFE000).view(np.float32)  # what the tensor cores read of lo
+    x, hi, cut = (part[: normal.size].astype(np.float64) for part in (x, hi, cut))
+    assert np.max(np.abs(hi + cut - x) / np.abs(x)) < 2.0**-21
+    assert np.max(np.abs(cut / x)) < 2.0**-10
+    assert abs(np.mean(cut / x)) < 2.0**-15, "of both signs"
+
+
+@pytest.mark.gpu
+def test_mma_tf32(probe_folder: Path) -> None:
+    rng = np.random.default_rng(8)
+    a, b, c = (rng.integers(-8, 8, (n, 8)).astype(np.float32) for n in (16, 8, 16))
+    (d,) = Probe("mma_tf32")("product_tf32", 32, [a, b, c], [np.zeros((16, 8), "f4")])
+    np.testing.assert_array_equal(d, a @ b + c)
+
+
+def _products_f32(q: np.ndarray, k: np.ndarray, p: np.ndarray, v: np.ndarray) -> list:
+    """S = Q K^T and O = P V by the tiles of mma_tf32_tile.cuh."""
+    inputs = [q, k, p, v, np.int32(len(k))]
+    outputs = [np.zeros((32, len(k)), "f4"), np.zeros(q.shape, "f4")]
+    return Probe("mma_tf32")(f"products_{q.shape[1]}", 32, inputs, outputs)
+
+
+def _assert_fp32_accurate(x: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """An entry of a b may err in the last bits of the sum of its terms' magnitudes."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    assert np.max(np.abs(x - a @ b) / (np.abs(a) @ np.abs(b))) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("depth", [48, 64])
+def test_products_of_fp32(probe_folder: Path, depth: int) -> None:
+    rng = np.random.default_rng(9)
+    q, k, v = (rng.standard_normal((n, depth), np.float32) for n in (32, 96, 96))
+    p = rng.random((32, 96), np.float32)
+    s, o = _products_f32(q, k, p, v)
+    _assert_fp32_accurate(s, q, k.T)
+    _assert_fp32_accurate(o, p, v)
+    # Over many keys of one sign, truncated sums would drift by 1e-5.
+    k, v = (rng.random((4096, depth), np.float32) for _ in range(2))
+    p = rng.random((32, 4096), np.float32)
+    s, o = _products_f32(np.abs(q), k, p, v)
+    _assert_fp32_accurate(s, np.abs(q), k.T)
+    _assert_fp32_accurate(o, p, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_products_of_what_is_not_finite(probe_folder: Path, value: float) -> None:
+    rng = np.random.default_rng(10)
+    q, k, v = (rng.standard_normal((n, 64), np.float32) for n in (32, 32, 32))
+    p = rng.random((32, 32), np.float32)
+    q[5, 3] = k[17, 40] = v[30, 9] = value
+    s, o = _products_f32(q, k, p, v)
+    with np.errstate(invalid="ignore"):
+        expected_s, expected_o = q @ k.T, p @ v
+    for got, expected in ((s, expected_s), (o, expected_o)):
+        bad = ~np.isfinite(expected)
+        assert bad.any() and not bad.all()
+        np.testing.assert_array_equal(np.where(bad, got, 0), np.where(bad, expected, 0))
+        np.testing.assert_allclose(got[~bad], expected[~bad], atol=2e-5)
+
+
+def _lane_offsets_f32(ld: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each lane reads Q, K and V, in bytes from a tile's start, rows ``ld`` floats apart."""
+    lane = np.arange(32)
+    q = lane % 16 * ld + lane // 16 * 4
+    k = lane % 8 * ld + lane // 8 * 4
+    v = lane % 4 * 2 * ld + lane // 4
+    return 4 * q, 4 * k, 4 * v
+
+
+@pytest.mark.gpu
+def test_lane_offsets_of_fp32(probe_folder: Path) -> None:
+    got = Probe("mma_tf32")("offsets_64", 32, [], [_zeros(32, "u4") for _ in range(3)])
+    for offsets, expected in zip(got, _lane_offsets_f32(64 + 4), strict=True):
+        np.testing.assert_array_equal(offsets, expected)
+
+
+@pytest.mark.parametrize("head_dim", range(16, 513, 16))
+def test_fp32_tiles_are_read_without_bank_conflicts(head_dim: int) -> None:
+    q, k, v = _lane_offsets_f32(head_dim + 4)
+    for offsets in (q, k):  # ldmatrix: eight lanes' rows of 16 bytes at a time
+        assert (offsets % 16 == 0).all()
+        for rows in offsets.reshape(4, 8):
+            banks = (rows[:, None] // 4 + np.arange(4)) % 32
+            assert np.unique(banks).size == 32
+    assert np.unique(v // 4 % 32).size == 32
+    assert np.unique((v // 4 + head_dim + 4) % 32).size == 32  # the lane's other key
 
 
 @pytest.mark.gpu

@@ -35,18 +35,31 @@ __device__ __forceinline__ void store_rows(T* gO, int64 row_stride, const float*
     }
 }
 
-// Stores ROWS x DIM values of T that are already final, from shared rows LD apart.
-template <int ROWS, int DIM, int LD, int BYTES, int THREADS, typename T>
-__device__ __forceinline__ void copy_rows_out(T* gO, int64 row_stride, const T* sO, int valid_rows,
-                                              int thread) {
+// Two neighbouring values, converted to T, in one store.
+template <typename T>
+__device__ __forceinline__ void store_pair(T* address, float lo, float hi) {
+    if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<float2*>(address) = float2{lo, hi};
+    } else {
+        *reinterpret_cast<uint32*>(address) = pack2<T>(lo, hi);
+    }
+}
+
+// One warp stores ROWS rows of values of T that are already final, from shared rows LD apart, to
+// where row_of(row, valid) says; columns from valid_cols on are left out.
+template <typename T, int ROWS, int COLS, int LD, int BYTES, typename RowOf>
+__device__ __forceinline__ void scatter_rows(const T* sO, RowOf row_of, int valid_cols, int lane) {
     constexpr int VEC = BYTES / int(sizeof(T));
-    constexpr int PIECES_PER_ROW = DIM / VEC;
-    for (int i = thread; i < ROWS * PIECES_PER_ROW; i += THREADS) {
+    constexpr int PIECES_PER_ROW = COLS / VEC;
+#pragma unroll(COLS > 64 ? 4 : 1)
+    for (int i = lane; i < ROWS * PIECES_PER_ROW; i += WARP_SIZE) {
         const int row = i / PIECES_PER_ROW;
         const int col = (i % PIECES_PER_ROW) * VEC;
-        if (row >= valid_rows) break;  // rows only grow from here
-        *reinterpret_cast<Vector<BYTES>*>(gO + row * row_stride + col) =
-            *reinterpret_cast<const Vector<BYTES>*>(sO + row * LD + col);
+        bool valid;
+        T* gO = row_of(row, valid);
+        if (valid && col < valid_cols)
+            *reinterpret_cast<Vector<BYTES>*>(gO + col) =
+                *reinterpret_cast<const Vector<BYTES>*>(sO + row * LD + col);
     }
 }
 

@@ -20,6 +20,12 @@ struct AccumulatorTile {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) x[m][n][e] = 0.0f;
     }
+
+    // The two columns that a lane holds of tile n, in row `half` of fragment m.
+    __device__ __forceinline__ void set_pair(int m, int n, int half, float lo, float hi) {
+        x[m][n][2 * half] = lo;
+        x[m][n][2 * half + 1] = hi;
+    }
 };
 
 // Byte offset, from a tile's first element, of the row that this lane points ldmatrix at:
@@ -62,13 +68,15 @@ __device__ __forceinline__ void multiply_qk(AccumulatorTile<FRAGMENTS_M, TILES_N
 // P as the A operand of P V: FRAGMENTS_M * 16 rows, STEPS * 16 keys, two values of T per register.
 // The accumulator layout of two neighbouring 8-key tiles of S is the operand layout of one 16-key
 // step, so a probability stays in the lane that computed it.
-template <int FRAGMENTS_M, int STEPS>
+template <typename T, int FRAGMENTS_M, int STEPS>
 struct ProbabilityTile {
     uint32 x[FRAGMENTS_M][STEPS][4];
 
-    // The register for the pair of keys that a lane holds of 8-key tile n, in row `half` of
-    // fragment m.
-    __device__ __forceinline__ uint32& pair(int m, int n, int half) {
+    // The pair of keys that a lane holds of 8-key tile n, in row `half` of fragment m.
+    __device__ __forceinline__ void set_pair(int m, int n, int half, float lo, float hi) {
+        x[m][n / 2][n % 2 * 2 + half] = pack2<T>(lo, hi);
+    }
+    __device__ __forceinline__ uint32 pair(int m, int n, int half) const {
         return x[m][n / 2][n % 2 * 2 + half];
     }
 };
@@ -76,7 +84,7 @@ struct ProbabilityTile {
 // O += P V. v: this lane's ldmatrix address of the first key.
 template <typename T, int FRAGMENTS_M, int STEPS, int TILES_D, int LD>
 __device__ __forceinline__ void multiply_pv(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
-                                            const ProbabilityTile<FRAGMENTS_M, STEPS>& rP,
+                                            const ProbabilityTile<T, FRAGMENTS_M, STEPS>& rP,
                                             uint32 v) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -92,5 +100,41 @@ __device__ __forceinline__ void multiply_pv(AccumulatorTile<FRAGMENTS_M, TILES_D
         }
     }
 }
+
+// The same with P in shared memory, for warps that share it; p: this lane's ldmatrix address of the
+// warp's first row. LD and LD_P: row lengths of V and P.
+template <typename T, int FRAGMENTS_M, int STEPS, int TILES_D, int LD, int LD_P>
+__device__ __forceinline__ void multiply_shared_pv(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
+                                                   uint32 p, uint32 v) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        ProbabilityTile<T, FRAGMENTS_M, 1> rP;
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m)
+            ldmatrix_x4(rP.x[m][0], p + 2 * (m * 16 * LD_P + step * 16));
+        multiply_pv<T, FRAGMENTS_M, 1, TILES_D, LD>(rO, rP, v + 2 * step * 16 * LD);
+    }
+}
+
+// The two products of attention for one warp's rows, by type: this one is for 16-bit inputs,
+// mma_tf32_tile.cuh has the one for fp32. DEPTH, LD: of Q and K; LD_V: of V.
+template <typename T, int FRAGMENTS_M, int TILES_N, int TILES_D, int DEPTH, int LD, int LD_V>
+struct TileProducts {
+    using Scores = AccumulatorTile<FRAGMENTS_M, TILES_N>;
+    using Probabilities = ProbabilityTile<T, FRAGMENTS_M, TILES_N / 2>;
+    using Output = AccumulatorTile<FRAGMENTS_M, TILES_D>;
+
+    // Byte offsets of what this lane reads from what the warp reads.
+    __device__ static __forceinline__ uint32 lane_q() { return lane_offset_rows_first<LD>(); }
+    __device__ static __forceinline__ uint32 lane_k() { return lane_offset_columns_first<LD>(); }
+    __device__ static __forceinline__ uint32 lane_v() { return lane_offset_rows_first<LD_V>(); }
+
+    __device__ static __forceinline__ void scores(Scores& rS, uint32 q, uint32 k) {
+        multiply_qk<T, FRAGMENTS_M, TILES_N, DEPTH, LD>(rS, q, k);
+    }
+    __device__ static __forceinline__ void output(Output& rO, const Probabilities& rP, uint32 v) {
+        multiply_pv<T, FRAGMENTS_M, TILES_N / 2, TILES_D, LD_V>(rO, rP, v);
+    }
+};
 
 }  // namespace flashcore

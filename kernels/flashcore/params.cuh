@@ -2,6 +2,7 @@
 // it once as a NumPy structured dtype; FC_PARAMS_BYTES lets each entry file assert that both have
 // the same size.
 #pragma once
+#include <flashcore/mods.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {
@@ -12,36 +13,61 @@ struct Strides {
     int64 batch, head, row;
 };
 
+// Strides of an array that is broadcast to (B, Hq, Sq, Skv): 0 along an axis that it lacks.
+struct BroadcastStrides {
+    int64 batch, head, row, column;
+};
+
+struct HeadStrides {
+    int64 batch, head;
+};
+
 struct AttentionParams {
-    const void* q;         // (B, Hq, Sq, D)
-    const void* k;         // (B, Hkv, Skv, D)
-    const void* v;         // (B, Hkv, Skv, Dv)
-    void* o;               // (B, Hq, Sq, Dv)
-    float* lse;            // (B, Hq, Sq), natural log, or null
-    float* gate;           // (B, Hq, Sq, gate_row) fp32: the stage a debug gate writes, or null
-    float* gate_tile_max;  // (B, Hq, Sq, gate_tiles): running maximum at each tile, log2 units
-    float* gate_row_max;   // (B, Hq, Sq): final maximum, log2 units
-    float* gate_row_sum;   // (B, Hq, Sq): final sum
-    void* scratch_scores;  // wmma_unfused: S, fp32, (B, Hq, rows_padded, cols_padded)
-    void* scratch_probs;   // wmma_unfused: P, T, the same shape
-    float* scratch_sum;    // wmma_unfused: row sums, (B, Hq, rows_padded)
-    const float* q_scale;  // fp8: dequantisation factors, (B, Hq)
-    const float* k_scale;  // fp8: (B, Hkv)
-    const float* v_scale;  // fp8: (B, Hkv)
+    const void* q;             // (B, Hq, Sq, D)
+    const void* k;             // (B, Hkv, Skv, D)
+    const void* v;             // (B, Hkv, Skv, Dv)
+    void* o;                   // (B, Hq, Sq, Dv)
+    float* lse;                // (B, Hq, Sq), natural log, or null
+    float* gate;               // (B, Hq, Sq, gate_row) fp32: the stage a debug gate writes, or null
+    float* gate_tile_max;      // (B, Hq, Sq, gate_tiles): running maximum at each tile, log2 units
+    float* gate_row_max;       // (B, Hq, Sq): final maximum, log2 units
+    float* gate_row_sum;       // (B, Hq, Sq): final sum
+    void* scratch_scores;      // wmma_unfused: S, fp32, (B, Hq, rows_padded, cols_padded)
+    void* scratch_probs;       // wmma_unfused: P, T, the same shape
+    float* scratch_sum;        // wmma_unfused: row sums, (B, Hq, rows_padded)
+    const float* q_scale;      // fp8: dequantisation factors, (B, Hq)
+    const float* k_scale;      // fp8: (B, Hkv)
+    const float* v_scale;      // fp8: (B, Hkv)
+    const float* alibi;        // slopes, (B, Hq)
+    const void* bias;          // (B, Hq, Sq, Skv), T or fp32
+    const uint8* mask;         // (B, Hq, Sq, Skv), 0 = hidden
+    const float* sink;         // (Hq), logits
+    ModArgs mod_args;          // the user's arrays, see mods.cuh
+    const int* cu_seqlens_q;   // (B + 1), where each packed sequence starts, or null
+    const int* cu_seqlens_kv;  // (B + 1)
+    float* split_partial;      // fwd_sm80: what each part of a split row of blocks has found
+    int* split_arrivals;       // fwd_sm80: how many parts have arrived; 0 between launches
     Strides q_strides, k_strides, v_strides, o_strides;
+    HeadStrides lse_strides, alibi_strides;
+    BroadcastStrides bias_strides, mask_strides;
     int batch;
     int heads_q;
     int heads_kv;
-    int seqlen_q;
-    int seqlen_kv;      // keys that at least one query may see; later ones are never read
-    int causal_offset;  // query i sees key j <= i + causal_offset
+    int seqlen_q;       // packed batches: all rows of q
+    int seqlen_kv;      // keys that at least one query may see; packed batches: all rows of k
+    int causal_offset;  // the key at query 0's own position: query i stands at i + this
+    int window_left;    // query i sees key j >= i + causal_offset - window_left, where windowed
+    int window_right;   // query i sees key j <= i + causal_offset + window_right; causal: 0
+    int top_left;       // packed batches: query 0's own position is key 0 of its sequence
+    int m_blocks;       // fwd_sm80: blocks of queries per head, all sequences together
+    int splits;         // fwd_sm80: parts of the keys, each a thread block's
     int gate_row;       // the gate array's row length: the true Skv
     int gate_tiles;     // tiles per row in gate_tile_max
     int rows_padded;    // scratch rows: Sq rounded up to the tile
     int cols_padded;    // scratch columns: seqlen_kv rounded up to the tile
-    int negate_q;       // fwd_sm80: the scale is negative, and given here without its sign
     float softmax_scale;
     float scale_log2;  // softmax_scale * log2(e): exp(x) = exp2(x * log2(e))
+    float softcap, inverse_softcap;
 };
 
 // Which (batch, query head) and which block of queries a thread block works on.
@@ -62,7 +88,7 @@ __device__ __forceinline__ TileCoord tile_coord(const AttentionParams& p, int bl
 }
 
 // The (b, h) pair of a query head, as one index into (B, Hq) arrays.
-__device__ __forceinline__ int64 head_row(const AttentionParams& p, const TileCoord& tile) {
+__device__ __forceinline__ int64 head_index(const AttentionParams& p, const TileCoord& tile) {
     return int64(tile.batch) * p.heads_q + tile.head;
 }
 
@@ -75,6 +101,13 @@ template <typename T>
 __device__ __forceinline__ const T* head_pointer(const void* base, const Strides& s, int batch,
                                                  int head) {
     return static_cast<const T*>(base) + batch * s.batch + head * s.head;
+}
+
+// First element of row `row` of a head.
+template <typename T>
+__device__ __forceinline__ const T* head_row(const void* base, const Strides& s, int batch,
+                                             int head, int64 row) {
+    return head_pointer<T>(base, s, batch, head) + row * s.row;
 }
 
 // Row `query` of the output.

@@ -127,6 +127,25 @@ __device__ __forceinline__ uint32 widen_e4m3x2<bfloat16_t>(uint16 packed) {
     return pack2<bfloat16_t>(to_float(half_t{uint16(two)}), to_float(half_t{uint16(two >> 16)}));
 }
 
+// x = hi + lo for tensor cores that multiply tf32, fp32 with 10 fraction bits: the others are zero
+// in hi; in lo they are below 2^-21 of x, and the tensor cores ignore them. Cut alone, hi would be
+// too small by half a unit on average, and lo lo, which nobody multiplies, always positive for
+// factors of one sign; raising x first centres lo. (cvt.rna, which rounds, is four instructions on
+// the chip.) A tf32 is its own hi, and so are NaN and infinities, whose lo is NaN.
+__device__ __forceinline__ void split_tf32(float x, uint32& hi, uint32& lo) {
+    hi = __float_as_uint(x * 1.00034f) & 0xffffe000u;
+    lo = __float_as_uint(x - __uint_as_float(hi)) + 0x1000u;  // rounds what mma will truncate
+}
+
+// 1 / x, 1 ulp; 0 at infinity.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float to_float(uint8 x) { return float(x); }
+
 // exp2 on the special-function unit: 2 ulp, exact at 0, and 0 at -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;

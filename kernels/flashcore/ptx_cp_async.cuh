@@ -11,11 +11,12 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
 
 // Copies `valid` bytes and fills the rest of the 16, 8 or 4 with zeros; valid = 0 reads nothing.
 // Only the 16-byte form may bypass L1 (.cg), which is wanted here: a tile is used from shared
-// memory.
+// memory. The rest of the 128 bytes around will be asked for next.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(valid)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(valid)
+        : "memory");
 }
 
 __device__ __forceinline__ void cp_async_8(void* shared, const void* global, int valid) {

@@ -14,15 +14,40 @@ __device__ __forceinline__ float shfl(float x, int source_lane) {
     return __shfl_sync(FULL_WARP, x, source_lane);
 }
 
+__device__ __forceinline__ int shfl(int x, int source_lane) {
+    return __shfl_sync(FULL_WARP, x, source_lane);
+}
+
+// Bitwise or over the warp; every lane gets it. One instruction from sm_80 on.
+__device__ __forceinline__ uint32 warp_or(uint32 x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_or_sync(FULL_WARP, x);
+#else
+    for (int mask = WARP_SIZE / 2; mask > 0; mask /= 2) x |= __shfl_xor_sync(FULL_WARP, x, mask);
+    return x;
+#endif
+}
+
 // Orders shared memory among the 32 lanes of a warp.
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
 // Orders shared memory among all threads of the block.
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
+// Orders shared memory among `threads` threads, whole warps, that meet at barrier `id` (1 to 15; 0
+// is block_sync's).
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Whether the condition holds in any lane; the same answer in all of them.
 __device__ __forceinline__ bool warp_any(bool condition) {
     return __any_sync(FULL_WARP, condition);
+}
+
+// In how many lanes the condition holds.
+__device__ __forceinline__ int warp_count(bool condition) {
+    return __popc(__ballot_sync(FULL_WARP, condition));
 }
 
 // Maximum over groups of WIDTH neighbouring lanes (a power of two); every lane gets it.

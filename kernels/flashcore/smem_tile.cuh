@@ -12,6 +12,12 @@ namespace flashcore {
 // 16 bytes. COLS is a multiple of 16, so COLS + 8 is both.
 __host__ __device__ constexpr int padded_row(int cols) { return cols + 8; }
 
+// The same for any type: 16 bytes more than COLS.
+template <typename T>
+__host__ __device__ constexpr int padded_columns(int cols) {
+    return cols + 16 / int(sizeof(T));
+}
+
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
     const int bytes = valid ? BYTES : 0;
@@ -50,6 +56,89 @@ __device__ __forceinline__ void load_tile(T* sTile, const T* gTile, int64 row_st
             copy_async<BYTES>(target, source, valid);
         } else {
             copy_sync<BYTES>(target, source, valid);
+        }
+    }
+}
+
+__host__ __device__ constexpr int common_power_of_two(int a, int b) {
+    int n = 1;
+    while (a % (2 * n) == 0 && b % (2 * n) == 0) n *= 2;
+    return n;
+}
+
+// How the threads of a block share out the pieces of a ROWS x COLS tile, for the loads of a main
+// loop: a thread has the same columns in every ROWS_PER_PASS-th row, so one address and constant
+// steps reach all its pieces, and a tile that is all inside needs no comparison at all.
+template <typename T, int ROWS, int COLS, int VALID_COLS, int LD, int BYTES, int THREADS>
+struct TileCopy {
+    static constexpr int VEC = BYTES / int(sizeof(T));  // elements per copy
+    static constexpr int THREADS_PER_ROW = common_power_of_two(COLS / VEC, THREADS);
+    static constexpr int COLS_PER_PASS = THREADS_PER_ROW * VEC;
+    static constexpr int ROWS_PER_PASS = THREADS / THREADS_PER_ROW;
+    static constexpr int PASSES = div_up(ROWS, ROWS_PER_PASS);
+    static_assert(VALID_COLS % VEC == 0, "a copy is all inside or all outside");
+
+    // Starts copying rows [first_valid, end_valid) from gTile; other rows and columns become zeros,
+    // as in load_tile.
+    __device__ static __forceinline__ void load(T* sTile, const T* gTile, int64 row_stride,
+                                                int first_valid, int end_valid) {
+        if (first_valid <= 0 && end_valid >= ROWS) {
+            passes<true>(sTile, gTile, row_stride, first_valid, end_valid);
+        } else {
+            passes<false>(sTile, gTile, row_stride, first_valid, end_valid);
+        }
+    }
+
+  private:
+    template <bool FULL>
+    __device__ static __forceinline__ void passes(T* sTile, const T* gTile, int64 row_stride,
+                                                  int first_valid, int end_valid) {
+        const int first_row = threadIdx.x / THREADS_PER_ROW;
+        const int first_col = threadIdx.x % THREADS_PER_ROW * VEC;
+        const T* source = gTile + first_row * row_stride + first_col;
+        T* target = sTile + first_row * LD + first_col;
+#pragma unroll(BYTES >= 8 ? PASSES : 1)
+        for (int pass = 0; pass < PASSES; ++pass) {
+            const int row = pass * ROWS_PER_PASS + first_row;
+            if (ROWS % ROWS_PER_PASS != 0 && row >= ROWS) break;
+            const bool row_valid = FULL || (row >= first_valid && row < end_valid);
+#pragma unroll
+            for (int col = 0; col < COLS; col += COLS_PER_PASS) {
+                const bool valid =
+                    row_valid && (VALID_COLS == COLS || first_col + col < VALID_COLS);
+                // An address outside the array is not read, even for a copy of zero bytes.
+                const T* from = valid ? source + col : gTile;
+                if constexpr (BYTES >= 4) {
+                    copy_async<BYTES>(target + col, from, valid);
+                } else {
+                    copy_sync<BYTES>(target + col, from, valid);
+                }
+            }
+            source += ROWS_PER_PASS * row_stride;
+            target += ROWS_PER_PASS * LD;
+        }
+    }
+};
+
+// Loads rows that lie anywhere: row_of(row, valid) gives the address of a row's first element and
+// sets whether there is one. Otherwise as load_tile.
+template <typename T, int ROWS, int COLS, int VALID_COLS, int LD, int BYTES, int THREADS,
+          typename RowOf>
+__device__ __forceinline__ void gather_rows(T* sTile, RowOf row_of) {
+    constexpr int VEC = BYTES / int(sizeof(T));
+    constexpr int COPIES_PER_ROW = COLS / VEC;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < ROWS * COPIES_PER_ROW; i += THREADS) {
+        const int row = i / COPIES_PER_ROW;
+        const int col = (i % COPIES_PER_ROW) * VEC;
+        bool valid;
+        const T* source = row_of(row, valid);
+        valid = valid && col < VALID_COLS;
+        if (valid) source += col;
+        if constexpr (BYTES >= 4) {
+            copy_async<BYTES>(sTile + row * LD + col, source, valid);
+        } else {
+            copy_sync<BYTES>(sTile + row * LD + col, source, valid);
         }
     }
 }

@@ -22,13 +22,37 @@ struct RowState {
 // A row that has seen no key has m = -inf, and -inf - -inf is NaN: subtract 0 instead.
 __device__ __forceinline__ float finite_max(float m) { return m == NEG_INFINITY ? 0.0f : m; }
 
-// Raises the maximum to tile_max; returns the factor for what was accumulated so far.
+// How far, in log2 units, scores may rise above the maximum that is subtracted before it follows.
+// Probabilities then reach 2^8 at most, which every type holds with the same relative precision,
+// and most tiles after the first leave m, and so O, as they are (FlashAttention-4 does the same).
+constexpr float MAX_LAG = 8.0f;
+
+// Raises the maximum to tile_max if it has to follow; returns the factor for what was accumulated
+// so far.
 __device__ __forceinline__ float raise_max(RowState& row, float tile_max) {
     const float old_max = row.max;
-    row.max = fmaxf(old_max, tile_max);
+    row.max = tile_max > old_max + MAX_LAG ? tile_max : old_max;
     const float rescale = exp2_approx(old_max - finite_max(row.max));
     row.sum *= rescale;
     return rescale;
+}
+
+// The factors by which two partial results, found with maxima `a` and `b`, are to be added.
+struct MergeFactors {
+    float max, a, b;
+
+    __device__ __forceinline__ MergeFactors(float a_max, float b_max)
+        : max(fmaxf(a_max, b_max)),
+          a(exp2_approx(a_max - finite_max(max))),
+          b(exp2_approx(b_max - finite_max(max))) {}
+};
+
+// A sink is a logit without a value: it joins m and l. Returns the factor for O.
+__device__ __forceinline__ float add_sink(RowState& row, float logit) {
+    const MergeFactors merge(row.max, logit * LOG2_E);
+    row.max = merge.max;
+    row.sum = row.sum * merge.a + merge.b;
+    return merge.a;
 }
 
 // A query that saw no key has l = 0: its output is 0 and its LSE -inf.

@@ -50,3 +50,18 @@ extern "C" __global__ void exponential(const float* x, float* y) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     y[i] = exp2_approx(x[i]);
 }
+
+extern "C" __global__ void reciprocal(const float* x, float* y) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = reciprocal_approx(x[i]);
+}
+
+extern "C" __global__ void widen_bytes(const uint8* bytes, float* y) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = to_float(bytes[i]);
+}
+
+extern "C" __global__ void split(const float* x, uint32* hi, uint32* lo) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    split_tf32(x[i], hi[i], lo[i]);
+}

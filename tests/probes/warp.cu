@@ -16,6 +16,30 @@ extern "C" __global__ void shuffles(const float* x, float* partner, float* from_
     any[lane] = float(warp_any(x[lane] == x[7]) && !warp_any(x[lane] > 1e9f));
 }
 
+// 32 threads.
+extern "C" __global__ void integers(const int* x, const uint32* bits, int* from_five, int* negative,
+                                    uint32* any_bit) {
+    const int lane = threadIdx.x;
+    from_five[lane] = shfl(x[lane], 5);
+    negative[lane] = warp_count(x[lane] < 0);
+    any_bit[lane] = warp_or(bits[lane]);
+}
+
+// 256 threads: pairs of warps hand each other their numbers, one more each time; the first pair
+// once, the last four times, so no pair may wait for another.
+extern "C" __global__ void pairs_of_warps(const float* x, float* y) {
+    __shared__ float sX[256];
+    const int thread = threadIdx.x, pair = thread / 64;
+    float mine = x[thread];
+    for (int lap = 0; lap <= pair; ++lap) {
+        sX[thread] = mine;
+        named_barrier_sync(pair + 1, 64);
+        mine = sX[thread ^ 32] + 1.0f;
+        named_barrier_sync(pair + 1, 64);
+    }
+    y[thread] = mine;
+}
+
 // 256 threads: each reads what another warp (block_sync) and another lane (warp_sync) has written.
 extern "C" __global__ void syncs(const float* x, float* across_block, float* across_warp) {
     __shared__ float sBlock[256];

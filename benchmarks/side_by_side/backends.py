@@ -1,0 +1,276 @@
+"""Our attention and torch's behind one face: bind to inputs, enqueue, capture.
+
+torch is imported by ``require_torch`` alone. It makes the arrays; CuPy sees them through DLPack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from flashcore_cupy import attention as attend
+from flashcore_cupy import builds, jit, tiles
+from flashcore_cupy.arrays import ArraySpec, spec_of_copy
+from flashcore_cupy.attention import plan
+from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.problem import describe
+from side_by_side.cells import DTYPE, UNBOUNDED, Cell
+from side_by_side.results import OURS
+
+#: Enqueues one attention on the current stream, and returns its output, a (B, H, Sq, D) tensor.
+Run = Callable[[], Any]
+
+_SDP = {
+    "torch-flash2": "FLASH_ATTENTION",
+    "torch-cudnn": "CUDNN_ATTENTION",
+    "torch-efficient": "EFFICIENT_ATTENTION",
+}
+
+
+def require_torch() -> Any:
+    """The module torch with a GPU that it can use; ``RuntimeError`` with the cure otherwise."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        raise RuntimeError(
+            "torch is missing, which this benchmark compares with: pip install torch "
+            "(the package itself does without it)"
+        ) from None
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch finds no GPU that it can use")
+    return torch
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors q (B, Sq, H, D), k and v (B, Skv, Hkv, D)."""
+
+    q: Any
+    k: Any
+    v: Any
+
+    @property
+    def heads_first(self) -> tuple[Any, Any, Any]:
+        """(B, H, S, D) views of the same memory, which torch's function takes."""
+        return self.q.transpose(1, 2), self.k.transpose(1, 2), self.v.transpose(1, 2)
+
+
+def random_inputs(torch: Any, cell: Cell, seed: int = 0) -> Inputs:
+    """N(0, 1), the same for the same seed."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    make = functools.partial(
+        torch.randn, dtype=getattr(torch, DTYPE), device="cuda", generator=generator
+    )
+    return Inputs(make(cell.q_shape), make(cell.kv_shape), make(cell.kv_shape))
+
+
+def as_cupy(torch: Any, tensor: Any) -> Any:
+    """The tensor's memory as a CuPy array."""
+    import cupy
+
+    if tensor.dtype == torch.bfloat16:  # both travel as integers: not every DLPack has these types
+        return cupy.from_dlpack(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+    if tensor.dtype == torch.bool:
+        return cupy.from_dlpack(tensor.view(torch.uint8)).view(np.bool_)
+    return cupy.from_dlpack(tensor)
+
+
+def to_numpy(torch: Any, tensor: Any) -> np.ndarray[Any, Any]:
+    """A copy on the host; bfloat16 as ``ml_dtypes.bfloat16``."""
+    if tensor.dtype == torch.bfloat16:
+        bits: np.ndarray[Any, Any] = tensor.contiguous().view(torch.int16).cpu().numpy()
+        return bits.view(ml_dtypes.bfloat16)
+    return np.asarray(tensor.cpu().numpy())
+
+
+def to_torch(torch: Any, array: np.ndarray[Any, Any]) -> Any:
+    """A copy on the GPU of a NumPy array."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
+    return torch.from_numpy(array).cuda()
+
+
+class Backend(Protocol):
+    """An implementation of attention."""
+
+    name: str
+
+    def bind(self, cell: Cell, inputs: Inputs) -> Run:
+        """Prepare everything that a launch does not have to do; raise if it cannot be done."""
+
+    def public_call(self, cell: Cell, inputs: Inputs) -> Run:
+        """The call that a user writes, with all that it does on the host."""
+
+    def capture(self, runs: Sequence[Run]) -> Callable[[], Any]:
+        """A CUDA graph of these runs one after the other; calling it replays it."""
+
+    def selected(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around ``run()`` and ``public_call``'s calls."""
+
+    def note(self) -> str:
+        """What the last bound cell runs, where that is known."""
+
+
+class Ours:
+    """This package, by a plan that is built ahead."""
+
+    def __init__(self, torch: Any) -> None:
+        self.name = OURS
+        self._torch = torch
+        self._note = ""
+
+    def bind(self, cell: Cell, inputs: Inputs) -> Run:
+        """Build the plan, its output a tensor's memory."""
+        arrays, out = self._arrays(inputs)
+        bound = plan(*arrays, layout="bshd", out=as_cupy(self._torch, out), **cell.rules)
+        selection = bound.selection
+        self._note = f"{selection.kernel.name}: {selection.config.describe()}"
+        result = out.transpose(1, 2)
+
+        def run() -> Any:
+            bound.launch()
+            return result
+
+        return run
+
+    def public_call(self, cell: Cell, inputs: Inputs) -> Run:
+        """``attention(..., out=...)``, every check of its arguments included."""
+        arrays, out = self._arrays(inputs)
+        rules = {"layout": "bshd", "out": as_cupy(self._torch, out), **cell.rules}
+        return functools.partial(attend, *arrays, **rules)
+
+    def capture(self, runs: Sequence[Run]) -> Callable[[], Any]:
+        """Capture by CuPy; the replay goes to the current stream."""
+        import cupy
+
+        cupy.cuda.Device().synchronize()
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            stream.begin_capture()
+            try:
+                for run in runs:
+                    run()
+            finally:
+                graph = stream.end_capture()
+        return lambda: graph.launch(cupy.cuda.get_current_stream())
+
+    def selected(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing to choose."""
+        return contextlib.nullcontext()
+
+    def note(self) -> str:
+        """Kernel and configuration."""
+        return self._note
+
+    def _arrays(self, inputs: Inputs) -> tuple[list[Any], Any]:
+        """The inputs as CuPy arrays, and an output tensor that starts as NaN."""
+        out = self._torch.full_like(inputs.q, float("nan"))
+        return [as_cupy(self._torch, x) for x in (inputs.q, inputs.k, inputs.v)], out
+
+
+class Torch:
+    """``scaled_dot_product_attention``, held to one of its backends."""
+
+    def __init__(self, torch: Any, name: str) -> None:
+        self.name = name
+        self._torch = torch
+        choices = importlib.import_module("torch.nn.attention")
+        self._backend = getattr(choices.SDPBackend, _SDP[name])
+        self._choose = choices.sdpa_kernel
+
+    def bind(self, cell: Cell, inputs: Inputs) -> Run:
+        """Look at the arguments once; the call is torch's own."""
+        if cell.window != UNBOUNDED:
+            raise ValueError("torch has no window")
+        sdpa = self._torch.nn.functional.scaled_dot_product_attention
+        rules: dict[str, Any] = {"is_causal": cell.causal}
+        if cell.heads_kv != cell.heads:
+            rules["enable_gqa"] = True
+        return functools.partial(sdpa, *inputs.heads_first, **rules)
+
+    def public_call(self, cell: Cell, inputs: Inputs) -> Run:
+        """The same call."""
+        return self.bind(cell, inputs)
+
+    def capture(self, runs: Sequence[Run]) -> Callable[[], Any]:
+        """Capture by torch."""
+        graph = self._torch.cuda.CUDAGraph()
+        with self.selected(), self._torch.cuda.graph(graph):
+            for run in runs:
+                run()
+        replay: Callable[[], Any] = graph.replay
+        return replay
+
+    def selected(self) -> contextlib.AbstractContextManager[Any]:
+        """Allow this backend alone."""
+        chosen: contextlib.AbstractContextManager[Any] = self._choose(self._backend)
+        return chosen
+
+    def note(self) -> str:
+        """Nothing: torch does not say."""
+        return ""
+
+
+def first_result(run: Run, selected: Callable[[], Any]) -> Any:
+    """Run once. Raises ``RuntimeError`` with torch's explanation where it warns of one."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            with selected():
+                return run()
+        except RuntimeError as error:
+            raise RuntimeError(_why(error, [str(w.message) for w in told])) from error
+
+
+def _why(error: RuntimeError, told: Sequence[str]) -> str:
+    """The first warning that explains, else the error: torch says why in warnings alone."""
+    for text in told:
+        said = text.partition(" (Triggered internally")[0].strip()
+        heading = said.endswith("not used because:")
+        if said and not heading and "runtime disabled" not in said:
+            return said.partition("\n")[0].partition(". ")[0]  # sizes follow
+    return str(error).strip().partition("\n")[0]
+
+
+class Call(NamedTuple):
+    """A call to compile for, its arrays as ``dense`` describes them."""
+
+    q: ArraySpec
+    k: ArraySpec
+    v: ArraySpec
+    rules: Mapping[str, Any]
+
+
+def dense(shape: Sequence[int], dtype: DTypeLike) -> ArraySpec:
+    """A C-contiguous array that has not been made."""
+    return spec_of_copy(ArraySpec(tuple(shape), (), np.dtype(dtype), 0))
+
+
+def call_of(cell: Cell) -> Call:
+    """The call that a cell makes."""
+    q, kv = (dense(shape, ml_dtypes.bfloat16) for shape in (cell.q_shape, cell.kv_shape))
+    return Call(q, kv, kv, {"layout": "bshd", **cell.rules})
+
+
+def compile_ahead(calls: Iterable[Call], on_done: builds.OnDone | None = None) -> None:
+    """Compile in parallel processes what ours will need.
+
+    A call that cannot be described, or whose kernel does not compile, fails here in silence: it
+    does so again, and is reported, when its turn comes.
+    """
+    arch = jit.device_arch()
+    wanted: dict[KernelConfig, None] = {}
+    for call in calls:
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            problem = describe(*call[:3], **call.rules)
+            wanted |= dict.fromkeys(tiles.configs_of(tiles.select(problem, arch)))
+    builds.build_each([(config, arch) for config in wanted], on_done)

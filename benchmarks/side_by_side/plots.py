@@ -1,0 +1,136 @@
+"""The measured rows as pictures, by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashcore_cupy._plot import require_matplotlib
+from side_by_side.results import BACKENDS, Report, Row
+
+_COLORS = dict(zip(BACKENDS, ("#2f6f9f", "#b07a2e", "#7a3f8f", "#4f9d69"), strict=True))
+_LABELS = dict(zip(BACKENDS, ("FlashCore", *BACKENDS[1:]), strict=True))
+_MARKERS = dict(zip(BACKENDS, "os^v", strict=True))
+_SUBTITLE = {"loc": "left", "fontsize": 10, "color": "#444444"}
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """Write a picture per head dim of the grid and one of decode; returns the files."""
+    require_matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    grid = report.of_group("grid")
+    for head_dim in sorted({row.cell.head_dim for row in grid}):
+        rows = [row for row in grid if row.cell.head_dim == head_dim]
+        written.append(_save(_grid_figure(report, rows), folder / f"grid_d{head_dim}.png"))
+    if decode := report.of_group("decode"):
+        written.append(_save(_decode_figure(report, decode), folder / "decode.png"))
+    return written
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path)
+    return path
+
+
+def _figure(report: Report, title: str, width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    gpu = report.machine.get("gpu") or "unknown GPU"
+    figure.suptitle(f"{title} · {gpu}", fontsize=14, fontweight="bold", x=0.012, ha="left")
+    return figure
+
+
+def _grid_figure(report: Report, rows: Sequence[Row]) -> Any:
+    head_dim = rows[0].cell.head_dim
+    figure = _figure(report, f"Forward, head dim {head_dim}, bfloat16", 10.0, 4.6)
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, causal in zip(both, (False, True), strict=True):
+        some = [row for row in rows if row.cell.causal == causal]
+        for name in BACKENDS:
+            points = [(row.cell.seqlen_q, row.cell.figure(us)) for row, us in _timed(some, name)]
+            if points:
+                axes.plot(*zip(*points, strict=True), **_line(name))
+        _mark_ceiling(axes, report.ceilings.get("matmul_tflops"), "matmul 8192³, this run")
+        axes.set_xscale("log", base=2)
+        lengths = sorted({row.cell.seqlen_q for row in some})
+        axes.set_xticks(lengths, [str(n) for n in lengths])
+        axes.set_xlabel("sequence length, 16384 tokens in all")
+        axes.set_title("causal" if causal else "not causal", **_SUBTITLE)
+        _plain(axes, "both")
+    both[0].set_ylabel("TFLOP/s")
+    both[0].set_ylim(bottom=0)
+    _legend(figure, both[0])
+    return figure
+
+
+def _decode_figure(report: Report, rows: Sequence[Row]) -> Any:
+    figure = _figure(report, "Decode: one query per sequence, bfloat16", 10.0, 4.6)
+    axes = figure.add_subplot()
+    names = [name for name in BACKENDS if _timed(rows, name)]
+    width = 0.8 / max(1, len(names))
+    place = {row.cell.name: i for i, row in enumerate(rows)}
+    for number, name in enumerate(names):
+        timed = _timed(rows, name)
+        shift = (number - (len(names) - 1) / 2) * width
+        bars = axes.bar(
+            [place[row.cell.name] + shift for row, _ in timed],
+            [row.cell.figure(us) for row, us in timed],
+            width * 0.92,
+            color=_COLORS[name],
+            label=_LABELS[name],
+            zorder=2,
+        )
+        # On the line of the ceiling, the figure still reads.
+        on_white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+        labels = axes.bar_label(bars, fmt="%.0f", fontsize=7, rotation=90, padding=3)
+        for label in labels:
+            label.set(bbox=on_white, zorder=4)
+    _mark_ceiling(
+        axes, report.ceilings.get("copy_gbs"), "copy of 1 GiB, read and written, this run"
+    )
+    names_below = [f"B={row.cell.batch}\nSkv={row.cell.seqlen_kv}" for row in rows]
+    axes.set_xticks(range(len(rows)), names_below)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.12)  # room for the figures on the bars
+    axes.set_ylabel("GB/s of K and V")
+    cell = rows[0].cell
+    subtitle = f"Hq={cell.heads} Hkv={cell.heads_kv} D={cell.head_dim}, inputs not in the L2"
+    axes.set_title(subtitle, **_SUBTITLE)
+    _plain(axes, "y")
+    _legend(figure, axes)
+    return figure
+
+
+def _timed(rows: Sequence[Row], name: str) -> list[tuple[Row, float]]:
+    return [(row, us) for row in rows if (us := row.us(name)) is not None]
+
+
+def _line(name: str) -> dict[str, Any]:
+    ours = name == BACKENDS[0]
+    return {
+        "color": _COLORS[name],
+        "label": _LABELS[name],
+        "marker": _MARKERS[name],
+        "markersize": 5,
+        "linewidth": 2.4 if ours else 1.5,
+        "zorder": 4 if ours else 3,
+    }
+
+
+def _mark_ceiling(axes: Any, value: float | None, label: str) -> None:
+    if value is not None:
+        axes.axhline(value, color="#3d3d3d", linestyle="--", linewidth=1.2, label=label, zorder=1)
+
+
+def _plain(axes: Any, grid: str) -> None:
+    axes.grid(axis=grid, which="major", color="#dddddd", zorder=0)
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Below the axes, where it can cover nothing."""
+    handles, _ = axes.get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)

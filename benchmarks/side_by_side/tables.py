@@ -1,0 +1,117 @@
+"""The measured rows as tables for people, by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from side_by_side.cells import GROUPS, Cell
+from side_by_side.results import BACKENDS, FLASH2, OURS, Report, Row, geometric_mean
+
+_TITLES = {
+    "grid": "Forward, 16384 tokens, H x D = 2048",
+    "small": "Small problems",
+    "decode": "Decode, one query per sequence",
+    "variants": "Grouped queries and windows",
+    "percall": "Calls from Python (time on the GPU)",
+}
+
+
+def report_tables(report: Report) -> Group:
+    """Machine, one table per group that was measured, and what has to be said beside them."""
+    parts: list[RenderableType] = [machine_line(report.machine)]
+    if report.ceilings:
+        ceilings = report.ceilings
+        parts.append(
+            f"ceilings measured in this run: matmul {ceilings.get('matmul_tflops', 0):.0f} "
+            f"TFLOP/s, copy {ceilings.get('copy_gbs', 0):.0f} GB/s"
+        )
+    for group in GROUPS:
+        rows = report.of_group(group)
+        if rows:
+            parts += ["", *_group_table(rows, report.methods.get(group, ""))]
+    return Group(*parts)
+
+
+def machine_line(machine: object) -> str:
+    """One line about the machine of a result."""
+    known = machine if isinstance(machine, dict) else {}
+    return (
+        f"{known.get('gpu')}, driver {known.get('driver')}, flashcore {known.get('version')} "
+        f"(kernels {known.get('kernels_digest')}), NVRTC {known.get('nvrtc')}, "
+        f"CuPy {known.get('cupy')}, torch {known.get('torch')}, cuDNN {known.get('cudnn')}"
+    )
+
+
+def _group_table(rows: Sequence[Row], method: str) -> list[RenderableType]:
+    """The table of one group, and under it the reasons and what ours ran."""
+    group, unit = rows[0].cell.group, rows[0].cell.unit
+    table = Table(
+        title=f"{_TITLES[group]}, bfloat16, {unit}",
+        title_justify="left",
+        caption=f"{method}; medians. A ratio above 1: ours is faster. "
+        "Spread: the row's widest (p90 - p10) / median.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column("case", no_wrap=True)
+    names = [name for name in BACKENDS if any(name in row.entries for row in rows)]
+    for name in (*names, "vs best", "vs flash2", "spread"):
+        table.add_column(name.removeprefix("torch-"), justify="right", no_wrap=True)
+    reasons: dict[str, int] = {}
+    for row in rows:
+        figures = [_figure(row, name, reasons) for name in names]
+        ratios = _ratio(row.speedup_to_best()), _ratio(row.speedup(FLASH2))
+        table.add_row(row.cell.name, *figures, *ratios, _percent(row.spread))
+    table.add_section()
+    best, count = geometric_mean(row.speedup_to_best() for row in rows)
+    flash2, _ = geometric_mean(row.speedup(FLASH2) for row in rows)
+    empty = [""] * len(names)
+    mean = f"geometric mean of {count}"
+    table.add_row(mean, *empty, _ratio(best), _ratio(flash2), "", style="bold")
+    return [table, *(Text(line, style="dim") for line in _notes(rows, reasons))]
+
+
+def _figure(row: Row, name: str, reasons: dict[str, int]) -> Text:
+    """The figure of one backend, or the number of the reason why there is none."""
+    entry = row.entries.get(name)
+    if entry is None:
+        return Text("")
+    if entry.us is None:
+        number = reasons.setdefault(f"{name}: {entry.reason}", len(reasons) + 1)
+        return Text(f"none [{number}]", style="red" if name == OURS else "yellow")
+    text = _significant(row.cell.figure(entry.us))
+    if entry.gpu_us is not None:
+        text += f" ({_significant(entry.gpu_us)})"
+    return Text(text, style="bold" if name == OURS else "")
+
+
+def _notes(rows: Sequence[Row], reasons: dict[str, int]) -> list[str]:
+    notes = [f"[{number}] {reason}" for reason, number in reasons.items()]
+    kernels: dict[str, list[Cell]] = {}
+    for row in rows:
+        if row.us(OURS) is not None:
+            kernels.setdefault(row.entries[OURS].note, []).append(row.cell)
+    for note, cells in kernels.items():
+        which = "all" if len(kernels) == 1 else f"{cells[0].name}, {len(cells)} in all"
+        notes.append(f"ours is {note} ({which})")
+    return notes
+
+
+def _significant(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"

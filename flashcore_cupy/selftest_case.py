@@ -1,0 +1,270 @@
+"""One case of the correctness matrix: a problem, its rules, and how its arrays lie in memory.
+
+A case is a handful of words, so that it can be drawn, compared and printed; its arrays follow from
+its seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from flashcore_cupy.numpy_attention import Array
+from flashcore_cupy.problem import AttentionProblem, Causal, Gate, Layout, contiguous_problem
+from flashcore_cupy.reference import InputKind
+from flashcore_cupy.rules import Rules
+
+View = Literal["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]
+
+#: Arrays that rules take, besides those of mods; arguments of ``attention``.
+_RULE_ARRAYS = ("alibi_slopes", "bias", "mask", "sink")
+
+
+@dataclass(frozen=True)
+class Mod:
+    """A score_mod or a mask_mod, the same for kernels and for NumPy; ``args`` in _MOD_ARRAYS."""
+
+    cuda: str
+    python: Callable[..., Any]
+    args: tuple[str, ...] = ()
+
+
+SCORE_MODS = {
+    "table": Mod(
+        "0.875f * score + table[(q_idx + 3 * kv_idx + h) % 64]",
+        lambda score, b, h, q_idx, kv_idx, *, table, **_: (
+            score * score.dtype.type(0.875) + table[(q_idx + 3 * kv_idx + h) % 64]
+        ),
+        ("table",),
+    ),
+    "halves": Mod(
+        "score + halves[(kv_idx + b) % 16]",
+        lambda score, b, h, q_idx, kv_idx, *, halves, **_: (
+            score + halves[(kv_idx + b) % 16].astype(score.dtype)
+        ),
+        ("halves",),
+    ),
+}
+MASK_MODS = {
+    "thirds": Mod(
+        "(kv_idx + q_idx + b) % 3 != 0",
+        lambda b, h, q_idx, kv_idx, **_: (kv_idx + q_idx + b) % 3 != 0,
+    ),
+    "blocks": Mod(
+        "(kv_idx / 64 + q_idx / 64 + h) % 2 == 0",
+        lambda b, h, q_idx, kv_idx, **_: (kv_idx // 64 + q_idx // 64 + h) % 2 == 0,
+    ),
+    "allowed": Mod(
+        "allowed[(kv_idx + h) % 16]",
+        lambda b, h, q_idx, kv_idx, *, allowed, **_: allowed[(kv_idx + h) % 16],
+        ("allowed",),
+    ),
+}
+_MOD_ARRAYS: Mapping[str, Callable[[np.random.Generator], Array]] = {
+    "table": lambda rng: rng.standard_normal(64).astype(np.float32),
+    "halves": lambda rng: rng.standard_normal(16).astype(np.float16),
+    "allowed": lambda rng: np.arange(16) != rng.integers(16),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem for one kernel, with how its arrays lie in memory; ``group`` says what varies."""
+
+    group: str
+    kernel: str
+    """A name from the ladder, or "auto"."""
+    dtype: str = "float16"
+    batch: int = 1
+    heads: int = 2
+    heads_kv: int = 2
+    seqlen_q: int = 77
+    seqlen_kv: int = 100
+    head_dim: int = 64
+    head_dim_v: int = 64
+    causal: Causal = False
+    gate: Gate | None = None
+    kind: InputKind = "normal"
+    layout: Layout = "bhsd"
+    view: View = "contiguous"
+    repeats: int = 1
+    """Launches after the first, which must give its bits."""
+    seed: int = 0
+    softmax_scale: float | None = None
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: Literal["", "h", "bh"] = ""
+    """Axes of the slopes."""
+    bias: str = ""
+    """Axes of the bias, as "1h1k": letters of bhqk, or 1 where it is broadcast."""
+    bias_fp32: bool = False
+    """Rather than q's dtype."""
+    mask: str = ""
+    """Axes of the mask."""
+    sink: bool = False
+    score_mod: str = ""
+    """A name in SCORE_MODS."""
+    mask_mod: str = ""
+    """A name in MASK_MODS."""
+    lengths: tuple[tuple[int, int], ...] = ()
+    """(Sq, Skv) of every sequence of a packed batch: then batch is 1, seqlen_q and seqlen_kv are
+    the sums, and layout is "bshd", the first axis being dropped. See ``packed``."""
+    boundaries: Literal["host", "device"] = "host"
+    """Where cu_seqlens lie."""
+    batch_invariant: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the case is, for people, without the kernel and the dtype."""
+        heads = f"H{self.heads}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads else "")
+        dims = f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.uneven else "")
+        size = f"B{self.batch} {heads} S{self.seqlen_q}x{self.seqlen_kv} {dims}"
+        if self.lengths:
+            size = f"{heads} S{'+'.join(f'{m}x{n}' for m, n in self.lengths)} {dims}"
+        words = [
+            f"{self.group}:",
+            size,
+            f"{self.boundaries} boundaries" if self.lengths else "",
+            {False: "", True: "causal", "top-left": "causal top-left"}[self.causal],
+            f"gate {self.gate}" if self.gate else "",
+            self.kind if self.kind != "normal" else "",
+            self.layout if self.layout != "bhsd" and not self.lengths else "",
+            self.view if self.view != "contiguous" else "",
+        ]
+        return " ".join(filter(None, words + self._rule_words()))
+
+    def _rule_words(self) -> list[str]:
+        given = {
+            "scale": "" if self.softmax_scale is None else f"{self.softmax_scale:g}",
+            "window": "" if self.window == (-1, -1) else f"{self.window[0]},{self.window[1]}",
+            "softcap": f"{self.softcap:g}" if self.softcap else "",
+            "alibi": self.alibi,
+            "bias": self.bias and f"{self.bias}{' fp32' if self.bias_fp32 else ''}",
+            "mask": self.mask,
+            "score_mod": self.score_mod,
+            "mask_mod": self.mask_mod,
+        }
+        words = [f"{name} {value}" for name, value in given.items() if value]
+        return words + ["sink"] * self.sink + ["batch-invariant"] * self.batch_invariant
+
+    @property
+    def uneven(self) -> bool:
+        """Whether v has another head dim than q and k."""
+        return self.head_dim_v != self.head_dim
+
+    @property
+    def sequences(self) -> int:
+        """B, or how many sequences are packed."""
+        return len(self.lengths) or self.batch
+
+    def numpy_dtype(self) -> np.dtype[np.generic]:
+        """The dtype as NumPy knows it, bfloat16 by ``ml_dtypes``."""
+        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+
+    def problem(self) -> AttentionProblem:
+        """The problem on canonical, contiguous arrays: what the oracle looks at."""
+        problem = contiguous_problem(
+            self.batch,
+            self.heads,
+            self.seqlen_q,
+            self.head_dim,
+            heads_kv=self.heads_kv,
+            seqlen_kv=self.seqlen_kv,
+            head_dim_v=self.head_dim_v,
+            dtype=self.dtype,
+            causal=self.causal,
+            gate=self.gate,
+        )
+        scale = self.softmax_scale
+        return replace(
+            problem,
+            softmax_scale=problem.softmax_scale if scale is None else scale,
+            rules=Rules(window=self.window, softcap=self.softcap),
+        )
+
+    def shape_of(self, name: str) -> tuple[int, int, int, int]:
+        """Shape of "q", "k", "v" or "o" in the case's layout."""
+        heads = self.heads if name in "qo" else self.heads_kv
+        rows = self.seqlen_q if name in "qo" else self.seqlen_kv
+        columns = self.head_dim if name in "qk" else self.head_dim_v
+        middle = (heads, rows) if self.layout == "bhsd" else (rows, heads)
+        return self.batch, *middle, columns
+
+    def rule_arrays(self) -> dict[str, Array]:
+        """Arrays of the rules and of the mods, and the boundaries of packed sequences, by name."""
+        rng = np.random.default_rng((self.seed, 1))
+        arrays: dict[str, Array] = {}
+        if self.alibi:
+            shape = (self.sequences, self.heads)[-len(self.alibi) :]
+            arrays["alibi_slopes"] = rng.uniform(0, 0.1, shape).astype(np.float32)
+        if self.bias:
+            dtype = np.float32 if self.bias_fp32 else self.numpy_dtype()
+            arrays["bias"] = rng.standard_normal(self._axes(self.bias)).astype(dtype)
+        if self.mask:
+            arrays["mask"] = rng.random(self._axes(self.mask)) < 0.7
+            if "q" in self.mask and self.seqlen_q > 1:
+                arrays["mask"][..., :1, :] = False  # a query that sees nothing
+        if self.sink:
+            arrays["sink"] = rng.standard_normal(self.heads).astype(np.float32)
+        for mod in self.mods.values():
+            arrays |= {name: _MOD_ARRAYS[name](rng) for name in mod.args}
+        if self.lengths:
+            bounds = np.cumsum([(0, 0), *self.lengths], axis=0, dtype=np.int32)
+            arrays |= {"cu_seqlens_q": bounds[:, 0].copy(), "cu_seqlens_k": bounds[:, 1].copy()}
+        return arrays
+
+    @property
+    def mods(self) -> dict[str, Mod]:
+        """What score_mod and mask_mod are, as far as there are any."""
+        found = {}
+        if self.score_mod:
+            found["score_mod"] = SCORE_MODS[self.score_mod]
+        if self.mask_mod:
+            found["mask_mod"] = MASK_MODS[self.mask_mod]
+        return found
+
+    def rules(self, arrays: Mapping[str, Any], *, cuda: bool = False) -> dict[str, Any]:
+        """The rules as ``attention`` takes them, but scale, causal and boundaries.
+
+        ``arrays`` are those of ``rule_arrays``, wherever they lie; ``cuda``: mods as expressions.
+        """
+        rules: dict[str, Any] = {"window": self.window, "softcap": self.softcap}
+        rules |= {name: arrays[name] for name in _RULE_ARRAYS if name in arrays}
+        rules |= {name: mod.cuda if cuda else mod.python for name, mod in self.mods.items()}
+        names = [name for mod in self.mods.values() for name in mod.args]
+        return rules | ({"mod_args": {name: arrays[name] for name in names}} if names else {})
+
+    def arguments(self, arrays: Mapping[str, Any], *, cuda: bool) -> dict[str, Any]:
+        """Every argument of ``attention`` but q, k, v, out, return_lse and kernel."""
+        boundaries = ("cu_seqlens_q", "cu_seqlens_k") if self.lengths else ()
+        return {
+            "layout": self.layout,
+            "softmax_scale": self.softmax_scale,
+            "causal": self.causal,
+            "gate": self.gate,
+            "batch_invariant": self.batch_invariant,
+            **self.rules(arrays, cuda=cuda),
+            **{name: arrays[name] for name in boundaries},
+        }
+
+    def _axes(self, axes: str) -> tuple[int, ...]:
+        sizes = {
+            "b": self.batch,
+            "h": self.heads,
+            "q": self.seqlen_q,
+            "k": self.seqlen_kv,
+            "1": 1,
+        }
+        return tuple(sizes[axis] for axis in axes)
+
+
+def packed(case: Case, lengths: tuple[tuple[int, int], ...]) -> Case:
+    """The case with a packed batch of sequences of these (Sq, Skv)."""
+    seqlen_q, seqlen_kv = (sum(n[side] for n in lengths) for side in (0, 1))
+    return replace(
+        case, batch=1, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, lengths=lengths, layout="bshd"
+    )

@@ -1,0 +1,254 @@
+"""The cases of kernels that have windows, score rules, masks, sinks and packed batches.
+
+Their choices are too many to try one by one, let alone together: every choice meets every choice
+of every other kind in some case (pairwise testing), which is where rules that share code collide.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from flashcore_cupy import tiles
+from flashcore_cupy.selftest_case import Case, View, packed
+
+_Choice = dict[str, Any]  # fields of Case
+#: Of q and k, and of v: between the table's rows, and apart from each other.
+_MORE_DIMS = ((33, 33), (40, 40), (64, 256), (192, 128))
+
+_POSITIONS: tuple[_Choice, ...] = (
+    {},
+    {"causal": True},
+    {"causal": "top-left"},
+    {"window": (70, -1)},
+    {"window": (-1, 40)},
+    {"window": (33, 7)},
+    {"causal": True, "window": (50, -1)},
+    {"causal": "top-left", "window": (20, 5)},
+)
+_SCORES: tuple[_Choice, ...] = (
+    {},
+    {"softcap": 5.0},
+    {"alibi": "h"},
+    {"alibi": "bh"},
+    {"bias": "1h1k"},
+    {"bias": "bhqk", "bias_fp32": True},
+    {"bias": "qk"},
+    {"score_mod": "table"},
+    {"score_mod": "halves"},
+    {"softcap": 20.0, "alibi": "h", "bias": "b1q1", "bias_fp32": True},
+)
+_HIDES: tuple[_Choice, ...] = (
+    {},
+    {"mask": "bhqk"},
+    {"mask": "b11k"},
+    {"mask": "qk"},
+    {"mask_mod": "thirds"},
+    {"mask_mod": "blocks"},
+    {"mask_mod": "allowed"},
+)
+_SINKS: tuple[_Choice, ...] = ({}, {"sink": True})
+_SCALES: tuple[_Choice, ...] = ({}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0})
+_MEMORY: tuple[_Choice, ...] = tuple(
+    {"view": view, "layout": layout} for view in get_args(View) for layout in ("bhsd", "bshd")
+)
+
+
+_GATE_RULES: tuple[_Choice, ...] = (
+    {"window": (70, -1)},
+    {"causal": True, "window": (50, -1)},
+    {"softcap": 5.0},
+    {"alibi": "bh"},
+    {"bias": "1h1k"},
+    {"bias": "bhqk", "bias_fp32": True},
+    {"score_mod": "table"},
+    {"mask": "bhqk"},
+    {"mask_mod": "thirds"},
+    {"sink": True},
+)
+
+
+def _size(batch: int, heads: int, heads_kv: int, seqlen_q: int, seqlen_kv: int) -> _Choice:
+    return {
+        "batch": batch,
+        "heads": heads,
+        "heads_kv": heads_kv,
+        "seqlen_q": seqlen_q,
+        "seqlen_kv": seqlen_kv,
+    }
+
+
+#: Sizes by the tile that they get: one kernel is compiled for all sizes of a line. All have an even
+#: number of keys.
+_GRIDS: tuple[tuple[_Choice, ...], ...] = (
+    (_size(2, 8, 2, 4, 256), _size(1, 8, 1, 2, 3000)),  # decode: the keys are split
+    (_size(1, 2, 2, 77, 100), _size(2, 4, 1, 129, 190)),  # few blocks
+    (_size(2, 8, 2, 300, 130), _size(6, 8, 8, 65, 64)),  # some
+    (_size(9, 12, 4, 63, 130), _size(7, 16, 2, 127, 64)),  # enough
+    tuple(
+        size | {"batch_invariant": True}
+        for size in (_size(3, 4, 2, 77, 200), _size(2, 2, 1, 5, 300))
+    ),
+)
+_PACKED: tuple[tuple[_Choice, tuple[tuple[int, int], ...]], ...] = (
+    ({"heads": 4, "heads_kv": 2}, ((0, 5), (77, 100), (130, 64), (1, 1), (33, 0), (0, 0))),
+    ({"heads": 8, "heads_kv": 2}, ((1, 300), (1, 0), (1, 2000), (0, 40), (1, 77))),
+    ({"heads": 8, "heads_kv": 1}, ((2, 900), (0, 0), (1, 65), (2, 2))),
+    ({"heads": 16, "heads_kv": 2}, ((200, 300), (128, 128), (0, 7), (500, 90), (190, 191))),
+    (
+        {"heads": 4, "heads_kv": 4, "batch_invariant": True},
+        ((65, 64), (1, 200), (0, 0), (128, 129)),
+    ),
+)
+
+
+def rule_cases(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
+    """Every case of the rules for a kernel that has them."""
+    yield from _pairs(kernel, dtypes)
+    yield from _packed_pairs(kernel, dtypes)
+    yield from _gates(kernel, dtypes)
+    yield from _decode(kernel, dtypes)
+    yield from _invariant(kernel, dtypes)
+
+
+def _pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
+    """Every two choices together, at every size that the compiled kernel serves."""
+    chosen = pairwise(
+        {
+            "dtype": [{"dtype": dtype} for dtype in dtypes],
+            "dims": _dims(kernel),
+            "grid": _GRIDS,
+            "position": _POSITIONS,
+            "score": _SCORES,
+            "hide": _HIDES,
+            "sink": _SINKS,
+            "scale": _SCALES,
+            "memory": _MEMORY,
+            "more keys": (0, 1),
+        }
+    )
+    for row in chosen:
+        sizes, more = row.pop("grid"), row.pop("more keys")
+        rest = _in_dtype_taken(kernel, _merged(row.values()))
+        for size in sizes:
+            keys = {"seqlen_kv": size["seqlen_kv"] + more}
+            yield Case("rules", kernel, **rest | size | keys, seed=8)
+
+
+def _packed_pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
+    """The same of packed batches, whose sequences may be empty on one side or on both."""
+    chosen = pairwise(
+        {
+            "dtype": [{"dtype": dtype} for dtype in dtypes],
+            "dims": [dim for dim in _dims(kernel) if dim["head_dim"] in (33, 64, 128, 192)],
+            "lengths": _PACKED,
+            "position": _POSITIONS,
+            "score": [choice for choice in _SCORES if "bias" not in choice],
+            "hide": [choice for choice in _HIDES if "mask" not in choice],
+            "sink": _SINKS,
+            "view": [{"view": v} for v in ("contiguous", "strided", "misaligned", "transposed")],
+            "boundaries": ({"boundaries": "host"}, {"boundaries": "device"}),
+        }
+    )
+    for row in chosen:
+        heads, lengths = row.pop("lengths")
+        rest = _in_dtype_taken(kernel, _merged(row.values()))
+        yield packed(Case("packed", kernel, **rest | heads, seed=9), lengths)
+
+
+def _gates(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
+    """Every gate with every rule, few blocks, split keys, and a full grid's tile."""
+    chosen = pairwise(
+        {
+            "gate": [{"gate": gate} for gate in ("qk", "softmax", "pv")],
+            "rule": _GATE_RULES,
+            "grid": [_GRIDS[n][0] for n in (0, 1, 4)],
+            "dtype": [{"dtype": dtype} for dtype in dtypes],
+            "dims": [{"head_dim": n, "head_dim_v": n} for n in (64, 128)],
+        }
+    )
+    for row in chosen:
+        yield Case("rules gate", kernel, **_merged(row.values()), seed=10)
+
+
+def _decode(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
+    """One query and a few, grouped heads, and keys enough for many blocks."""
+    which = itertools.cycle(dtypes)
+    causal = itertools.cycle((True, False, "top-left"))
+    for seqlen_q, heads_kv, dim in itertools.product((1, 2, 3, 4), (2, 1), (64, 128)):
+        size = _size(1, 8, heads_kv, seqlen_q, 9000 + seqlen_q)
+        dims = {"head_dim": dim, "head_dim_v": dim}
+        rest = {"dtype": next(which), "causal": next(causal)}
+        yield Case("decode", kernel, **size | dims | rest, repeats=3, seed=11)
+
+
+def _invariant(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
+    """Sequences that are to give the same bits alone, of all dtypes, packed and not."""
+    which = itertools.cycle((64, 128, 80))
+    for dtype, causal, packs in itertools.product(dtypes, (False, True), (False, True)):
+        dim = next(which)
+        case = Case(
+            *("invariant", kernel, dtype),
+            **_size(5, 8, 2, 90, 150),
+            head_dim=dim,
+            head_dim_v=dim,
+            causal=causal,
+            seed=12,
+            batch_invariant=True,
+        )
+        yield packed(case, ((90, 150), (1, 700), (300, 20), (64, 64))) if packs else case
+
+
+@functools.cache
+def _dims(kernel: str) -> tuple[_Choice, ...]:
+    dims = {row.dims for row in tiles.rows_of(kernel)} | {*_MORE_DIMS}
+    return tuple({"head_dim": d, "head_dim_v": d_v} for d, d_v in sorted(dims))
+
+
+def takes_dims(kernel: str, dtype: str, dims: tuple[int, int]) -> bool:
+    """Whether the table has a tile for heads of so many columns, of q and k and of v."""
+    rows = [row.dims for row in tiles.rows_of(kernel) if dtype in row.dtypes]
+    return any(row[0] >= dims[0] and row[1] >= dims[1] for row in rows)
+
+
+def _in_dtype_taken(kernel: str, choice: _Choice) -> _Choice:
+    dims = choice["head_dim"], choice["head_dim_v"]
+    return choice if takes_dims(kernel, choice["dtype"], dims) else choice | {"dtype": "bfloat16"}
+
+
+def _merged(choices: Any) -> _Choice:
+    fields: _Choice = {}
+    for choice in choices:
+        fields |= choice
+    return fields
+
+
+def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few rows of one choice per factor, so that every two choices of two factors meet in one.
+
+    Greedy: each row starts from a pair that has not met, and takes of every other factor the choice
+    that meets most others for the first time. The same factors give the same rows.
+    """
+    names, rng = list(factors), random.Random(0)
+    choices = [[(n, i) for i in range(len(factors[name]))] for n, name in enumerate(names)]
+    lines = itertools.combinations(choices, 2)
+    missing = {pair for line in lines for pair in itertools.product(*line)}
+
+    def gain(choice: tuple[int, int], row: dict[int, int]) -> tuple[int, float]:
+        met = sum((min(choice, other), max(choice, other)) in missing for other in row.items())
+        return met, rng.random()
+
+    rows = []
+    while missing:
+        row = dict(min(missing))
+        others = [n for n in range(len(names)) if n not in row]
+        rng.shuffle(others)
+        for n in others:
+            best = max(choices[n], key=functools.partial(gain, row=row))
+            row[n] = best[1]
+        missing.difference_update(itertools.combinations(sorted(row.items()), 2))
+        rows.append({name: factors[name][row[n]] for n, name in enumerate(names)})
+    return rows

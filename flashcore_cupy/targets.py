@@ -1,0 +1,59 @@
+"""What kernels are built for: targets, and which configurations fit them.
+
+Names are the compiler's: ``"sm_90a"`` is compute capability 9.0 with its own instructions.
+"""
+
+from __future__ import annotations
+
+from flashcore_cupy.config import KernelConfig
+
+_KIB = 1024
+#: Shared memory that one thread block may have, bytes (CUDA C++ Programming Guide, "Compute
+#: Capabilities", table of technical specifications).
+_SMEM_LIMIT = {
+    75: 64 * _KIB,
+    80: 163 * _KIB,
+    86: 99 * _KIB,
+    87: 163 * _KIB,
+    88: 163 * _KIB,
+    89: 99 * _KIB,
+    90: 227 * _KIB,
+    100: 227 * _KIB,
+    103: 227 * _KIB,
+    110: 227 * _KIB,
+    120: 99 * _KIB,
+    121: 99 * _KIB,
+}
+
+#: Targets that every row is built for by the tests and by ``warmup --all``.
+TARGETS = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+
+def capability(arch: str) -> int:
+    """90 for "sm_90a"."""
+    digits = "".join(c for c in arch.partition("_")[2] if c.isdigit())
+    if not digits:
+        raise ValueError(f"arch: got {arch!r}; use a target such as 'sm_90a'")
+    return int(digits)
+
+
+def smem_limit(arch: str) -> int:
+    """Bytes of shared memory that a thread block may have on ``arch``; 48 KiB where unknown."""
+    return _SMEM_LIMIT.get(capability(arch), 48 * _KIB)
+
+
+def check_fits(config: KernelConfig, arch: str) -> None:
+    """Raise ``ValueError`` if ``arch`` lacks instructions or shared memory that it takes."""
+    needs = None
+    if config.tile.cp_async:
+        needs = "cp.async"
+    elif config.dtype == "bfloat16":
+        needs = "bfloat16 conversions"
+    if needs and capability(arch) < 80:
+        raise ValueError(f"needs {needs}, hence sm_80 or later; the target is {arch}")
+    if config.smem_bytes > smem_limit(arch):
+        columns = max(config.dim_qk, config.dim_v)
+        raise ValueError(
+            f"needs {config.smem_bytes} bytes of shared memory at head dim {columns}, "
+            f"{arch} has {smem_limit(arch)}; smaller tiles (block_m, block_n, num_stages) may fit"
+        )

@@ -1,0 +1,81 @@
+"""Memory that a launch needs beside its arrays: what the parts of split rows leave for each other.
+
+One area per stream, kept and grown: launches on one stream run one after the other. The counters of
+arrivals are zero between launches, each launch leaving them so. A launch that is captured into a
+CUDA graph gets an area of its own, kept for good, for the graph may run at any time, on any stream.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flashcore_cupy.config import WARP_SIZE, KernelConfig
+
+if TYPE_CHECKING:
+    import cupy
+
+_lock = threading.Lock()
+_areas: dict[tuple[int, int, int], Workspace] = {}
+_captured: list[Workspace] = []
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Addresses of both parts, and the arrays that hold them."""
+
+    partial_array: cupy.ndarray
+    arrivals_array: cupy.ndarray
+
+    def holds(self, partial: int, arrivals: int) -> bool:
+        """Whether both parts have so many bytes."""
+        return bool(self.partial_array.nbytes >= partial and self.arrivals_array.nbytes >= arrivals)
+
+    @property
+    def partial(self) -> int:
+        """Address of the partial results."""
+        return int(self.partial_array.data.ptr)
+
+    @property
+    def arrivals(self) -> int:
+        """Address of the counters."""
+        return int(self.arrivals_array.data.ptr)
+
+
+def split_bytes(config: KernelConfig, blocks: int, splits: int) -> tuple[int, int]:
+    """Bytes of partial results and of counters for a grid of ``blocks`` times ``splits``."""
+    t = config.tile
+    fragments = t.block_m // t.warps_m // 16
+    values = fragments * 2 * (2 + config.head_dim_v // 8 * 2)  # WarpRows::VALUES in rows.cuh
+    return blocks * splits * t.warps_m * values * WARP_SIZE * 4, blocks * 4
+
+
+def workspace(partial: int, arrivals: int) -> Workspace:
+    """Memory of at least so many bytes for the next launch on the current stream."""
+    import cupy
+
+    stream = cupy.cuda.get_current_stream()
+    if stream.is_capturing():
+        area = allocate(partial, arrivals)
+        _captured.append(area)
+        return area
+    # The default stream of each thread is another one under the same handle.
+    key = (cupy.cuda.Device().id, stream.ptr, threading.get_ident() if stream.ptr == 2 else 0)
+    with _lock:
+        known = _areas.get(key)
+        if known is not None and known.holds(partial, arrivals):
+            return known
+        area = _areas[key] = allocate(_grown(partial), _grown(arrivals))
+    return area
+
+
+def _grown(size: int) -> int:
+    return 1 << max(12, (size - 1).bit_length())
+
+
+def allocate(partial: int, arrivals: int) -> Workspace:
+    """Memory of so many bytes, for the caller alone; ready on the current stream."""
+    import cupy
+
+    return Workspace(cupy.empty(partial, cupy.uint8), cupy.zeros(arrivals, cupy.uint8))

@@ -1,0 +1,27 @@
+// mod_array.cuh - what a generated mods.cuh is written in.
+#pragma once
+#include <flashcore/ptx_convert.cuh>
+
+namespace flashcore {
+
+constexpr int MAX_MOD_ARGS = 8;
+using ModArgs = const void* [MAX_MOD_ARGS];
+
+// An array of mod_args, indexed by element in C order. 16-bit floats come as float.
+template <typename T>
+struct ModArray {
+    const T* data;
+    __device__ __forceinline__ T operator[](int64 i) const { return data[i]; }
+};
+template <>
+struct ModArray<half_t> {
+    const half_t* data;
+    __device__ __forceinline__ float operator[](int64 i) const { return to_float(data[i]); }
+};
+template <>
+struct ModArray<bfloat16_t> {
+    const bfloat16_t* data;
+    __device__ __forceinline__ float operator[](int64 i) const { return to_float(data[i]); }
+};
+
+}  // namespace flashcore

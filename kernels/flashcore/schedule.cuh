@@ -1,0 +1,117 @@
+// schedule.cuh - what a thread block works on: which sequence, head and rows of queries, and which
+// part of the keys.
+//
+// Consecutive blocks share a head, so that its K and V stay in L2 while they are read again. Where
+// the last queries see the most keys they come first, so that no long block runs alone at the end.
+#pragma once
+#include <flashcore/params.cuh>
+#include <flashcore/ptx_warp.cuh>
+
+namespace flashcore {
+
+struct Work {
+    int batch;
+    int head;  // of q; of k and v where a group of heads is packed into a tile
+    int head_kv;
+    int first_row;  // a row is a query, or in a packed group query * group + head of the group
+    int split;      // which part of the keys
+    int seqlen_q, seqlen_kv;  // of the sequence
+    int start_q, start_kv;    // where it starts in a packed batch, else 0
+    int diagonal;             // the key at query 0's own position
+    int group;                // rows per query: heads packed, else 1
+};
+
+// A row of the tile as a query; `valid` if there is one.
+struct QueryRow {
+    int query, head;
+    bool valid;
+};
+
+// The query that row `row` of the tile belongs to, whether or not it exists.
+template <bool PACK_GQA>
+__device__ __forceinline__ int query_of(const Work& w, int row) {
+    return PACK_GQA ? (w.first_row + row) / w.group : w.first_row + row;
+}
+
+// The last one that exists of those before row `end`; one less than the first if none does.
+template <bool PACK_GQA>
+__device__ __forceinline__ int last_query_of(const Work& w, int end) {
+    return min(query_of<PACK_GQA>(w, end - 1), w.seqlen_q - 1);
+}
+
+template <bool PACK_GQA>
+__device__ __forceinline__ QueryRow query_row(const Work& w, int row) {
+    const int i = w.first_row + row;
+    if constexpr (!PACK_GQA) return {i, w.head, i < w.seqlen_q};
+    const int query = i / w.group;
+    return {query, w.head * w.group + (i - query * w.group), query < w.seqlen_q};
+}
+
+// Packed sequences as blocks of block_m rows: sequence b starts at block floor(its first row /
+// block_m) + b, which leaves it enough blocks wherever it starts, and one more at most. So a block
+// finds its sequence from cu_seqlens alone. Values that lead outside are clamped: the host cannot
+// check them without waiting for the GPU.
+struct PackedBatch {
+    const int* cu_seqlens;
+    int total, rows_per_query, block_m;
+
+    __device__ __forceinline__ int start(int b) const { return min(max(cu_seqlens[b], 0), total); }
+    __device__ __forceinline__ int length(int b) const { return max(start(b + 1) - start(b), 0); }
+    __device__ __forceinline__ int first_block(int b) const {
+        return int(int64(start(b)) * rows_per_query / block_m) + b;
+    }
+
+    // The last sequence that does not start behind `block`. All lanes of the warp search, each
+    // trying one of 32 evenly spaced sequences.
+    __device__ __forceinline__ int find(int block, int sequences) const {
+        const int lane = threadIdx.x % WARP_SIZE;
+        int first = 0, count = sequences;
+        while (count > 1) {
+            const int step = div_up(count, WARP_SIZE);
+            const bool candidate = lane * step < count && first_block(first + lane * step) <= block;
+            const int chosen = max(warp_count(candidate), 1) - 1;
+            first += chosen * step;
+            count = min(step, count - chosen * step);
+        }
+        return first;
+    }
+};
+
+// The work of this thread block; false if there is none, which only happens in packed batches.
+template <bool LAST_FIRST, bool VARLEN, bool PACK_GQA, bool SPLIT_KV>
+__device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m, Work& w) {
+    int index = blockIdx.x;
+    w.split = 0;
+    if constexpr (SPLIT_KV) {
+        w.split = index % p.splits;
+        index /= p.splits;
+    }
+    const int heads = PACK_GQA ? p.heads_kv : p.heads_q;
+    const int head_index = index / p.m_blocks;
+    const int nth_block = index - head_index * p.m_blocks;
+    int m_block = LAST_FIRST ? p.m_blocks - 1 - nth_block : nth_block;
+    w.group = PACK_GQA ? p.heads_q / p.heads_kv : 1;
+    w.head = head_index % heads;
+    w.head_kv = PACK_GQA ? w.head : kv_head(p, w.head);
+    if constexpr (VARLEN) {
+        const PackedBatch q = {p.cu_seqlens_q, p.seqlen_q, w.group, block_m};
+        const PackedBatch kv = {p.cu_seqlens_kv, p.seqlen_kv, 1, 1};
+        w.batch = q.find(m_block, p.batch);
+        m_block -= q.first_block(w.batch);
+        w.start_q = q.start(w.batch);
+        w.start_kv = kv.start(w.batch);
+        w.seqlen_q = q.length(w.batch);
+        w.seqlen_kv = kv.length(w.batch);
+        w.diagonal = p.top_left ? 0 : w.seqlen_kv - w.seqlen_q;
+    } else {
+        w.batch = head_index / heads;
+        w.start_q = w.start_kv = 0;
+        w.seqlen_q = p.seqlen_q;
+        w.seqlen_kv = p.seqlen_kv;
+        w.diagonal = p.causal_offset;
+    }
+    w.first_row = m_block * block_m;
+    return m_block >= 0 && w.first_row < w.seqlen_q * w.group;
+}
+
+}  // namespace flashcore

@@ -1,0 +1,139 @@
+// score.cuh - what a score goes through between Q K^T and softmax, besides the position masks of
+// mask.cuh: softcap, ALiBi, additive bias, the user's score_mod; then the boolean mask and the
+// user's mask_mod. A compiled kernel has the rules of its problem and no others.
+#pragma once
+#include <flashcore/mods.cuh>
+#include <flashcore/params.cuh>
+#include <flashcore/ptx_convert.cuh>
+
+namespace flashcore {
+
+// Bits of FC_RULES; config.py has the same.
+constexpr int RULE_SOFTCAP = 1;
+constexpr int RULE_ALIBI = 2;
+constexpr int RULE_BIAS = 4;       // in q's dtype
+constexpr int RULE_BIAS_FP32 = 8;  // in float32
+constexpr int RULE_SCORE_MOD = 16;
+constexpr int RULE_MASK = 32;
+constexpr int RULE_MASK_MOD = 64;
+constexpr int RULE_SINK = 128;             // joins the softmax at the end, see softmax.cuh
+constexpr int RULE_BIAS_PAIRS = 256;       // two neighbouring keys of the bias in one aligned load
+constexpr int RULE_MASK_PAIRS = 512;       // the same of the mask
+constexpr int RULE_NEGATIVE_SCALE = 1024;  // a positive scale may be applied after the maximum
+
+// Rules that change a score, rather than hide a key.
+constexpr int SCORE_RULES = RULE_SOFTCAP | RULE_ALIBI | RULE_BIAS | RULE_BIAS_FP32 | RULE_SCORE_MOD;
+constexpr int HIDING_RULES = RULE_MASK | RULE_MASK_MOD;
+
+// tanh by one exponential: off by 1e-7 of the cap, where tanh.approx is off by 5e-4. For fp32
+// inputs that is too much.
+template <typename T>
+__device__ __forceinline__ float tanh_for(float x) {
+    if constexpr (sizeof(T) == 4) return tanhf(x);
+    return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2.0f * LOG2_E * x));
+}
+
+template <typename T, bool FP32>
+struct BiasType {
+    using type = T;
+};
+template <typename T>
+struct BiasType<T, true> {
+    using type = float;
+};
+
+// The rules as they apply to one query row, two neighbouring keys at a time. T is the type of q.
+template <typename T, int RULES>
+struct RowRules {
+    static constexpr bool CHANGES_SCORES = (RULES & SCORE_RULES) != 0;
+    static constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
+    using Bias = typename BiasType<T, (RULES & RULE_BIAS_FP32) != 0>::type;
+
+    const AttentionParams& params;
+    int batch, head, query;
+    int last_key;  // of the sequence: what lies beyond is not looked up
+    int position;  // the key index of the query's own position
+    float slope;
+    const Bias* gBias;  // the row's
+    const uint8* gMask;
+
+    __device__ __forceinline__ RowRules(const AttentionParams& p, int batch, int head, int query,
+                                        int seqlen_q, int seqlen_kv, int diagonal)
+        : params(p),
+          batch(batch),
+          head(head),
+          query(min(query, seqlen_q - 1)),
+          last_key(seqlen_kv - 1),
+          position(query + diagonal) {
+        if constexpr (RULES & RULE_ALIBI)
+            slope = p.alibi[batch * p.alibi_strides.batch + head * p.alibi_strides.head];
+        if constexpr (RULES & (RULE_BIAS | RULE_BIAS_FP32))
+            gBias = static_cast<const Bias*>(p.bias) + row_offset(p.bias_strides);
+        if constexpr (RULES & RULE_MASK) gMask = p.mask + row_offset(p.mask_strides);
+    }
+
+    // From q . k of keys `key` and key + 1 to their scores in natural units. MASKED: there may be
+    // no such key in the sequence; then the score is that of the last one, for the mask to hide.
+    template <bool MASKED>
+    __device__ __forceinline__ void change(float (&s)[2], int key) const {
+        const int keys[2] = {inside<MASKED>(key), inside<MASKED>(key + 1)};
+        float bias[2] = {};
+        if constexpr (RULES & (RULE_BIAS | RULE_BIAS_FP32))
+            load_two<MASKED, (RULES & RULE_BIAS_PAIRS) != 0>(bias, gBias, params.bias_strides, key);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            s[e] *= params.softmax_scale;
+            if constexpr (RULES & RULE_SOFTCAP)
+                s[e] = params.softcap * tanh_for<T>(s[e] * params.inverse_softcap);
+            if constexpr (RULES & RULE_ALIBI) s[e] -= slope * fabsf(float(position - keys[e]));
+            s[e] += bias[e];
+            if constexpr (RULES & RULE_SCORE_MOD)
+                s[e] = score_mod(params.mod_args, s[e], batch, head, query, keys[e]);
+        }
+    }
+
+    // Whether the boolean mask and mask_mod let the query see keys `key` and key + 1.
+    template <bool MASKED>
+    __device__ __forceinline__ void see(bool (&visible)[2], int key) const {
+        float seen[2] = {1.0f, 1.0f};
+        if constexpr (RULES & RULE_MASK)
+            load_two<MASKED, (RULES & RULE_MASK_PAIRS) != 0>(seen, gMask, params.mask_strides, key);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            visible[e] = seen[e] != 0.0f;
+            if constexpr (RULES & RULE_MASK_MOD)
+                visible[e] = visible[e] &&
+                             mask_mod(params.mod_args, batch, head, query, inside<MASKED>(key + e));
+        }
+    }
+
+  private:
+    template <bool MASKED>
+    __device__ __forceinline__ int inside(int key) const {
+        return MASKED ? min(key, last_key) : key;
+    }
+
+    __device__ __forceinline__ int64 row_offset(const BroadcastStrides& s) const {
+        return batch * s.batch + head * s.head + query * s.row;
+    }
+
+    // Pairs are only promised where rows hold an even number of keys, so a pair that begins inside
+    // is all inside.
+    template <bool MASKED, bool PAIRS, typename E>
+    __device__ __forceinline__ void load_two(float (&x)[2], const E* gRow,
+                                             const BroadcastStrides& s, int key) const {
+        E two[2];
+        if constexpr (PAIRS) {
+            const int first = MASKED ? min(key, last_key & ~1) : key;
+            *reinterpret_cast<Vector<2 * sizeof(E)>*>(two) =
+                *reinterpret_cast<const Vector<2 * sizeof(E)>*>(gRow + first);
+        } else {
+            two[0] = gRow[inside<MASKED>(key) * s.column];
+            two[1] = gRow[inside<MASKED>(key + 1) * s.column];
+        }
+        x[0] = to_float(two[0]);
+        x[1] = to_float(two[1]);
+    }
+};
+
+}  // namespace flashcore

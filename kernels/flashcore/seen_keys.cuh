@@ -1,0 +1,60 @@
+// seen_keys.cuh - a boolean mask may hide a key from all rows of a tile. Its probability is 0 then,
+// but 0 * NaN is not: what its row of V holds must not matter, so it is replaced by zeros.
+#pragma once
+#include <flashcore/ptx_warp.cuh>
+#include <flashcore/types.cuh>
+
+namespace flashcore {
+
+// Which of a warp's keys its rows see, found lane by lane.
+template <bool HIDES_KEYS, int KEYS_PER_WARP>
+struct SeenByWarp {
+    uint32 bits[div_up(KEYS_PER_WARP, 32)] = {};
+    // Key `key` of the warp's, counted from this lane's first.
+    __device__ __forceinline__ void set(int key) {
+        bits[key / 32] |= 1u << (key % 32 + threadIdx.x % 4 * 2);
+    }
+};
+template <int KEYS_PER_WARP>
+struct SeenByWarp<false, KEYS_PER_WARP> {
+    __device__ __forceinline__ void set(int) {}
+};
+
+// The place in shared memory where the warps put this together.
+template <bool HIDES_KEYS, int WARPS_M, int COLUMNS, int KEYS_PER_WARP>
+struct SeenKeys {
+    static constexpr int WORDS = div_up(KEYS_PER_WARP, 32);
+    static constexpr int NUM_WARPS = WARPS_M * COLUMNS;
+    uint32 bits[NUM_WARPS][WORDS];  // warp column * WARPS_M + m: row m, keys of that column
+
+    // Zeros in sV (COLUMNS * KEYS_PER_WARP x COLS, rows LD apart) where no warp sees the key.
+    template <int COLS, int LD, typename T>
+    __device__ __forceinline__ void clear_unseen(T* sV,
+                                                 const SeenByWarp<true, KEYS_PER_WARP>& mine) {
+        const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) {
+            const uint32 word = warp_or(mine.bits[w]);
+            if (lane == 0) bits[warp][w] = word;
+        }
+        block_sync();  // all warps' bits are there
+#pragma unroll 1
+        for (int key = warp; key < COLUMNS * KEYS_PER_WARP; key += NUM_WARPS) {
+            const int column = key / KEYS_PER_WARP, k = key % KEYS_PER_WARP;
+            uint32 seen = 0;
+#pragma unroll
+            for (int m = 0; m < WARPS_M; ++m)
+                seen |= bits[column * WARPS_M + m][k / 32] >> (k % 32) & 1u;
+            if (seen) continue;
+            for (int d = lane; d < COLS; d += WARP_SIZE) sV[key * LD + d] = T{};
+        }
+        block_sync();  // no warp reads V before
+    }
+};
+template <int WARPS_M, int COLUMNS, int KEYS_PER_WARP>
+struct SeenKeys<false, WARPS_M, COLUMNS, KEYS_PER_WARP> {
+    template <int COLS, int LD, typename T>
+    __device__ __forceinline__ void clear_unseen(T*, const SeenByWarp<false, KEYS_PER_WARP>&) {}
+};
+
+}  // namespace flashcore

@@ -1,0 +1,20 @@
+// Probes of ptx_global.cuh.
+#include <flashcore/ptx_global.cuh>
+
+using namespace flashcore;
+
+// Any number of blocks of 256 threads. Thread t of each block leaves a number; the one among them
+// that arrives last adds up all of them, as fwd_sm80 does with split keys. x, parts, before:
+// (blocks, 256); arrivals, sum: 256.
+extern "C" __global__ void last_one_sums(const float* x, float* parts, int* before, int* arrivals,
+                                         float* sum) {
+    const int thread = threadIdx.x, mine = blockIdx.x * 256 + thread;
+    parts[mine] = x[mine];
+    fence_gpu();  // my number first, then the news of it
+    before[mine] = atomic_add(arrivals + thread, 1);
+    if (before[mine] + 1 < gridDim.x) return;
+    fence_gpu();  // the news first, then the others' numbers
+    float total = 0.0f;
+    for (int block = 0; block < gridDim.x; ++block) total += load_l2(parts + block * 256 + thread);
+    sum[thread] = total;
+}

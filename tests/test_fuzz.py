@@ -1,0 +1,263 @@
+"""Whole problems at random, every argument of ``attention``, against the float64 oracle.
+
+What a kernel is compiled for comes from a list of configurations, all compiled in parallel before
+the first example; lengths, heads, bounds and values are drawn freely. Every array is cut from a
+buffer that is NaN elsewhere.
+
+    pytest tests/test_fuzz.py          the same examples each time: 100 on a GPU, 20 by NumPy
+    python tests/test_fuzz.py 2000     so many others, on a GPU if there is one
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flashcore_cupy
+from flashcore_cupy import jit, selftest, selftest_rules, tiles
+from flashcore_cupy.selftest_arrays import Placed, set_up
+from flashcore_cupy.selftest_case import MASK_MODS, SCORE_MODS, Case, packed
+
+CONFIGURATIONS = 200
+KERNEL = "mma_sm80"  # what "auto" takes for all of these
+DIMS = (8, 32, 33, 40, 64, 72, 80, 96, 100, 128, 160, 192, 256, 512)
+KINDS = ("normal", "outliers", "constant", "onehot")
+
+# Sizes by the tile that they get, which is part of a configuration: the most heads in all batches,
+# the fewest and the most queries, the most keys.
+GRIDS = {
+    "decode": (24, 1, 16, 3000),  # and at most 16 rows: queries times grouped heads
+    "few": (4, 17, 500, 700),
+    "some": (48, 17, 128, 200),
+    "enough": (104, 17, 100, 130),
+    "invariant": (12, 1, 200, 300),
+}
+OF_ANY_LENGTHS = ("decode", "few", "invariant")
+SETTINGS = settings(
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+# ---- what is compiled ----------------------------------------------------------------------------
+
+
+@functools.cache
+def configurations() -> tuple[Case, ...]:
+    """Cases of the smallest sizes; ``group`` names the line of GRIDS."""
+    return tuple(dict.fromkeys(configuration(seed) for seed in range(CONFIGURATIONS)))
+
+
+def configuration(seed: int) -> Case:
+    rng = random.Random(seed)
+    grid = rng.choice([*GRIDS, "invariant"])
+    packs = grid in OF_ANY_LENGTHS and rng.random() < 0.35
+    dtype = rng.choice(tiles.KERNELS[KERNEL].dtypes)
+    dims = (rng.choice(DIMS), rng.choice(DIMS))
+    while not selftest_rules.takes_dims(KERNEL, dtype, dims) or rng.random() < 0.6:
+        dims = (rng.choice(DIMS),) * 2
+
+    def sometimes(chance: float, *values: Any) -> Any:
+        return rng.choice(values) if rng.random() < chance else type(values[0])()
+
+    case = Case(
+        *(grid, "auto", dtype),
+        head_dim=dims[0],
+        head_dim_v=dims[1],
+        causal=rng.choice([False, False, True, True, "top-left"]),
+        window=(rng.choice([-1, -1, 0]), rng.choice([-1, -1, 0])),
+        view=rng.choice(["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]),
+        layout=rng.choice(["bhsd", "bshd"]),
+        softcap=sometimes(0.2, 1.0),
+        alibi=sometimes(0.25, "h", "bh"),
+        sink=sometimes(0.25, True),
+        score_mod=sometimes(0.15, *SCORE_MODS),
+        mask_mod=sometimes(0.15, *MASK_MODS),
+        bias="" if packs else sometimes(0.3, "bhqk", "1h1k", "qk", "b1q1", "1"),
+        bias_fp32=rng.random() < 0.5,
+        mask="" if packs else sometimes(0.3, "bhqk", "b11k", "1hqk", "k", "q1"),
+        gate=None if packs or rng.random() < 0.85 else rng.choice(["qk", "softmax", "pv"]),
+        boundaries=rng.choice(["host", "device"]),
+        batch_invariant=grid == "invariant",
+        seqlen_kv=2 + rng.randrange(2),  # its parity decides how a bias and a mask are loaded
+        softmax_scale=-0.2 if rng.random() < 0.15 else None,
+    )
+    return at_smallest(case, packs)
+
+
+def at_smallest(case: Case, packs: bool) -> Case:
+    most_heads, fewest, _, _ = GRIDS[case.group]
+    heads = {"heads": min(8, most_heads), "heads_kv": min(8, most_heads)}
+    batch = most_heads // heads["heads"] if case.group in ("some", "enough") else 1
+    fewest = max(fewest, 2)
+    if packs:
+        return packed(replace(case, **heads), ((fewest, case.seqlen_kv),))
+    return replace(case, **heads, batch=batch, seqlen_q=fewest)
+
+
+def compiled_for(case: Case, arch: str) -> Any:
+    (config,) = selftest.case_config(case, arch)
+    return config
+
+
+# ---- what is drawn -------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: Any) -> Case:
+    case = draw(st.sampled_from(configurations()))
+    case = draw_packed(draw, case) if case.lengths else draw_sizes(draw, case)
+    left, right = (n if n < 0 else draw(st.integers(0, 300)) for n in case.window)
+    bare = replace(case, group="", seed=0, kind="normal")
+    plain = not (case.softcap or case.alibi or case.bias or case.score_mod)
+    scales = (None, None, 0.0, 0.05, 0.3) if case.softmax_scale is None else (-0.2, -0.01)
+    scale = draw(st.sampled_from(scales))
+    kinds = (*KINDS, "large") if plain and scale is None else KINDS
+    return replace(
+        bare,
+        window=(left, right),
+        softcap=case.softcap and draw(st.sampled_from([1.0, 5.0, 30.0])),
+        softmax_scale=scale,
+        kind=draw(st.sampled_from(kinds)),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def draw_heads(draw: Any, case: Case, most: int) -> dict[str, int]:
+    """Heads of k and v, times how many query heads share one; several where rows are padded."""
+    group = draw(st.sampled_from([n for n in (1, 2, 3, 4, 8) if n <= most]))
+    fewest = 2 if group == 1 and is_padded(case) else 1
+    heads_kv = draw(st.integers(fewest, min(3, most // group)))
+    return {"heads": group * heads_kv, "heads_kv": heads_kv}
+
+
+def is_padded(case: Case) -> bool:
+    """Whether an axis of length 1, whose stride does not count, could change the alignment."""
+    return case.view not in ("contiguous", "transposed")
+
+
+def draw_sizes(draw: Any, case: Case) -> Case:
+    most_heads, fewest, most, most_keys = GRIDS[case.group]
+    batch = 1
+    if case.group in ("some", "enough"):  # a full grid takes all of them
+        heads = draw(st.sampled_from([(8, 8), (8, 2), (8, 1), (4, 2)]))
+        sizes = {"heads": heads[0], "heads_kv": heads[1]}
+        batch = most_heads // heads[0]
+    else:
+        sizes = draw_heads(draw, case, min(8, most_heads))
+        batch = draw(st.integers(1, min(3, most_heads // sizes["heads"])))
+    if case.group == "decode":
+        most = 16 // (sizes["heads"] // sizes["heads_kv"])
+    # A bias of one query lies the same way transposed, and its keys can be loaded in pairs.
+    fewest = max(fewest, 2 if case.view == "transposed" else 1)
+    sizes["seqlen_q"] = draw(st.integers(fewest, most))
+    sizes["seqlen_kv"] = draw_keys(draw, case, most_keys)
+    return replace(case, batch=batch, **sizes)
+
+
+def draw_keys(draw: Any, case: Case, most: int) -> int:
+    if case.bias or case.mask:
+        return case.seqlen_kv + 2 * draw(st.integers(0, most // 2))
+    return draw(st.integers(2 if is_padded(case) else 0, most))
+
+
+def draw_packed(draw: Any, case: Case) -> Case:
+    count = draw(st.integers(1, 5))
+    heads = draw_heads(draw, case, 4 if case.group == "few" else 8)
+    most = 16 // (heads["heads"] // heads["heads_kv"]) if case.group == "decode" else 150
+    queries = [draw(st.integers(0, most)) for _ in range(count)]
+    keys = [draw(st.integers(0, 400)) for _ in range(count)]
+    if case.group == "few":  # the mean decides, for only the device knows the lengths
+        queries[-1] += 17 * count
+    keys[0] += 2 * is_padded(case)
+    return packed(replace(case, **heads), tuple(zip(queries, keys, strict=True)))
+
+
+# ---- what has to hold ----------------------------------------------------------------------------
+
+
+def check(case: Case, on_gpu: bool) -> None:
+    setup = set_up(case)
+    placed = Placed.of(case, setup, on_gpu=on_gpu)
+    first = attend(case, placed)
+    if on_gpu:  # on the short way, if nothing keeps it from being remembered
+        again = attend(case, placed)
+        assert all(x.tobytes() == y.tobytes() for x, y in zip(first, again, strict=True))
+    buffer = placed.out_buffer.get() if on_gpu else placed.out_buffer
+    assert setup.out.surroundings_are_nan(buffer), "wrote beside the output"
+    lse = first[1] if len(first) > 1 else None
+    result = selftest.judge(case, setup.host, selftest.Launched(first[0], lse, None, 64))
+    assert result.ok, f"{case.dtype} {case.name}: {result.reason}"
+
+
+def attend(case: Case, placed: Placed) -> list[np.ndarray]:
+    wanted: dict[str, Any] = {}
+    if case.gate not in ("qk", "softmax"):
+        wanted = {"out": placed.out, "return_lse": case.gate is None}
+        placed.out.fill(np.nan)
+    got = flashcore_cupy.attention(*placed.inputs, **wanted, **placed.arguments)
+    each = got if isinstance(got, tuple) else (got,)
+    arrays = [x if isinstance(x, np.ndarray) else x.get() for x in each]
+    return arrays if case.gate in ("qk", "softmax") else selftest.canonical(case, *arrays)
+
+
+def warm_up() -> None:
+    arch = jit.device_arch()
+    wanted = dict.fromkeys(compiled_for(case, arch) for case in configurations())
+    jit.compile_many([(c.source, c.defines(), arch, c.headers) for c in wanted])
+
+
+def test_draws_compile_nothing_but_the_configurations() -> None:
+    known = {compiled_for(case, "sm_90a") for case in configurations()}
+    assert 150 <= len(known) <= CONFIGURATIONS
+
+    @settings(SETTINGS, max_examples=400, derandomize=True)
+    @given(problems())
+    def belongs(case: Case) -> None:
+        assert compiled_for(case, "sm_90a") in known, case.name
+
+    belongs()
+
+
+def test_configurations_have_everything() -> None:
+    cases = configurations()
+    for name in ("softcap", "alibi", "sink", "bias", "mask", "score_mod", "mask_mod", "lengths"):
+        assert sum(bool(getattr(case, name)) for case in cases) >= 10, name
+    assert {case.gate for case in cases} == {None, "qk", "softmax", "pv"}
+    assert {case.dtype for case in cases} == set(tiles.KERNELS[KERNEL].dtypes)
+
+
+def test_numpy() -> None:
+    run(20, on_gpu=False, derandomize=True)
+
+
+@pytest.mark.gpu
+def test_gpu() -> None:
+    run(100, on_gpu=True, derandomize=True)
+
+
+def run(examples: int, *, on_gpu: bool, derandomize: bool) -> None:
+    if on_gpu:
+        warm_up()
+
+    @settings(SETTINGS, max_examples=examples, derandomize=derandomize)
+    @given(problems())
+    def each(case: Case) -> None:
+        check(case, on_gpu)
+
+    each()
+
+
+if __name__ == "__main__":
+    examples = int(sys.argv[1]) if sys.argv[1:] else 2000
+    run(examples, on_gpu=jit.no_gpu_reason() is None, derandomize=False)

@@ -1,0 +1,510 @@
+"""Arrays of other libraries: taken without a copy, results as the caller's kind.
+
+The exporters here have one protocol each and nothing else; torch and JAX where installed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import flashcore_cupy
+from flashcore_cupy import interop
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+# Else JAX takes most of a GPU's memory for itself as soon as it is asked for any device.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+class HostDLPack:
+    """Speaks DLPack, for an array on the host."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.array.__dlpack__(**kwargs)
+
+
+class OldHostDLPack(HostDLPack):
+    """The protocol as it was before DLPack 1.0, which could not say what may be written."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        return self.array.__dlpack__()
+
+
+class ArrayInterface:
+    """Speaks NumPy's own protocol."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # keeps the memory
+        self.__array_interface__ = array.__array_interface__
+
+
+class CudaArrayInterface:
+    """Speaks Numba's protocol, for a CuPy array."""
+
+    def __init__(self, array: Any, read_only: bool = False) -> None:
+        self.array = array
+        self.__cuda_array_interface__ = dict(array.__cuda_array_interface__)
+        self.__cuda_array_interface__["data"] = (array.data.ptr, read_only)
+
+
+class GpuDLPack:
+    """Speaks DLPack, for a CuPy array; writes down which stream was to wait."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.streams: list[object] = []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, *, stream: Any = None, **kwargs: Any) -> Any:
+        self.streams.append(stream)
+        return self.array.__dlpack__(stream=stream, **kwargs)
+
+
+class Elsewhere:
+    """Says where it lies, and would not export anything."""
+
+    def __init__(self, device: tuple[int, int]) -> None:
+        self.device = device
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        raise AssertionError("nobody asks a device that cannot serve")
+
+
+def _arrays(dtype: str = "float16", shape: tuple[int, ...] = (1, 2, 8, 16)) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    element = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    return [rng.standard_normal(shape).astype(element) for _ in range(3)]
+
+
+def _same_memory(x: np.ndarray, y: np.ndarray) -> bool:
+    return x.ctypes.data == y.ctypes.data and x.shape == y.shape and x.strides == y.strides
+
+
+def test_numpy_arrays_pass_as_they_are() -> None:
+    x = _arrays()[0]
+    mapped = np.frombuffer(mmap.mmap(-1, 64), np.float16)
+    for array in (x, x[:, ::2, ::-1], mapped, x.view(np.ma.MaskedArray)):
+        got, kind = interop.taken("q", array)
+        assert got is array and kind == "numpy"
+        assert interop.returned(array, kind) is array
+        assert interop.gpu_of("q", array) is None
+        assert interop.taken_out(array)[0] is array
+
+
+def test_cupy_arrays_pass_as_they_are_without_importing_cupy() -> None:
+    cls = type("ndarray", (), {"__module__": "cupy"})
+    for array in (cls(), type("mine", (cls,), {"__module__": "elsewhere"})()):
+        got, kind = interop.taken("q", array)
+        assert got is array and kind == "cupy"
+        assert interop.returned(array, kind) is array
+        assert interop.taken_out(array)[0] is array
+
+
+def test_hosts_do_not_import_cupy() -> None:
+    lines = (
+        "import sys, numpy",
+        "from flashcore_cupy import interop",
+        "x = numpy.zeros(4)",
+        "interop.taken('q', x)",
+        "class Fake: __array_interface__ = x.__array_interface__",
+        "interop.returned(*interop.taken('q', Fake()))",
+        "assert not {'cupy', 'torch', 'jax', 'numba'} & set(sys.modules)",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("exporter", [HostDLPack, OldHostDLPack, ArrayInterface])
+def test_host_exporters_share_memory(exporter: type) -> None:
+    base = _arrays()[0]
+    for x in (base, base[:, ::-1, 1:7, ::2], base[:, :0]):
+        got, kind = interop.taken("q", exporter(x))
+        assert isinstance(got, np.ndarray) and got.dtype == x.dtype and kind == "other"
+        assert _same_memory(got, x) or x.size == 0
+        assert got.shape == x.shape
+        np.testing.assert_array_equal(got, x)
+        assert interop.returned(got, kind) is got
+        assert interop.gpu_of("q", exporter(x)) is None
+
+
+@pytest.mark.parametrize("exporter", [HostDLPack, OldHostDLPack, ArrayInterface])
+def test_attention_takes_host_exporters(exporter: type) -> None:
+    q, k, v = _arrays()
+    o, lse = flashcore_cupy.attention(*map(exporter, (q, k, v)), causal=True, return_lse=True)
+    wanted, wanted_lse = flashcore_cupy.attention(q, k, v, causal=True, return_lse=True)
+    assert isinstance(o, np.ndarray)
+    np.testing.assert_array_equal(o, wanted)
+    np.testing.assert_array_equal(lse, wanted_lse)
+
+
+def test_out_of_a_host_exporter_is_written_in_place() -> None:
+    q, k, v = _arrays()
+    memory = np.empty_like(q)
+    out = ArrayInterface(memory)
+    assert flashcore_cupy.attention(q, k, v, out=out) is out
+    np.testing.assert_array_equal(memory, flashcore_cupy.attention(q, k, v))
+
+
+@pytest.mark.parametrize(
+    "x", [[1.0], (1.0,), 1.0, None, "q", b"q", {}, memoryview(b"q"), bytearray(4), object()]
+)
+def test_what_is_no_array_is_named(x: object) -> None:
+    for call in (interop.taken, interop.gpu_of):
+        with pytest.raises(TypeError) as caught:
+            call("k", x)
+        assert f"k: got {type(x).__name__}; use a CuPy array" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_gpus_are_told_from_other_devices() -> None:
+    assert interop.gpu_of("q", Elsewhere((2, 3))) == 3
+    assert interop.gpu_of("q", Elsewhere((13, 0))) == 0
+    assert interop.gpu_of("q", Elsewhere((3, 0))) is None
+    for call in (interop.taken, interop.gpu_of):
+        with pytest.raises(TypeError, match="q: this Elsewhere lies on a device of DLPack type 8"):
+            call("q", Elsewhere((8, 0)))
+
+
+def test_what_does_not_export_says_why() -> None:
+    class Refuses(HostDLPack):
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            raise BufferError("the moon is full\nand more")
+
+    class Nowhere(HostDLPack):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            raise ValueError("nowhere to be found")
+
+    x = _arrays()[0]
+    with pytest.raises(TypeError, match=r"v: this Refuses does not export .*: the moon is full$"):
+        interop.taken("v", Refuses(x))
+    with pytest.raises(TypeError, match="v: this Nowhere does not export its memory: nowhere"):
+        interop.taken("v", Nowhere(x))
+
+
+def test_a_read_only_out_is_an_error() -> None:
+    x = _arrays()[0]
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    outs = [ArrayInterface(frozen), OldHostDLPack(x)]
+    if np.lib.NumpyVersion(np.__version__) >= "2.1.0":  # its DLPack says what is read-only
+        assert interop.taken_out(HostDLPack(x))[0].flags.writeable
+        outs.append(HostDLPack(frozen))
+    for out in outs:
+        with pytest.raises(ValueError, match=f"out: this {type(out).__name__} exports .*read-only"):
+            interop.taken_out(out)
+
+
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="needs a NumPy that exports DLPack 1.0"
+)
+def test_flags_of_an_export_are_read() -> None:
+    x = _arrays()[0]
+    assert interop._versioned(x.__dlpack__()) is None  # the capsule of before 1.0
+
+    def flags(**how: Any) -> int:
+        capsule = x.__dlpack__(max_version=(1, 0), **how)
+        tensor = interop._versioned(capsule)
+        assert tensor is not None and tensor.major == 1
+        return tensor.flags
+
+    assert flags() == 0
+    assert flags(copy=True) == interop._COPIED
+    x.flags.writeable = False
+    assert flags() == interop._READ_ONLY
+
+
+def test_the_kind_of_the_result_is_that_of_q() -> None:
+    q, k, v = _arrays()
+    views = interop.taken_together(q, HostDLPack(k), ArrayInterface(v))
+    assert views[3] == "numpy" and all(isinstance(x, np.ndarray) for x in views[:3])
+    assert interop.taken_together(HostDLPack(q), k, v)[3] == "other"
+
+
+def test_gpu_and_cpu_do_not_mix() -> None:
+    q, k, v = _arrays()
+    on_gpu = type("ndarray", (), {"__module__": "cupy"})()
+    for arrays, named in (((on_gpu, k, v), "k, v:"), ((q, on_gpu, on_gpu), "q:")):
+        with pytest.raises(TypeError, match=f"^{named} on the CPU while the others are on a GPU"):
+            interop.taken_together(*arrays)
+
+
+class TestTorch:
+    """Tensors on the CPU."""
+
+    @pytest.mark.parametrize("dtype", [*DTYPES, "int32", "bool"])
+    def test_memory_is_shared_both_ways(self, dtype: str) -> None:
+        torch = pytest.importorskip("torch")
+        base = (torch.randn(2, 4, 6, 8) * 4).to(getattr(torch, dtype))
+        for x in (base, base.transpose(1, 2), base[:, ::2, 1:, 3:5], base[:, :0]):
+            got, kind = interop.taken("q", x)
+            assert kind == "torch" and got.dtype.name == dtype and got.shape == tuple(x.shape)
+            assert x.numel() == 0 or got.ctypes.data == x.data_ptr()
+            np.testing.assert_array_equal(got.astype("f4"), x.float().numpy())
+            back = interop.returned(got, kind)
+            assert isinstance(back, torch.Tensor) and back.dtype == x.dtype
+            assert torch.equal(back, x)
+            assert x.numel() == 0 or back.data_ptr() == x.data_ptr()
+            assert interop.returned(got, kind, x) is x
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_attention(self, dtype: str) -> None:
+        torch = pytest.importorskip("torch")
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 8, 2, 16).to(getattr(torch, dtype)) for _ in range(3))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o, lse = flashcore_cupy.attention(q, k, v, return_lse=True)
+        assert o.dtype == q.dtype and lse.dtype == torch.float32
+        host = [interop.taken(name, x)[0] for name, x in zip("qkv", (q, k, v), strict=True)]
+        wanted = flashcore_cupy.attention(*host)
+        np.testing.assert_array_equal(interop.taken("o", o)[0], wanted)
+        truth = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+        assert (o - truth).abs().max() < {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5}[dtype]
+        out = torch.empty_like(o)
+        assert flashcore_cupy.attention(q, k, v, out=out) is out
+        assert torch.equal(out, o)
+
+    def test_tensors_that_require_grad_are_read_detached(self) -> None:
+        torch = pytest.importorskip("torch")
+        x = torch.nn.Parameter(torch.randn(1, 2, 3, 4))
+        got, kind = interop.taken("q", x)
+        assert kind == "torch" and got.ctypes.data == x.data_ptr()
+        o = flashcore_cupy.attention(x, x, x)
+        assert not o.requires_grad and x.requires_grad
+        with pytest.raises(ValueError, match=r"out: requires grad.*out\.detach"):
+            interop.taken_out(x)
+        assert interop.taken_out(x.detach())[0].ctypes.data == x.data_ptr()
+
+    def test_tensors_without_plain_memory_are_named(self) -> None:
+        torch = pytest.importorskip("torch")
+        with pytest.raises(TypeError, match=r"q: this Tensor does not export .*: .*meta"):
+            interop.taken("q", torch.empty(2, device="meta"))
+        with pytest.raises(TypeError, match=r"q: this Tensor does not export .*: .*Sparse"):
+            interop.taken("q", torch.eye(2).to_sparse())
+
+
+class TestJax:
+    """Arrays on the CPU."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_taken_and_returned(self, dtype: str) -> None:
+        jax = pytest.importorskip("jax")
+        cpu = jax.local_devices(backend="cpu")[0]
+        x = jax.device_put(_arrays(dtype)[0], cpu)
+        got, kind = interop.taken("q", x)
+        assert kind == "jax" and got.dtype.name == dtype
+        assert got.ctypes.data == x.unsafe_buffer_pointer()
+        back = interop.returned(got, kind)
+        assert isinstance(back, jax.Array) and back.dtype == x.dtype and back.devices() == {cpu}
+        assert (back == x).all()
+        o = flashcore_cupy.attention(x, x, x)
+        assert isinstance(o, jax.Array) and o.dtype == x.dtype
+        np.testing.assert_array_equal(np.asarray(o), flashcore_cupy.attention(got, got, got))
+
+    def test_immutable_as_out_and_traced_as_input(self) -> None:
+        jax = pytest.importorskip("jax")
+        x = jax.device_put(_arrays()[0], jax.local_devices(backend="cpu")[0])
+        with pytest.raises(TypeError, match="out: got a JAX array, which is immutable"):
+            interop.taken_out(x)
+        with pytest.raises(TypeError, match=r"q: .*Tracer"):
+            jax.jit(lambda traced: interop.taken("q", traced)[0])(x)
+
+
+def test_kinds_go_by_class_names() -> None:
+    """Numba's managed memory is a NumPy array, too: it runs where the rest of Numba's does."""
+    array = type("DeviceNDArrayBase", (), {"__module__": "numba.cuda.cudadrv.devicearray"})
+    managed = type("ManagedNDArray", (array, np.ndarray), {})
+    assert interop._kind_of(array) == interop._kind_of(managed) == "numba"
+    assert interop._kind_of(np.float32) == interop._kind_of(list) == "other"
+    assert interop._kind_of(type("Tensor", (), {"__module__": "torchlike"})) == "other"
+
+
+def test_numba_is_asked_for_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = type(sys)("numba.cuda")
+    fake.as_cuda_array = lambda array: ("numba", array)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "numba.cuda", fake)
+    assert interop.returned(1, "numba") == ("numba", 1)
+    assert interop.returned(1, "numba", 2) == 2
+
+
+def _gpu_arrays(dtype: str = "float16", shape: tuple[int, ...] = (1, 2, 64, 64)) -> list[Any]:
+    import cupy
+
+    return [cupy.asarray(x) for x in _arrays(dtype, shape)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exporter", [CudaArrayInterface, GpuDLPack])
+def test_gpu_exporters_share_memory(exporter: type, dtype: str) -> None:
+    import cupy
+
+    if exporter is CudaArrayInterface and dtype == "bfloat16":
+        pytest.skip("__cuda_array_interface__ has no bfloat16")
+    base = _gpu_arrays(dtype)[0]
+    for x in (base, base.swapaxes(1, 2), base[:, ::-1, 1:7], base[:, :0]):
+        got, kind = interop.taken("q", exporter(x))
+        assert isinstance(got, cupy.ndarray) and got.dtype == x.dtype and kind == "other"
+        assert got.shape == x.shape
+        assert x.size == 0 or (got.data.ptr == x.data.ptr and got.strides == x.strides)
+        assert interop.returned(got, kind) is got
+        assert interop.gpu_of("q", exporter(base)) == base.device.id
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exporter", [CudaArrayInterface, GpuDLPack])
+def test_attention_takes_gpu_exporters(exporter: type) -> None:
+    import cupy
+
+    q, k, v = _gpu_arrays()
+    wanted = flashcore_cupy.attention(q, k, v)
+    o = flashcore_cupy.attention(*map(exporter, (q, k, v)))
+    assert isinstance(o, cupy.ndarray)
+    cupy.testing.assert_array_equal(o.view("u2"), wanted.view("u2"))
+    memory = cupy.empty_like(q)
+    out = exporter(memory)
+    assert flashcore_cupy.attention(q, k, v, out=out) is out
+    cupy.testing.assert_array_equal(memory.view("u2"), wanted.view("u2"))
+
+
+@pytest.mark.gpu
+def test_the_producer_is_told_the_stream_that_the_kernel_runs_on() -> None:
+    import cupy
+
+    arrays = [GpuDLPack(x) for x in _gpu_arrays()]
+    flashcore_cupy.attention(*arrays)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        flashcore_cupy.attention(*arrays)
+    flashcore_cupy.attention(*arrays, stream=stream)
+    stream.synchronize()
+    for x in arrays:
+        assert x.streams == [1, stream.ptr, stream.ptr]  # DLPack's 1 is CUDA's default stream
+
+
+@pytest.mark.gpu
+def test_a_read_only_out_on_a_gpu_is_an_error() -> None:
+    x = _gpu_arrays()[0]
+    assert interop.taken_out(CudaArrayInterface(x))[0].data.ptr == x.data.ptr
+    assert interop.taken_out(GpuDLPack(x))[0].data.ptr == x.data.ptr
+    with pytest.raises(ValueError, match=r"out: this CudaArrayInterface .* read-only"):
+        interop.taken_out(CudaArrayInterface(x, read_only=True))
+
+    class Frozen(GpuDLPack):
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            capsule = super().__dlpack__(**kwargs)
+            pointer = interop._versioned(capsule)
+            assert pointer is not None
+            pointer.flags |= interop._READ_ONLY
+            return capsule
+
+    with pytest.raises(ValueError, match="out: this Frozen exports its memory as read-only"):
+        interop.taken_out(Frozen(x))
+
+
+def _cuda_torch() -> Any:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch sees no GPU")
+    return torch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_on_a_gpu(dtype: str) -> None:
+    torch = _cuda_torch()
+    import cupy
+
+    arrays = _gpu_arrays(dtype)
+    wanted, wanted_lse = flashcore_cupy.attention(*arrays, causal=True, return_lse=True)
+    q, k, v = (torch.from_dlpack(x) for x in arrays)
+    assert interop.taken("q", q)[0].data.ptr == q.data_ptr()
+    o, lse = flashcore_cupy.attention(q.requires_grad_(), k, v, causal=True, return_lse=True)
+    assert o.is_cuda and o.dtype == q.dtype and not o.requires_grad
+    bits = [cupy.from_dlpack(x).view(f"u{x.element_size()}") for x in (o, lse)]
+    for got, expected in zip(bits, (wanted, wanted_lse), strict=True):
+        cupy.testing.assert_array_equal(got, expected.view(got.dtype))
+    out = torch.empty_like(o)
+    assert flashcore_cupy.attention(q, k, v, causal=True, out=out) is out
+    assert torch.equal(out, o)
+    assert flashcore_cupy.attention(q[:, :, :0], k, v).shape == (1, 2, 0, 64)
+    mixed = flashcore_cupy.attention(arrays[0], k, v, causal=True)
+    assert isinstance(mixed, cupy.ndarray)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_torch_streams_wait_for_each_other(in_place: bool, explicit: bool) -> None:
+    """Inputs made, and the output read, on a torch stream that CUDA does not order by itself."""
+    torch = _cuda_torch()
+    if explicit and not hasattr(torch.cuda.Stream, "__cuda_stream__"):
+        pytest.skip("the streams of this torch are for torch alone")
+    shape = (1, 8, 1024, 64)
+    x = torch.randn(shape, device="cuda", dtype=torch.float16)
+    wanted = flashcore_cupy.attention(x, x, x) + 1
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    for _ in range(10):
+        q = torch.full_like(x, torch.nan)
+        out = torch.full_like(x, torch.nan) if in_place else None
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # 10 ms in which nobody may look at q
+            q.copy_(x)
+            chosen = {"stream": stream} if explicit else {}
+            o = flashcore_cupy.attention(q, q, q, out=out, **chosen)
+            q.fill_(torch.nan)  # only once the kernel has read it
+            got = o + 1
+        stream.synchronize()
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_jax_on_a_gpu(dtype: str) -> None:
+    jax = pytest.importorskip("jax")
+    try:
+        gpu = jax.devices("cuda")[0]
+    except RuntimeError:
+        pytest.skip("this JAX sees no GPU")
+    host = _arrays(dtype, (1, 2, 64, 64))
+    q, k, v = (jax.device_put(x, gpu) for x in host)
+    assert interop.taken("q", q)[0].data.ptr == q.unsafe_buffer_pointer()
+    o = flashcore_cupy.attention(q, k, v)
+    assert isinstance(o, jax.Array) and o.devices() == {gpu} and o.dtype == q.dtype
+    wanted = flashcore_cupy.attention(*_gpu_arrays(dtype)).get()
+    np.testing.assert_array_equal(np.asarray(o), wanted)
+
+
+@pytest.mark.gpu
+def test_numba_on_a_gpu() -> None:
+    cuda = pytest.importorskip("numba.cuda")
+    if not cuda.is_available():
+        pytest.skip("this Numba sees no GPU")
+    host = _arrays("float32", (1, 2, 64, 64))
+    q, k, v = (cuda.to_device(x) for x in host)
+    o = flashcore_cupy.attention(q, k, v)
+    assert type(o) is type(q)
+    wanted = flashcore_cupy.attention(*_gpu_arrays("float32")).get()
+    np.testing.assert_array_equal(o.copy_to_host(), wanted)
+    out = cuda.device_array_like(q)
+    assert flashcore_cupy.attention(q, k, v, out=out) is out
+    np.testing.assert_array_equal(out.copy_to_host(), wanted)

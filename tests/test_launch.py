@@ -1,0 +1,526 @@
+"""Between the problem and the launch: parameters, grids, memory, what is remembered of a call.
+
+All of it is arithmetic, and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import random as rnd
+import re
+import sys
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from test_reference import repeatable
+
+from flashcore_cupy import config, launch, params, repeat, tiles, workspace
+from flashcore_cupy.arrays import span_of, spec_of
+from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe, operand
+from flashcore_cupy.rules import MAX_MOD_ARGS, Scores, describe_rules
+
+KERNELS = ROOT / "kernels"
+HERE = launch.Place(device=0, arch="sm_90a", multiprocessors=132, sources=None)
+
+# --- structs --------------------------------------------------------------------------------------
+
+NUMPY_TYPES = {
+    "int": np.dtype("i4"),
+    "float": np.dtype("f4"),
+    "int64": np.dtype("i8"),
+    "Strides": params.STRIDES,
+    "HeadStrides": params.HEAD_STRIDES,
+    "BroadcastStrides": params.BROADCAST_STRIDES,
+    "ModArgs": np.dtype(("u8", (MAX_MOD_ARGS,))),
+}
+
+
+def fields_of(struct: str, file: str) -> list[tuple[str, np.dtype]]:
+    """Names and types of a C++ struct's fields, in order; pointers are addresses."""
+    text = re.sub(r"//[^\n]*", "", (KERNELS / file).read_text())
+    (body,) = re.findall(rf"struct {struct} \{{(.*?)\}};", text, re.DOTALL)
+    found = []
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        kind, names = re.fullmatch(r"((?:const )?\w+\*?)\s+(.*)", declaration, re.DOTALL).groups()
+        dtype = np.dtype("u8") if kind.endswith("*") else NUMPY_TYPES[kind]
+        for name in names.split(","):
+            plain, count = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", name.strip()).groups()
+            found.append((plain, np.dtype((dtype, (int(count),))) if count else dtype))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("struct", "file", "dtype"),
+    [
+        ("Strides", "flashcore/params.cuh", params.STRIDES),
+        ("HeadStrides", "flashcore/params.cuh", params.HEAD_STRIDES),
+        ("BroadcastStrides", "flashcore/params.cuh", params.BROADCAST_STRIDES),
+        ("AttentionParams", "flashcore/params.cuh", params.ATTENTION_PARAMS),
+        ("QuantizeTensor", "fp8_quantize.cu", params.QUANTIZE_PARAMS["tensor"].base),
+    ],
+)
+def test_structs_are_the_kernels_field_by_field(struct: str, file: str, dtype: np.dtype) -> None:
+    """The sizes alone are asserted when a kernel is compiled: two fields could be exchanged."""
+    mine = [(name, dtype[name]) for name in dtype.names]
+    assert mine == fields_of(struct, file)
+    assert dtype.isalignedstruct or all(kind.itemsize == 8 for _, kind in mine)
+
+
+def test_rule_bits_are_the_kernels() -> None:
+    text = (KERNELS / "flashcore" / "score.cuh").read_text()
+    bits = {name.lower(): int(bit) for name, bit in re.findall(r"int RULE_(\w+) = (\d+);", text)}
+    assert bits == config.RULE_BITS
+    assert all(bit & (bit - 1) == 0 for bit in bits.values()), "one bit each"
+    assert len(set(bits.values())) == len(bits)
+
+
+def test_the_first_fields_are_those_that_a_repeated_call_writes() -> None:
+    block = np.zeros((), params.ATTENTION_PARAMS)
+    raw = bytearray(block.tobytes())
+    repeat._POINTERS.pack_into(raw, 0, 1, 2, 3, 4, 5)
+    repeat._SPLIT.pack_into(raw, repeat._SPLIT_OFFSET, 6, 7)
+    written = np.frombuffer(bytes(raw), params.ATTENTION_PARAMS)[0]
+    names = ("q", "k", "v", "o", "lse", "split_partial", "split_arrivals")
+    assert [int(written[name]) for name in names] == [1, 2, 3, 4, 5, 6, 7]
+    rest = [name for name in params.ATTENTION_PARAMS.names if name not in names]
+    assert all(written[name].tobytes().strip(b"\0") == b"" for name in rest)
+
+
+# --- what a problem fixes -------------------------------------------------------------------------
+
+
+def fixed(problem: AttentionProblem, kernel: str = "mma_sm80", registers: int = 128) -> Any:
+    """The parameters of a problem, without addresses."""
+    chosen = tiles.select(problem, HERE.arch, kernel=kernel).config
+    out = np.empty(problem.output_shape, np.float16)
+    o = operand("o", out, "packed" if problem.packed else problem.layout)
+    built = SimpleNamespace(entries={"fwd": SimpleNamespace(registers=registers)})
+    kernel = launch.LoadedKernel(chosen, built, {})
+    return launch._fixed_params(problem, kernel, o, HERE)
+
+
+def test_parameters_of_rules() -> None:
+    bias, slopes = np.zeros((2, 1, 200, 300), np.float32), np.zeros((2, 8), np.float32)
+    mask = np.ones((8, 1, 300), bool)
+    rules = describe_rules(
+        Scores(2, 8, 200, 300),
+        "float16",
+        window=(50, -1),
+        softcap=8.0,
+        alibi_slopes=spec_of(slopes),
+        bias=spec_of(bias),
+        mask=spec_of(mask),
+    )
+    problem = replace(contiguous_problem(2, 8, 200, 64, heads_kv=2, seqlen_kv=300), rules=rules)
+    p = fixed(problem)
+    assert p["alibi_strides"].tolist() == (8, 1)
+    assert p["bias_strides"].tolist() == (60_000, 0, 300, 1)
+    assert p["mask_strides"].tolist() == (0, 300, 0, 1)
+    assert (p["softcap"], p["inverse_softcap"]) == (8, 0.125)
+    assert (p["window_left"], p["window_right"]) == (50, 0)
+    assert (p["causal_offset"], p["top_left"], p["seqlen_kv"]) == (100, 0, 300)
+    assert (p["heads_q"], p["heads_kv"], p["batch"], p["seqlen_q"]) == (8, 2, 2, 200)
+    assert p["lse_strides"].tolist() == (1600, 200)
+    p = fixed(replace(problem, causal="top-left"))
+    assert (p["causal_offset"], p["top_left"], p["window_right"]) == (0, 1, 0)
+    assert p["seqlen_kv"] == 200, "keys that no query sees are not read"
+
+
+def test_scales_of_raw_scores_are_positive() -> None:
+    """fwd_sm80 takes maxima before it scales; a negative scale is a rule, and comes before them."""
+    problem = contiguous_problem(1, 2, 200, 64)
+    smallest = np.finfo(np.float32).tiny
+    for scale in (0.3, 1e30, 0.0, 1e-42, 1e-60):
+        p = fixed(replace(problem, softmax_scale=scale))
+        assert p["softmax_scale"] == max(np.float32(scale), smallest)
+        assert p["scale_log2"] == pytest.approx(p["softmax_scale"] * math.log2(math.e))
+        p = fixed(replace(problem, softmax_scale=scale), kernel="scalar")
+        assert p["softmax_scale"] == np.float32(scale)
+    for scale, negative in ((-0.3, True), (0.0, False), (0.3, False)):
+        found = tiles.select(replace(problem, softmax_scale=scale), HERE.arch)
+        assert found.kernel.name == "mma_sm80"
+        assert ("negative_scale" in found.config.rules) == negative
+        assert bool(found.config.defines()["FC_RULES"]) == negative
+    assert fixed(replace(problem, softmax_scale=-0.3))["softmax_scale"] == np.float32(-0.3)
+
+
+# --- which keys, and how many ---------------------------------------------------------------------
+
+ALIGNMENTS = st.sampled_from((False, True, "top-left"))
+SIDES = st.integers(-1, 14)
+
+
+@repeatable
+@given(st.integers(0, 12), st.integers(0, 12), ALIGNMENTS, SIDES, SIDES)
+def test_visible_pairs(seqlen_q: int, seqlen_kv: int, causal: Any, left: int, right: int) -> None:
+    """What the problem says of causal masks and windows, against every pair looked at."""
+    rules = describe_rules(Scores(2, 3, seqlen_q, seqlen_kv), "float16", window=(left, right))
+    problem = contiguous_problem(2, 3, seqlen_q, 8, seqlen_kv=seqlen_kv, head_dim_v=5)
+    problem = replace(problem, causal=causal, rules=rules)
+    offset = 0 if causal == "top-left" else seqlen_kv - seqlen_q
+    i, j = np.arange(seqlen_q)[:, None] + offset, np.arange(seqlen_kv)[None, :]
+    visible = np.ones((seqlen_q, seqlen_kv), bool)
+    visible &= (j >= i - left) | (left < 0)
+    visible &= (j <= i + right) | (right < 0)
+    visible &= (j <= i) | (causal is False)
+    assert problem.causal_offset == offset
+    assert problem.flops == 2 * 2 * 3 * visible.sum() * (8 + 5)
+    seen = np.flatnonzero(visible.any(0))
+    last = int(seen[-1]) + 1 if seen.size else 0
+    assert last <= problem.visible_kv <= seqlen_kv
+    if visible.any(1).all() and seqlen_q:
+        assert problem.visible_kv == last
+
+
+# --- packed batches as blocks ---------------------------------------------------------------------
+
+
+def packed_problem(
+    lengths_q: list[int], lengths_k: list[int], heads: tuple[int, int] = (8, 2), **rules: Any
+) -> AttentionProblem:
+    q = np.empty((sum(lengths_q), heads[0], 64), np.float16)
+    k = np.empty((sum(lengths_k), heads[1], 64), np.float16)
+    return describe(q, k, k, sequences=len(lengths_q), **rules)
+
+
+class PackedBatch:
+    """``PackedBatch`` of schedule.cuh, for any values of cu_seqlens."""
+
+    def __init__(self, cu_seqlens: list[int], total: int, rows_per_query: int, block_m: int):
+        self.cu_seqlens, self.total = cu_seqlens, total
+        self.rows_per_query, self.block_m = rows_per_query, block_m
+
+    def start(self, b: int) -> int:
+        return min(max(self.cu_seqlens[b], 0), self.total)
+
+    def length(self, b: int) -> int:
+        return max(self.start(b + 1) - self.start(b), 0)
+
+    def first_block(self, b: int) -> int:
+        return self.start(b) * self.rows_per_query // self.block_m + b
+
+    def find(self, block: int, sequences: int) -> int:
+        first, count = 0, sequences
+        while count > 1:
+            step = -(-count // 32)
+            candidates = [
+                lane * step < count and self.first_block(first + lane * step) <= block
+                for lane in range(32)
+            ]
+            chosen = max(sum(candidates), 1) - 1
+            first += chosen * step
+            count = min(step, count - chosen * step)
+        return first
+
+    def rows(self, block: int, sequences: int) -> range | None:
+        """Rows of q that a block works on, heads of a group apart; None if it has no work."""
+        b = self.find(block, sequences)
+        first = (block - self.first_block(b)) * self.block_m
+        rows = self.length(b) * self.rows_per_query
+        if first < 0 or first >= rows:
+            return None
+        start = self.start(b) * self.rows_per_query
+        return range(start + first, start + min(first + self.block_m, rows))
+
+
+def lengths(seed: int) -> list[int]:
+    """Many short ones, or few long ones; some empty."""
+    random = rnd.Random(seed)
+    longest = random.choice((1, 3, 40, 700))
+    many = random.choice((1, 2, 31, 32, 33, 200, 1100))
+    return [random.choice((0, 1, random.randint(0, longest))) for _ in range(many)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+def test_every_row_of_a_packed_batch_has_one_block(seed: int, block_m: int) -> None:
+    """Sequence b starts at block floor(its first row / block_m) + b."""
+    seqlens = lengths(seed)
+    for heads, group in (((8, 2), 1), ((8, 2), 4)):
+        problem = packed_problem(seqlens, seqlens, heads)
+        chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
+        tile = replace(chosen.tile, block_m=block_m, pack_gqa=group > 1)
+        blocks = launch._blocks_per_head(problem, replace(chosen, tile=tile))
+        cu_seqlens = [sum(seqlens[:n]) for n in range(len(seqlens) + 1)]
+        batch = PackedBatch(cu_seqlens, cu_seqlens[-1], group, block_m)
+        for b, length in enumerate(seqlens):
+            enough = batch.first_block(b) + -(-length * group // block_m)
+            assert enough <= batch.first_block(b + 1), "the next sequence starts behind"
+        worked = [batch.rows(block, len(seqlens)) for block in range(blocks)]
+        covered = [row for rows in worked if rows is not None for row in rows]
+        assert sorted(covered) == list(range(cu_seqlens[-1] * group))
+        assert blocks <= cu_seqlens[-1] * group // block_m + len(seqlens)
+
+
+@repeatable
+@given(st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 60), min_size=2, max_size=70))
+def test_no_boundary_leads_outside(cu_seqlens: list[int]) -> None:
+    """On a GPU nobody checks them; what is computed then means nothing, but stays inside."""
+    total, group, block_m = 50, 4, 16
+    batch = PackedBatch(cu_seqlens, total, group, block_m)
+    sequences = len(cu_seqlens) - 1
+    for block in range(total * group // block_m + sequences):
+        rows = batch.rows(block, sequences)
+        assert rows is None or 0 <= rows.start < rows.stop <= total * group
+
+
+def test_the_header_has_this_arithmetic() -> None:
+    text = " ".join((KERNELS / "flashcore" / "schedule.cuh").read_text().split())
+    for line in (
+        "return min(max(cu_seqlens[b], 0), total);",
+        "return max(start(b + 1) - start(b), 0);",
+        "return int(int64(start(b)) * rows_per_query / block_m) + b;",
+        "const int step = div_up(count, WARP_SIZE);",
+        "lane * step < count && first_block(first + lane * step) <= block;",
+        "const int chosen = max(warp_count(candidate), 1) - 1;",
+        "first += chosen * step;",
+        "count = min(step, count - chosen * step);",
+        "w.first_row = m_block * block_m;",
+        "return m_block >= 0 && w.first_row < w.seqlen_q * w.group;",
+    ):
+        assert line in text
+
+
+def test_grids() -> None:
+    plain = contiguous_problem(3, 8, 300, 64, heads_kv=2)
+    few = contiguous_problem(3, 8, 3, 64, heads_kv=2)
+    for problem, packed_heads in ((plain, False), (few, True)):
+        chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
+        assert chosen.tile.pack_gqa == packed_heads
+        heads, rows = (2, 3 * 4) if packed_heads else (8, 300)
+        expected = 3 * heads * math.ceil(rows / chosen.tile.block_m)
+        assert launch._query_blocks(problem, chosen) == expected
+    problem = packed_problem([300, 0, 5], [7, 8, 9])
+    chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
+    assert launch._query_blocks(problem, chosen) == 8 * (305 // chosen.tile.block_m + 3)
+
+
+def splits(batch: int, seqlen_kv: int, registers: int = 128, **changes: Any) -> int:
+    problem = replace(contiguous_problem(batch, 8, 1, 64, seqlen_kv=seqlen_kv), **changes)
+    return int(fixed(problem, registers=registers)["splits"])
+
+
+def test_keys_are_shared_out_until_the_gpu_is_full() -> None:
+    counts = [splits(batch, 100_000) for batch in (1, 2, 4, 1000)]
+    assert counts == sorted(counts, reverse=True) and counts[0] > 32 > counts[-1]
+    counts = [splits(1, n) for n in (0, 1, 64, 1000, 4000, 16_000, 100_000)]
+    assert counts == sorted(counts) and counts[:3] == [1, 1, 1]
+    assert max(counts) <= launch._MOST_SPLITS
+    assert splits(20, 8192, registers=255) <= splits(20, 8192, registers=32)
+    assert fixed(contiguous_problem(1, 8, 1000, 64))["splits"] == 1, "queries enough"
+
+
+@pytest.mark.parametrize("seqlen_kv", [1, 100, 1000, 5000])
+def test_parts_of_the_keys_are_not_empty(seqlen_kv: int) -> None:
+    problem = contiguous_problem(1, 8, 1, 64, seqlen_kv=seqlen_kv)
+    tile = tiles.select(problem, HERE.arch, kernel="mma_sm80").config.tile
+    assert tile.split_kv and splits(1, seqlen_kv) <= math.ceil(seqlen_kv / tile.block_n)
+
+
+def test_batch_invariant_keys_are_not_shared_out() -> None:
+    """How many parts would fill the GPU is a matter of the batch."""
+    assert splits(1, 100_000, batch_invariant=True) == 1
+
+
+def test_blocks_that_run_side_by_side() -> None:
+    problem = contiguous_problem(1, 8, 1000, 64)
+    chosen = tiles.select(problem, "sm_80", kernel="wmma_fused_64").config
+
+    def side_by_side(registers: int, arch: str) -> int:
+        entries = {"a": SimpleNamespace(registers=registers), "b": SimpleNamespace(registers=8)}
+        kernel = launch.LoadedKernel(chosen, SimpleNamespace(entries=entries), {})
+        return kernel.blocks_per_multiprocessor(arch)
+
+    assert chosen.threads == 256 and 32 * 1024 < chosen.smem_bytes < 80 * 1024
+    assert side_by_side(255, "sm_90a") == 1, "255 registers are 256: one block of 256 threads"
+    assert side_by_side(127, "sm_90a") == 2
+    by_memory = 228 * 1024 // (chosen.smem_bytes + 1024)
+    assert side_by_side(16, "sm_90a") == by_memory > side_by_side(16, "sm_89") >= 1
+
+
+# --- batch_invariant ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("head_dim", [32, 64, 100, 128, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 5, 100, 3000])
+def test_batch_invariant_tiles_do_not_look_at_the_batch(
+    seqlen_q: int, head_dim: int, dtype: str
+) -> None:
+    def tile(problem: AttentionProblem) -> config.Tile:
+        return tiles.select(replace(problem, batch_invariant=True), HERE.arch).config.tile
+
+    alone = contiguous_problem(1, 8, seqlen_q, head_dim, heads_kv=2, dtype=dtype)
+    chosen = tile(alone)
+    for batch in (2, 7, 500):
+        many = contiguous_problem(batch, 8, seqlen_q, head_dim, heads_kv=2, dtype=dtype)
+        assert tile(many) == chosen
+        packed = [np.empty((batch * seqlen_q, heads, head_dim), dtype) for heads in (8, 2, 2)]
+        assert tile(describe(*packed, sequences=batch)) == chosen
+
+
+def test_tiles_look_at_the_batch_otherwise() -> None:
+    found = {
+        tiles.select(contiguous_problem(batch, 8, 300, 64), HERE.arch).config.tile
+        for batch in (1, 100)
+    }
+    assert len(found) == 2
+
+
+# --- what a repeated call knows -------------------------------------------------------------------
+
+
+class _Data(NamedTuple):
+    ptr: int
+    device_id: int = 0
+
+
+def known_of(q: Any, k: Any, v: Any, o: Any) -> repeat._Known:
+    """What a repeated call knows of arrays, as far as their places."""
+    step = launch.Step(0, 1, 32, 0, launch.ParameterBlock(np.zeros((), params.ATTENTION_PARAMS)))
+    q = SimpleNamespace(shape=q.shape, strides=q.strides, dtype=q.dtype, data=_Data(0))
+    problem = SimpleNamespace(output_shape=o.shape, lse_shape=())
+    arrays = {"q": q, "k": k, "v": v, "o": o}
+    return repeat._Known(SimpleNamespace(problem=problem, steps=(step,), arrays=arrays))
+
+
+@repeatable
+@given(st.lists(st.integers(0, 60), min_size=4, max_size=4), st.booleans(), st.integers(1, 3))
+def test_overlaps_of_spans(places: list[int], backwards: bool, rows: int) -> None:
+    """True exactly where the output's first to last byte meets an input's."""
+    step = -1 if backwards else 1
+    shapes = ((rows, 4), (2, 3), (1, 5), (rows, 2))
+    arrays = [np.zeros(shape, np.float16)[::step] for shape in shapes]
+    got = known_of(*arrays).overlaps(*places)
+    taken = [set(range(*span_of(x, place))) for x, place in zip(arrays, places, strict=True)]
+    assert got == any(taken[3] & span for span in taken[:3])
+
+
+def test_spans_reach_from_the_first_byte_to_the_last() -> None:
+    x = np.zeros((4, 5), np.float32)
+    assert span_of(x, 100) == (100, 180)
+    assert span_of(x[:, ::2], 100) == (100, 180)
+    assert span_of(x[::-1], 160) == (100, 180)
+    assert span_of(x[1:3, 1:2], 0) == (0, 24)
+    assert span_of(x[:0], 100) == (100, 100)
+
+
+def test_keys_of_repeated_calls_tell_arguments_apart() -> None:
+    """1 and True are equal and hash alike, but are not the same argument."""
+
+    def key(*, scale: Any = 1.0, causal: Any = True, address: int = 256, **of_q: Any) -> Any:
+        x = SimpleNamespace(
+            shape=(1, 2, 3, 4),
+            strides=(48, 24, 8, 2),
+            dtype=np.dtype(np.float16),
+            data=_Data(address),
+        )
+        q = SimpleNamespace(**{**vars(x), **of_q})
+        choices = ("bhsd", scale, causal, (-1, -1), 0.0, False, "auto")
+        return repeat._key(q, x, x, None, False, choices)
+
+    assert key() == key() == key(address=256 + 16)
+    others = [
+        key(scale=True),
+        key(scale=1),
+        key(causal=1),
+        key(causal=False),
+        key(address=258),
+        key(shape=(1, 2, 4, 3)),
+        key(strides=(48, 24, 8, 4)),
+        key(dtype=np.dtype(np.int16)),
+    ]
+    assert len({key(), *others}) == 1 + len(others)
+
+
+# --- workspaces -----------------------------------------------------------------------------------
+
+
+class FakeCuPy:
+    """As much of CuPy as workspaces take; arrays are NumPy's."""
+
+    uint8 = np.uint8
+
+    def __init__(self) -> None:
+        self.stream = SimpleNamespace(ptr=7, is_capturing=lambda: False)
+        self.device = SimpleNamespace(id=0)
+        self.cuda = SimpleNamespace(
+            get_current_stream=lambda: self.stream, Device=lambda: self.device
+        )
+
+    @staticmethod
+    def empty(size: int, dtype: Any) -> np.ndarray:
+        return np.full(size, 255, dtype)
+
+    @staticmethod
+    def zeros(size: int, dtype: Any) -> np.ndarray:
+        return np.zeros(size, dtype)
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
+    fake = FakeCuPy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(workspace, "_areas", {})
+    monkeypatch.setattr(workspace, "_captured", [])
+    return fake
+
+
+def test_a_stream_keeps_its_workspace_until_it_is_too_small(cupy: FakeCuPy) -> None:
+    first = workspace.workspace(5000, 100)
+    assert first.partial_array.nbytes == 8192 and first.arrivals_array.nbytes == 4096
+    assert not first.arrivals_array.any(), "counters are 0 between launches"
+    assert workspace.workspace(8192, 4096) is first and workspace.workspace(1, 1) is first
+    wider = workspace.workspace(8193, 1)
+    assert wider is not first and wider.partial_array.nbytes == 16384
+    longer = workspace.workspace(8193, 5000)
+    assert longer.arrivals_array.nbytes == 8192 and longer.holds(8193, 5000)
+    assert workspace.workspace(16384, 8192) is longer
+    assert not longer.holds(16385, 1) and not longer.holds(1, 8193)
+
+
+def test_streams_devices_and_threads_share_no_workspace(cupy: FakeCuPy) -> None:
+    areas = [workspace.workspace(1, 1)]
+    cupy.stream.ptr = 8
+    areas.append(workspace.workspace(1, 1))
+    cupy.device.id = 1
+    areas.append(workspace.workspace(1, 1))
+    cupy.stream.ptr = 2  # each thread's own default stream
+    areas.append(workspace.workspace(1, 1))
+    thread = threading.Thread(target=lambda: areas.append(workspace.workspace(1, 1)))
+    thread.start()
+    thread.join()
+    assert len({id(area) for area in areas}) == 5
+    assert workspace.workspace(1, 1) is areas[3]
+
+
+def test_what_a_graph_captures_is_its_own_for_good(cupy: FakeCuPy) -> None:
+    usual = workspace.workspace(5000, 100)
+    cupy.stream.is_capturing = lambda: True
+    captured = [workspace.workspace(5000, 100) for _ in range(2)]
+    kept = [usual, *captured, *workspace._captured]
+    assert len({*map(id, kept)}) == 3 and len(kept) == 5
+    assert captured[0].partial_array.nbytes == 5000
+    cupy.stream.is_capturing = lambda: False
+    assert workspace.workspace(5000, 100) is usual
+
+
+def test_workspaces_hold_what_warps_leave_in_them() -> None:
+    """``WarpRows::VALUES`` floats per lane, warp and part; a counter per block of rows."""
+    text = (KERNELS / "flashcore" / "rows.cuh").read_text()
+    assert "VALUES_OF_ROW = 2 + TILES_D * 2;" in text
+    assert "VALUES = FRAGMENTS_M * 2 * VALUES_OF_ROW;" in text
+    problem = contiguous_problem(1, 8, 1, 64, seqlen_kv=10_000)
+    chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
+    tile = replace(chosen.tile, block_m=64, warps_m=2, warps_n=2)
+    fragments_m, tiles_d = 64 // 2 // 16, 128 // 8
+    values = fragments_m * 2 * (2 + tiles_d * 2)
+    partial, arrivals = workspace.split_bytes(replace(chosen, tile=tile, head_dim_v=128), 10, 3)
+    assert (partial, arrivals) == (10 * 3 * 2 * values * 32 * 4, 10 * 4)

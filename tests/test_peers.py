@@ -1,0 +1,590 @@
+"""The benchmarks beside torch, as far as they go without a GPU and without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+from rich.console import Console
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import errors
+import peers
+from side_by_side import backends, cells, error_cases, gate, measure, plots, tables, timing
+from side_by_side.cells import Cell
+from side_by_side.results import BACKENDS, OURS, PEERS, Entry, Report, Row, geometric_mean
+
+from flashcore_cupy import reference, tiles
+from flashcore_cupy.problem import describe
+
+
+def cell_of(name: str) -> Cell:
+    (found,) = (c for group in cells.GROUPS for c in cells.cells(group) if c.name == name)
+    return found
+
+
+def text_of(renderable: Any, width: int = 150) -> str:
+    console = Console(width=width, record=True, file=open_null())
+    console.print(renderable)
+    return console.export_text()
+
+
+def open_null() -> Any:
+    return SimpleNamespace(write=lambda _: None, flush=lambda: None, isatty=lambda: False)
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def test_the_grid_is_every_head_dim_length_and_mask() -> None:
+    grid = cells.cells("grid")
+    expected = {
+        f"D{d}S{s}c{c}"
+        for d in (64, 128, 256)
+        for s in (512, 1024, 2048, 4096, 8192, 16384)
+        for c in (0, 1)
+    }
+    assert {c.name for c in grid} == expected and len(grid) == len(expected)
+    for c in grid:
+        assert c.batch * c.seqlen_q == 16384 and c.heads * c.head_dim == 2048
+        assert c.heads == c.heads_kv and c.seqlen_q == c.seqlen_kv
+        assert c.name == f"D{c.head_dim}S{c.seqlen_q}c{c.causal:d}"
+
+
+def test_the_other_groups() -> None:
+    shapes = ("B1H8S512D64", "B1H8S128D64", "B1H8S1024D64", "B4H16S512D64", "B1H8S512D128")
+    assert [c.name for c in cells.cells("small")] == [s + c for s in shapes for c in ("c0", "c1")]
+    assert {(c.batch, c.seqlen_kv) for c in cells.cells("decode")} == {
+        *((1, 1024), (1, 8192), (1, 65536)),
+        *((16, 1024), (16, 8192), (16, 65536)),
+        *((128, 1024), (128, 8192)),
+    }
+    assert all(c.q_shape == (c.batch, 1, 32, 128) for c in cells.cells("decode"))
+    assert all(c.kv_shape == (c.batch, c.seqlen_kv, 8, 128) for c in cells.cells("decode"))
+    assert [(c.name, c.window) for c in cells.cells("variants")] == [
+        ("B1Hq32Hk8S8192D128c1wNone", (-1, -1)),
+        ("B1Hq64Hk8S4096D128c1wNone", (-1, -1)),
+        ("B2Hq64Hk8S8192D64c1w1024", (1024, 0)),
+        ("B1Hq32Hk8S16384D128c1w4096", (4096, 0)),
+    ]
+    assert cells.cells("percall")[0].q_shape == (1, 512, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "us", "rate"),  # published side-by-side figures on an H200
+    [
+        ("D64S512c0", 260.85, 263.4),
+        ("D64S512c1", 225.09, 152.7),
+        ("D256S16384c1", 1800.59, 610.6),
+        ("B1Hq32Hk8S8192D128c1wNone", 1708.86, 321.7),
+        ("B2Hq64Hk8S8192D64c1w1024", 648.61, 397.7),
+        ("B1Hq32Hk8S16384D128c1w4096", 1414.66, 680.2),
+        ("B1Skv1024Hq32Hk8D128", 15.78, 265.9),
+        ("B16Skv65536Hq32Hk8D128", 970.99, 4423.3),
+    ],
+)
+def test_rates_are_counted_as_published_ones(name: str, us: float, rate: float) -> None:
+    assert cell_of(name).figure(us) == pytest.approx(rate, rel=1e-3)
+
+
+def test_visible_pairs_are_those_of_the_mask() -> None:
+    for causal in (False, True):
+        for window in ((3, 0), (3, 2), (-1, 1), (0, -1)):
+            cell = Cell("variants", "x", 1, 1, 1, 9, 14, 8, causal, window)
+            at = np.arange(9)[:, None] + 14 - 9
+            keys = np.arange(14)[None]
+            seen = (window[0] < 0) | (keys >= at - window[0])
+            seen &= (window[1] < 0) | (keys <= at + window[1])
+            seen &= (keys <= at) | (not causal)
+            assert cell.pairs == seen.sum(), (causal, window)
+
+
+def test_cells_survive_json() -> None:
+    for group in cells.GROUPS:
+        for cell in cells.cells(group):
+            assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
+
+
+def test_what_is_compiled_ahead_is_what_a_cell_asks_for() -> None:
+    call = backends.call_of(cell_of("D64S512c1"))
+    problem = describe(*call[:3], **call.rules)
+    assert (problem.batch, problem.heads_q, problem.seqlen_q) == (32, 32, 512)
+    assert problem.causal is True and problem.align_bytes == 16
+    assert problem.q.strides == (512 * 32 * 64, 64, 32 * 64)
+    assert tiles.configs_of(tiles.select(problem, "sm_90a"))
+
+
+# --- timing and statistics -----------------------------------------------------------------------
+
+
+def test_an_entry_has_median_and_spread() -> None:
+    entry = Entry.of([10.0, 12.0, 11.0, 90.0, 8.0], note="x")
+    assert entry.us == 11.0 and entry.samples == 5 and entry.note == "x"
+    assert entry.p10_us == pytest.approx(8.8) and entry.p90_us == pytest.approx(58.8)
+    assert entry.spread == pytest.approx(50 / 11)
+    assert Entry(reason="no").spread is None
+
+
+def test_ratios_and_means() -> None:
+    entries = {OURS: Entry(2.0), "torch-flash2": Entry(6.0), "torch-cudnn": Entry(3.0)}
+    row = Row(cell_of("D64S512c0"), {**entries, "torch-efficient": Entry(reason="cannot")})
+    assert row.speedup_to_best() == 1.5 and row.speedup("torch-flash2") == 3.0
+    assert row.speedup("torch-efficient") is None
+    alone = Row(row.cell, {OURS: Entry(2.0)})
+    assert alone.speedup_to_best() is None
+    assert geometric_mean([2.0, None, 8.0]) == (pytest.approx(4.0), 2)
+    assert geometric_mean([None]) == (None, 0)
+
+
+def test_backends_take_turns_in_an_order_that_rotates() -> None:
+    order: list[str] = []
+
+    def timer(name: str) -> Callable[[], float]:
+        def once() -> float:
+            order.append(name)
+            return float(len(order))
+
+        return once
+
+    found = timing.take_turns({name: timer(name) for name in "abc"}, rounds=4, budget_s=60)
+    assert ["".join(order[i : i + 3]) for i in range(6, 18, 3)] == ["abc", "bca", "cab", "abc"]
+    assert len(order) == 18 and {entry.samples for entry in found.values()} == {4}
+    assert found["a"].us == np.median([7, 12, 14, 16])  # the two rounds before do not count
+
+
+def test_a_timer_that_raises_drops_out_and_says_why() -> None:
+    calls = iter(range(100))
+
+    def breaks() -> float:
+        if next(calls) == 4:
+            raise RuntimeError("misaligned address\nwith details")
+        return 1.0
+
+    found = timing.take_turns({"bad": breaks, "good": lambda: 2.0}, rounds=6, budget_s=60)
+    assert found["bad"] == Entry(reason="misaligned address")
+    assert found["good"].us == 2.0 and found["good"].samples == 6
+
+
+def test_rounds_end_when_the_time_is_up() -> None:
+    found = timing.take_turns({"a": lambda: 1.0}, rounds=1000, budget_s=0.0)
+    assert found["a"].samples == 5
+
+
+def test_reasons_are_one_line() -> None:
+    assert timing.reason_of(RuntimeError("no kernel\nat all")) == "no kernel"
+    assert timing.reason_of(KeyError("x")) == "KeyError: 'x'"
+    assert timing.reason_of(RuntimeError()) == "RuntimeError: "
+
+
+def test_torchs_warning_is_the_reason() -> None:
+    def run() -> None:
+        for text in (
+            "Memory efficient kernel not used because: (Triggered internally at x.cpp:1)",
+            "Flash attention has been runtime disabled. (Triggered internally at x.cpp:2)",
+            "Head dims must be alike (Triggered internally at x.cpp:3)",
+        ):
+            warnings.warn(text, stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    with pytest.raises(RuntimeError, match=r"^Head dims must be alike$"):
+        backends.first_result(run, nullcontext)
+
+
+# --- one row, with stand-ins for the GPU and the backends ----------------------------------------
+
+
+class FakeGpu:
+    torch = None
+    l2_bytes = 60 << 20
+
+    def synchronize(self) -> None:
+        pass
+
+    def cold(self, run: Callable[[], Any], selected: Any) -> Callable[[], float]:
+        return lambda: float(run())
+
+    def replayed(self, replay: Callable[[], Any], calls: int) -> Callable[[], float]:
+        return lambda: float(replay()) / calls
+
+    def from_python(self, run: Callable[[], Any], calls: int, selected: Any) -> Callable[[], float]:
+        return lambda: float(run()) * 10
+
+
+class FakeBackend:
+    def __init__(self, name: str, us: float, fails: str = "") -> None:
+        self.name, self.us, self.fails = name, us, fails
+        self.captured = 0
+
+    def bind(self, cell: Cell, inputs: Any) -> Callable[[], float]:
+        self._fail_at("bind")
+
+        def run() -> float:
+            self._fail_at("run")
+            return self.us
+
+        return run
+
+    def public_call(self, cell: Cell, inputs: Any) -> Callable[[], float]:
+        return self.bind(cell, inputs)
+
+    def capture(self, runs: Any) -> Callable[[], float]:
+        self._fail_at("capture")
+        self.captured = len(runs)
+        return lambda: sum(run() for run in runs)
+
+    def selected(self) -> Any:
+        return nullcontext()
+
+    def note(self) -> str:
+        return f"{self.name}'s kernel"
+
+    def _fail_at(self, place: str) -> None:
+        if self.fails == place:
+            raise RuntimeError(f"cannot {place}")
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The arguments of the correctness gate, which lets everything pass."""
+    calls: list[Any] = []
+
+    def check(*arguments: Any) -> str:
+        calls.append(arguments)
+        return "fine"
+
+    monkeypatch.setattr(measure, "random_inputs", lambda *_: None)
+    monkeypatch.setattr(gate, "check", check)
+    return calls
+
+
+def bench_of(*fakes: FakeBackend) -> measure.Bench:
+    return measure.Bench(FakeGpu(), fakes, rounds=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("group", cells.GROUPS)
+def test_a_failing_backend_leaves_its_reason_and_the_others_their_figures(
+    group: str, judged: list[Any]
+) -> None:
+    cell = cells.cells(group)[0]
+    row = bench_of(
+        FakeBackend(OURS, 2.0),
+        FakeBackend("torch-flash2", 3.0, fails="bind"),
+        FakeBackend("torch-cudnn", 4.0),
+        FakeBackend("torch-efficient", 5.0, fails="run"),
+    ).row(cell)
+    assert row.entries["torch-flash2"] == Entry(reason="cannot bind")
+    assert row.entries["torch-efficient"] == Entry(reason="cannot run")
+    assert row.speedup_to_best() == 2.0 and row.check == "fine"
+    assert row.entries[OURS].note == "ours's kernel"
+    assert list(row.entries) == list(BACKENDS)
+    if group == "percall":
+        assert (row.us(OURS), row.entries[OURS].gpu_us) == (20.0, 2.0)
+    else:
+        assert row.us(OURS) == 2.0
+    assert judged[0][3:] == (2.0, 4.0)  # ours, and the first peer with a result
+
+
+def test_a_graph_that_cannot_be_captured_is_a_reason(judged: list[Any]) -> None:
+    row = bench_of(FakeBackend(OURS, 2.0), FakeBackend("torch-cudnn", 1.0, fails="capture")).row(
+        cells.cells("small")[0]
+    )
+    assert row.entries["torch-cudnn"] == Entry(reason="cannot capture") and row.us(OURS) == 2.0
+
+
+def test_decode_rotates_over_three_times_the_l2(judged: list[Any]) -> None:
+    for cell in cells.cells("decode"):
+        fake = FakeBackend(OURS, 2.0)
+        bench_of(fake).row(cell)
+        copies = min(fake.captured, -(-3 * FakeGpu.l2_bytes // cell.kv_bytes))
+        assert fake.captured >= 8 and fake.captured % copies == 0
+        assert copies * cell.kv_bytes >= 3 * FakeGpu.l2_bytes
+
+
+def test_a_wrong_result_is_not_timed(judged: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(*_: Any) -> str:
+        raise gate.WrongResultError("wrong: b=0 h=0")
+
+    monkeypatch.setattr(gate, "check", check)
+    row = bench_of(FakeBackend(OURS, 2.0), FakeBackend("torch-cudnn", 4.0)).row(
+        cell_of("D64S512c0")
+    )
+    assert row.us(OURS) is None and "wrong: b=0 h=0" in (row.entries[OURS].reason or "")
+    assert row.us("torch-cudnn") == 4.0
+
+
+# --- the correctness gate ------------------------------------------------------------------------
+
+
+class Tensor(np.ndarray):  # type: ignore[type-arg]
+    """As much of a torch tensor as the gate uses."""
+
+    device = "cpu"
+
+    def float(self) -> Tensor:
+        return self.astype(np.float64)
+
+    def norm(self) -> Any:
+        return np.linalg.norm(np.asarray(self).ravel())
+
+
+@pytest.fixture
+def result(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Cell, backends.Inputs, Any]:
+    """Stand-in for torch, a cell with a window and grouped heads, its inputs and right output."""
+    torch = SimpleNamespace(isfinite=np.isfinite, as_tensor=lambda rows, device: rows)
+    monkeypatch.setattr(gate, "to_numpy", lambda _, x: np.asarray(x))
+    cell = Cell("variants", "x", 2, 4, 2, 300, 300, 16, True, (70, 0))
+    host = reference.make_inputs(
+        "normal", batch=2, heads=4, heads_kv=2, seqlen=300, head_dim=16, dtype="bfloat16"
+    )
+    got = reference.naive(*host, **cell.rules).view(Tensor)
+    inputs = backends.Inputs(*(x.transpose(0, 2, 1, 3).view(Tensor) for x in host))
+    return torch, cell, inputs, got
+
+
+def test_the_gate_passes_what_is_right(result: Any) -> None:
+    torch, cell, inputs, got = result
+    text = gate.check(torch, cell, inputs, got, got.copy())
+    assert "max error" in text and "difference 0 from torch's" in text
+
+
+@pytest.mark.parametrize("row", [0, 128, 299])
+def test_the_gate_stops_a_wrong_sampled_row(result: Any, row: int) -> None:
+    torch, cell, inputs, got = result
+    got[1, 3, row, 5] += got.dtype.type(1)
+    with pytest.raises(gate.WrongResultError, match="b=1 h=3"):
+        gate.check(torch, cell, inputs, got, None)
+
+
+def test_the_gate_stops_what_the_sample_misses(result: Any) -> None:
+    torch, cell, inputs, got = result
+    peer = got.copy()
+    got[0, 2] *= got.dtype.type(1.25)  # a head that is not sampled
+    with pytest.raises(gate.WrongResultError, match="differs from torch's"):
+        gate.check(torch, cell, inputs, got, peer)
+    got[0, 2, 7, 7] = np.nan
+    with pytest.raises(gate.WrongResultError, match="NaN"):
+        gate.check(torch, cell, inputs, got, None)
+
+
+def test_sampled_rows_fit_any_length() -> None:
+    assert gate.sample_rows(1).tolist() == [0]
+    rows = gate.sample_rows(16384)
+    assert {0, 127, 128, 16383} <= set(rows.tolist()) and np.array_equal(rows, np.unique(rows))
+
+
+# --- tables, pictures, JSON ----------------------------------------------------------------------
+
+
+def made_up() -> Report:
+    """A figure for everything but torch-efficient at head dim 256, and ours once."""
+    rows = []
+    speeds = dict(zip(BACKENDS, (620.0, 330.0, 600.0, 210.0), strict=True))
+    for group in cells.GROUPS:
+        for cell in cells.cells(group):
+            entries = {}
+            for name, speed in speeds.items():
+                rate = speed * min(1.0, 0.4 + cell.seqlen_q / 8192) * (0.8 if cell.causal else 1)
+                us = {"GB/s": cell.kv_bytes / 4.2e6, "us": 4 + 4e3 / speed}.get(
+                    cell.unit, cell.flops / rate / 1e6
+                )
+                if cell.unit == "GB/s":
+                    us = us * (1 + 300 / speed / cell.batch) + 6
+                gpu_us = us / 2 if group == "percall" else None
+                entries[name] = Entry(us, us * 0.98, us * 1.03, 20, gpu_us, note=f"{name}'s kernel")
+            if cell.head_dim == 256:
+                entries["torch-efficient"] = Entry(reason="no kernel for head dim 256")
+            if cell.name == "D128S512c1":
+                entries[OURS] = Entry(reason="wrong: b=0 h=0")
+            rows.append(Row(cell, entries, "max error 0.001 in sampled rows"))
+    machine = {"gpu": "NVIDIA H200", "driver": "580", "kernels_digest": "abc", "torch": "2.11"}
+    return Report(machine, {"matmul_tflops": 680.0, "copy_gbs": 4262.0}, measure.METHODS, rows)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("peers") / "deeper" / "peers.json"
+    made_up().save(path)
+    return path
+
+
+def test_a_report_survives_json(saved: Path) -> None:
+    assert Report.load(saved) == made_up()
+    data = json.loads(saved.read_text())
+    assert data["ok"] is False and data["machine"]["kernels_digest"] == "abc"
+    first = data["rows"][0]
+    assert first["speedup_to_best"] == pytest.approx(620 / 600) and first["flops"] > 1e10
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for text in ("[]", "{}", "nonsense"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"x\.json: not a result of this benchmark"):
+            Report.load(path)
+
+
+def test_the_table_shows_figures_ratios_and_reasons() -> None:
+    text = text_of(tables.report_tables(made_up()))
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
+    assert lines["D64S16384c0"][1:7] == ["620", "330", "600", "210", "1.03", "1.88"]
+    assert lines["B1H8S512D64c0"].count("10.5") == 1  # ours, us; the percall row adds brackets
+    assert "none [1]" in text and "[1] ours: wrong: b=0 h=0" in text
+    assert "torch-efficient: no kernel for head dim 256" in text
+    assert "geometric mean of 35" in text and "NVIDIA H200" in text
+    assert "matmul 680 TFLOP/s, copy 4262 GB/s" in text
+    for group in cells.GROUPS:
+        assert measure.METHODS[group] in " ".join(text.split())
+
+
+def test_the_table_fits_a_file() -> None:
+    assert max(map(len, text_of(tables.report_tables(made_up()), 110).splitlines())) <= 110
+    assert "D256S16384c1" in text_of(tables.report_tables(made_up()), 110)
+
+
+def test_the_pictures_show_every_backend(saved: Path, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    written = plots.draw(Report.load(saved), tmp_path / "plots")
+    names = ["grid_d64.png", "grid_d128.png", "grid_d256.png", "decode.png"]
+    assert [path.name for path in written] == names
+    for path in written:
+        picture = imread(path)[..., :3]
+        for name in BACKENDS:
+            drawn = name != "torch-efficient" or path.name != "grid_d256.png"
+            color = [int(plots._COLORS[name][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+            seen = int((np.abs(picture - color).max(axis=-1) < 0.01).sum())
+            assert (seen > 200) == drawn, (path.name, name, seen)
+
+
+# --- the command lines ---------------------------------------------------------------------------
+
+
+def run(command: Any, *arguments: str) -> Any:
+    return CliRunner().invoke(command, arguments)
+
+
+def test_a_result_is_drawn_again_without_a_gpu(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plots"
+    done = run(peers.main, "grid", "--from", str(saved), "--plots", str(folder))
+    assert done.exit_code == 1  # ours is wrong in one cell
+    assert "D64S512c0" in done.output and "B1H8S512D64c0" not in done.output
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "grid_d128.png",
+        "grid_d256.png",
+        "grid_d64.png",
+    ]
+    assert run(peers.main, "decode", "--from", str(saved)).exit_code == 0
+
+
+def test_a_wrong_file_is_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("{}")
+    for command in (peers.main, errors.main):
+        done = run(command, "--from", str(path))
+        assert done.exit_code == 1 and "not a result of this benchmark" in done.output
+        assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("command", [peers.main, errors.main], ids=["peers", "errors"])
+def test_without_torch_the_cure_is_told(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # import torch raises ImportError
+    done = run(command)
+    assert done.exit_code == 1
+    assert "torch is missing" in done.output and "pip install torch" in done.output
+
+
+def test_without_a_gpu_torch_is_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="no GPU"):
+        backends.require_torch()
+
+
+def test_torch_is_imported_nowhere_else() -> None:
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        assert "import torch" not in path.read_text(), path
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_the_error_cases_cover_what_torch_can_express() -> None:
+    found = error_cases.cases()
+    assert 60 <= len(found) <= 100 and len({case.name for case in found}) == len(found)
+    for dtype in ("float16", "bfloat16", "float32"):
+        some = [case for case in found if case.dtype == dtype]
+        assert {case.head_dim for case in some} == {32, 64, 96, 128, 192, 256}
+        assert {case.kind for case in some} == {"normal", "outliers", "large"}
+        for name in ("causal", "mask", "bias", "scale"):
+            assert any(getattr(case, name) for case in some), (dtype, name)
+        assert any(case.heads_kv < case.heads for case in some)
+        assert any(case.seqlen_q % 16 for case in some)
+    assert max(max(case.seqlen_q, case.seqlen_kv) for case in found) <= 1024
+
+
+def test_a_case_is_the_attention_that_torch_is_asked_for() -> None:
+    masked = error_cases.Case(
+        "float32", 8, 5, 7, heads=2, heads_kv=2, batch=1, mask=True, scale=0.3
+    )
+    biased = replace(masked, mask=False, bias=True)
+    top_left = replace(masked, mask=False, causal=True)
+    for case in (masked, biased, top_left):
+        q, k, v = case.arrays()
+        scores = 0.3 * q.astype(float) @ k.astype(float).swapaxes(-1, -2)
+        seen = np.tri(5, 7, dtype=bool) if case.causal else np.ones((5, 7), bool)
+        scores += case.operands().get("bias", 0.0)
+        seen = seen & case.operands().get("mask", True)
+        p = np.where(seen, np.exp(scores), 0)
+        expected = p @ v.astype(float) / p.sum(-1, keepdims=True)
+        assert np.abs(errors.oracle(case) - expected).max() < 1e-12
+    assert masked.operands()["mask"].any(axis=-1).all()
+    assert biased.operands()["bias"].dtype == np.float32
+
+
+def test_errors_are_measured() -> None:
+    expected = np.zeros((1, 1, 2, 2))
+    found = errors.errors(np.array([[[[0.0, 3.0], [-4.0, 0.0]]]], np.float32), expected)
+    assert found == {"max": 4.0, "mean": 1.75, "rms": 2.5}
+    odd = errors.errors(np.array([[[[np.nan, 0], [np.inf, 0]]]]), expected)
+    assert odd == {"reason": "2 values are NaN or infinite"}
+
+
+def test_the_error_table(tmp_path: Path) -> None:
+    rows = []
+    for number, case in enumerate(error_cases.cases()):
+        found = {name: {"max": 4e-3, "mean": 1e-4, "rms": 2e-4} for name in (errors.TORCH, *PEERS)}
+        found[OURS] = {"max": 1e-3, "mean": 1e-4, "rms": 1e-4 * (1 + number % 2 * 3)}
+        if case.dtype == "float32":
+            found["torch-flash2"] = {"reason": "half precision alone"}
+        rows.append({**case.to_json(), "backends": found, "torch_chose": "torch-cudnn"})
+    means = {m: geometric_mean(errors.ratio(row, m) for row in rows)[0] for m in ("rms", "max")}
+    assert means == {"rms": pytest.approx(1.0), "max": pytest.approx(0.25)}
+    machine = {"gpu": "NVIDIA H200"}
+    path = tmp_path / "errors.json"
+    path.write_text(json.dumps({"machine": machine, "rows": rows, "ours_by_torch": means}))
+    done = run(errors.main, "--from", str(path))
+    assert done.exit_code == 0, done.output
+    line = next(x for x in done.output.splitlines() if x.startswith("fp16 D32 S512  "))
+    assert line.split()[3:5] == ["1.0e-3", "1.0e-4"] and line.split()[-1] == "cudnn"
+    assert line.split()[-3:-1] == ["0.50", "0.25"]
+    assert "torch-flash2: half precision alone" in done.output
+    assert max(map(len, done.output.splitlines())) <= 110
+    rows[0]["backends"][OURS] = {"reason": "1 values are NaN or infinite"}
+    path.write_text(json.dumps({"machine": machine, "rows": rows, "ours_by_torch": means}))
+    assert run(errors.main, "--from", str(path)).exit_code == 1
+
+
+def test_error_results_are_kept_by_gpu() -> None:
+    assert errors.default_path("NVIDIA H200") == ROOT / "benchmarks/results/h200/errors.json"
