@@ -25,7 +25,7 @@ def attention(
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
     causal: Causal = False,
-    window: tuple[int, int] = (-1, -1),
+    window: tuple[int, int] = repeat.NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     bias: Any = None,

@@ -18,6 +18,7 @@ from flashcore_cupy.problem import MAX_ALIGN
 from flashcore_cupy.settings import arch_override, kernels_override
 from flashcore_cupy.workspace import split_bytes, workspace
 
+NO_WINDOW = (-1, -1)  # attention's own default, by identity
 _LIMIT = 4096  # problems remembered; beyond, all are forgotten
 
 _POINTERS = struct.Struct("5Q")  # q, k, v, o, lse: the first fields of AttentionParams
@@ -141,7 +142,8 @@ def _key(
         # The least aligned of them decides how wide loads and stores are.
         addresses % MAX_ALIGN, return_lse, rest, choices,
         # True and 1 are equal, but not the same argument.
-        choices[1].__class__, choices[2].__class__, choices[5].__class__,
+        choices[1].__class__, choices[2].__class__, choices[4].__class__, choices[5].__class__,
+        None if choices[3] is NO_WINDOW else tuple(map(type, choices[3])),
     )  # fmt: skip
 
 

@@ -273,16 +273,16 @@ def test_split_tf32(probe_folder: Path) -> None:
     normal = rng.standard_normal(65536 - 4096 - 6, np.float32)
     x = np.concatenate([normal, exact, special, payload])
     words = Probe("convert")("split", 65536, [x], [_zeros(65536, "u4") for _ in range(2)])
-    hi, lo = (word.view(np.float32) for word in words)
+    hi = words[0].view(np.float32)
     assert not (words[0] & 0x1FFF).any(), "hi is a tf32"
     same = slice(normal.size, normal.size + exact.size)
     np.testing.assert_array_equal(hi[same], exact)
-    np.testing.assert_array_equal(lo[same], 0)
     np.testing.assert_array_equal(hi[-6:], x[-6:])
-    assert np.isnan(lo[-6:]).all()
     cut = (words[1] & 0xFFFFE000).view(np.float32)  # what the tensor cores read of lo
+    np.testing.assert_array_equal(cut[same], 0)
+    np.testing.assert_array_equal(cut[-6:], 0)
     x, hi, cut = (part[: normal.size].astype(np.float64) for part in (x, hi, cut))
-    assert np.max(np.abs(hi + cut - x) / np.abs(x)) < 2.0**-21
+    assert np.max(np.abs(hi + cut - x) / np.abs(x)) < 2.0**-22
     assert np.max(np.abs(cut / x)) < 2.0**-10
     assert abs(np.mean(cut / x)) < 2.0**-15, "of both signs"
 

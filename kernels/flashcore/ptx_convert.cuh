@@ -128,10 +128,10 @@ __device__ __forceinline__ uint32 widen_e4m3x2<bfloat16_t>(uint16 packed) {
 }
 
 // x = hi + lo for tensor cores that multiply tf32, fp32 with 10 fraction bits: the others are zero
-// in hi; in lo they are below 2^-21 of x, and the tensor cores ignore them. Cut alone, hi would be
-// too small by half a unit on average, and lo lo, which nobody multiplies, always positive for
-// factors of one sign; raising x first centres lo. (cvt.rna, which rounds, is four instructions on
-// the chip.) A tf32 is its own hi, and so are NaN and infinities, whose lo is NaN.
+// in hi; in lo the tensor cores ignore them, below 2^-22 of x. Cut alone, hi would be too small by
+// half a unit on average, and lo lo, which nobody multiplies, always positive for factors of one
+// sign; raising x first centres lo. (cvt.rna, which rounds, is four instructions on the chip.) A
+// tf32 is its own hi, and so are NaN and infinities, whose lo is next to nothing.
 __device__ __forceinline__ void split_tf32(float x, uint32& hi, uint32& lo) {
     hi = __float_as_uint(x * 1.00034f) & 0xffffe000u;
     lo = __float_as_uint(x - __uint_as_float(hi)) + 0x1000u;  // rounds what mma will truncate

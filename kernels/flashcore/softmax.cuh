@@ -22,16 +22,10 @@ struct RowState {
 // A row that has seen no key has m = -inf, and -inf - -inf is NaN: subtract 0 instead.
 __device__ __forceinline__ float finite_max(float m) { return m == NEG_INFINITY ? 0.0f : m; }
 
-// How far, in log2 units, scores may rise above the maximum that is subtracted before it follows.
-// Probabilities then reach 2^8 at most, which every type holds with the same relative precision,
-// and most tiles after the first leave m, and so O, as they are (FlashAttention-4 does the same).
-constexpr float MAX_LAG = 8.0f;
-
-// Raises the maximum to tile_max if it has to follow; returns the factor for what was accumulated
-// so far.
+// Raises the maximum to tile_max; returns the factor for what was accumulated so far.
 __device__ __forceinline__ float raise_max(RowState& row, float tile_max) {
     const float old_max = row.max;
-    row.max = tile_max > old_max + MAX_LAG ? tile_max : old_max;
+    row.max = fmaxf(old_max, tile_max);
     const float rescale = exp2_approx(old_max - finite_max(row.max));
     row.sum *= rescale;
     return rescale;
