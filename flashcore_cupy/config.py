@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from flashcore_cupy.params import ATTENTION_PARAMS, QUANTIZE_PARAMS
-from flashcore_cupy.problem import ITEMSIZE
+from flashcore_cupy.problem import ITEMSIZE, AttentionProblem
 from flashcore_cupy.rules import Mods, Rules
 
 WARP_SIZE = 32
@@ -291,6 +291,14 @@ def quantize_config(config: KernelConfig) -> KernelConfig:
         tile=_QUANTIZE_TILE,
         align_bytes=config.align_bytes,
     )
+
+
+def check_no_rules(problem: AttentionProblem) -> None:
+    """Raise ``ValueError`` that names what a kernel without rules lacks for the problem."""
+    asked = [*problem.rules.names]
+    asked += ["window"] * (problem.rules.window != (-1, -1)) + ["cu_seqlens"] * problem.packed
+    if asked:
+        raise ValueError(f"has no {', '.join(asked)}")
 
 
 def rules_of(rules: Rules) -> tuple[str, ...]:

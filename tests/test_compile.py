@@ -85,7 +85,7 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
     else:
         flipped = enumerate(row.dtypes, turn)
         problems = [_problem(row, dtype, i % 2 == 0) for i, dtype in flipped]
-        if kernel.has_rules:
+        if kernel.has_rules and not row.no_window:
             rules = RULES[turn % (2 if row.plain else len(RULES))]
             problems.append(_problem(row, row.dtypes[turn % len(row.dtypes)], **rules))
     found = [_fits(row, problem, arch) for problem in problems]
