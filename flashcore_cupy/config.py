@@ -349,8 +349,9 @@ def _fused_smem(c: KernelConfig) -> int:
 
 
 def _row_bytes(c: KernelConfig, columns: int) -> int:
-    """A shared row of fwd_sm80: ``padded_columns`` in ``smem_tile.cuh``."""
-    return columns * ITEMSIZE[c.dtype] + 16
+    """A shared row of fwd_sm80: swizzled, or padded; see ``shared_layout.cuh``."""
+    swizzled = ITEMSIZE[c.dtype] == 2 and columns % 32 == 0
+    return columns * ITEMSIZE[c.dtype] + (0 if swizzled else 16)
 
 
 _WORK_BYTES = 64

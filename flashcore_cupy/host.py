@@ -18,14 +18,14 @@ _RULES = ("softcap", "alibi_slopes", "bias", "sink", "score_mod", *_POSITION_RUL
 def attend(request: Request, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
     """Return the output, or what the gate asks for, and the log-sum-exp; None with such a gate."""
     request = request.taken(cpu=True)
-    problem = request.describe(q, k, v)
+    problem, sequences = request.describe(q, k, v)
     q, k, v = (usable(x, np) for x in (q, k, v))
     if out is None:
         out = np.empty(problem.output_shape, q.dtype)
     else:
         check_out(problem, out, (q, k, v), np)
-    if problem.packed:
-        return _packed(request, problem, q, k, v, out)
+    if sequences is not None:
+        return _packed(request, problem, sequences, q, k, v, out)
     views = [x if problem.layout == "bhsd" else x.transpose(0, 2, 1, 3) for x in (q, k, v, out)]
     rules = _rules(request, problem)
     if request.gate == "qk":
@@ -40,10 +40,14 @@ def attend(request: Request, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any
 
 
 def _packed(
-    request: Request, problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any
+    request: Request,
+    problem: AttentionProblem,
+    boundaries: tuple[Any, Any],
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
 ) -> tuple[Any, Any]:
-    boundaries = request.boundaries(q, k)
-    assert boundaries is not None  # a packed problem has them
     lse = np.empty(problem.lse_shape, np.float32)
     rules = _rules(request, problem)
     for n, (*one, rows) in enumerate(numpy_attention.sequences(q, k, v, *boundaries)):

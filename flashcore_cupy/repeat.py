@@ -82,11 +82,15 @@ def remember(plan: Plan, choices: tuple[Any, ...], *, out_given: bool) -> None:
         _current_device = cupy.cuda.runtime.getDevice
         _current_stream = cupy.cuda.get_current_stream
         _launch = cupy.cuda.driver.launchKernel
+    q, k, v, o = (plan.arrays[name] for name in "qkvo")
+    key = _key(q, k, v, o if out_given else None, "lse" in plan.arrays, choices)
+    try:
+        hash(key)
+    except TypeError:  # a list as the window is legal, but keys nothing
+        return
     if len(_known) >= _LIMIT:
         _known.clear()
-    q, k, v, o = (plan.arrays[name] for name in "qkvo")
     _environment = len(os.environ)
-    key = _key(q, k, v, o if out_given else None, "lse" in plan.arrays, choices)
     _known[key] = _Known(plan)
 
 
@@ -100,7 +104,7 @@ def launch_again(
         return None
     try:
         known = _known.get(_key(q, k, v, out, return_lse, choices))
-    except TypeError:  # an argument that cannot be hashed is not legal
+    except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
         return None
     if known is None or _current_device() != known.device or _environment_changed():
         return None

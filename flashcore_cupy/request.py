@@ -34,6 +34,9 @@ from flashcore_cupy.rules import Scores, check_mod_args, describe_rules
 from flashcore_cupy.settings import kernels_override
 from flashcore_cupy.tiles import KERNELS, select
 
+Boundaries = tuple[Any, Any] | None
+"""Where packed sequences start in q, and in k and v; None if they are not packed."""
+
 
 @dataclass
 class Request:
@@ -69,12 +72,12 @@ class Request:
         }
         return replace(self, mod_args=mod_args or None, **arrays)
 
-    def describe(self, q: Any, k: Any, v: Any) -> AttentionProblem:
-        """The problem, every argument checked; what the same specifications gave before."""
+    def describe(self, q: Any, k: Any, v: Any) -> tuple[AttentionProblem, Boundaries]:
+        """The problem, every argument checked, and the boundaries of packed sequences."""
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_elements(name, x)
         specs = [spec_of_copy(x) if why_copied(x) else spec_of(x) for x in (q, k, v)]
-        sequences = self.boundaries(q, k)
+        sequences = self._boundaries(q, k)
         count = None if sequences is None else len(sequences[0]) - 1
         rules = (self.softmax_scale, self.causal, self.gate, self.layout, count,
                  self.batch_invariant)  # fmt: skip
@@ -96,9 +99,9 @@ class Request:
             packed=problem.packed,
             **mods,
         )
-        return replace(problem, rules=described)
+        return replace(problem, rules=described), sequences
 
-    def boundaries(self, q: Any, k: Any) -> tuple[Any, Any] | None:
+    def _boundaries(self, q: Any, k: Any) -> Boundaries:
         """Where packed sequences start, if they are packed."""
         total_q, total_k = (x.shape[0] if x.ndim else 0 for x in (q, k))
         sequences = packed.boundaries(self.cu_seqlens_q, self.cu_seqlens_k, total_q, total_k)
@@ -107,7 +110,7 @@ class Request:
                 raise TypeError(f"{name}: a CuPy array while q is a NumPy array; use NumPy's")
         return sequences
 
-    def extras(self, q: Any, k: Any, cupy: Any) -> dict[str, Any]:
+    def extras(self, sequences: Boundaries, cupy: Any) -> dict[str, Any]:
         """The rules' arrays on the GPU, by their names in ``AttentionParams``."""
         arrays = {
             "alibi": self.alibi_slopes,
@@ -115,7 +118,6 @@ class Request:
             "mask": self.mask,
             "sink": None if self.sink is None else usable(self.sink, cupy),
         }
-        sequences = self.boundaries(q, k)
         if sequences is not None:
             names = ("cu_seqlens_q", "cu_seqlens_kv")
             arrays |= zip(names, map(packed.on_gpu, sequences), strict=True)
@@ -130,7 +132,7 @@ def bind(
 
     _check_gpu(q, k, v)
     request = request.taken(cpu=False)
-    problem = request.describe(q, k, v)
+    problem, sequences = request.describe(q, k, v)
     q, k, v = (usable(x, cupy) for x in (q, k, v))
     if out is None:
         out = cupy.empty(problem.output_shape, q.dtype)
@@ -148,7 +150,7 @@ def bind(
         v,
         out,
         want_lse=want_lse,
-        extras=request.extras(q, k, cupy),
+        extras=request.extras(sequences, cupy),
         mod_args=tuple((request.mod_args or {}).values()),
         own_workspace=own_workspace,
     )
@@ -157,7 +159,7 @@ def bind(
 def select_for(request: Request, q: Any, k: Any, v: Any) -> str:
     """What ``explain`` says of a call on CuPy arrays."""
     _check_gpu(q, k, v)
-    problem = request.taken(cpu=False).describe(q, k, v)
+    problem, _ = request.taken(cpu=False).describe(q, k, v)
     arch = jit.device_arch(q.device.id)
     selection = select(problem, arch, kernel=request.kernel, overrides=request.config)
     lines = [f"{selection.kernel.name} on {arch}: {selection.config.describe()}"]

@@ -1,5 +1,4 @@
-// fwd_sm80.cu - forward attention on mma.sync: scores, probabilities and O never leave the
-// registers.
+// fwd_sm80.cu - forward attention on mma.sync: scores, probabilities and O stay in registers.
 //
 //   O = softmax(rules(softmax_scale * Q K^T)) V,  LSE = log sum exp   (FlashAttention-2, Dao 2023)
 //
@@ -20,8 +19,8 @@
 //   WARPS_D  share m and P, each with its part of O's columns: for O too wide for one warp.
 // With SPLIT_KV several thread blocks share out the keys; the last one to finish merges.
 //
-// Shared memory (rows padded by 16 bytes: ldmatrix's eight rows fall into different banks)
-//   | sQ BLOCK_M x LD | sK NUM_STAGES x BLOCK_N x LD | sV NUM_STAGES x BLOCK_N x LD_V | sP, sRow |
+// Shared memory (each tile as shared_layout.cuh has it)
+//   | sQ, BLOCK_M rows | sK, NUM_STAGES x BLOCK_N rows | sV, NUM_STAGES x BLOCK_N rows | sP, sRow |
 //   at the end: the other warps' m, l, O over sK and sV; then O, as T, over sQ
 #include <flashcore/config.cuh>
 #include <flashcore/debug.cuh>
@@ -41,7 +40,10 @@
 
 namespace flashcore {
 
-constexpr int LD = padded_columns<T>(HEAD_DIM), LD_V = padded_columns<T>(HEAD_DIM_V);
+using LayoutQ = SharedLayout<T, BLOCK_M, HEAD_DIM>;
+using LayoutK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
+using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
+using LayoutO = SharedLayout<T, BLOCK_M, HEAD_DIM_V>;
 constexpr int ROWS_PER_WARP = BLOCK_M / WARPS_M;
 constexpr int FRAGMENTS_M = ROWS_PER_WARP / 16;
 constexpr int KEYS_PER_WARP = BLOCK_N / (WARPS_N * WARPS_D);
@@ -54,7 +56,7 @@ constexpr bool SHARES_ROWS = WARPS_D > 1;
 constexpr bool EARLY_V = NUM_STAGES == 1 && SPLIT_KV;
 constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
 
-using Products = TileProducts<T, FRAGMENTS_M, TILES_N, TILES_D, HEAD_DIM, LD, LD_V>;
+using Products = TileProducts<T, FRAGMENTS_M, TILES_N, TILES_D, LayoutQ, LayoutK, LayoutV>;
 using Scores = Products::Scores;
 using Probabilities = Products::Probabilities;
 using Rows = WarpRows<FRAGMENTS_M, TILES_D>;
@@ -65,15 +67,14 @@ using Seen = SeenKeys<HIDES_KEYS, WARPS_M, WARPS_N * WARPS_D, KEYS_PER_WARP>;
 static_assert(BLOCK_M % (16 * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
 static_assert(BLOCK_N % (16 * WARPS_N * WARPS_D) == 0, "warps own whole 16-key steps of the tile");
 static_assert(HEAD_DIM % 16 == 0 && COLS_PER_WARP % 16 == 0, "the head dims are whole steps");
-static_assert(CP_ASYNC && !WARP_SOFTMAX && !FP8, "cp.async, and none of the others");
-static_assert(NUM_STAGES == 1 || NUM_STAGES == 2, "one stage, or two in turn");
+static_assert(CP_ASYNC && !WARP_SOFTMAX && !FP8 && NUM_STAGES <= 2, "cp.async, up to two stages");
 static_assert(!SHARES_ROWS || (WARPS_N == 1 && !SPLIT_KV && NUM_STAGES == 1),
               "warps that share rows have one stage, and nothing to merge");
 
 struct Tiles {
-    T sQ[BLOCK_M * (LD > LD_V ? LD : LD_V)];
-    T sK[NUM_STAGES][BLOCK_N * LD];
-    T sV[NUM_STAGES][BLOCK_N * LD_V];
+    T sQ[LayoutQ::SIZE > LayoutO::SIZE ? LayoutQ::SIZE : LayoutO::SIZE];
+    T sK[NUM_STAGES][LayoutK::SIZE];
+    T sV[NUM_STAGES][LayoutV::SIZE];
 };
 // The block's work lies here rather than in each thread: the main loop needs every register.
 struct alignas(128) SharedStorage : Tiles, Sharing, Seen {
@@ -84,7 +85,7 @@ struct alignas(128) SharedStorage : Tiles, Sharing, Seen {
 static_assert(sizeof(SharedStorage) == FC_SMEM_BYTES, "config.py computes the same size");
 static_assert(sizeof(AttentionParams) == FC_PARAMS_BYTES, "launch.py packs the same struct");
 static_assert((WARPS_N - 1) * WARPS_M * Rows::VALUES * WARP_SIZE * int(sizeof(float)) <=
-                  int(sizeof(T)) * NUM_STAGES * BLOCK_N * (LD + LD_V),
+                  int(sizeof(T)) * NUM_STAGES * (LayoutK::SIZE + LayoutV::SIZE),
               "the other warps' results fit over K and V");
 
 // What a thread knows for the whole kernel.
@@ -116,7 +117,8 @@ struct Context {
     }
     // First of this lane's two keys of 8-key tile n of its S.
     __device__ __forceinline__ int key(int tile, int n) const {
-        return tile * BLOCK_N + (warp_n + warp_d) * KEYS_PER_WARP + n * 8 + lane % QUAD * 2;
+        return tile * BLOCK_N + (warp_n + warp_d) * KEYS_PER_WARP + n * 8 +
+               thread_index_anew() % QUAD * 2;
     }
     __device__ __forceinline__ GateRow<GATE> gate_row(const QueryRow& q) const {
         const int64 row = (int64(work.batch) * params.heads_q + q.head) * work.seqlen_q + q.query;
@@ -132,9 +134,9 @@ __device__ __forceinline__ void load_q(const Context& c) {
         const auto row_of = [&](int row, bool& valid) {
             return c.row_address(p.q, p.q_strides, row, valid);
         };
-        gather_rows<T, BLOCK_M, HEAD_DIM, DIM_QK, LD, ALIGN_BYTES, NUM_THREADS>(c.smem.sQ, row_of);
+        gather_rows<LayoutQ, DIM_QK, ALIGN_BYTES, NUM_THREADS>(c.smem.sQ, row_of);
     } else {
-        TileCopy<T, BLOCK_M, HEAD_DIM, DIM_QK, LD, ALIGN_BYTES, NUM_THREADS>::load(
+        TileCopy<LayoutQ, DIM_QK, ALIGN_BYTES, NUM_THREADS>::load(
             c.smem.sQ,
             head_row<T>(p.q, p.q_strides, c.work.batch, c.work.head,
                         c.work.start_q + c.work.first_row),
@@ -145,7 +147,7 @@ __device__ __forceinline__ void load_q(const Context& c) {
 __device__ __forceinline__ void load_k(const Context& c, int tile) {
     const int64 row_stride = c.params.k_strides.row;
     const int first_key = tile * BLOCK_N;
-    TileCopy<T, BLOCK_N, HEAD_DIM, DIM_QK, LD, ALIGN_BYTES, NUM_THREADS>::load(
+    TileCopy<LayoutK, DIM_QK, ALIGN_BYTES, NUM_THREADS>::load(
         c.smem.sK[tile % NUM_STAGES], c.smem.gK + first_key * row_stride, row_stride, 0,
         c.mask().seqlen_kv - first_key);
 }
@@ -155,7 +157,7 @@ __device__ __forceinline__ void load_k(const Context& c, int tile) {
 __device__ __forceinline__ void load_v(const Context& c, int tile) {
     const int64 row_stride = c.params.v_strides.row;
     const int first_key = tile * BLOCK_N;
-    TileCopy<T, BLOCK_N, HEAD_DIM_V, DIM_V, LD_V, ALIGN_BYTES, NUM_THREADS>::load(
+    TileCopy<LayoutV, DIM_V, ALIGN_BYTES, NUM_THREADS>::load(
         c.smem.sV[tile % NUM_STAGES], c.smem.gV + first_key * row_stride, row_stride,
         c.mask().row_begin(0) - first_key, c.mask().row_end(c.work.seqlen_q - 1) - first_key);
 }
@@ -294,7 +296,7 @@ __device__ __forceinline__ void softmax(const Context& c, Rows& rows, Scores& rS
         exponentiate(c, rows, rS, rP, tile, m, max[m]);
     }
     c.smem.exchange(rP, c.first_row(), c.warp_d * KEYS_PER_WARP, 1 + c.warp_m);
-    c.smem.template clear_unseen<HEAD_DIM_V, LD_V>(c.smem.sV[tile % NUM_STAGES], seen_here);
+    c.smem.template clear_unseen<LayoutV>(c.smem.sV[tile % NUM_STAGES], seen_here);
 }
 
 // ---- the walk over the keys --------------------------------------------------------------------
@@ -317,24 +319,23 @@ __device__ __forceinline__ TileRange visible_tiles(const Context& c) {
 struct Operands {
     uint32 q, k, v, p;
 
-    __device__ __forceinline__ explicit Operands(const Context& c) {
+    __device__ __forceinline__ Operands(const Context& c, int stage) {
         const int key = (c.warp_n + c.warp_d) * KEYS_PER_WARP;
         const int value_key = c.warp_n * KEYS_PER_WARP, column = c.warp_d * COLS_PER_WARP;
-        q = shared_address(c.smem.sQ + c.first_row() * LD) + Products::lane_q();
-        k = shared_address(c.smem.sK[0] + key * LD) + Products::lane_k();
-        v = shared_address(c.smem.sV[0] + value_key * LD_V + column) + Products::lane_v();
+        q = Products::lane_q(c.smem.sQ, c.first_row());
+        k = Products::lane_k(c.smem.sK[stage], key);
+        v = Products::lane_v(c.smem.sV[stage], value_key, column);
         p = c.smem.operand(c.first_row());
     }
 };
 
-__device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, const Operands& at,
-                                            int tile, const TileRange& all) {
-    const int stage = tile % NUM_STAGES;
-    const uint32 v = at.v + stage * int(sizeof(c.smem.sV[0]));
+__device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, int tile,
+                                            const TileRange& all) {
+    const Operands at(c, tile % NUM_STAGES);
     Scores rS;
     Probabilities rP;
     begin_tile(c, tile, all);
-    Products::scores(rS, at.q, at.k + stage * int(sizeof(c.smem.sK[0])));
+    Products::scores(rS, at.q, at.k);
     if (!SHARES_ROWS) begin_values(c, tile, all);
     if (c.mask().cuts(query_of<PACK_GQA>(c.work, 0), last_query_of<PACK_GQA>(c.work, BLOCK_M),
                       tile * BLOCK_N, (tile + 1) * BLOCK_N)) {
@@ -343,10 +344,10 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, const 
         softmax<false>(c, rows, rS, rP, tile, all);
     }
     if constexpr (SHARES_ROWS) {
-        multiply_shared_pv<T, FRAGMENTS_M, BLOCK_N / 16, TILES_D, LD_V, Sharing::LD_P>(rows.rO,
-                                                                                       at.p, v);
+        multiply_shared_pv<T, FRAGMENTS_M, BLOCK_N / 16, TILES_D, LayoutV, Sharing::LayoutP>(
+            rows.rO, at.p, at.v);
     } else {
-        Products::output(rows.rO, rP, v);
+        Products::output(rows.rO, rP, at.v);
     }
 }
 
@@ -354,9 +355,8 @@ __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
     const TileRange all = visible_tiles(c);
     if (all.begin >= all.end) return;
     begin_walk(c, all);
-    const Operands at(c);
 #pragma unroll 1
-    for (int tile = all.begin; tile < all.end; ++tile) attend_tile(c, rows, at, tile, all);
+    for (int tile = all.begin; tile < all.end; ++tile) attend_tile(c, rows, tile, all);
 }
 
 // ---- the end -----------------------------------------------------------------------------------
@@ -365,8 +365,8 @@ __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
 __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
     const AttentionParams& p = c.params;
     c.smem.finish_sums(rows, c.first_row(), c.warp_d);
-    if (LD != LD_V) block_sync();  // no warp reads Q any more, whose rows lie elsewhere
-    T* sO = c.smem.sQ + c.first_row() * LD_V + c.warp_d * COLS_PER_WARP;
+    if (HEAD_DIM != HEAD_DIM_V) block_sync();  // no warp reads Q any more: O's rows lie elsewhere
+    const int first_col = c.warp_d * COLS_PER_WARP;
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
 #pragma unroll
@@ -384,11 +384,12 @@ __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
                           c.work.start_q + q.query] = log_sum_exp(state.max, state.sum);
             }
             factor *= inverse_sum(state.sum);
-            T* row = sO + (m * 16 + half * 8 + c.lane / QUAD) * LD_V + c.lane % QUAD * 2;
+            const int element = LayoutO::element(c.row(m, half), first_col);
 #pragma unroll
             for (int d = 0; d < TILES_D; ++d) {
                 const float (&o)[4] = rows.rO.x[m][d];
-                store_pair(row + d * 8, scaled_output(o[2 * half], factor),
+                store_pair(c.smem.sQ + LayoutO::step(element, 0, d * 8) + c.lane % QUAD * 2,
+                           scaled_output(o[2 * half], factor),
                            scaled_output(o[2 * half + 1], factor));
             }
         }
@@ -397,10 +398,11 @@ __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
     if constexpr (WRITES_OUTPUT<GATE>) {
         const auto row_of = [&](int row, bool& valid) {
             const T* gO = c.row_address(p.o, p.o_strides, c.first_row() + row, valid);
-            return const_cast<T*>(gO) + c.warp_d * COLS_PER_WARP;
+            return const_cast<T*>(gO) + first_col;
         };
-        scatter_rows<T, ROWS_PER_WARP, COLS_PER_WARP, LD_V, ALIGN_BYTES>(
-            sO, row_of, min(DIM_V - c.warp_d * COLS_PER_WARP, COLS_PER_WARP), c.lane);
+        scatter_rows<LayoutO, ROWS_PER_WARP, COLS_PER_WARP, ALIGN_BYTES>(
+            c.smem.sQ, c.first_row(), first_col, row_of, min(DIM_V - first_col, COLS_PER_WARP),
+            c.lane);
     }
 }
 

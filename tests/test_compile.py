@@ -27,7 +27,7 @@ def _scores(dtype: object, *shape: int) -> Any:
     return spec_of(np.empty(shape, dtype))
 
 
-# What fwd_sm80 has beyond causal masks; the first two go with every row.
+# What fwd_sm80 has beyond causal masks; the first two go with plain rows, the second with any.
 RULES: tuple[dict[str, Any], ...] = (
     {"window": (20, 5)},
     {"packed": True, "causal": True},
@@ -85,8 +85,8 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
     else:
         flipped = enumerate(row.dtypes, turn)
         problems = [_problem(row, dtype, i % 2 == 0) for i, dtype in flipped]
-        if kernel.has_rules and not row.no_window:
-            rules = RULES[turn % (2 if row.plain else len(RULES))]
+        if kernel.has_rules:
+            rules = RULES[1 if row.no_window else turn % (2 if row.plain else len(RULES))]
             problems.append(_problem(row, row.dtypes[turn % len(row.dtypes)], **rules))
     found = [_fits(row, problem, arch) for problem in problems]
     if arch == MAIN_TARGET and any(found):

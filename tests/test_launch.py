@@ -382,13 +382,76 @@ class _Data(NamedTuple):
     device_id: int = 0
 
 
+class _Array(SimpleNamespace):
+    """A CuPy array, as far as a repeated call looks at it."""
+
+    @classmethod
+    def like(cls, x: Any) -> _Array:
+        return cls(shape=x.shape, strides=x.strides, dtype=x.dtype, data=_Data(0))
+
+
+def plan_of(*operands: Any) -> Any:
+    """The plan of a call on q, k, v, o, as far as a repeated call looks at it."""
+    step = launch.Step(0, 1, 32, 0, launch.ParameterBlock(np.zeros((), params.ATTENTION_PARAMS)))
+    problem = SimpleNamespace(output_shape=operands[3].shape, lse_shape=(), gate=None)
+    arrays = dict(zip("qkvo", map(_Array.like, operands), strict=True))
+    return SimpleNamespace(problem=problem, steps=(step,), arrays=arrays)
+
+
 def known_of(q: Any, k: Any, v: Any, o: Any) -> repeat._Known:
     """What a repeated call knows of arrays, as far as their places."""
-    step = launch.Step(0, 1, 32, 0, launch.ParameterBlock(np.zeros((), params.ATTENTION_PARAMS)))
-    q = SimpleNamespace(shape=q.shape, strides=q.strides, dtype=q.dtype, data=_Data(0))
-    problem = SimpleNamespace(output_shape=o.shape, lse_shape=())
-    arrays = {"q": q, "k": k, "v": v, "o": o}
-    return repeat._Known(SimpleNamespace(problem=problem, steps=(step,), arrays=arrays))
+    return repeat._Known(plan_of(q, k, v, o))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What repeated calls hand to the driver, which is not there; nothing is remembered yet."""
+    calls: list[tuple[Any, ...]] = []
+    fakes = {
+        "_known": {},
+        "_ndarray": _Array,
+        "_empty": lambda shape, dtype: _Array.like(np.empty(shape, dtype)),
+        "_current_device": lambda: 0,
+        "_current_stream": lambda: SimpleNamespace(ptr=7),
+        "_launch": lambda *arguments: calls.append(arguments),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(repeat, name, fake)
+    for variable in ("FLASHCORE_KERNELS_DIR", "FLASHCORE_ARCH"):
+        monkeypatch.delenv(variable, raising=False)
+    return calls
+
+
+class _Unhashable(float):
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("changes", "remembered"),
+    [
+        ({}, True),
+        ({"window": (20, 5)}, True),
+        ({"window": [20, 5]}, False),
+        ({"softcap": _Unhashable(30.0)}, False),
+        ({"softmax_scale": _Unhashable(0.5)}, False),
+    ],
+)
+def test_what_cannot_be_hashed_is_launched_but_not_remembered(
+    launched: list[tuple[Any, ...]], changes: dict[str, Any], remembered: bool
+) -> None:
+    """``remember`` runs after the launch: whatever it raises comes too late."""
+    arguments: dict[str, Any] = {
+        "layout": "bhsd", "softmax_scale": 0.5, "causal": True, "window": repeat.NO_WINDOW,
+        "softcap": 0.0, "batch_invariant": False, "kernel": "auto",
+    }  # fmt: skip
+    choices = tuple((arguments | changes).values())
+    plan = plan_of(*[np.empty((1, 2, 3, 8), np.float16)] * 4)
+    q, k, v = (plan.arrays[name] for name in "qkv")
+    assert repeat.launch_again(q, k, v, None, False, choices) is None
+    repeat.remember(plan, choices, out_given=False)
+    assert len(repeat._known) == remembered
+    result = repeat.launch_again(q, k, v, None, False, choices)
+    assert (result is not None) == (len(launched) == 1) == remembered
 
 
 @repeatable

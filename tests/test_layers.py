@@ -84,6 +84,7 @@ DEVICE_LAYERS = (
         "mask",
         "score",
         "schedule",
+        "shared_layout",
         "smem_tile",
         "mma_tile",
         "mma_sync_tile",

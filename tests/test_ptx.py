@@ -251,13 +251,14 @@ def test_wmma(probe_folder: Path, dtype: type) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_mma_and_ldmatrix(probe_folder: Path, dtype: type) -> None:
+@pytest.mark.parametrize("columns", [16, 96, 128])
+def test_mma_and_ldmatrix(probe_folder: Path, dtype: type, columns: int) -> None:
     run = Probe("mma")
     rng = np.random.default_rng(6)
     a, b = (rng.integers(-8, 8, (16, 16)).astype(dtype) for _ in range(2))
     c = rng.integers(-100, 100, (16, 16)).astype(np.float32)
     name = "products_half" if dtype is np.float16 else "products_bfloat16"
-    inputs = [a.view(np.uint16), b.view(np.uint16), c]
+    inputs = [np.array([columns], np.int32), a.view(np.uint16), b.view(np.uint16), c]
     row, col = run(name, 32, inputs, [np.zeros((16, 16), "f4") for _ in range(2)])
     a32, b32 = a.astype(np.float32), b.astype(np.float32)
     np.testing.assert_array_equal(row, a32 @ b32 + c)

@@ -45,10 +45,11 @@ __device__ __forceinline__ void store_pair(T* address, float lo, float hi) {
     }
 }
 
-// One warp stores ROWS rows of values of T that are already final, from shared rows LD apart, to
-// where row_of(row, valid) says; columns from valid_cols on are left out.
-template <typename T, int ROWS, int COLS, int LD, int BYTES, typename RowOf>
-__device__ __forceinline__ void scatter_rows(const T* sO, RowOf row_of, int valid_cols, int lane) {
+// One warp stores ROWS x COLS values of T that are already final, those from (first_row, first_col)
+// of a shared tile on, to where row_of(row, valid) says; columns from valid_cols on are left out.
+template <typename Layout, int ROWS, int COLS, int BYTES, typename T, typename RowOf>
+__device__ __forceinline__ void scatter_rows(const T* sO, int first_row, int first_col,
+                                             RowOf row_of, int valid_cols, int lane) {
     constexpr int VEC = BYTES / int(sizeof(T));
     constexpr int PIECES_PER_ROW = COLS / VEC;
 #pragma unroll(COLS > 64 ? 4 : 1)
@@ -58,8 +59,8 @@ __device__ __forceinline__ void scatter_rows(const T* sO, RowOf row_of, int vali
         bool valid;
         T* gO = row_of(row, valid);
         if (valid && col < valid_cols)
-            *reinterpret_cast<Vector<BYTES>*>(gO + col) =
-                *reinterpret_cast<const Vector<BYTES>*>(sO + row * LD + col);
+            *reinterpret_cast<Vector<BYTES>*>(gO + col) = *reinterpret_cast<const Vector<BYTES>*>(
+                sO + Layout::element(first_row + row, first_col + col));
     }
 }
 

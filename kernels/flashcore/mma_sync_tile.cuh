@@ -3,7 +3,10 @@
 // that it loads serves all of them.
 #pragma once
 #include <flashcore/ptx_convert.cuh>
+#include <flashcore/ptx_cp_async.cuh>
 #include <flashcore/ptx_mma.cuh>
+#include <flashcore/ptx_warp.cuh>
+#include <flashcore/shared_layout.cuh>
 
 namespace flashcore {
 
@@ -28,34 +31,37 @@ struct AccumulatorTile {
     }
 };
 
-// Byte offset, from a tile's first element, of the row that this lane points ldmatrix at:
+// The address of the row that this lane points ldmatrix at, for the 16 x 16 block of a tile that
+// begins at (row, col).
 // A and V: blocks (rows 0-7, 8-15) of the left columns, then of the right ones.
-template <int LD>
-__device__ __forceinline__ uint32 lane_offset_rows_first() {
-    const int lane = threadIdx.x % WARP_SIZE;
-    return 2 * ((lane % 16) * LD + lane / 16 * 8);
+template <typename Layout, typename T>
+__device__ __forceinline__ uint32 lane_address_rows_first(const T* sTile, int row, int col) {
+    const int lane = thread_index_anew() % WARP_SIZE;
+    return shared_address(sTile + Layout::element(row + lane % 16, col + lane / 16 * 8));
 }
 // K: blocks (left, right columns) of the upper rows, then of the lower ones.
-template <int LD>
-__device__ __forceinline__ uint32 lane_offset_columns_first() {
-    const int lane = threadIdx.x % WARP_SIZE;
-    return 2 * ((lane / 16 * 8 + lane % 8) * LD + lane / 8 % 2 * 8);
+template <typename Layout, typename T>
+__device__ __forceinline__ uint32 lane_address_columns_first(const T* sTile, int row, int col) {
+    const int lane = thread_index_anew() % WARP_SIZE;
+    return shared_address(sTile +
+                          Layout::element(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
 }
 
 // S = Q K^T. q and k: this lane's ldmatrix addresses of the warp's first row and first key.
-template <typename T, int FRAGMENTS_M, int TILES_N, int DEPTH, int LD>
+template <typename T, int FRAGMENTS_M, int TILES_N, typename LayoutQ, typename LayoutK>
 __device__ __forceinline__ void multiply_qk(AccumulatorTile<FRAGMENTS_M, TILES_N>& rS, uint32 q,
                                             uint32 k) {
     rS.clear();
 #pragma unroll
-    for (int d = 0; d < DEPTH; d += 16) {
+    for (int i = 0; i < LayoutQ::COLS / 16; ++i) {
+        const int d = LayoutQ::nth_step(i);
         uint32 rQ[FRAGMENTS_M][4];
 #pragma unroll
-        for (int m = 0; m < FRAGMENTS_M; ++m) ldmatrix_x4(rQ[m], q + 2 * (m * 16 * LD + d));
+        for (int m = 0; m < FRAGMENTS_M; ++m) ldmatrix_x4(rQ[m], LayoutQ::step_bytes(q, m * 16, d));
 #pragma unroll
         for (int n = 0; n < TILES_N; n += 2) {
             uint32 rK[4];
-            ldmatrix_x4(rK, k + 2 * (n * 8 * LD + d));
+            ldmatrix_x4(rK, LayoutK::step_bytes(k, n * 8, d));
 #pragma unroll
             for (int m = 0; m < FRAGMENTS_M; ++m) {
                 mma_m16n8k16<T>(rS.x[m][n], rQ[m], rK[0], rK[1]);
@@ -82,16 +88,16 @@ struct ProbabilityTile {
 };
 
 // O += P V. v: this lane's ldmatrix address of the first key.
-template <typename T, int FRAGMENTS_M, int STEPS, int TILES_D, int LD>
+template <typename T, int FRAGMENTS_M, int STEPS, int TILES_D, typename LayoutV>
 __device__ __forceinline__ void multiply_pv(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
                                             const ProbabilityTile<T, FRAGMENTS_M, STEPS>& rP,
-                                            uint32 v) {
+                                            uint32 v, int first_key = 0) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
         for (int d = 0; d < TILES_D; d += 2) {
             uint32 rV[4];
-            ldmatrix_x4_trans(rV, v + 2 * (step * 16 * LD + d * 8));
+            ldmatrix_x4_trans(rV, LayoutV::step_bytes(v, first_key + step * 16, d * 8));
 #pragma unroll
             for (int m = 0; m < FRAGMENTS_M; ++m) {
                 mma_m16n8k16<T>(rO.x[m][d], rP.x[m][step], rV[0], rV[1]);
@@ -102,8 +108,8 @@ __device__ __forceinline__ void multiply_pv(AccumulatorTile<FRAGMENTS_M, TILES_D
 }
 
 // The same with P in shared memory, for warps that share it; p: this lane's ldmatrix address of the
-// warp's first row. LD and LD_P: row lengths of V and P.
-template <typename T, int FRAGMENTS_M, int STEPS, int TILES_D, int LD, int LD_P>
+// warp's first row.
+template <typename T, int FRAGMENTS_M, int STEPS, int TILES_D, typename LayoutV, typename LayoutP>
 __device__ __forceinline__ void multiply_shared_pv(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
                                                    uint32 p, uint32 v) {
 #pragma unroll
@@ -111,29 +117,36 @@ __device__ __forceinline__ void multiply_shared_pv(AccumulatorTile<FRAGMENTS_M, 
         ProbabilityTile<T, FRAGMENTS_M, 1> rP;
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m)
-            ldmatrix_x4(rP.x[m][0], p + 2 * (m * 16 * LD_P + step * 16));
-        multiply_pv<T, FRAGMENTS_M, 1, TILES_D, LD>(rO, rP, v + 2 * step * 16 * LD);
+            ldmatrix_x4(rP.x[m][0], LayoutP::step_bytes(p, m * 16, step * 16));
+        multiply_pv<T, FRAGMENTS_M, 1, TILES_D, LayoutV>(rO, rP, v, step * 16);
     }
 }
 
 // The two products of attention for one warp's rows, by type: this one is for 16-bit inputs,
-// mma_tf32_tile.cuh has the one for fp32. DEPTH, LD: of Q and K; LD_V: of V.
-template <typename T, int FRAGMENTS_M, int TILES_N, int TILES_D, int DEPTH, int LD, int LD_V>
+// mma_tf32_tile.cuh has the one for fp32.
+template <typename T, int FRAGMENTS_M, int TILES_N, int TILES_D, typename LayoutQ, typename LayoutK,
+          typename LayoutV>
 struct TileProducts {
     using Scores = AccumulatorTile<FRAGMENTS_M, TILES_N>;
     using Probabilities = ProbabilityTile<T, FRAGMENTS_M, TILES_N / 2>;
     using Output = AccumulatorTile<FRAGMENTS_M, TILES_D>;
 
-    // Byte offsets of what this lane reads from what the warp reads.
-    __device__ static __forceinline__ uint32 lane_q() { return lane_offset_rows_first<LD>(); }
-    __device__ static __forceinline__ uint32 lane_k() { return lane_offset_columns_first<LD>(); }
-    __device__ static __forceinline__ uint32 lane_v() { return lane_offset_rows_first<LD_V>(); }
+    // This lane's addresses of the warp's first operands.
+    __device__ static __forceinline__ uint32 lane_q(const T* sQ, int first_row) {
+        return lane_address_rows_first<LayoutQ>(sQ, first_row, 0);
+    }
+    __device__ static __forceinline__ uint32 lane_k(const T* sK, int first_key) {
+        return lane_address_columns_first<LayoutK>(sK, first_key, 0);
+    }
+    __device__ static __forceinline__ uint32 lane_v(const T* sV, int first_key, int first_column) {
+        return lane_address_rows_first<LayoutV>(sV, first_key, first_column);
+    }
 
     __device__ static __forceinline__ void scores(Scores& rS, uint32 q, uint32 k) {
-        multiply_qk<T, FRAGMENTS_M, TILES_N, DEPTH, LD>(rS, q, k);
+        multiply_qk<T, FRAGMENTS_M, TILES_N, LayoutQ, LayoutK>(rS, q, k);
     }
     __device__ static __forceinline__ void output(Output& rO, const Probabilities& rP, uint32 v) {
-        multiply_pv<T, FRAGMENTS_M, TILES_N / 2, TILES_D, LD_V>(rO, rP, v);
+        multiply_pv<T, FRAGMENTS_M, TILES_N / 2, TILES_D, LayoutV>(rO, rP, v);
     }
 };
 

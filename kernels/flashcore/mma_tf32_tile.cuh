@@ -11,7 +11,7 @@
 //   - An infinity has no lo (inf - inf is NaN), and its hi hi is the answer already: small terms
 //     are not added to an infinite sum.
 //
-// Rows in shared memory are LD = padded_row_f32(HEAD_DIM) floats long, 4 modulo 16. That makes them
+// Rows in shared memory are LD = HEAD_DIM + 4 floats long, 4 modulo 16. That makes them
 // 16-byte aligned, and no two lanes meet in one of the 32 banks of 4 bytes:
 //   ldmatrix reads 8 rows of 4 floats at once. Row r starts at bank r LD, which is 4 r or 20 r
 //     modulo 32: 8 different multiples of 4.
@@ -22,9 +22,6 @@
 #include <flashcore/ptx_mma.cuh>
 
 namespace flashcore {
-
-// Row length in shared memory, in floats; cols is a multiple of 16.
-__host__ __device__ constexpr int padded_row_f32(int cols) { return cols + 4; }
 
 // Byte offset, from a tile's first element, of what this lane reads.
 // Q, for ldmatrix: blocks (rows 0-7, 8-15) of columns 0-3, then of columns 4-7.
@@ -162,18 +159,26 @@ __device__ __forceinline__ void multiply_pv_f32(AccumulatorTile<FRAGMENTS_M, TIL
     }
 }
 
-template <int FRAGMENTS_M, int TILES_N, int TILES_D, int DEPTH, int LD, int LD_V>
-struct TileProducts<float, FRAGMENTS_M, TILES_N, TILES_D, DEPTH, LD, LD_V> {
+template <int FRAGMENTS_M, int TILES_N, int TILES_D, typename LayoutQ, typename LayoutK,
+          typename LayoutV>
+struct TileProducts<float, FRAGMENTS_M, TILES_N, TILES_D, LayoutQ, LayoutK, LayoutV> {
+    static constexpr int LD = LayoutQ::LD, LD_V = LayoutV::LD;
     using Scores = AccumulatorTile<FRAGMENTS_M, TILES_N>;
     using Probabilities = Scores;
     using Output = AccumulatorTile<FRAGMENTS_M, TILES_D>;
 
-    __device__ static __forceinline__ uint32 lane_q() { return lane_offset_q_f32<LD>(); }
-    __device__ static __forceinline__ uint32 lane_k() { return lane_offset_k_f32<LD>(); }
-    __device__ static __forceinline__ uint32 lane_v() { return lane_offset_v_f32<LD_V>(); }
+    __device__ static __forceinline__ uint32 lane_q(const float* sQ, int first_row) {
+        return shared_address(sQ + first_row * LD) + lane_offset_q_f32<LD>();
+    }
+    __device__ static __forceinline__ uint32 lane_k(const float* sK, int first_key) {
+        return shared_address(sK + first_key * LD) + lane_offset_k_f32<LD>();
+    }
+    __device__ static __forceinline__ uint32 lane_v(const float* sV, int first_key, int column) {
+        return shared_address(sV + first_key * LD_V + column) + lane_offset_v_f32<LD_V>();
+    }
 
     __device__ static __forceinline__ void scores(Scores& rS, uint32 q, uint32 k) {
-        multiply_qk_f32<FRAGMENTS_M, TILES_N, DEPTH, LD>(rS, q, k);
+        multiply_qk_f32<FRAGMENTS_M, TILES_N, LayoutQ::COLS, LD>(rS, q, k);
     }
     __device__ static __forceinline__ void output(Output& rO, const Probabilities& rP, uint32 v) {
         multiply_pv_f32<FRAGMENTS_M, TILES_N, TILES_D, LD_V>(rO, rP, v);

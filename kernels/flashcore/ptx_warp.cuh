@@ -4,6 +4,14 @@
 
 namespace flashcore {
 
+// threadIdx.x, read where it is used: what a loop computes from it is then not kept in registers
+// from before the loop on.
+__device__ __forceinline__ int thread_index_anew() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 constexpr uint32 FULL_WARP = 0xffffffffu;
 
 __device__ __forceinline__ float shfl_xor(float x, int lane_mask) {

@@ -12,8 +12,8 @@ namespace flashcore {
 // The place for it in shared memory. A lane's rows are those of WarpRows; first_row is the warp's.
 template <typename T, int WARPS_D, int BLOCK_M, int BLOCK_N>
 struct RowSharing {
-    static constexpr int LD_P = padded_columns<T>(BLOCK_N);
-    T sP[BLOCK_M * LD_P];
+    using LayoutP = SharedLayout<T, BLOCK_M, BLOCK_N>;
+    T sP[LayoutP::SIZE];
     float sRow[WARPS_D][BLOCK_M];  // a number per row and warp: the tile's maximum, at the end sums
 
     __device__ static __forceinline__ int row(int first_row, int m, int half) {
@@ -70,21 +70,22 @@ struct RowSharing {
             for (int n = 0; n < 2 * STEPS; ++n)
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    *reinterpret_cast<uint32*>(sP + row(first_row, m, half) * LD_P + first_key +
-                                               n * 8 + threadIdx.x % 4 * 2) = rP.pair(m, n, half);
+                    *reinterpret_cast<uint32*>(
+                        sP + LayoutP::element(row(first_row, m, half), first_key + n * 8) +
+                        threadIdx.x % 4 * 2) = rP.pair(m, n, half);
         named_barrier_sync(barrier, WARPS_D * WARP_SIZE);
     }
 
     // This lane's ldmatrix address of the warp's first row of P.
     __device__ __forceinline__ uint32 operand(int first_row) const {
-        return shared_address(sP + first_row * LD_P) + lane_offset_rows_first<LD_P>();
+        return lane_address_rows_first<LayoutP>(sP, first_row, 0);
     }
 };
 
 // A warp that has its rows to itself.
 template <typename T, int BLOCK_M, int BLOCK_N>
 struct RowSharing<T, 1, BLOCK_M, BLOCK_N> {
-    static constexpr int LD_P = 0;
+    using LayoutP = SharedLayout<T, BLOCK_M, BLOCK_N>;
     template <int FRAGMENTS_M>
     __device__ __forceinline__ void tell(const float (&)[FRAGMENTS_M][2], int, int) {}
     template <int FRAGMENTS_M, typename Combine>

@@ -115,7 +115,7 @@ struct RowMerge {
     __device__ __forceinline__ bool splits(const AttentionParams& p, int mine, int& sArrived,
                                            Rows& rows) const {
         const int lane = threadIdx.x % WARP_SIZE;
-        const int64 block = blockIdx.x / p.splits;
+        const int64 block = blockIdx.x % (gridDim.x / p.splits);
         const auto part = [&](int split) {  // of this warp's rows; lanes next to each other
             const int64 slot = (block * p.splits + split) * WARPS_M + warp_m;
             return p.split_partial + slot * Rows::VALUES * WARP_SIZE + lane;

@@ -83,8 +83,11 @@ __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m,
     int index = blockIdx.x;
     w.split = 0;
     if constexpr (SPLIT_KV) {
-        w.split = index % p.splits;
-        index /= p.splits;
+        // All first parts, then all second ones: the last parts of the rows are the shortest, and
+        // this way no multiprocessor gets only long ones.
+        const int rows_of_blocks = gridDim.x / p.splits;
+        w.split = index / rows_of_blocks;
+        index -= w.split * rows_of_blocks;
     }
     const int heads = PACK_GQA ? p.heads_kv : p.heads_q;
     const int head_index = index / p.m_blocks;

@@ -27,8 +27,8 @@ struct SeenKeys {
     static constexpr int NUM_WARPS = WARPS_M * COLUMNS;
     uint32 bits[NUM_WARPS][WORDS];  // warp column * WARPS_M + m: row m, keys of that column
 
-    // Zeros in sV (COLUMNS * KEYS_PER_WARP x COLS, rows LD apart) where no warp sees the key.
-    template <int COLS, int LD, typename T>
+    // Zeros in sV (COLUMNS * KEYS_PER_WARP rows) where no warp sees the key.
+    template <typename Layout, typename T>
     __device__ __forceinline__ void clear_unseen(T* sV,
                                                  const SeenByWarp<true, KEYS_PER_WARP>& mine) {
         const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
@@ -38,22 +38,34 @@ struct SeenKeys {
             if (lane == 0) bits[warp][w] = word;
         }
         block_sync();  // all warps' bits are there
+        // Lane i has the i-th word of keys. All warps come to the same answer.
+        const uint32 all = lane % WORDS < WORDS - 1 ? ALL : ALL >> (WORDS * 32 - KEYS_PER_WARP);
+        const bool some_unseen = lane < COLUMNS * WORDS && seen(lane / WORDS, lane % WORDS) != all;
+        if (!warp_any(some_unseen)) return;
 #pragma unroll 1
         for (int key = warp; key < COLUMNS * KEYS_PER_WARP; key += NUM_WARPS) {
-            const int column = key / KEYS_PER_WARP, k = key % KEYS_PER_WARP;
-            uint32 seen = 0;
-#pragma unroll
-            for (int m = 0; m < WARPS_M; ++m)
-                seen |= bits[column * WARPS_M + m][k / 32] >> (k % 32) & 1u;
-            if (seen) continue;
-            for (int d = lane; d < COLS; d += WARP_SIZE) sV[key * LD + d] = T{};
+            const int k = key % KEYS_PER_WARP;
+            if (seen(key / KEYS_PER_WARP, k / 32) >> (k % 32) & 1u) continue;
+            for (int d = lane; d < Layout::COLS; d += WARP_SIZE) sV[Layout::element(key, d)] = T{};
         }
         block_sync();  // no warp reads V before
+    }
+
+  private:
+    static_assert(COLUMNS * WORDS <= WARP_SIZE, "a lane per word");
+    static constexpr uint32 ALL = 0xffffffffu;
+
+    // Which keys of a word of a column some warp sees.
+    __device__ __forceinline__ uint32 seen(int column, int word) const {
+        uint32 any = 0;
+#pragma unroll
+        for (int m = 0; m < WARPS_M; ++m) any |= bits[column * WARPS_M + m][word];
+        return any;
     }
 };
 template <int WARPS_M, int COLUMNS, int KEYS_PER_WARP>
 struct SeenKeys<false, WARPS_M, COLUMNS, KEYS_PER_WARP> {
-    template <int COLS, int LD, typename T>
+    template <typename Layout, typename T>
     __device__ __forceinline__ void clear_unseen(T*, const SeenByWarp<false, KEYS_PER_WARP>&) {}
 };
 

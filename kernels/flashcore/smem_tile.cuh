@@ -3,20 +3,16 @@
 #pragma once
 #include <flashcore/ptx_convert.cuh>
 #include <flashcore/ptx_cp_async.cuh>
+#include <flashcore/ptx_warp.cuh>
+#include <flashcore/shared_layout.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {
 
-// Row length in shared memory, in elements. WMMA wants a multiple of 8; the eight rows of 16 bytes
-// that one phase of its load touches fall into different banks when the row is an odd multiple of
-// 16 bytes. COLS is a multiple of 16, so COLS + 8 is both.
+// Row length of WMMA's tiles in shared memory, in elements. WMMA wants a multiple of 8; the eight
+// rows of 16 bytes that one phase of its load touches fall into different banks when the row is an
+// odd multiple of 16 bytes. COLS is a multiple of 16, so COLS + 8 is both.
 __host__ __device__ constexpr int padded_row(int cols) { return cols + 8; }
-
-// The same for any type: 16 bytes more than COLS.
-template <typename T>
-__host__ __device__ constexpr int padded_columns(int cols) {
-    return cols + 16 / int(sizeof(T));
-}
 
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
@@ -66,16 +62,21 @@ __host__ __device__ constexpr int common_power_of_two(int a, int b) {
     return n;
 }
 
-// How the threads of a block share out the pieces of a ROWS x COLS tile, for the loads of a main
+// How the threads of a block share out the pieces of a tile, for the loads of a main
 // loop: a thread has the same columns in every ROWS_PER_PASS-th row, so one address and constant
 // steps reach all its pieces, and a tile that is all inside needs no comparison at all.
-template <typename T, int ROWS, int COLS, int VALID_COLS, int LD, int BYTES, int THREADS>
+template <typename Layout, int VALID_COLS, int BYTES, int THREADS>
 struct TileCopy {
+    using T = typename Layout::Element;
+    static constexpr int ROWS = Layout::ROWS, COLS = Layout::COLS;
     static constexpr int VEC = BYTES / int(sizeof(T));  // elements per copy
-    static constexpr int THREADS_PER_ROW = common_power_of_two(COLS / VEC, THREADS);
+    static constexpr int THREADS_PER_ROW = common_power_of_two(Layout::PANEL / VEC, THREADS);
     static constexpr int COLS_PER_PASS = THREADS_PER_ROW * VEC;
     static constexpr int ROWS_PER_PASS = THREADS / THREADS_PER_ROW;
     static constexpr int PASSES = div_up(ROWS, ROWS_PER_PASS);
+    // Narrow pieces, or few threads: each place in shared memory is found anew.
+    static constexpr bool STEPS = ROWS_PER_PASS % Layout::PERIOD == 0 &&
+                                  (!Layout::SWIZZLED || COLS_PER_PASS % Layout::PANEL == 0);
     static_assert(VALID_COLS % VEC == 0, "a copy is all inside or all outside");
 
     // Starts copying rows [first_valid, end_valid) from gTile; other rows and columns become zeros,
@@ -93,10 +94,11 @@ struct TileCopy {
     template <bool FULL>
     __device__ static __forceinline__ void passes(T* sTile, const T* gTile, int64 row_stride,
                                                   int first_valid, int end_valid) {
-        const int first_row = threadIdx.x / THREADS_PER_ROW;
-        const int first_col = threadIdx.x % THREADS_PER_ROW * VEC;
+        const int thread = thread_index_anew();
+        const int first_row = thread / THREADS_PER_ROW;
+        const int first_col = thread % THREADS_PER_ROW * VEC;
         const T* source = gTile + first_row * row_stride + first_col;
-        T* target = sTile + first_row * LD + first_col;
+        T* const target = sTile + Layout::element(first_row, first_col);
 #pragma unroll(BYTES >= 8 ? PASSES : 1)
         for (int pass = 0; pass < PASSES; ++pass) {
             const int row = pass * ROWS_PER_PASS + first_row;
@@ -108,37 +110,38 @@ struct TileCopy {
                     row_valid && (VALID_COLS == COLS || first_col + col < VALID_COLS);
                 // An address outside the array is not read, even for a copy of zero bytes.
                 const T* from = valid ? source + col : gTile;
+                T* to = STEPS ? target + Layout::step(0, pass * ROWS_PER_PASS, col)
+                              : sTile + Layout::element(row, first_col + col);
                 if constexpr (BYTES >= 4) {
-                    copy_async<BYTES>(target + col, from, valid);
+                    copy_async<BYTES>(to, from, valid);
                 } else {
-                    copy_sync<BYTES>(target + col, from, valid);
+                    copy_sync<BYTES>(to, from, valid);
                 }
             }
             source += ROWS_PER_PASS * row_stride;
-            target += ROWS_PER_PASS * LD;
         }
     }
 };
 
 // Loads rows that lie anywhere: row_of(row, valid) gives the address of a row's first element and
 // sets whether there is one. Otherwise as load_tile.
-template <typename T, int ROWS, int COLS, int VALID_COLS, int LD, int BYTES, int THREADS,
-          typename RowOf>
+template <typename Layout, int VALID_COLS, int BYTES, int THREADS, typename T, typename RowOf>
 __device__ __forceinline__ void gather_rows(T* sTile, RowOf row_of) {
     constexpr int VEC = BYTES / int(sizeof(T));
-    constexpr int COPIES_PER_ROW = COLS / VEC;
+    constexpr int COPIES_PER_ROW = Layout::COLS / VEC;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < ROWS * COPIES_PER_ROW; i += THREADS) {
+    for (int i = threadIdx.x; i < Layout::ROWS * COPIES_PER_ROW; i += THREADS) {
         const int row = i / COPIES_PER_ROW;
         const int col = (i % COPIES_PER_ROW) * VEC;
         bool valid;
         const T* source = row_of(row, valid);
         valid = valid && col < VALID_COLS;
         if (valid) source += col;
+        T* target = sTile + Layout::element(row, col);
         if constexpr (BYTES >= 4) {
-            copy_async<BYTES>(sTile + row * LD + col, source, valid);
+            copy_async<BYTES>(target, source, valid);
         } else {
-            copy_sync<BYTES>(sTile + row * LD + col, source, valid);
+            copy_sync<BYTES>(target, source, valid);
         }
     }
 }

@@ -1,31 +1,36 @@
-// Probes of ptx_mma.cuh: one warp, one 16 x 8 x 16 product with A, and B stored both ways, LD apart.
+// Probes of ptx_mma.cuh: one warp, one 16 x 8 x 16 product with A, and B stored both ways,
+// in the padded layout and in the last 16 columns of swizzled ones.
 #include <flashcore/mma_sync_tile.cuh>
 #include <flashcore/ptx_warp.cuh>
 
 using namespace flashcore;
 
-constexpr int LD = 24;
-
 // a: 16 x 16. b: 16 x 16, of which row-major (like V, transposed on load) and column-major (like K)
 // readings give two products each: columns 0-7 and 8-15.
-template <typename T>
+template <typename T, int COLS>
 __device__ void products(const uint16* a, const uint16* b, const float* c, float* row, float* col) {
-    __shared__ __align__(128) T sA[16 * LD];
-    __shared__ __align__(128) T sB[16 * LD];
+    using Layout = SharedLayout<T, 16, COLS>;
+    __shared__ __align__(128) T sA[Layout::SIZE];
+    __shared__ __align__(128) T sB[Layout::SIZE];
     const int lane = threadIdx.x;
     for (int i = lane; i < 256; i += 32) {
-        sA[i / 16 * LD + i % 16].bits = a[i];
-        sB[i / 16 * LD + i % 16].bits = b[i];
+        const int element = Layout::element(i / 16, COLS - 16 + i % 16);
+        sA[element].bits = a[i];
+        sB[element].bits = b[i];
     }
     warp_sync();
     uint32 rA[4], rB[4];
-    ldmatrix_x4(rA, shared_address(sA) + lane_offset_rows_first<LD>());
+    // From the tile's first columns, as a kernel gets there.
+    const uint32 rows_a = lane_address_rows_first<Layout>(sA, 0, 0);
+    const uint32 rows_b = lane_address_rows_first<Layout>(sB, 0, 0);
+    const uint32 columns_b = lane_address_columns_first<Layout>(sB, 0, 0);
+    ldmatrix_x4(rA, Layout::step_bytes(rows_a, 0, COLS - 16));
     for (int way = 0; way < 2; ++way) {
         float* out = way == 0 ? row : col;
         if (way == 0) {
-            ldmatrix_x4_trans(rB, shared_address(sB) + lane_offset_rows_first<LD>());
+            ldmatrix_x4_trans(rB, Layout::step_bytes(rows_b, 0, COLS - 16));
         } else {
-            ldmatrix_x4(rB, shared_address(sB) + lane_offset_columns_first<LD>());
+            ldmatrix_x4(rB, Layout::step_bytes(columns_b, 0, COLS - 16));
         }
         for (int half = 0; half < 2; ++half) {
             float rC[4];
@@ -38,12 +43,20 @@ __device__ void products(const uint16* a, const uint16* b, const float* c, float
     }
 }
 
-extern "C" __global__ void products_half(const uint16* a, const uint16* b, const float* c,
-                                         float* row, float* col) {
-    products<half_t>(a, b, c, row, col);
+template <typename T>
+__device__ void products(int columns, const uint16* a, const uint16* b, const float* c, float* row,
+                         float* col) {
+    if (columns == 16) products<T, 16>(a, b, c, row, col);
+    if (columns == 96) products<T, 96>(a, b, c, row, col);
+    if (columns == 128) products<T, 128>(a, b, c, row, col);
 }
 
-extern "C" __global__ void products_bfloat16(const uint16* a, const uint16* b, const float* c,
-                                             float* row, float* col) {
-    products<bfloat16_t>(a, b, c, row, col);
+extern "C" __global__ void products_half(const int* columns, const uint16* a, const uint16* b,
+                                         const float* c, float* row, float* col) {
+    products<half_t>(*columns, a, b, c, row, col);
+}
+
+extern "C" __global__ void products_bfloat16(const int* columns, const uint16* a, const uint16* b,
+                                             const float* c, float* row, float* col) {
+    products<bfloat16_t>(*columns, a, b, c, row, col);
 }

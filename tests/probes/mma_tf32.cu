@@ -29,7 +29,7 @@ extern "C" __global__ void product_tf32(const float* a, const float* b, const fl
 template <int ROWS_TILE, int DEPTH>
 __device__ void load(float* sTile, const float* gTile) {
     for (int i = threadIdx.x; i < ROWS_TILE * DEPTH; i += WARP_SIZE)
-        sTile[i / DEPTH * padded_row_f32(DEPTH) + i % DEPTH] = gTile[i];
+        sTile[SharedLayout<float, 16, DEPTH>::element(i / DEPTH, i % DEPTH)] = gTile[i];
 }
 
 // f(value in the fragments, its row, its column) over what this lane holds.
@@ -47,7 +47,7 @@ __device__ void for_each(AccumulatorTile<FRAGMENTS_M, TILES>& tile, F f) {
 template <int DEPTH>
 __device__ void products(const float* q, const float* k, const float* p, const float* v, int keys,
                          float* s, float* o) {
-    constexpr int LD = padded_row_f32(DEPTH);
+    constexpr int LD = SharedLayout<float, 16, DEPTH>::LD;
     __shared__ __align__(128) float sQ[ROWS * LD];
     __shared__ __align__(128) float sK[KEYS * LD];
     __shared__ __align__(128) float sV[KEYS * LD];
@@ -83,7 +83,7 @@ extern "C" __global__ void products_64(const float* q, const float* k, const flo
 
 // Where each lane reads, for the arithmetic of the banks.
 extern "C" __global__ void offsets_64(uint32* q, uint32* k, uint32* v) {
-    constexpr int LD = padded_row_f32(64);
+    constexpr int LD = SharedLayout<float, 16, 64>::LD;
     q[threadIdx.x] = lane_offset_q_f32<LD>();
     k[threadIdx.x] = lane_offset_k_f32<LD>();
     v[threadIdx.x] = lane_offset_v_f32<LD>();

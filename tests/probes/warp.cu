@@ -29,7 +29,7 @@ extern "C" __global__ void integers(const int* x, const uint32* bits, int* from_
 // once, the last four times, so no pair may wait for another.
 extern "C" __global__ void pairs_of_warps(const float* x, float* y) {
     __shared__ float sX[256];
-    const int thread = threadIdx.x, pair = thread / 64;
+    const int thread = thread_index_anew(), pair = thread / 64;
     float mine = x[thread];
     for (int lap = 0; lap <= pair; ++lap) {
         sX[thread] = mine;

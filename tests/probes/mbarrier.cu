@@ -1,0 +1,79 @@
+// Probes of ptx_mbarrier.cuh: one block.
+#include <flashcore/ptx_mbarrier.cuh>
+#include <flashcore/ptx_warp.cuh>
+
+using namespace flashcore;
+
+#if __CUDA_ARCH__ >= 900
+
+constexpr int WARPGROUP = 128;
+
+// One thread: what the barrier says of each parity when new, and after one and two phases.
+extern "C" __global__ void phases(int* passed) {
+    __shared__ uint64 barrier;
+    mbarrier_init(&barrier, 2);
+    fence_mbarrier_init();
+    for (int phase = 0; phase < 3; ++phase) {
+        for (int parity = 0; parity < 2; ++parity) *passed++ = mbarrier_try_wait(&barrier, parity);
+        mbarrier_arrive(&barrier);
+        *passed++ = mbarrier_try_wait(&barrier, phase % 2);  // one of two has arrived
+        mbarrier_arrive(&barrier);
+    }
+}
+
+// 160 threads: warp 4 puts x[i] in one of two stages, round after round, and the warpgroup takes
+// it. Now one side is slow and now the other. y: (rounds, 128).
+extern "C" __global__ void hand_over(const int* x, int rounds, int* y) {
+    constexpr int STAGES = 2;
+    __shared__ uint64 full[STAGES], empty[STAGES];
+    __shared__ int sNumber[STAGES];
+    const int thread = threadIdx.x;
+    if (thread == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(&full[stage], 1);
+            mbarrier_init(&empty[stage], WARPGROUP / WARP_SIZE);
+        }
+        fence_mbarrier_init();
+    }
+    block_sync();
+    if (thread == WARPGROUP) {
+        for (int i = 0; i < rounds; ++i) {
+            const int stage = i % STAGES, parity = i / STAGES % 2;
+            mbarrier_wait(&empty[stage], parity ^ 1);
+            if (i % 3 == 0) __nanosleep(2000);
+            sNumber[stage] = x[i];
+            mbarrier_arrive(&full[stage]);
+        }
+    } else if (thread < WARPGROUP) {
+        for (int i = 0; i < rounds; ++i) {
+            const int stage = i % STAGES, parity = i / STAGES % 2;
+            mbarrier_wait(&full[stage], parity);
+            if (i % 5 == thread / WARP_SIZE) __nanosleep(4000);
+            y[i * WARPGROUP + thread] = sNumber[stage];
+            warp_sync();
+            if (thread % WARP_SIZE == 0) mbarrier_arrive(&empty[stage]);
+        }
+    }
+}
+
+// 256 threads: two warpgroups in turn note their numbers, through two named barriers; who is slow
+// changes. order: 2 * rounds.
+extern "C" __global__ void turns(int rounds, int* order) {
+    __shared__ int sNext;
+    const int thread = threadIdx.x, mine = thread / WARPGROUP;
+    if (thread == 0) sNext = 0;
+    block_sync();
+    if (mine == 1) named_barrier_arrive(1, 2 * WARPGROUP);  // the first turn is the other's
+    for (int i = 0; i < rounds; ++i) {
+        if (i % 2 == mine) __nanosleep(2000);
+        named_barrier_sync(1 + mine, 2 * WARPGROUP);
+        if (thread % WARPGROUP == i) order[sNext++] = mine;
+        warp_sync();
+        const bool last = mine == 1 && i + 1 == rounds;
+        if (!last) named_barrier_arrive(2 - mine, 2 * WARPGROUP);
+    }
+}
+
+#else
+extern "C" __global__ void nothing() {}
+#endif

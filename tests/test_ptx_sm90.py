@@ -1,0 +1,307 @@
+"""The wrappers of Hopper's instructions, alone, against known answers.
+
+Matrix products of operands in swizzled shared memory, copies of a tensor's boxes, barriers that
+count. The probes compile for every target anywhere; they run on a GPU of capability 9.0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import test_ptx
+from conftest import ROOT
+
+from flashcore_cupy import jit, tiles
+
+probe_folder = test_ptx.probe_folder
+
+REPORT = re.compile(
+    r"ptxas info\s*: (\d+ bytes gmem.*|Compiling entry function .*|Function properties for \w+"
+    r"|Used \d+ registers.*|Compile time = .*)"
+    r"|(ptxas\s+\.)?\s*0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    r"|\s*"
+)
+"""A line of a compiler's report that has nothing to object."""
+
+PRODUCTS = re.findall(
+    r"^(SS|RS)\((half_t|bfloat16_t), (\d+), (rows|transposed), (\d+)\)$",
+    (ROOT / "tests/probes/wgmma.cu").read_text(),
+    re.MULTILINE,
+)
+WARPGROUP = 128
+MAX_BOX = 256 * 128
+SHARED = 1024 + 64 * 128 * 2 + 256 * 128 * 2
+"""Bytes for any probe of a product: to align, a, and b 128 deep."""
+
+
+class Probe:
+    """Launches one block of a probe's kernels."""
+
+    def __init__(self, name: str) -> None:
+        self.module = jit.load(jit.compile_kernel(f"probe_{name}.cu", {}, "sm_90a"))
+
+    def launch(self, kernel: str, threads: int, arguments: Iterable, shared: int = 0) -> None:
+        function = self.module.get_function(kernel)
+        if shared:
+            function.max_dynamic_shared_size_bytes = shared
+        function((1,), (threads,), tuple(arguments), shared_mem=shared)
+
+
+@pytest.fixture
+def hopper(probe_folder: object) -> None:
+    """Skips where the GPU is of another generation."""
+    import cupy
+
+    capability = cupy.cuda.Device().compute_capability
+    if capability != "90":
+        pytest.skip(f"needs a GPU of capability 9.0, this one has {capability}")
+
+
+@pytest.mark.parametrize("name", ["mbarrier", "tma", "wgmma"])
+def test_the_compiler_has_nothing_to_object(probe_folder: object, name: str) -> None:
+    """Such as wgmma serialized for want of a fence, setmaxnreg ignored, or spills."""
+    compiled = jit.compile_kernel(f"probe_{name}.cu", {}, "sm_90a")
+    lines = compiled.log.splitlines()
+    assert [line for line in lines if not REPORT.fullmatch(line)] == []
+    if name == "wgmma":
+        assert len(compiled.entries) == len(PRODUCTS) + 1
+        assert compiled.entries["shared_out"].registers == 65536 // 384 // 8 * 8
+
+
+@pytest.mark.parametrize("arch", tiles.TARGETS)
+@pytest.mark.parametrize("name", ["mbarrier", "tma", "wgmma"])
+def test_the_headers_do_no_harm_elsewhere(probe_folder: object, name: str, arch: str) -> None:
+    """A kernel that includes them and uses nothing of them compiles, without a word."""
+    log = jit.compile_kernel(f"probe_{name}.cu", {}, arch).log
+    assert not re.search("warning|error|remark", log, re.IGNORECASE), log
+
+
+def test_every_width_has_a_probe() -> None:
+    widths = {int(n) for form, *_, n in PRODUCTS if form == "SS"}
+    assert widths == set(range(16, 257, 16))
+    assert {swizzle for _, _, swizzle, *_ in PRODUCTS} == {"128", "64", "32"}
+
+
+def _accumulator_places(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of element e of thread t, each (n / 2, 128)."""
+    e, t = np.ogrid[: n // 2, :WARPGROUP]
+    return 16 * (t // 32) + t % 32 // 4 + e // 2 % 2 * 8, e // 4 * 8 + t % 4 * 2 + e % 2
+
+
+def _a_registers(a: np.ndarray) -> np.ndarray:
+    """What the threads hold of A: (steps, 4, 128) pairs of its 16-bit values."""
+    step, i, t = np.ogrid[: a.shape[1] // 16, :4, :WARPGROUP]
+    row = 16 * (t // 32) + t % 32 // 4 + i % 2 * 8
+    col = 16 * step + t % 4 * 2 + i // 2 * 8
+    return np.ascontiguousarray(a[row, col] | a[row, col + 1].astype(np.uint32) << 16)
+
+
+def _products() -> list:
+    """(form, type, swizzle, how b is stored, N, depth): SS over one panel, and over several."""
+    depths = {128: (64, 128), 64: (32, 96), 32: (16, 80)}
+    cases = []
+    for form, dtype, swizzle, way, n in PRODUCTS:
+        for depth in depths[int(swizzle)] if form == "SS" else (64,):
+            cases.append((form, dtype, int(swizzle), way, int(n), depth))
+    return cases
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("form", "dtype", "swizzle", "way", "n", "depth"), _products())
+def test_wgmma(
+    hopper: None, form: str, dtype: str, swizzle: int, way: str, n: int, depth: int
+) -> None:
+    import cupy
+
+    rng = np.random.default_rng([swizzle, n, depth])
+    numpy_type = np.float16 if dtype == "half_t" else ml_dtypes.bfloat16
+    # Small integers: every product and sum is exact, so any slip of layout shows.
+    a, b = (rng.integers(-8, 9, (rows, depth)).astype("f4") for rows in (64, n))
+    c = rng.integers(-100, 101, (64, n)).astype(np.float32)
+    bits_a, bits_b = (x.astype(numpy_type).view(np.uint16) for x in (a, b))
+    given_a = cupy.asarray(bits_a if form == "SS" else _a_registers(bits_a))
+    given_b = cupy.asarray(np.ascontiguousarray(bits_b if way == "rows" else bits_b.T))
+    rows, cols = _accumulator_places(n)
+    run, kernel = Probe("wgmma"), f"{form.lower()}_{dtype}_{swizzle}_{way}_{n}"
+    for accumulate in (False, True):
+        before = c if accumulate else np.full_like(c, np.nan)
+        d = cupy.asarray(np.ascontiguousarray(before[rows, cols]))
+        arguments = [given_a, given_b, np.int32(depth), np.int32(accumulate), d]
+        run.launch(kernel, WARPGROUP, arguments, SHARED)
+        got = np.full_like(c, np.nan)
+        got[rows, cols] = cupy.asnumpy(d)
+        np.testing.assert_array_equal(got, a @ b.T + c * accumulate, f"{accumulate=}")
+
+
+def test_fragments_cover_the_matrix() -> None:
+    """The maps that the products are judged by name each place once."""
+    for n in (16, 256):
+        rows, cols = _accumulator_places(n)
+        assert np.array_equal(np.sort((rows * n + cols).ravel()), np.arange(64 * n))
+    a = np.arange(64 * 32, dtype=np.uint16).reshape(64, 32)
+    halves = _a_registers(a).astype("<u4").view(np.uint16)
+    assert np.array_equal(np.sort(halves.ravel()), np.arange(64 * 32))
+
+
+@pytest.mark.gpu
+def test_registers_change_hands(hopper: None) -> None:
+    import cupy
+
+    x = np.random.default_rng(1).integers(-100, 101, 384).astype(np.float32)
+    y = cupy.full(384, np.nan, "f4")
+    Probe("wgmma").launch("shared_out", 384, [cupy.asarray(x), y])
+    np.testing.assert_array_equal(cupy.asnumpy(y), 8128 * x)
+
+
+@pytest.mark.gpu
+def test_barrier_phases(hopper: None) -> None:
+    import cupy
+
+    passed = cupy.full(9, -1, "i4")
+    Probe("mbarrier").launch("phases", 1, [passed])
+    # Of each phase: parity 0, parity 1, and its own parity when one of two has arrived.
+    expected = [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
+    np.testing.assert_array_equal(cupy.asnumpy(passed).reshape(3, 3), expected)
+
+
+@pytest.mark.gpu
+def test_hand_over(hopper: None) -> None:
+    import cupy
+
+    rounds = 10
+    x = np.random.default_rng(2).integers(1, 2**31, rounds, np.int32)
+    y = cupy.zeros((rounds, WARPGROUP), "i4")
+    arguments = [cupy.asarray(x), np.int32(rounds), y]
+    Probe("mbarrier").launch("hand_over", WARPGROUP + 32, arguments)
+    np.testing.assert_array_equal(cupy.asnumpy(y), np.repeat(x[:, None], WARPGROUP, 1))
+
+
+@pytest.mark.gpu
+def test_named_barriers_take_turns(hopper: None) -> None:
+    import cupy
+
+    rounds = 10
+    order = cupy.full(2 * rounds, -1, "i4")
+    Probe("mbarrier").launch("turns", 2 * WARPGROUP, [np.int32(rounds), order])
+    np.testing.assert_array_equal(cupy.asnumpy(order), [0, 1] * rounds)
+
+
+@pytest.mark.gpu
+def test_one_lane_is_elected(hopper: None) -> None:
+    import cupy
+
+    elected = cupy.full(WARPGROUP, -1, "i4")
+    Probe("tma").launch("elections", WARPGROUP, [elected])
+    got = cupy.asnumpy(elected).reshape(-1, 32)
+    assert set(got.ravel()) == {0, 1}
+    np.testing.assert_array_equal(got.sum(1), 1)
+
+
+def _encode_tensor_map(x: Any, swizzle: int, box_rows: int) -> np.ndarray:
+    """The 128 bytes that describe a (B, H, S, D) fp16 array, in boxes of box_rows rows of swizzle
+    bytes.
+    """
+    driver = pytest.importorskip("cuda.bindings.driver")
+
+    def sizes(number: type, values: Sequence[int]) -> list:
+        return [number(value) for value in values]
+
+    error, encoded = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        4,
+        x.data.ptr,
+        sizes(driver.cuuint64_t, x.shape[::-1]),
+        sizes(driver.cuuint64_t, x.strides[2::-1]),
+        sizes(driver.cuuint32_t, (swizzle // 2, box_rows, 1, 1)),
+        sizes(driver.cuuint32_t, (1, 1, 1, 1)),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{swizzle}B"),
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    assert error == driver.CUresult.CUDA_SUCCESS, error
+    opaque = np.frombuffer(ctypes.string_at(encoded.getPtr(), 128), np.uint64)
+    struct = np.zeros((), [("opaque", np.uint64, 16)])
+    struct["opaque"] = opaque
+    return struct
+
+
+def _box(x: np.ndarray, at: Sequence[int], rows: int, cols: int) -> np.ndarray:
+    """The box at (column, row, head, batch): zeros outside of the tensor."""
+    box = np.zeros((rows, cols), x.dtype)
+    column, row, head, batch = at
+    if 0 <= head < x.shape[1] and 0 <= batch < x.shape[0]:
+        for r in range(rows):
+            for c in range(cols):
+                if 0 <= row + r < x.shape[2] and 0 <= column + c < x.shape[3]:
+                    box[r, c] = x[batch, head, row + r, column + c]
+    return box
+
+
+def _as_it_lands(box: np.ndarray, swizzle: int) -> np.ndarray:
+    """Shared memory after a box has come: pieces of 16 bytes, permuted every 128 bytes."""
+    memory = np.full((MAX_BOX // 16, 16), 0xAB, np.uint8)
+    pieces = swizzle // 16
+    row, piece = np.divmod(np.arange(len(box) * pieces), pieces)
+    place = row * pieces + (piece ^ row * swizzle // 128 % pieces)
+    memory[place] = np.ascontiguousarray(box).view(np.uint8).reshape(-1, 16)
+    return memory.ravel()
+
+
+def test_boxes_land_without_bank_conflicts() -> None:
+    """What the copies are judged by: the same 16 bytes of eight rows fall into different banks."""
+    numbered = np.arange(64, dtype=np.uint16).repeat(8).reshape(8, 64)  # row * 8 + piece
+    landed = _as_it_lands(numbered, 128)[:1024].view(np.uint16).reshape(8, 8, 8)[:, :, 0]
+    for piece in range(8):
+        rows, slots = np.nonzero(landed % 8 == piece)
+        assert sorted(rows) == sorted(slots) == list(range(8))
+        assert np.array_equal(landed[rows, slots], rows * 8 + piece)
+
+
+BOXES = [
+    (128, 32, (0, 0, 0, 0)),
+    (128, 32, (8, 7, 2, 1)),
+    (128, 32, (64, 16, 1, 1)),  # 16 of 64 columns
+    (128, 32, (0, 32, 1, 0)),  # 18 of 32 rows
+    (128, 32, (0, -5, 1, 1)),
+    (128, 32, (-8, 0, 0, 1)),
+    (128, 32, (-24, -31, 0, 0)),
+    (128, 176, (64, -3, 2, 0)),  # more on both sides
+    (128, 256, (0, 0, 1, 1)),
+    (128, 80, (0, 50, 1, 1)),  # nothing of the tensor
+    (128, 16, (80, 0, 1, 0)),
+    (128, 16, (0, 0, 3, 0)),
+    (128, 16, (0, 0, 0, 2)),
+    (128, 16, (0, 0, -1, 1)),
+    (64, 64, (64, 8, 1, 0)),
+    (64, 64, (32, -8, 1, 1)),
+    (32, 128, (64, -70, 2, 1)),
+    (32, 16, (32, 8, 0, 1)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hint", [0, 1, 2])
+@pytest.mark.parametrize(("swizzle", "rows", "at"), BOXES)
+def test_tma(hopper: None, swizzle: int, rows: int, at: tuple, hint: int) -> None:
+    import cupy
+
+    # The tensor is the inside of an array whose other elements must never be seen.
+    whole = np.full((2, 3, 60, 96), np.nan, np.float16)
+    inside = (slice(None), slice(None), slice(4, 54), slice(8, 88))
+    values = np.random.default_rng(3).standard_normal(whole[inside].shape)
+    whole[inside] = values.astype(np.float16)
+    on_gpu = cupy.asarray(whole)
+    encoded = _encode_tensor_map(on_gpu[inside], swizzle, rows)
+    words, state = cupy.zeros(MAX_BOX // 4, "u4"), cupy.zeros(2, "u4")
+    numbers = [np.int32(number) for number in (*at, rows * swizzle, hint)]
+    Probe("tma").launch("load_box", 128, [encoded, *numbers, words, state])
+    assert state.tolist() == [0, 1], "an aligned place, and all bytes came"
+    expected = _as_it_lands(_box(whole[inside], at, rows, swizzle // 2), swizzle)
+    np.testing.assert_array_equal(cupy.asnumpy(words).view(np.uint8), expected)
