@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flashcore_cupy import gates, jit
+from flashcore_cupy import gates, grids, jit, tensor_map
 from flashcore_cupy.config import KernelConfig, round_up
-from flashcore_cupy.params import ATTENTION_PARAMS, QUANTIZE_PARAMS
+from flashcore_cupy.params import QUANTIZE_PARAMS, params_of
 from flashcore_cupy.problem import AttentionProblem, Operand
 from flashcore_cupy.rules import Rules
 from flashcore_cupy.tiles import Selection, configs_of, smem_limit
@@ -28,11 +28,9 @@ if TYPE_CHECKING:
 _LOG2_E = math.log2(math.e)
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 _MAX_GRID = 2**31 - 1
-# What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged.
-_PART_KEYS, _MERGE_KEYS = 256, 24
-_MOST_SPLITS = 128
 _REGISTERS = 65536  # of a multiprocessor
 _DEFAULT_SMEM = 48 * 1024  # more than this has to be asked for, once per kernel
+_ALIGN = 64  # bytes, of parameters
 
 
 class Place(NamedTuple):
@@ -66,7 +64,11 @@ class ParameterBlock:
     """A kernel's argument, its one struct, where the driver reads it at a launch."""
 
     def __init__(self, params: np.ndarray[Any, Any]) -> None:
-        self.bytes = np.frombuffer(params.tobytes(), np.uint8).copy()
+        # Aligned as the struct is, though the driver copies it.
+        room = np.empty(params.nbytes + _ALIGN, np.uint8)
+        start = -room.ctypes.data % _ALIGN
+        self.bytes: Any = room[start : start + params.nbytes]
+        self.bytes[:] = np.frombuffer(params.tobytes(), np.uint8)
         self._pointers = np.array([self.bytes.ctypes.data], np.uint64)
         self.address = int(self._pointers.ctypes.data)
 
@@ -105,7 +107,9 @@ class Prepared:
     kernels: tuple[LoadedKernel, ...]
     """In launch order."""
     params: np.ndarray[Any, Any]
-    """``AttentionParams`` with all addresses 0."""
+    """``AttentionParams``, or what begins with them, with all addresses 0."""
+    most_blocks: int = _MAX_GRID
+    """Thread blocks of a launch; kernels that take more work than that hand it out themselves."""
 
 
 @dataclass
@@ -147,7 +151,8 @@ def prepare(
     selection = replace(selection, config=_aligned_for(selection.config, o_operand))
     kernels = tuple(load_kernel(config, place) for config in configs_of(selection))
     params = _fixed_params(problem, kernels[-1], o_operand, place)
-    return Prepared(problem, selection, kernels, params)
+    most = place.multiprocessors if selection.config.uses_tma else _MAX_GRID
+    return Prepared(problem, selection, kernels, params, most)
 
 
 def make_plan(
@@ -188,12 +193,17 @@ def make_plan(
         params[name] = array.data.ptr
     if 0 in (problem.batch, problem.seqlen_q):
         return plan
+    if prepared.selection.config.uses_tma:
+        for name, words in tensor_map.maps_of(
+            problem, prepared.selection.config, plan.arrays
+        ).items():
+            params[f"{name}_map"] = words
     if prepared.selection.kernel.name == "wmma_unfused":
         _plan_unfused(plan, params)
     elif prepared.selection.kernel.quantizes:
         _plan_fp8(plan, params)
     else:
-        _plan_one_entry(plan, params, own_workspace)
+        _plan_one_entry(plan, params, own_workspace, prepared.most_blocks)
     return plan
 
 
@@ -214,17 +224,25 @@ def _aligned_for(config: KernelConfig, o_operand: Operand) -> KernelConfig:
     return replace(config, align_bytes=min(config.align_bytes, o_operand.align_bytes))
 
 
-def _plan_one_entry(plan: Plan, params: np.ndarray[Any, Any], own_workspace: bool = True) -> None:
-    """One block per BLOCK_M queries of a head, times the parts of the keys."""
+def _plan_one_entry(
+    plan: Plan,
+    params: np.ndarray[Any, Any],
+    own_workspace: bool = True,
+    most_blocks: int = _MAX_GRID,
+) -> None:
+    """One block per BLOCK_M queries of a head, times the parts of the keys.
+
+    Or ``most_blocks``, which then take work from a counter that is 0 between launches.
+    """
     (name,) = plan.selection.kernel.entries
-    grid = _query_blocks(plan.problem, plan.selection.config)
+    grid = grids.query_blocks(plan.problem, plan.selection.config)
     splits = int(params["splits"])
-    if splits > 1:
+    if splits > 1 or grid > most_blocks:
         partial, arrivals = split_bytes(plan.selection.config, grid, splits)
         area = (allocate if own_workspace else workspace)(partial, arrivals)
         params["split_partial"], params["split_arrivals"] = area.partial, area.arrivals
         plan.arrays["split"] = area
-    plan.steps += (_step(plan.kernels[-1], name, grid * splits, params),)
+    plan.steps += (_step(plan.kernels[-1], name, min(grid * splits, most_blocks), params),)
 
 
 def _plan_unfused(plan: Plan, params: np.ndarray[Any, Any]) -> None:
@@ -250,7 +268,7 @@ def _plan_unfused(plan: Plan, params: np.ndarray[Any, Any]) -> None:
         plan.steps += (_step(kernel, "wmma_scores", tiles, params),)
     plan.steps += (
         _step(kernel, "wmma_softmax", row_blocks, params),
-        _step(kernel, "wmma_pv", _query_blocks(plan.problem, plan.selection.config), params),
+        _step(kernel, "wmma_pv", grids.query_blocks(plan.problem, plan.selection.config), params),
     )
 
 
@@ -286,7 +304,7 @@ def _fixed_params(
     problem: AttentionProblem, kernel: LoadedKernel, o_operand: Operand, place: Place
 ) -> np.ndarray[Any, Any]:
     config = kernel.config
-    params = np.zeros((), ATTENTION_PARAMS)
+    params = np.zeros((), params_of(config.source))
     for operand in (problem.q, problem.k, problem.v, o_operand):
         params[f"{operand.name}_strides"] = operand.strides
     params["batch"], params["heads_q"] = problem.batch, problem.heads_q
@@ -300,8 +318,11 @@ def _fixed_params(
     params["lse_strides"] = (0 if problem.packed else heads, problem.seqlen_q)
     params["gate_row"] = problem.seqlen_kv
     params["gate_tiles"] = gates.tiles_of(problem, config)
-    params["m_blocks"] = _blocks_per_head(problem, config)
-    params["splits"] = _splits(problem, kernel, place)
+    params["m_blocks"] = grids.blocks_per_head(problem, config)
+    params["splits"] = grids.splits(problem, config, _resident(kernel, place))
+    params["section"] = (
+        grids.section(problem, config, place.multiprocessors) if config.uses_tma else 1
+    )
     _set_rules(params, problem.rules)
     _set_scale(params, problem, config)
     return params
@@ -321,8 +342,8 @@ def _set_scale(
     params: np.ndarray[Any, Any], problem: AttentionProblem, config: KernelConfig
 ) -> None:
     scale = problem.softmax_scale
-    if config.source == "fwd_sm80.cu" and 0 <= scale < _SMALLEST_SCALE:
-        # The kernel compares raw scores, for which the scale has to be positive. Instead of 0, or
+    if config.source in ("fwd_sm80.cu", "fwd_sm90.cu") and 0 <= scale < _SMALLEST_SCALE:
+        # These kernels compare raw scores, for which the scale has to be positive. Instead of 0, or
         # what float32 has not, the smallest number: every finite score times that is far below
         # what exp2 can tell from 0.
         scale = _SMALLEST_SCALE
@@ -330,44 +351,9 @@ def _set_scale(
     params["scale_log2"] = scale * _LOG2_E
 
 
-def _blocks_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
-    """Blocks of rows per head of q, or of k and v where a group's heads are packed."""
-    block_m = config.tile.block_m
-    rows = problem.seqlen_q
-    if config.tile.pack_gqa:
-        rows *= problem.heads_q // problem.heads_kv
-    # Each packed sequence may start within a block: see PackedBatch in schedule.cuh.
-    return rows // block_m + problem.batch if problem.packed else -(-rows // block_m)
-
-
-def _query_blocks(problem: AttentionProblem, config: KernelConfig) -> int:
-    heads = problem.heads_kv if config.tile.pack_gqa else problem.heads_q
-    sequences = 1 if problem.packed else problem.batch
-    return sequences * heads * _blocks_per_head(problem, config)
-
-
-def _splits(problem: AttentionProblem, kernel: LoadedKernel, place: Place) -> int:
-    """Parts of the keys that the thread blocks of one row of tiles share out.
-
-    The number that ends first if all blocks that fit on the GPU run side by side, each taking as
-    long as its keys, and some more for its beginning and for the merge.
-    """
-    config = kernel.config
-    if not config.tile.split_kv or problem.batch_invariant:
-        return 1
-    blocks, keys = _query_blocks(problem, config), problem.visible_kv
-    if problem.packed:  # on average; only the device knows the lengths
-        keys = -(-keys // max(1, problem.batch))
-        blocks = max(1, blocks // 2)  # about every other one has no sequence
-    tiles = max(1, -(-keys // config.tile.block_n))
-    resident = place.multiprocessors * kernel.blocks_per_multiprocessor(place.arch)
-
-    def cost(parts: int) -> float:
-        waves = -(-blocks * parts // resident)
-        own = -(-tiles // parts) * config.tile.block_n
-        return waves * (own + _PART_KEYS) + _MERGE_KEYS * (parts - 1)
-
-    return min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
+def _resident(kernel: LoadedKernel, place: Place) -> int:
+    """Thread blocks that run side by side on the whole GPU."""
+    return place.multiprocessors * kernel.blocks_per_multiprocessor(place.arch)
 
 
 def _step(kernel: LoadedKernel, entry: str, grid: int, params: np.ndarray[Any, Any]) -> Step:

@@ -6,6 +6,9 @@ Each mirrors a struct of ``kernels/`` field by field (``flashcore/params.cuh``,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from flashcore_cupy.rules import MAX_MOD_ARGS
@@ -24,7 +27,7 @@ _POINTERS = [
 _MORE_POINTERS = ["cu_seqlens_q", "cu_seqlens_kv", "split_partial", "split_arrivals"]
 _INTEGERS = [
     *("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv", "causal_offset"),
-    *("window_left", "window_right", "top_left", "m_blocks", "splits"),
+    *("window_left", "window_right", "top_left", "m_blocks", "splits", "section"),
     *("gate_row", "gate_tiles", "rows_padded", "cols_padded"),
 ]
 
@@ -46,6 +49,24 @@ ATTENTION_PARAMS = np.dtype(
     align=True,
 )
 
+_MAPS = ("q_map", "k_map", "v_map")
+_MAP_BYTES = 128
+_MAPS_OFFSET = -(-ATTENTION_PARAMS.itemsize // 64) * 64
+_SHARED: Mapping[str, Any] = ATTENTION_PARAMS.fields or {}
+
+#: ``HopperParams``: the same, and behind it the tensor maps of q, k, v, which the driver encodes.
+HOPPER_PARAMS = np.dtype(
+    {
+        "names": [*_SHARED, *_MAPS],
+        "formats": [*(field[0] for field in _SHARED.values()), *[("u8", (16,))] * len(_MAPS)],
+        "offsets": [
+            *(field[1] for field in _SHARED.values()),
+            *(_MAPS_OFFSET + _MAP_BYTES * n for n in range(len(_MAPS))),
+        ],
+        "itemsize": _MAPS_OFFSET + _MAP_BYTES * len(_MAPS),
+    }
+)
+
 _QUANTIZE_TENSOR = np.dtype(
     [
         *((name, "u8") for name in ("x", "x8", "scale")),
@@ -57,3 +78,10 @@ _QUANTIZE_TENSOR = np.dtype(
 
 #: ``QuantizeParams`` of ``fp8_quantize.cu``: q, k, v.
 QUANTIZE_PARAMS = np.dtype([("tensor", _QUANTIZE_TENSOR, (3,))], align=True)
+
+
+def params_of(source: str) -> np.dtype[Any]:
+    """The struct that the kernels of a file take."""
+    return {"fp8_quantize.cu": QUANTIZE_PARAMS, "fwd_sm90.cu": HOPPER_PARAMS}.get(
+        source, ATTENTION_PARAMS
+    )

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import get_args
 
 from flashcore_cupy import tiles
 from flashcore_cupy.problem import Causal, Gate, Layout
 from flashcore_cupy.reference import INPUT_KINDS
-from flashcore_cupy.selftest_case import Case, View
-from flashcore_cupy.selftest_rules import rule_cases, takes_dims
+from flashcore_cupy.selftest_case import Case
+from flashcore_cupy.selftest_rules import rule_cases, takes_dims, takes_views
 
 __all__ = ["Case", "cases"]
 
@@ -33,7 +32,7 @@ def _cases_of(kernel: str) -> Iterator[Case]:
     dtypes = tiles.KERNELS[kernel].dtypes
     yield from _head_dims(kernel, dtypes)
     yield from _shapes(kernel, dtypes)
-    if any(row.max_blocks is not None for row in tiles.rows_of(kernel)):
+    if any({row.max_blocks, row.above_blocks} != {None} for row in tiles.rows_of(kernel)):
         yield from _grids(kernel, dtypes)
     yield from _memory(kernel, dtypes)
     yield from _kinds(kernel, dtypes)
@@ -112,11 +111,13 @@ def _memory(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
     """Both layouts in every kind of view, and head dims that no wide load divides."""
     layouts: tuple[Layout, ...] = ("bhsd", "bshd")
     which = itertools.cycle(dtypes[:2])
-    for view, layout in itertools.product(get_args(View), layouts):
+    for view, layout in itertools.product(takes_views(kernel), layouts):
         yield Case(
             "memory", kernel, next(which), batch=2, layout=layout, view=view, causal=True, seed=3
         )
     for dim in (36, 33):
+        if not takes_dims(kernel, dtypes[0], (dim, dim)):
+            continue
         yield Case("memory", kernel, head_dim=dim, head_dim_v=dim, view="strided", seed=3)
 
 

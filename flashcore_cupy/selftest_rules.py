@@ -122,11 +122,11 @@ def _pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
             "dims": _dims(kernel),
             "grid": _GRIDS,
             "position": _POSITIONS,
-            "score": _SCORES,
-            "hide": _HIDES,
+            "score": _taken(kernel, _SCORES),
+            "hide": _taken(kernel, _HIDES),
             "sink": _SINKS,
             "scale": _SCALES,
-            "memory": _MEMORY,
+            "memory": _taken(kernel, _MEMORY),
             "more keys": (0, 1),
         }
     )
@@ -146,10 +146,13 @@ def _packed_pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
             "dims": [dim for dim in _dims(kernel) if dim["head_dim"] in (33, 64, 128, 192)],
             "lengths": _PACKED,
             "position": _POSITIONS,
-            "score": [choice for choice in _SCORES if "bias" not in choice],
-            "hide": [choice for choice in _HIDES if "mask" not in choice],
+            "score": [choice for choice in _taken(kernel, _SCORES) if "bias" not in choice],
+            "hide": [choice for choice in _taken(kernel, _HIDES) if "mask" not in choice],
             "sink": _SINKS,
-            "view": [{"view": v} for v in ("contiguous", "strided", "misaligned", "transposed")],
+            "view": _taken(
+                kernel,
+                [{"view": v} for v in ("contiguous", "strided", "misaligned", "transposed")],
+            ),
             "boundaries": ({"boundaries": "host"}, {"boundaries": "device"}),
         }
     )
@@ -164,7 +167,7 @@ def _gates(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
     chosen = pairwise(
         {
             "gate": [{"gate": gate} for gate in ("qk", "softmax", "pv")],
-            "rule": _GATE_RULES,
+            "rule": _taken(kernel, _GATE_RULES),
             "grid": [_GRIDS[n][0] for n in (0, 1, 4)],
             "dtype": [{"dtype": dtype} for dtype in dtypes],
             "dims": [{"head_dim": n, "head_dim_v": n} for n in (64, 128)],
@@ -204,12 +207,35 @@ def _invariant(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
 
 @functools.cache
 def _dims(kernel: str) -> tuple[_Choice, ...]:
-    dims = {row.dims for row in tiles.rows_of(kernel)} | {*_MORE_DIMS}
+    rows = {row.dims for row in tiles.rows_of(kernel)}
+    dims = rows | {more for more in _MORE_DIMS if takes_dims(kernel, "float16", more)}
     return tuple({"head_dim": d, "head_dim_v": d_v} for d, d_v in sorted(dims))
 
 
+def takes_views(kernel: str) -> tuple[View, ...]:
+    """How arrays may lie in memory: by TMA only on multiples of 16 bytes."""
+    views: tuple[View, ...] = get_args(View)
+    aligned = ("contiguous", "strided", "transposed")
+    return tuple(v for v in views if v in aligned or not tiles.KERNELS[kernel].tma)
+
+
+def _taken(kernel: str, choices: Sequence[_Choice]) -> list[_Choice]:
+    """Without rules that the kernel lacks, and without memory that it cannot read."""
+    lacks, views = tiles.KERNELS[kernel].lacks, takes_views(kernel)
+    if "bias" in lacks:
+        lacks += ("bias_fp32",)
+    taken = [(choice, {k: v for k, v in choice.items() if k not in lacks}) for choice in choices]
+    return [
+        rest
+        for choice, rest in taken
+        if (rest or not choice) and rest.get("view", views[0]) in views
+    ]
+
+
 def takes_dims(kernel: str, dtype: str, dims: tuple[int, int]) -> bool:
-    """Whether the table has a tile for heads of so many columns, of q and k and of v."""
+    """Whether the kernel takes heads of so many columns, of q and k and of v."""
+    if tiles.KERNELS[kernel].tma and any(dim % 8 for dim in dims):
+        return False  # contiguous rows would not start on 16 bytes
     rows = [row.dims for row in tiles.rows_of(kernel) if dtype in row.dtypes]
     return any(row[0] >= dims[0] and row[1] >= dims[1] for row in rows)
 

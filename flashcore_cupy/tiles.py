@@ -13,32 +13,21 @@ from dataclasses import dataclass, replace
 from flashcore_cupy.config import (
     KernelConfig,
     Tile,
-    check_no_rules,
     check_overrides,
+    check_rules,
     quantize_config,
     rules_of,
 )
 from flashcore_cupy.problem import DTYPES, ITEMSIZE, AttentionProblem, check_choice
+from flashcore_cupy.rungs import AUTO_ORDER as AUTO_ORDER
+from flashcore_cupy.rungs import HOPPER as HOPPER
+from flashcore_cupy.rungs import KERNELS as KERNELS
+from flashcore_cupy.rungs import Kernel as Kernel
 from flashcore_cupy.targets import TARGETS as TARGETS
 from flashcore_cupy.targets import capability as capability
 from flashcore_cupy.targets import check_fits
 from flashcore_cupy.targets import smem_limit as smem_limit
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A rung of the ladder: a name that ``kernel=`` and ``--kernel`` take."""
-
-    name: str
-    source: str
-    entries: tuple[str, ...]
-    """Entry points, in launch order."""
-    idea: str
-    dtypes: tuple[str, ...] = ("float16", "bfloat16")
-    quantizes: bool = False
-    """Rounds its inputs to fp8 first, so ``auto`` never takes it."""
-    has_rules: bool = False
-    """Windows, score rules, masks, sinks, packed batches; the others are causal or not."""
+from flashcore_cupy.tensor_map import check_layout
 
 
 @dataclass(frozen=True)
@@ -52,6 +41,10 @@ class Row:
     """Only for grids that would hold at most this many blocks of 128 queries."""
     max_rows: int | None = None
     """Only where a head of K and V meets at most this many rows: queries times grouped heads."""
+    above_blocks: int | None = None
+    """The opposite of max_blocks: for auto, only grids of more than this."""
+    above_rows: int | None = None
+    """The opposite of max_rows."""
     max_arch: int | None = None
     """Only up to this compute capability: for newer ones the compiler spills."""
     min_arch: int | None = None
@@ -69,7 +62,7 @@ class Row:
         return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     def serves(self, problem: AttentionProblem) -> bool:
-        """Whether the row is meant for a problem of this kind and size."""
+        """Whether the row is meant for a problem of this kind, and is not too large for it."""
         per_score = set(problem.rules.names) - {"sink"} or problem.softmax_scale < 0
         unfit = (self.plain and per_score) or (self.no_window and problem.window[0] >= 0)
         if problem.dtype not in self.dtypes or unfit:
@@ -80,76 +73,33 @@ class Row:
             return False  # a key that one head of the group does not see must not reach it
         if problem.batch_invariant:  # the same tile, whatever else is in the batch
             return False
-        sequences = 1 if problem.packed else problem.batch
-        blocks = sequences * problem.heads_q * -(-problem.seqlen_q // 128)
-        rows = problem.heads_q // problem.heads_kv * self._queries(problem)
-        few_blocks = self.max_blocks is None or blocks <= self.max_blocks
-        return few_blocks and (self.max_rows is None or rows <= self.max_rows)
+        few_blocks = self.max_blocks is None or _blocks(problem) <= self.max_blocks
+        return few_blocks and (self.max_rows is None or _rows(problem) <= self.max_rows)
 
-    @staticmethod
-    def _queries(problem: AttentionProblem) -> int:
-        """Queries of a sequence; packed: on average, for only the device knows the lengths."""
-        return -(-problem.seqlen_q // max(1, problem.batch)) if problem.packed else problem.seqlen_q
+    def is_filled_by(self, problem: AttentionProblem) -> bool:
+        """Whether the problem is as large as the row takes it to be."""
+        if problem.batch_invariant:  # the same tile, whatever else is in the batch
+            return True
+        enough_blocks = self.above_blocks is None or _blocks(problem) > self.above_blocks
+        return enough_blocks and (self.above_rows is None or _rows(problem) > self.above_rows)
 
 
-#: The ladder, slowest first.
-KERNELS: Mapping[str, Kernel] = {
-    k.name: k
-    for k in (
-        Kernel(
-            "scalar",
-            "scalar.cu",
-            ("scalar",),
-            "one fused kernel, online softmax, no tensor cores",
-            dtypes=("float16", "bfloat16", "float32"),
-        ),
-        Kernel(
-            "wmma_unfused",
-            "wmma_unfused.cu",
-            ("wmma_scores", "wmma_softmax", "wmma_pv"),
-            "two tensor-core products with a softmax between, S and P in global memory",
-        ),
-        Kernel(
-            "wmma_fused_32",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "FlashAttention in one kernel: 32 x 32 tiles, S and P in shared memory",
-        ),
-        Kernel(
-            "wmma_fused_64",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "64 x 64 tiles: each K and V row is loaded half as often",
-        ),
-        Kernel(
-            "wmma_cp_async",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "two stages: the next K and V tile is on its way while this one is used",
-        ),
-        Kernel(
-            "wmma_warp_softmax",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "a warp owns its rows: softmax by shuffle, O in registers, one barrier per tile",
-        ),
-        Kernel(
-            "mma_sm80",
-            "fwd_sm80.cu",
-            ("fwd_sm80",),
-            "mma.sync and ldmatrix: scores, probabilities and output stay in registers",
-            dtypes=("float16", "bfloat16", "float32"),
-            has_rules=True,
-        ),
-        Kernel(
-            "fp8_wmma",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "q, k, v quantised to e4m3 with a scale per head, widened to 16 bit on load",
-            quantizes=True,
-        ),
-    )
-}
+def _blocks(problem: AttentionProblem) -> int:
+    """Thread blocks of a grid of blocks of 128 queries."""
+    sequences = 1 if problem.packed else problem.batch
+    return sequences * problem.heads_q * -(-problem.seqlen_q // 128)
+
+
+def _rows(problem: AttentionProblem) -> int:
+    """Rows that meet a head of K and V: queries times grouped heads.
+
+    Packed: of a sequence of average length, for only the device knows the lengths.
+    """
+    queries = problem.seqlen_q
+    if problem.packed:
+        queries = -(-queries // max(1, problem.batch))
+    return problem.heads_q // problem.heads_kv * queries
+
 
 #: Head dims with rows of their own in the WMMA kernels; others are padded to the next one.
 WMMA_HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -174,6 +124,7 @@ _DECODE = Tile(16, 128, warps_m=1, warps_n=4, cp_async=True, pack_gqa=True, spli
 _DECODE_ROWS = 16
 _FP32 = Tile(64, 32, warps_m=4, cp_async=True)
 _FP32_DECODE = replace(_DECODE, block_n=64)
+_WGMMA = Tile(128, 128, warps_m=8, num_stages=2)
 _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
 
 #: In order of preference: a problem gets the first row of its kernel and head dim that is meant for
@@ -238,19 +189,25 @@ ROWS: tuple[Row, ...] = (
         dtypes=FP32,
     ),
     Row("mma_sm80", 256, replace(_FP32, block_n=16), max_arch=100, dtypes=FP32),
+    *(
+        Row(
+            *("wgmma_sm90", dim, tile),
+            above_blocks=_SOME_BLOCKS,
+            above_rows=_DECODE_ROWS,
+            head_dim_v=dim_v,
+        )
+        for dim, dim_v, tile in (
+            (64, 64, replace(_WGMMA, block_m=192, warps_m=12, num_stages=3)),
+            (96, 96, _WGMMA),
+            (128, 128, _WGMMA),
+            (192, 128, _WGMMA),
+            (192, 192, replace(_WGMMA, block_n=96)),
+            (256, 256, replace(_WGMMA, block_n=80)),
+        )
+    ),
     # 569 us with two stages, 647 with one.
     *(Row("fp8_wmma", d, _FP8) for d in WMMA_HEAD_DIMS),
     *(Row("fp8_wmma", d, replace(_FP8, block_n=32)) for d in (80, 96, 128)),
-)
-
-#: What ``kernel="auto"`` tries, fastest first.
-AUTO_ORDER = (
-    "mma_sm80",
-    "wmma_warp_softmax",
-    "wmma_cp_async",
-    "wmma_fused_64",
-    "wmma_fused_32",
-    "scalar",
 )
 
 
@@ -273,12 +230,19 @@ def configure(
     kernel: Kernel,
     arch: str,
     overrides: Mapping[str, object] | None = None,
+    *,
+    auto: bool = False,
 ) -> KernelConfig:
-    """The kernel's configuration for a problem; ``ValueError`` says why there is none."""
+    """The kernel's configuration for a problem; ``ValueError`` says why there is none.
+
+    ``auto``: nor is there one where another kernel is meant for so small a grid.
+    """
     if problem.dtype not in kernel.dtypes:
         raise ValueError(f"takes {' and '.join(kernel.dtypes)}, not {problem.dtype}")
-    if not kernel.has_rules:
-        check_no_rules(problem)
+    _check_arch(kernel, arch)
+    check_rules(problem, has_rules=kernel.has_rules, lacks=kernel.lacks)
+    if kernel.tma:
+        check_layout(problem)
     dims = (problem.head_dim, problem.head_dim_v)
     own = [row for row in rows_of(kernel.name) if problem.dtype in row.dtypes]
     wide = {row.dims for row in own if row.dims[0] >= dims[0] and row.dims[1] >= dims[1]}
@@ -287,12 +251,15 @@ def configure(
         asked = "/".join(map(str, dict.fromkeys(dims)))
         raise ValueError(f"takes head dims up to {most} in {problem.dtype}, not {asked}")
     reasons = []
-    for row in own:
-        if row.dims == min(wide, key=sum) and row.serves(problem):
-            try:
-                return check_target(row, configure_row(row, problem, overrides), arch)
-            except ValueError as error:
-                reasons.append(str(error))
+    meant = [row for row in own if row.dims == min(wide, key=sum) and row.serves(problem)]
+    filled = [row for row in meant if row.is_filled_by(problem)]
+    if auto and meant and not filled:
+        raise ValueError("is for larger grids")
+    for row in filled or meant:
+        try:
+            return check_target(row, configure_row(row, problem, overrides), arch)
+        except ValueError as error:
+            reasons.append(str(error))
     raise ValueError(reasons[0])
 
 
@@ -332,8 +299,14 @@ def _rules_of(problem: AttentionProblem, kernel: Kernel) -> tuple[str, ...]:
     return rules_of(problem.rules) + ("negative_scale",) * negative
 
 
+def _check_arch(kernel: Kernel, arch: str) -> None:
+    if kernel.tma and arch != HOPPER:
+        raise ValueError(f"has wgmma: {HOPPER} alone, the target is {arch}")
+
+
 def check_target(row: Row, config: KernelConfig, arch: str) -> KernelConfig:
     """Return the row's configuration; ``ValueError`` says what of it the target lacks."""
+    _check_arch(KERNELS[row.kernel], arch)
     if row.max_arch is not None and capability(arch) > row.max_arch:
         raise ValueError(f"has a row up to sm_{row.max_arch} alone, the target is {arch}")
     if row.min_arch is not None and capability(arch) < row.min_arch:
@@ -388,7 +361,7 @@ def _fastest(problem: AttentionProblem, arch: str) -> Selection:
     passed_over: list[tuple[str, str]] = []
     for name in AUTO_ORDER:
         try:
-            config = configure(problem, KERNELS[name], arch)
+            config = configure(problem, KERNELS[name], arch, auto=True)
         except ValueError as error:
             passed_over.append((name, str(error)))
         else:

@@ -45,6 +45,8 @@ class Workspace:
 
 def split_bytes(config: KernelConfig, blocks: int, splits: int) -> tuple[int, int]:
     """Bytes of partial results and of counters for a grid of ``blocks`` times ``splits``."""
+    if config.uses_tma:  # one counter, of the blocks that are taken
+        return 0, 4
     t = config.tile
     fragments = t.block_m // t.warps_m // 16
     values = fragments * 2 * (2 + config.head_dim_v // 8 * 2)  # WarpRows::VALUES in rows.cuh

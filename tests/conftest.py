@@ -25,6 +25,13 @@ def compiler_skip_reason() -> str | None:
     return None if importlib.util.find_spec("cupy") else "CuPy, which brings NVRTC, is missing"
 
 
+def runs_here(kernel: str) -> bool:
+    """Whether this machine's GPU has the instructions that a kernel is made of."""
+    from flashcore_cupy import jit, tiles
+
+    return not tiles.KERNELS[kernel].tma or jit.device_arch() == tiles.HOPPER
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Set before xdist starts its workers, which inherit it: one cache for the whole session.
     if not hasattr(config, "workerinput") and not os.environ.get("FLASHCORE_CACHE_DIR"):

@@ -27,7 +27,8 @@ def _scores(dtype: object, *shape: int) -> Any:
     return spec_of(np.empty(shape, dtype))
 
 
-# What fwd_sm80 has beyond causal masks; the first two go with plain rows, the second with any.
+# What fwd_sm80 has beyond causal masks, and fwd_sm90 in part; the first two go with plain rows, the
+# second with any.
 RULES: tuple[dict[str, Any], ...] = (
     {"window": (20, 5)},
     {"packed": True, "causal": True},
@@ -63,7 +64,8 @@ def _is_taken(row: tiles.Row, arch: str) -> bool:
     """Whether the row fits the target, and no row before it that is meant for the same problems."""
 
     def meant_for(row: tiles.Row) -> tuple[object, ...]:
-        return row.dims, row.dtypes, row.max_blocks, row.max_rows, row.plain
+        limits = (row.max_blocks, row.max_rows, row.above_blocks, row.above_rows)
+        return row.dims, row.dtypes, limits, row.plain
 
     rows = [other for other in tiles.rows_of(row.kernel) if meant_for(other) == meant_for(row)]
     return next((r for r in rows if _fits(r, _problem(r, r.dtypes[0]), arch)), None) == row
@@ -86,7 +88,8 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
         flipped = enumerate(row.dtypes, turn)
         problems = [_problem(row, dtype, i % 2 == 0) for i, dtype in flipped]
         if kernel.has_rules:
-            rules = RULES[1 if row.no_window else turn % (2 if row.plain else len(RULES))]
+            taken = _rules_of(kernel)
+            rules = taken[1 if row.no_window else turn % (2 if row.plain else len(taken))]
             problems.append(_problem(row, row.dtypes[turn % len(row.dtypes)], **rules))
     found = [_fits(row, problem, arch) for problem in problems]
     if arch == MAIN_TARGET and any(found):
@@ -96,6 +99,12 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
             found.append(_other_rows(row, _fits(row, problem, arch), narrow=turn % 2 == 0))
     selections = [tiles.Selection(kernel, config) for config in found if config is not None]
     return list(dict.fromkeys(c for chosen in selections for c in tiles.configs_of(chosen)))
+
+
+def _rules_of(kernel: tiles.Kernel) -> list[dict[str, Any]]:
+    """RULES without what the kernel lacks."""
+    fewer = [{n: x for n, x in rules.items() if n not in kernel.lacks} for rules in RULES]
+    return [rules for rules in fewer if rules]
 
 
 def _other_rows(row: tiles.Row, config: KernelConfig | None, *, narrow: bool) -> KernelConfig:
@@ -130,8 +139,8 @@ def test_builds_without_spills(built, kernel: str, arch: str) -> None:
         assert set(compiled.entries) == expected_entries.get(config.source, entries)
         assert "warning" not in compiled.log, compiled.log
         for name, used in compiled.entries.items():
-            # mma_sm80's tiles fill the registers; what a gate stores is too much for them.
-            if config.gate is None or kernel != "mma_sm80":
+            # These tiles fill the registers; what a gate stores is too much for them.
+            if config.gate is None or kernel not in ("mma_sm80", "wgmma_sm90"):
                 assert used.spill_bytes == 0, f"{name} spills: {config}"
                 assert used.local_bytes == 0, f"{name} uses local memory: {config}"
             assert used.shared_bytes == 0, "all shared memory is dynamic"
@@ -142,7 +151,9 @@ def test_builds_without_spills(built, kernel: str, arch: str) -> None:
 def test_which_kernels_a_target_has(arch: str) -> None:
     missing = {kernel for kernel in tiles.KERNELS if not WANTED[kernel, arch]}
     with_cp_async = {"wmma_unfused", "wmma_cp_async", "wmma_warp_softmax", "mma_sm80"}
-    assert missing == (with_cp_async if arch == "sm_75" else set())
+    expected = with_cp_async if arch == "sm_75" else set()
+    with_tma = {name for name, kernel in tiles.KERNELS.items() if kernel.tma}
+    assert missing == expected | (set() if arch == tiles.HOPPER else with_tma)
 
 
 def test_every_row_is_built_somewhere() -> None:

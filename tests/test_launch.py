@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reference import repeatable
 
-from flashcore_cupy import config, launch, params, repeat, tiles, workspace
+from flashcore_cupy import config, grids, launch, params, repeat, tiles, workspace
 from flashcore_cupy.arrays import span_of, spec_of
 from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe, operand
 from flashcore_cupy.rules import MAX_MOD_ARGS, Scores, describe_rules
@@ -247,7 +247,7 @@ def test_every_row_of_a_packed_batch_has_one_block(seed: int, block_m: int) -> N
         problem = packed_problem(seqlens, seqlens, heads)
         chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
         tile = replace(chosen.tile, block_m=block_m, pack_gqa=group > 1)
-        blocks = launch._blocks_per_head(problem, replace(chosen, tile=tile))
+        blocks = grids.blocks_per_head(problem, replace(chosen, tile=tile))
         cu_seqlens = [sum(seqlens[:n]) for n in range(len(seqlens) + 1)]
         batch = PackedBatch(cu_seqlens, cu_seqlens[-1], group, block_m)
         for b, length in enumerate(seqlens):
@@ -296,10 +296,10 @@ def test_grids() -> None:
         assert chosen.tile.pack_gqa == packed_heads
         heads, rows = (2, 3 * 4) if packed_heads else (8, 300)
         expected = 3 * heads * math.ceil(rows / chosen.tile.block_m)
-        assert launch._query_blocks(problem, chosen) == expected
+        assert grids.query_blocks(problem, chosen) == expected
     problem = packed_problem([300, 0, 5], [7, 8, 9])
     chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
-    assert launch._query_blocks(problem, chosen) == 8 * (305 // chosen.tile.block_m + 3)
+    assert grids.query_blocks(problem, chosen) == 8 * (305 // chosen.tile.block_m + 3)
 
 
 def splits(batch: int, seqlen_kv: int, registers: int = 128, **changes: Any) -> int:
@@ -312,7 +312,7 @@ def test_keys_are_shared_out_until_the_gpu_is_full() -> None:
     assert counts == sorted(counts, reverse=True) and counts[0] > 32 > counts[-1]
     counts = [splits(1, n) for n in (0, 1, 64, 1000, 4000, 16_000, 100_000)]
     assert counts == sorted(counts) and counts[:3] == [1, 1, 1]
-    assert max(counts) <= launch._MOST_SPLITS
+    assert max(counts) <= grids._MOST_SPLITS
     assert splits(20, 8192, registers=255) <= splits(20, 8192, registers=32)
     assert fixed(contiguous_problem(1, 8, 1000, 64))["splits"] == 1, "queries enough"
 
@@ -395,7 +395,8 @@ def plan_of(*operands: Any) -> Any:
     step = launch.Step(0, 1, 32, 0, launch.ParameterBlock(np.zeros((), params.ATTENTION_PARAMS)))
     problem = SimpleNamespace(output_shape=operands[3].shape, lse_shape=(), gate=None)
     arrays = dict(zip("qkvo", map(_Array.like, operands), strict=True))
-    return SimpleNamespace(problem=problem, steps=(step,), arrays=arrays)
+    selection = SimpleNamespace(config=SimpleNamespace(uses_tma=False))
+    return SimpleNamespace(problem=problem, selection=selection, steps=(step,), arrays=arrays)
 
 
 def known_of(q: Any, k: Any, v: Any, o: Any) -> repeat._Known:

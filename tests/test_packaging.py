@@ -139,7 +139,7 @@ def test_platforms_without_cupy_still_install(
         for requirement in map(Requirement, info.requires or [])
         if requirement.marker is None or requirement.marker.evaluate(environment)
     }
-    gpu = {"cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"}
+    gpu = {"cupy-cuda12x", "cuda-bindings", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"}
     anywhere = {"numpy", "click", "rich", "platformdirs", "ml_dtypes"}
     assert required == anywhere | (gpu if has_cupy else set())
 

@@ -61,6 +61,7 @@ struct AttentionParams {
     int top_left;       // packed batches: query 0's own position is key 0 of its sequence
     int m_blocks;       // fwd_sm80: blocks of queries per head, all sequences together
     int splits;         // fwd_sm80: parts of the keys, each a thread block's
+    int section;        // heads whose blocks of queries take turns; see schedule.cuh
     int gate_row;       // the gate array's row length: the true Skv
     int gate_tiles;     // tiles per row in gate_tile_max
     int rows_padded;    // scratch rows: Sq rounded up to the tile

@@ -1,8 +1,9 @@
 // schedule.cuh - what a thread block works on: which sequence, head and rows of queries, and which
 // part of the keys.
 //
-// Consecutive blocks share a head, so that its K and V stay in L2 while they are read again. Where
-// the last queries see the most keys they come first, so that no long block runs alone at the end.
+// Consecutive blocks share a head, or a section of heads, so that their K and V stay in L2 while
+// they are read again. Where the last queries see the most keys they come first, so that no long
+// block runs alone at the end.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx_warp.cuh>
@@ -77,10 +78,24 @@ struct PackedBatch {
     }
 };
 
-// The work of this thread block; false if there is none, which only happens in packed batches.
+// The same blocks in another order: of every `section` heads first all longest blocks, then all
+// second longest, and so on, so that what is left at the end is short. Not of all heads at once:
+// K and V of a section stay in L2.
+template <bool VARLEN>
+__device__ __forceinline__ void take_turns(const AttentionParams& p, int heads, int index,
+                                           int& head_index, int& nth_block) {
+    const int section = index / (p.section * p.m_blocks), first = section * p.section;
+    const int count = min(p.section, (VARLEN ? 1 : p.batch) * heads - first);
+    index -= first * p.m_blocks;
+    nth_block = index / count;
+    head_index = first + index - nth_block * count;
+}
+
+// The work of a thread block, its own unless told; false if there is none, which only happens in
+// packed batches.
 template <bool LAST_FIRST, bool VARLEN, bool PACK_GQA, bool SPLIT_KV>
-__device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m, Work& w) {
-    int index = blockIdx.x;
+__device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m, Work& w,
+                                          int index = blockIdx.x) {
     w.split = 0;
     if constexpr (SPLIT_KV) {
         // All first parts, then all second ones: the last parts of the rows are the shortest, and
@@ -90,8 +105,9 @@ __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m,
         index -= w.split * rows_of_blocks;
     }
     const int heads = PACK_GQA ? p.heads_kv : p.heads_q;
-    const int head_index = index / p.m_blocks;
-    const int nth_block = index - head_index * p.m_blocks;
+    int head_index = index / p.m_blocks;
+    int nth_block = index - head_index * p.m_blocks;
+    if (LAST_FIRST && p.section > 1) take_turns<VARLEN>(p, heads, index, head_index, nth_block);
     int m_block = LAST_FIRST ? p.m_blocks - 1 - nth_block : nth_block;
     w.group = PACK_GQA ? p.heads_q / p.heads_kv : 1;
     w.head = head_index % heads;

@@ -1,0 +1,68 @@
+"""How a problem's work is cut: blocks of queries, parts of the keys, heads that take turns."""
+
+from __future__ import annotations
+
+from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.problem import AttentionProblem
+
+# What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged.
+_PART_KEYS, _MERGE_KEYS = 256, 24
+_MOST_SPLITS = 128
+# Measured on an H200 at D=64, 128, 256 and 512 to 16384 queries; a long head has so many blocks.
+_L2_BYTES, _LONG, _ROUNDS = 34_000_000, 40, 8
+
+
+def blocks_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
+    """Blocks of rows per head of q, or of k and v where a group's heads are packed."""
+    block_m = config.tile.block_m
+    rows = problem.seqlen_q
+    if config.tile.pack_gqa:
+        rows *= problem.heads_q // problem.heads_kv
+    # Each packed sequence may start within a block: see PackedBatch in schedule.cuh.
+    return rows // block_m + problem.batch if problem.packed else -(-rows // block_m)
+
+
+def query_blocks(problem: AttentionProblem, config: KernelConfig) -> int:
+    """Blocks of rows of all heads and sequences."""
+    heads = problem.heads_kv if config.tile.pack_gqa else problem.heads_q
+    sequences = 1 if problem.packed else problem.batch
+    return sequences * heads * blocks_per_head(problem, config)
+
+
+def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> int:
+    """Parts of the keys that the thread blocks of one row of tiles share out.
+
+    The number that ends first if all blocks that fit on the GPU, ``resident``, run side by side,
+    each taking as long as its keys, and some more for its beginning and for the merge.
+    """
+    if not config.tile.split_kv or problem.batch_invariant:
+        return 1
+    blocks, keys = query_blocks(problem, config), problem.visible_kv
+    if problem.packed:  # on average; only the device knows the lengths
+        keys = -(-keys // max(1, problem.batch))
+        blocks = max(1, blocks // 2)  # about every other one has no sequence
+    tiles = max(1, -(-keys // config.tile.block_n))
+
+    def cost(parts: int) -> float:
+        waves = -(-blocks * parts // resident)
+        own = -(-tiles // parts) * config.tile.block_n
+        return waves * (own + _PART_KEYS) + _MERGE_KEYS * (parts - 1)
+
+    return min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
+
+
+def section(problem: AttentionProblem, config: KernelConfig, multiprocessors: int) -> int:
+    """Heads whose blocks take turns, the longest first; see ``take_turns`` in ``schedule.cuh``.
+
+    As many as have their K and V in L2 together, or, of long sequences, as make up several rounds
+    of blocks: there a few blocks of every head are under way at a time and share what they read.
+    """
+    blocks = blocks_per_head(problem, config)
+    head_bytes = 2 * problem.visible_kv * (config.head_dim + config.head_dim_v)
+    room = _L2_BYTES // 2 if blocks <= 4 else _L2_BYTES
+    heads = max(1, room // max(1, head_bytes))
+    size = 1 << heads.bit_length() - 1
+    if blocks >= _LONG:
+        rounds = -(-_ROUNDS * multiprocessors // blocks)
+        size = max(size, 1 << (rounds - 1).bit_length())
+    return int(size)

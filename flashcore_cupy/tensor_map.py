@@ -1,0 +1,187 @@
+"""Tensor maps: what the unit that copies boxes of an array (TMA) is told of q, k and v.
+
+A map holds an array's address, sizes, strides, and the box that one copy takes of it. The driver
+encodes it on the host; the kernel takes its 128 bytes as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, Operand
+
+ROWS_OF_WARPGROUP = 64
+"""Rows of q that one copy takes."""
+_ALIGN = 16  # bytes: of addresses and strides
+_MAX_STRIDE = 2**40
+_MAP_BYTES = 128
+_LIMIT = 4096  # maps, and sets of addresses, remembered
+
+
+class View(NamedTuple):
+    """What a map says of an array besides its address, columns first; sizes in elements."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, int, int, int]
+    """Columns, rows, heads, batch."""
+    strides: tuple[int, int, int]
+    """Bytes between rows, heads and batches."""
+    box: tuple[int, int]
+    """Columns and rows of one copy."""
+    offset: int = 0
+    """Bytes from the array's first element to the first that the map describes."""
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes of a row of the box, which are also the span of the swizzle."""
+        return self.box[0] * ITEMSIZE[self.dtype]
+
+
+def check_layout(problem: AttentionProblem) -> None:
+    """Raise ``ValueError`` if TMA cannot address q, k or v; it names which."""
+    unfit = [
+        op.name for op in (problem.q, problem.k, problem.v) if not _is_addressable(op, problem)
+    ]
+    if unfit:
+        raise ValueError(
+            f"loads by TMA: needs rows that start and end on {_ALIGN} bytes and positive strides "
+            f"that are multiples of {_ALIGN} bytes, unlike those of {', '.join(unfit)}"
+        )
+
+
+def _is_addressable(operand: Operand, problem: AttentionProblem) -> bool:
+    if 0 in operand.shape:
+        return True
+    size = ITEMSIZE[problem.dtype]
+    used = [step * size for n, step in zip(operand.shape, operand.strides, strict=False) if n > 1]
+    return operand.align_bytes % _ALIGN == 0 and all(0 < step < _MAX_STRIDE for step in used)
+
+
+def views_of(problem: AttentionProblem, config: KernelConfig) -> tuple[View, View, View]:
+    """How the kernel's maps see q, k and v.
+
+    k and v end behind the last key that any query sees, and v begins at the first: what lies
+    outside comes as zeros, not as what is there, which may be NaN.
+    """
+    first, end = _first_key(problem), problem.visible_kv
+    if first >= end:  # no key is seen, and none is loaded
+        first = 0
+    block_n = config.tile.block_n
+    return (
+        _view(problem.q, problem, config.head_dim, ROWS_OF_WARPGROUP, 0, problem.seqlen_q),
+        _view(problem.k, problem, config.head_dim, block_n, 0, end),
+        _view(problem.v, problem, config.head_dim_v, block_n, first, end),
+    )
+
+
+def _first_key(problem: AttentionProblem) -> int:
+    """The first key that any query sees; of packed batches only the device knows it."""
+    left = problem.window[0]
+    if left < 0 or problem.packed:
+        return 0
+    return max(0, problem.causal_offset - left)
+
+
+def _view(
+    operand: Operand, problem: AttentionProblem, columns: int, box_rows: int, first: int, end: int
+) -> View:
+    """Rows from first to end of an operand; a map has at least one row."""
+    size = ITEMSIZE[problem.dtype]
+    batch, heads, _, dim = operand.shape
+    batch_step, head_step, row_step = (step * size for step in operand.strides)
+    dims = (dim, max(1, end - first), heads, batch)
+    # A stride that leads nowhere may be anything, but has to be legal.
+    unused = -(-dim * size // _ALIGN) * _ALIGN
+    empty = 0 in operand.shape
+    used = [unused if empty or step == 0 else step for step in (row_step, head_step, batch_step)]
+    strides = (used[0], used[1], used[2])
+    box = (64 if columns % 64 == 0 else 32, box_rows)
+    return View(operand.name, problem.dtype, dims, strides, box, first * row_step)
+
+
+def maps_of(
+    problem: AttentionProblem, config: KernelConfig, arrays: Mapping[str, Any]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The maps of CuPy arrays q, k, v by these names."""
+    return {
+        view.name: encode(_address(arrays[view.name].data.ptr, arrays["q"].data.ptr), view)
+        for view in views_of(problem, config)
+    }
+
+
+def _address(own: int, q: int) -> int:
+    """An array without elements may have no address; its map needs one that is never used."""
+    return own or q
+
+
+class MapsByAddress:
+    """The maps of a problem's q, k and v, encoded once per set of addresses."""
+
+    def __init__(self, problem: AttentionProblem, config: KernelConfig) -> None:
+        self._views = views_of(problem, config)
+        self._known: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}
+
+    def at(self, q: int, k: int, v: int) -> np.ndarray[Any, Any]:
+        """All three maps' bytes, in order, for the addresses of q, k, v."""
+        found = self._known.get((q, k, v))
+        return self._encoded(q, k, v) if found is None else found
+
+    def _encoded(self, q: int, k: int, v: int) -> np.ndarray[Any, Any]:
+        pairs = zip((q, k, v), self._views, strict=True)
+        maps = np.concatenate([encode(_address(own, q), view) for own, view in pairs])
+        if len(self._known) >= _LIMIT:
+            self._known.clear()
+        found = self._known[q, k, v] = maps.view(np.uint8)
+        return found
+
+
+@functools.lru_cache(maxsize=_LIMIT)
+def encode(address: int, view: View) -> np.ndarray[Any, Any]:
+    """The map of an array at an address: 16 numbers, not to be changed.
+
+    Raises ``RuntimeError`` with the driver's code if the driver refuses.
+    """
+    driver = _driver()
+    kinds = driver.CUtensorMapDataType
+    narrow = view.swizzle < 128
+    promotion = driver.CUtensorMapL2promotion
+    error, encoded = driver.cuTensorMapEncodeTiled(
+        getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{view.dtype.upper()}"),
+        len(view.dims),
+        address + view.offset,
+        [driver.cuuint64_t(n) for n in view.dims],
+        [driver.cuuint64_t(n) for n in view.strides],
+        [driver.cuuint32_t(n) for n in (*view.box, 1, 1)],
+        [driver.cuuint32_t(1)] * len(view.dims),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{view.swizzle}B"),
+        getattr(promotion, f"CU_TENSOR_MAP_L2_PROMOTION_L2_{128 if narrow else 256}B"),
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(
+            f"{view.name}: the driver encodes no tensor map of sizes {view.dims}, strides "
+            f"{view.strides} bytes, boxes of {view.box}: {error!r}"
+        )
+    words = np.frombuffer(ctypes.string_at(encoded.getPtr(), _MAP_BYTES), np.uint64)
+    words.flags.writeable = False
+    return words
+
+
+@functools.cache
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise RuntimeError(
+            "wgmma_sm90 has the driver describe q, k, v through cuda-bindings, which cannot be "
+            f"imported ({error}): pip install 'cuda-bindings==12.*'; other kernels do without it"
+        ) from None
+    return driver

@@ -1,0 +1,102 @@
+// tma_pipeline.cuh - between a warp that starts copies and the warps that use what arrives: places
+// in shared memory that are filled and emptied in turn, each guarded by a barrier per direction
+// (see ptx_mbarrier.cuh), and the numbers of the blocks of queries to work on.
+#pragma once
+#include <flashcore/params.cuh>
+#include <flashcore/ptx_global.cuh>
+#include <flashcore/ptx_mbarrier.cuh>
+#include <flashcore/ptx_tma.cuh>
+#include <flashcore/ptx_warp.cuh>
+#include <flashcore/shared_layout.cuh>
+
+namespace flashcore {
+
+// Barriers of STAGES places. Full: the copy's bytes have arrived. Empty: every user has read them.
+template <int STAGES>
+struct Places {
+    uint64 full[STAGES], empty[STAGES];
+
+    __device__ __forceinline__ void init(int users) {
+        for (int s = 0; s < STAGES; ++s) {
+            mbarrier_init(&full[s], 1);
+            mbarrier_init(&empty[s], users);
+        }
+    }
+};
+
+// Where someone stands who goes round STAGES places; `parity` is that of his round.
+template <int STAGES>
+struct Ring {
+    int stage = 0;
+    uint32 parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+    __device__ __forceinline__ void await_full(Places<STAGES>& places) const {
+        mbarrier_wait(&places.full[stage], parity);
+    }
+    __device__ __forceinline__ void await_empty(Places<STAGES>& places) const {
+        mbarrier_wait(&places.empty[stage], parity ^ 1);
+    }
+    // By every warp that uses the place, when all of its lanes have.
+    __device__ __forceinline__ void release(Places<STAGES>& places) const {
+        if (elect_one()) mbarrier_arrive(&places.empty[stage]);
+    }
+};
+
+// Starts the copies of a whole tile, panel by panel, in boxes of BOX_ROWS rows; by one warp.
+template <typename Layout, int BOX_ROWS, typename T>
+__device__ __forceinline__ void load_tile_tma(T* sTile, const TensorMap* map, uint64* full, int row,
+                                              int head, int batch, uint64 policy) {
+    if (!elect_one()) return;
+    mbarrier_arrive_expect_tx(full, Layout::SIZE * sizeof(T));
+#pragma unroll
+    for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
+#pragma unroll
+        for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
+            tma_load_4d(sTile + Layout::step(0, r, panel * Layout::PANEL), map, full,
+                        panel * Layout::PANEL, row + r, head, batch, policy);
+}
+
+// Numbers of blocks of queries, on their way from the warp that hands them out to those who work.
+struct BlockQueue {
+    Places<2> places;
+    int block[2];
+};
+
+__device__ __forceinline__ void put_block(BlockQueue& queue, Ring<2>& at, int block) {
+    at.await_empty(queue.places);
+    if (elect_one()) {
+        queue.block[at.stage] = block;
+        mbarrier_arrive(&queue.places.full[at.stage]);
+    }
+    at.advance();
+}
+
+__device__ __forceinline__ int get_block(BlockQueue& queue, Ring<2>& at) {
+    at.await_full(queue.places);
+    const int block = queue.block[at.stage];
+    warp_sync();  // all lanes have it
+    at.release(queue.places);
+    at.advance();
+    return block;
+}
+
+// The block after those that are taken: the first gridDim.x are everyone's own. All thread blocks
+// together ask `blocks` times, so the one who gets the last answer sets the counter back for the
+// next launch. By one warp; where there is a thread block for each, nothing is left.
+__device__ __forceinline__ int next_block(const AttentionParams& p, int blocks) {
+    if (gridDim.x >= blocks) return blocks;
+    int taken = 0;
+    if (threadIdx.x % WARP_SIZE == 0) {
+        taken = atomic_add(p.split_arrivals, 1);
+        if (taken == blocks - 1) *p.split_arrivals = 0;
+    }
+    return int(gridDim.x) + shfl(taken, 0);
+}
+
+}  // namespace flashcore

@@ -1,0 +1,544 @@
+"""Tensor maps: what the driver is asked for, and which problems the kernel that needs them takes.
+
+The driver is a stand-in: none of this needs a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_launch import fixed
+from test_reference import repeatable
+
+from flashcore_cupy import launch, params, repeat, tensor_map, tiles
+from flashcore_cupy.arrays import spec_of
+from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
+from flashcore_cupy.rules import Scores, describe_rules
+
+KERNEL = "wgmma_sm90"
+HOPPER = "sm_90a"
+SMEM_LIMIT = 227 * 1024
+
+
+def config_of(problem: AttentionProblem, **overrides: int) -> KernelConfig:
+    return tiles.select(problem, HOPPER, kernel=KERNEL, overrides=overrides).config
+
+
+def views(problem: AttentionProblem) -> dict[str, tensor_map.View]:
+    return {view.name: view for view in tensor_map.views_of(problem, config_of(problem))}
+
+
+def ruled(problem: AttentionProblem, **rules: Any) -> AttentionProblem:
+    sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
+    described = describe_rules(sizes, problem.dtype, packed=problem.packed, **rules)
+    return replace(problem, rules=described)
+
+
+# --- what a map says ------------------------------------------------------------------------------
+
+
+def test_maps_of_contiguous_arrays() -> None:
+    problem = contiguous_problem(
+        3, 8, 300, 192, heads_kv=2, seqlen_kv=500, head_dim_v=128, dtype="bfloat16"
+    )
+    block_n = config_of(problem).tile.block_n
+    found = views(problem)
+    assert found["q"] == (
+        *("q", "bfloat16", (192, 300, 8, 3)),
+        *((384, 384 * 300, 384 * 300 * 8), (64, 64), 0),
+    )
+    assert found["k"] == (
+        *("k", "bfloat16", (192, 500, 2, 3)),
+        *((384, 384 * 500, 384 * 500 * 2), (64, block_n), 0),
+    )
+    assert found["v"] == (
+        *("v", "bfloat16", (128, 500, 2, 3)),
+        *((256, 256 * 500, 256 * 500 * 2), (64, block_n), 0),
+    )
+    assert {view.swizzle for view in found.values()} == {128}
+
+
+@pytest.mark.parametrize(("dim", "box"), [(64, 64), (72, 32), (96, 32), (104, 64), (256, 64)])
+def test_boxes_are_as_wide_as_divides_the_tile(dim: int, box: int) -> None:
+    problem = contiguous_problem(1, 8, 300, dim)
+    for view in views(problem).values():
+        assert view.dims[0] == dim, "columns beyond are zeros"
+        assert view.box[0] == box and view.swizzle == 2 * box
+    assert config_of(problem).head_dim % box == 0
+
+
+def test_strides_are_those_of_the_view() -> None:
+    base = np.empty((2, 400, 3, 8, 64), np.float16)  # batch, row, one of q k v, head, column
+    q, k, v = (base[:, :, i] for i in range(3))
+    problem = describe(q, k, v, layout="bshd", addresses=(0, 2**20, 2**21))
+    for view in views(problem).values():
+        assert view.dims == (64, 400, 8, 2)
+        assert view.strides == (3 * 8 * 128, 128, 400 * 3 * 8 * 128)
+
+
+def test_strides_that_lead_nowhere_are_legal() -> None:
+    base = np.empty((1, 1, 1, 72), np.float16)
+    found = views(describe(*[base[..., :40]] * 3, addresses=(16, 32, 48)))
+    for view in found.values():
+        assert view.dims == (40, 1, 1, 1)
+        assert all(step > 0 and step % 16 == 0 for step in view.strides)
+
+
+def test_keys_end_behind_the_last_that_is_seen() -> None:
+    top_left = contiguous_problem(1, 8, 70, 64, seqlen_kv=200, causal="top-left")
+    found = views(top_left)
+    assert found["k"].dims[1] == found["v"].dims[1] == 70
+    assert found["k"].strides[1] == 200 * 128, "which leaves the strides as they are"
+    found = views(ruled(top_left, window=(5, -1)))
+    assert found["v"].dims[1] == 70 and found["v"].offset == 0
+
+
+def test_values_begin_at_the_first_that_is_seen() -> None:
+    problem = contiguous_problem(2, 8, 70, 64, seqlen_kv=500, causal=True)
+    found = views(ruled(problem, window=(100, -1)))
+    assert found["v"].offset == 330 * 128 and found["v"].dims[1] == 170
+    assert found["k"].offset == 0 and found["k"].dims[1] == 500
+    assert found["q"].offset == 0
+    assert views(ruled(problem, window=(1000, -1)))["v"].offset == 0
+
+
+@repeatable
+@given(
+    *(st.integers(1, 12), st.integers(0, 12), st.sampled_from((False, True, "top-left"))),
+    *(st.integers(-1, 14), st.integers(-1, 14)),
+)
+def test_rows_of_v_are_those_that_are_seen(
+    seqlen_q: int, seqlen_kv: int, causal: Any, left: int, right: int
+) -> None:
+    problem = contiguous_problem(2, 3, seqlen_q, 64, seqlen_kv=seqlen_kv, causal=causal)
+    problem = ruled(problem, window=(left, right))
+    i, j = np.arange(seqlen_q)[:, None] + problem.causal_offset, np.arange(seqlen_kv)[None, :]
+    visible = ((j >= i - left) | (left < 0)) & ((j <= i + right) | (right < 0))
+    seen = np.flatnonzero((visible & ((j <= i) | (causal is False))).any(0))
+    view = views(problem)["v"]
+    first, rows = view.offset // 128, view.dims[1]
+    assert rows >= 1 and first + rows <= max(1, seqlen_kv)
+    if seen.size:
+        assert first <= seen[0] and seen[-1] < first + rows
+    if seen.size and visible.any(1).all():
+        assert (first, rows) == (seen[0], seen[-1] + 1 - seen[0])
+
+
+def test_packed_batches_are_one_sequence_to_the_maps() -> None:
+    q, k = np.empty((500, 8, 64), np.float16), np.empty((900, 2, 64), np.float16)
+    problem = describe(q, k, k, sequences=7, causal=True)
+    found = views(ruled(problem, window=(3, -1)))
+    assert found["q"].dims == (64, 500, 8, 1) and found["v"].dims == (64, 900, 2, 1)
+    assert found["q"].strides[:2] == (8 * 128, 128)
+    assert found["v"].offset == 0, "each sequence has a first key of its own"
+
+
+def test_a_map_has_a_row_though_nothing_is_there() -> None:
+    for seqlen_q, seqlen_kv, causal in ((5, 0, False), (5, 7, True)):
+        problem = contiguous_problem(1, 2, seqlen_q, 64, seqlen_kv=seqlen_kv, causal=causal)
+        for view in views(ruled(problem, window=(-1, -1))).values():
+            assert min(view.dims) >= 1 and min(view.strides) >= 16
+    # The last query stands before the first key.
+    hidden = contiguous_problem(1, 2, 5, 64, seqlen_kv=7, causal="top-left")
+    hidden = replace(hidden, rules=replace(hidden.rules, window=(-1, -6)))
+    assert views(hidden)["v"].dims[1] >= 1
+
+
+# --- the driver -----------------------------------------------------------------------------------
+
+
+class Driver(ModuleType):
+    """``cuda.bindings.driver``, as far as maps take it: a map is the address, and zeros."""
+
+    CUtensorMapDataType = SimpleNamespace(
+        CU_TENSOR_MAP_DATA_TYPE_FLOAT16="f16", CU_TENSOR_MAP_DATA_TYPE_BFLOAT16="bf16"
+    )
+    CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE="none")
+    CUtensorMapSwizzle = SimpleNamespace(
+        CU_TENSOR_MAP_SWIZZLE_64B=64, CU_TENSOR_MAP_SWIZZLE_128B=128
+    )
+    CUtensorMapL2promotion = SimpleNamespace(
+        CU_TENSOR_MAP_L2_PROMOTION_L2_128B=128, CU_TENSOR_MAP_L2_PROMOTION_L2_256B=256
+    )
+    CUtensorMapFloatOOBfill = SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE="zeros")
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+    cuuint64_t = cuuint32_t = int
+
+    def __init__(self) -> None:
+        super().__init__("driver")
+        self.calls: list[tuple[Any, ...]] = []
+        self.kept: list[Any] = []
+        self.result = 0
+
+    def cuTensorMapEncodeTiled(self, *arguments: Any) -> tuple[int, Any]:
+        self.calls.append(arguments)
+        encoded = (ctypes.c_uint64 * 16)(arguments[2])
+        self.kept.append(encoded)
+        return self.result, SimpleNamespace(getPtr=lambda: ctypes.addressof(encoded))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    fake = Driver()
+    monkeypatch.setattr(tensor_map, "_driver", lambda: fake)
+    tensor_map.encode.cache_clear()
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Any:
+    yield
+    tensor_map.encode.cache_clear()
+
+
+def test_what_the_driver_is_asked_for(driver: Driver) -> None:
+    problem = contiguous_problem(2, 8, 70, 96, seqlen_kv=500, causal=True, dtype="bfloat16")
+    problem = ruled(problem, window=(100, -1))
+    view = views(problem)["v"]
+    words = tensor_map.encode(2**32, view)
+    (call,) = driver.calls
+    assert call == (
+        *("bf16", 4, 2**32 + 330 * 192, [96, 170, 8, 2], [192, 192 * 500, 192 * 500 * 8]),
+        *([32, view.box[1], 1, 1], [1, 1, 1, 1], "none", 64, 128, "zeros"),
+    )
+    assert words.dtype == np.uint64 and words.shape == (16,) and words[0] == call[2]
+    assert not words.flags.writeable
+    tensor_map.encode(2**32, views(contiguous_problem(2, 8, 70, 128))["q"])
+    assert driver.calls[1][0] == "f16" and driver.calls[1][-3:-1] == (128, 256)
+
+
+def test_a_map_is_encoded_once_per_address_and_view(driver: Driver) -> None:
+    one, other = (views(contiguous_problem(1, 8, n, 64))["q"] for n in (300, 301))
+    for _ in range(3):
+        for address, view in ((4096, one), (8192, one), (4096, other)):
+            assert tensor_map.encode(address, view)[0] == address
+    assert len(driver.calls) == 3
+
+
+def test_the_driver_s_refusal_names_the_operand(driver: Driver) -> None:
+    driver.result = 1
+    with pytest.raises(
+        RuntimeError, match=r"k: the driver encodes no tensor map of sizes \(64,.*1"
+    ):
+        tensor_map.encode(4096, views(contiguous_problem(1, 8, 300, 64))["k"])
+
+
+def test_without_the_binding_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    tensor_map._driver.cache_clear()
+    with pytest.raises(RuntimeError, match=r"pip install 'cuda-bindings==12"):
+        tensor_map.encode(4096, views(contiguous_problem(1, 8, 300, 64))["k"])
+
+
+def test_the_binding_has_what_is_asked_of_it() -> None:
+    """All names, without a driver: the stand-in has no others."""
+    real: Any = pytest.importorskip("cuda.bindings.driver")
+    for name, stand_in in vars(Driver).items():
+        if isinstance(stand_in, SimpleNamespace):
+            for member in vars(stand_in):
+                assert hasattr(getattr(real, name), member)
+    for name in ("cuTensorMapEncodeTiled", "cuuint64_t", "cuuint32_t"):
+        assert callable(getattr(real, name))
+    assert callable(real.CUtensorMap.getPtr)
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+def array_at(address: int, like: Any = None) -> Any:
+    return SimpleNamespace(data=SimpleNamespace(ptr=address, device_id=0), **(like or {}))
+
+
+def test_hopper_s_struct_begins_with_the_others() -> None:
+    shared, own = params.ATTENTION_PARAMS.fields, params.HOPPER_PARAMS.fields
+    assert {name: own[name] for name in shared} == dict(shared)
+    offsets = [own[f"{name}_map"][1] for name in "qkv"]
+    assert offsets == [576, 704, 832] and params.HOPPER_PARAMS.itemsize == 960
+    problem = contiguous_problem(1, 8, 300, 64)
+    assert config_of(problem).params_bytes == 960
+    assert fixed(problem, KERNEL).dtype == params.HOPPER_PARAMS
+    assert fixed(problem, KERNEL)["seqlen_q"] == 300
+
+
+def test_parameters_are_aligned_and_copied() -> None:
+    given = np.zeros((), params.HOPPER_PARAMS)
+    given["q_map"], given["splits"] = np.arange(16), 3
+    blocks = [launch.ParameterBlock(given)]
+    blocks.append(blocks[0].copy())
+    for block in blocks:
+        assert block.bytes.ctypes.data % 64 == 0
+        assert block.bytes.tobytes() == given.tobytes()
+    blocks[0].bytes[:] = 0
+    assert blocks[1].bytes.tobytes() == given.tobytes()
+
+
+def test_maps_of_arrays(driver: Driver) -> None:
+    problem = contiguous_problem(1, 8, 300, 64)
+    arrays = {"q": array_at(4096), "k": array_at(8192), "v": array_at(16384)}
+    found = tensor_map.maps_of(problem, config_of(problem), arrays)
+    assert {name: int(words[0]) for name, words in found.items()} == {
+        "q": 4096,
+        "k": 8192,
+        "v": 16384,
+    }
+
+
+def test_arrays_without_elements_have_no_address(driver: Driver) -> None:
+    problem = contiguous_problem(1, 8, 300, 64, seqlen_kv=0)
+    arrays = {"q": array_at(4096), "k": array_at(0), "v": array_at(0)}
+    found = tensor_map.maps_of(problem, config_of(problem), arrays)
+    assert all(int(words[0]) == 4096 for words in found.values())
+    assert all(min(call[3]) >= 1 for call in driver.calls)
+
+
+def known_call(problem: AttentionProblem, chosen: KernelConfig) -> repeat._Known:
+    """What is remembered of a call, at first at addresses 0."""
+    step = launch.Step(0, 1, 32, 0, launch.ParameterBlock(fixed(problem, chosen.kernel)))
+    x = {"shape": (1, 8, 300, 64), "strides": (307200, 38400, 128, 2), "dtype": np.dtype("f2")}
+    return repeat._Known(
+        SimpleNamespace(
+            problem=problem,
+            selection=SimpleNamespace(config=chosen),
+            steps=(step,),
+            arrays={name: array_at(0, x) for name in "qkvo"},
+        )
+    )
+
+
+def test_a_repeated_call_gets_the_maps_of_its_addresses(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = contiguous_problem(1, 8, 300, 64)
+    known = known_call(problem, config_of(problem))
+    launched: list[Any] = []
+
+    def launch_kernel(*arguments: Any) -> None:
+        pointer = ctypes.c_uint64.from_address(arguments[-2]).value
+        raw = ctypes.string_at(pointer, params.HOPPER_PARAMS.itemsize)
+        launched.append(np.frombuffer(raw, params.HOPPER_PARAMS)[0])
+
+    class Array(SimpleNamespace):
+        pass
+
+    def array(address: int) -> Array:
+        return Array(data=SimpleNamespace(ptr=address))
+
+    for name, fake in {
+        "_ndarray": Array,
+        "_empty": lambda shape, dtype: array(2**30),
+        "_current_device": lambda: 0,
+        "_current_stream": lambda: SimpleNamespace(ptr=7),
+        "_launch": launch_kernel,
+        "_key": lambda *arguments: "key",
+        "_known": {"key": known},
+        "_environment_changed": lambda: False,
+    }.items():
+        monkeypatch.setattr(repeat, name, fake)
+    places = [(4096, 8192, 16384), (4096, 8192, 65536), (8192, 4096, 16384), (4096, 8192, 16384)]
+    for place in places:
+        assert repeat.launch_again(*map(array, place), None, False, ()) is not None
+    for place, got in zip(places, launched, strict=True):
+        assert [int(got[name]) for name in "qkv"] == list(place)
+        assert [int(got[f"{name}_map"][0]) for name in "qkv"] == list(place)
+        assert got["seqlen_q"] == 300
+    assert len(driver.calls) == 6, "an address of an operand is encoded once"
+
+
+def test_few_addresses_are_remembered(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_map, "_LIMIT", 3)
+    problem = contiguous_problem(1, 8, 300, 64)
+    maps = tensor_map.MapsByAddress(problem, config_of(problem))
+    for n in range(1, 20):
+        found = maps.at(n * 64, n * 128, n * 192).view(np.uint64)
+        assert found.tolist()[::16] == [n * 64, n * 128, n * 192]
+        assert len(maps._known) <= 3
+
+
+def test_calls_of_other_kernels_have_no_maps() -> None:
+    problem = contiguous_problem(1, 8, 300, 64)
+    assert known_call(problem, tiles.select(problem, HOPPER, kernel="mma_sm80").config).maps is None
+    assert known_call(problem, config_of(problem)).maps is not None
+
+
+# --- which problems -------------------------------------------------------------------------------
+
+
+def refusal(problem: AttentionProblem, arch: str = HOPPER, *, auto: bool = False) -> str:
+    with pytest.raises(ValueError) as caught:
+        tiles.configure(problem, tiles.KERNELS[KERNEL], arch, auto=auto)
+    return str(caught.value)
+
+
+def test_tiles_fit_and_have_a_warpgroup_more_than_consumers() -> None:
+    for row in tiles.rows_of(KERNEL):
+        chosen = tiles.configure_row(row, contiguous_problem(1, 1, 1, row.dims[0]))
+        assert chosen.smem_bytes <= SMEM_LIMIT and chosen.smem_bytes % 1024 == 0
+        assert chosen.threads == 128 + 2 * row.tile.block_m
+        assert tiles.check_target(row, chosen, HOPPER) == chosen
+        assert chosen.softmax_keys == row.tile.block_n
+
+
+def test_shared_memory() -> None:
+    """O has a place of its own, unless that is too much."""
+    tile = {"block_m": 128, "warps_m": 8, "num_stages": 2}
+    chosen = config_of(contiguous_problem(4, 16, 2048, 128), block_n=128, **tile)
+    assert chosen.smem_bytes == 2 * (128 * 128 * 2) + 2 * (128 * 256 * 2) + 2048
+    chosen = config_of(contiguous_problem(4, 16, 2048, 256), block_n=64, **tile)
+    assert chosen.smem_bytes == 128 * 256 * 2 + 2 * (64 * 512 * 2) + 2048
+
+
+def test_it_is_described_by_its_warpgroups() -> None:
+    tile = {"block_m": 192, "block_n": 128, "warps_m": 12, "num_stages": 2}
+    found = config_of(contiguous_problem(4, 16, 2048, 64), **tile).describe()
+    assert found.startswith("192x128 tile, 3 consumer warpgroups, 2 stages, TMA, head dim 64")
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
+def test_it_is_for_one_target(arch: str) -> None:
+    problem = contiguous_problem(4, 16, 2048, 64)
+    assert refusal(problem, arch) == f"has wgmma: sm_90a alone, the target is {arch}"
+
+
+def test_rules_that_it_has_not_are_named() -> None:
+    problem = contiguous_problem(4, 16, 2048, 64)
+    bias, mask = np.zeros((1, 2048), np.float32), np.ones((1, 2048), bool)
+    for rules, missing in (
+        ({"bias": spec_of(bias)}, "bias"),
+        ({"mask": spec_of(mask), "mask_mod": "true", "softcap": 3.0}, "mask, mask_mod"),
+    ):
+        assert refusal(ruled(problem, **rules)) == f"has no {missing}"
+    for rules in ({"window": (50, 3)}, {"softcap": 3.0}, {"score_mod": "score * 2"}):
+        assert config_of(ruled(problem, **rules)).rules == tuple(
+            name for name in rules if name != "window"
+        )
+    assert config_of(replace(problem, softmax_scale=-1.0)).rules == ("negative_scale",)
+    assert fixed(replace(problem, softmax_scale=0.0), KERNEL)["softmax_scale"] > 0
+
+
+def test_types_and_widths_that_it_has_not() -> None:
+    assert "not float32" in refusal(contiguous_problem(4, 16, 2048, 64, dtype="float32"))
+    assert (
+        refusal(contiguous_problem(4, 16, 2048, 512))
+        == "takes head dims up to 256 in float16, not 512"
+    )
+
+
+def layout_refusal(*operands: np.ndarray, addresses: tuple[int, int, int] = (0, 0, 0)) -> str:
+    return refusal(describe(*operands, addresses=addresses))
+
+
+def test_arrays_that_tma_cannot_address_are_named() -> None:
+    x = np.empty((2, 8, 300, 64), np.float16)
+    wide = np.empty((2, 8, 300, 68), np.float16)[..., :64]  # rows 136 bytes apart
+    odd = np.empty((2, 8, 300, 36), np.float16)
+    broadcast = np.broadcast_to(x[:, :1], x.shape)
+    backwards = x[:, :, ::-1]
+    said = "loads by TMA: needs rows that start and end on 16 bytes and positive strides that are "
+    said += "multiples of 16 bytes, unlike those of "
+    assert layout_refusal(x, wide, x) == said + "k"
+    assert layout_refusal(wide, x, wide) == said + "q, v"
+    assert layout_refusal(x, x, x, addresses=(0, 8, 0)) == said + "k"
+    assert layout_refusal(odd, odd, odd) == said + "q, k, v"
+    assert layout_refusal(x, broadcast, broadcast) == said + "k, v"
+    assert layout_refusal(x, x, backwards) == said + "v"
+    far = np.lib.stride_tricks.as_strided(x, x.shape, (2**40, *x.strides[1:]))
+    assert layout_refusal(far, x, x) == said + "q"
+    near = np.lib.stride_tricks.as_strided(x, x.shape, (2**40 - 16, *x.strides[1:]))
+    assert config_of(describe(near, x, x)).kernel == KERNEL
+    empty = np.empty((2, 8, 0, 64), np.float16)
+    assert config_of(describe(x, empty, empty)).kernel == KERNEL
+
+
+def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
+    """By name it takes any; for "auto" only more than 100 blocks, and not a few queries each."""
+    reason = "is for larger grids"
+    for problem in (
+        contiguous_problem(1, 8, 512, 64),
+        contiguous_problem(1, 100, 128, 64),
+        contiguous_problem(64, 32, 1, 128, seqlen_kv=4096),
+        contiguous_problem(64, 32, 4, 128, heads_kv=8, seqlen_kv=4096),
+    ):
+        assert refusal(problem, auto=True) == reason
+        assert config_of(problem).kernel == KERNEL
+    for problem in (
+        contiguous_problem(1, 101, 128, 64),
+        contiguous_problem(4, 16, 2048, 128),
+        contiguous_problem(64, 32, 5, 128, heads_kv=8, seqlen_kv=4096),
+    ):
+        found = tiles.configure(problem, tiles.KERNELS[KERNEL], HOPPER, auto=True)
+        assert found == config_of(problem)
+    packed = [np.empty((300, 8, 64), np.float16)] * 3
+    assert refusal(describe(*packed, sequences=3), auto=True) == reason
+    packed = [np.empty((6400, 8, 64), np.float16)] * 3
+    assert tiles.configure(describe(*packed, sequences=3), tiles.KERNELS[KERNEL], HOPPER, auto=True)
+    assert refusal(describe(*packed, sequences=6400), auto=True) == reason
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 5, 100, 3000])
+def test_batch_invariant_problems_do_not_look_at_the_grid(seqlen_q: int) -> None:
+    found = set()
+    for batch in (1, 2, 500):
+        problem = contiguous_problem(batch, 8, seqlen_q, 64, heads_kv=2)
+        packed = [np.empty((batch * seqlen_q, heads, 64), np.float16) for heads in (8, 2, 2)]
+        for each in (problem, describe(*packed, sequences=batch)):
+            each = replace(each, batch_invariant=True)
+            chosen = tiles.configure(each, tiles.KERNELS[KERNEL], HOPPER, auto=True)
+            found.add(chosen.tile)
+    assert len(found) == 1
+
+
+ILLEGAL = [
+    ({"block_m": 128, "warps_m": 12}, "block_m=128, warps_m=12: one to three warpgroups"),
+    ({"block_m": 256, "warps_m": 16}, "warps_m=4, 8 or 12"),
+    ({"block_m": 96, "warps_m": 6}, "warps_m=4, 8 or 12"),
+    ({"block_n": 40}, "block_n=40 is not a multiple of 16 up to 256"),
+    ({"block_n": 272}, "block_n=272 is not a multiple of 16 up to 256"),
+    ({"num_stages": 5}, "num_stages=5; at most 4"),
+    ({"num_stages": 0}, "num_stages=0 is not positive"),
+    ({"warps_n": 2, "cp_async": True}, "wgmma_sm90 has no warps_n, cp_async"),
+    ({"warps_d": 2}, "wgmma_sm90 has no warps_d"),
+    ({"warp_softmax": True, "fp8": True}, "wgmma_sm90 has no warp_softmax, fp8"),
+    ({"pack_gqa": True, "split_kv": True}, "wgmma_sm90 has no pack_gqa, split_kv"),
+    ({"block_n": 256, "num_stages": 4}, "bytes of shared memory at head dim 64"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ILLEGAL)
+def test_illegal_tiles_say_why(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match="kernel 'wgmma_sm90': ") as caught:
+        config_of(contiguous_problem(1, 8, 512, 64), **changes)
+    assert message in str(caught.value)
+
+
+def test_legal_tiles() -> None:
+    problem = contiguous_problem(1, 8, 512, 64, dtype="bfloat16")
+    for warps_m, block_n, stages in ((4, 16, 1), (8, 176, 3), (12, 256, 2), (12, 64, 4)):
+        chosen = config_of(
+            problem, block_m=16 * warps_m, warps_m=warps_m, block_n=block_n, num_stages=stages
+        )
+        assert chosen.defines()["FC_SMEM_BYTES"] == chosen.smem_bytes
+        assert views_boxes(problem, chosen) == {(64, 64), (64, block_n)}
+
+
+def views_boxes(problem: AttentionProblem, chosen: KernelConfig) -> set[tuple[int, int]]:
+    return {view.box for view in tensor_map.views_of(problem, chosen)}
+
+
+def test_types_have_maps() -> None:
+    for dtype in tiles.KERNELS[KERNEL].dtypes:
+        kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+        x = np.empty((1, 8, 300, 64), kind)
+        assert {view.dtype for view in views(describe(x, x, x)).values()} == {dtype}
+        assert hasattr(Driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{dtype.upper()}")
