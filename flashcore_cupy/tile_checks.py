@@ -185,10 +185,10 @@ _HOPPER_SMEM = 227 * 1024
 
 def _sm90_smem(c: KernelConfig) -> int:
     t, size = c.tile, ITEMSIZE[c.dtype]
-    q, o = (size * t.block_m * columns for columns in (c.head_dim, c.head_dim_v))
+    q = size * t.block_m * c.head_dim
     total = t.num_stages * size * t.block_n * (c.head_dim + c.head_dim_v) + 2 * _HOPPER_BYTES
-    # O has a place of its own where there is room, else that of Q.
-    return total + (q + o if total + q + o <= _HOPPER_SMEM else max(q, o))
+    # The next block's Q has a place of its own where there is room.
+    return total + (2 * q if total + 2 * q <= _HOPPER_SMEM else q)
 
 
 def _quantize_smem(c: KernelConfig) -> int:

@@ -20,7 +20,7 @@
 // until none is left, and loads for the next one while it finishes the last.
 //
 // Shared memory, tiles as shared_layout.cuh has them, which is TMA's and wgmma's swizzle:
-//   | sQ | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | O, or over sQ | barriers |
+//   | sQ, one or two | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | barriers, work |
 #include <flashcore/config.cuh>
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
@@ -43,43 +43,45 @@ struct alignas(64) HopperParams : AttentionParams {
 using LayoutQ = SharedLayout<T, BLOCK_M, HEAD_DIM>;
 using LayoutK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
 using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
-using LayoutO = SharedLayout<T, BLOCK_M, HEAD_DIM_V>;
 using PositionMask = Mask<CAUSAL, WINDOW>;
-using Stages = Ring<NUM_STAGES>;
 
 constexpr int WARPGROUP = 128;  // threads
 constexpr int CONSUMERS = NUM_THREADS / WARPGROUP;
 constexpr int ROWS = 64;  // of a consumer
-constexpr int TILES_N = BLOCK_N / 8, TILES_D = HEAD_DIM_V / 8;
+constexpr int TILES_N = BLOCK_N / 8;
 constexpr int STEPS = BLOCK_N / 16;
 constexpr int QUAD = 4;              // lanes that share a row
 constexpr int TURN = 1 + CONSUMERS;  // named barriers: one per consumer, then one per turn
 // All 64K registers of a multiprocessor: what the producer does not need goes to the consumers.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 : 160;
-// Where there is room, O leaves from a place of its own, and the next Q need not wait for it.
+// Where there is room, the next block's Q comes while this one's is used.
 constexpr int SMEM_LIMIT = 227 * 1024;
-constexpr bool O_APART =
-    (LayoutQ::SIZE + LayoutO::SIZE + NUM_STAGES * (LayoutK::SIZE + LayoutV::SIZE)) *
-            int(sizeof(T)) +
-        2048 <=
-    SMEM_LIMIT;
-// Two warpgroups take turns at the tensor cores, so that the softmax of one meets the products of
-// the other. Wider heads have enough products to hide it.
+constexpr int Q_STAGES =
+    (2 * LayoutQ::SIZE + NUM_STAGES * (LayoutK::SIZE + LayoutV::SIZE)) * int(sizeof(T)) + 2048 <=
+            SMEM_LIMIT
+        ? 2
+        : 1;
+// Warpgroups take turns at the tensor cores, so that the softmax of one meets the products of the
+// others. Wider heads have enough products to hide it.
 constexpr bool TAKES_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128;
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
 static_assert(WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV, "rows are not shared");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
 
+using StagesQ = Ring<Q_STAGES>;
+using Stages = Ring<NUM_STAGES>;
+using WorkQueue = Queue<Work>;
+using WorkRing = Ring<WorkQueue::SIZE>;
+
 struct alignas(1024) SharedStorage {
-    T sQ[O_APART || LayoutQ::SIZE > LayoutO::SIZE ? LayoutQ::SIZE : LayoutO::SIZE];
+    T sQ[Q_STAGES][LayoutQ::SIZE];
     T sK[NUM_STAGES][LayoutK::SIZE];
     T sV[NUM_STAGES][LayoutV::SIZE];
-    T sO[O_APART ? LayoutO::SIZE : 1];
-    Places<1> q;
+    Places<Q_STAGES> q;
     Places<NUM_STAGES> k, v;
-    BlockQueue queue;
+    WorkQueue queue;  // the work lies here, too: in registers it would be a dozen in every thread
 };
 static_assert(sizeof(SharedStorage) + 1024 == FC_SMEM_BYTES, "config.py computes the same size");
 static_assert(sizeof(HopperParams) == FC_PARAMS_BYTES, "launch.py packs the same struct");
@@ -88,9 +90,8 @@ __device__ __forceinline__ PositionMask mask_of(const AttentionParams& p, const 
     return {p, w.seqlen_kv, w.diagonal};
 }
 
-__device__ __forceinline__ bool find_block(const AttentionParams& p, Work& w, int block) {
-    return find_work<CAUSAL, VARLEN, false, false>(p, BLOCK_M, w, block);
-}
+// Behind the last block of queries.
+__device__ __forceinline__ bool is_end(const Work& w) { return w.first_row < 0; }
 
 struct TileRange {
     int begin, end;
@@ -102,34 +103,30 @@ __device__ __forceinline__ TileRange visible_tiles(const AttentionParams& p, con
     if (w.first_row + first_row >= w.seqlen_q) return {0, 0};
     const PositionMask mask = mask_of(p, w);
     const int last_query = last_query_of<false>(w, first_row + rows);
-    return {mask.row_begin(w.first_row + first_row) / BLOCK_N,
-            div_up(max(mask.row_end(last_query), 0), BLOCK_N)};
+    const TileRange tiles = {mask.row_begin(w.first_row + first_row) / BLOCK_N,
+                             div_up(max(mask.row_end(last_query), 0), BLOCK_N)};
+    return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
 }
 
 // ---- the producer ------------------------------------------------------------------------------
 
-__device__ __forceinline__ void load_q(const HopperParams& p, SharedStorage& smem, const Work& w,
-                                       Ring<1>& q) {
-    q.await_empty(smem.q);
-    load_tile_tma<LayoutQ, ROWS>(smem.sQ, &p.q_map, smem.q.full, w.start_q + w.first_row, w.head,
-                                 VARLEN ? 0 : w.batch, EVICT_FIRST);
-    q.advance();
-}
-
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
-                                           const Work& w, Ring<1>& q, Stages& at) {
+                                           const Work& w, StagesQ& q, Stages& at) {
     const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
     const int batch = VARLEN ? 0 : w.batch;
     const int first_value = VARLEN ? 0 : mask_of(p, w).row_begin(0);  // row 0 of v_map
-    // Where no key is seen, too: Q's place then is O's, and is asked for in the same way.
-    if (tiles.begin >= tiles.end) load_q(p, smem, w, q);
 #pragma unroll 1
     for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
         const int key = w.start_kv + tile * BLOCK_N, stage = at.stage;
         at.await_empty(smem.k);
         load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &p.k_map, &smem.k.full[stage], key,
                                         w.head_kv, batch, EVICT_LAST);
-        if (tile == tiles.end - 1) load_q(p, smem, w, q);
+        if (tile == tiles.end - 1) {
+            q.await_empty(smem.q);
+            load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &p.q_map, &smem.q.full[q.stage],
+                                         w.start_q + w.first_row, w.head, batch, EVICT_FIRST);
+            q.advance();
+        }
         at.await_empty(smem.v);
         load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &p.v_map, &smem.v.full[stage],
                                         key - first_value, w.head_kv, batch, EVICT_LAST);
@@ -139,18 +136,21 @@ __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage&
 
 __device__ __forceinline__ void produce(const HopperParams& p, SharedStorage& smem, int blocks) {
     Stages at;
-    Ring<1> q;
-    Ring<2> queue;
+    StagesQ q;
+    WorkRing queue;
     int block = blockIdx.x;
+    Work w;
 #pragma unroll 1
     while (block < blocks) {
-        put_block(smem.queue, queue, block);
-        const int next = next_block(p, blocks);  // known by the time that this one is loaded
-        Work w;
-        if (find_block(p, w, block)) load_block(p, smem, w, q, at);
-        block = next;
+        const int taken = take_block(p, blocks);  // known by the time that this one is loaded
+        if (find_work<CAUSAL, VARLEN, false, false>(p, BLOCK_M, w, block)) {
+            put(smem.queue, queue, w);
+            load_block(p, smem, w, q, at);
+        }
+        block = next_block(taken, blocks);
     }
-    put_block(smem.queue, queue, blocks);  // the end
+    w.first_row = -1;
+    put(smem.queue, queue, w);  // the end
 }
 
 // ---- a consumer --------------------------------------------------------------------------------
@@ -158,47 +158,53 @@ __device__ __forceinline__ void produce(const HopperParams& p, SharedStorage& sm
 struct Consumer {
     const HopperParams& params;
     SharedStorage& smem;
-    Work work;
     int index;  // of the warpgroup, from 0
     int warp, lane;
+    Stages at;  // the next tile of keys
+    StagesQ q;
+    WorkRing queue;
     RowState state[2];      // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
     float rS[BLOCK_N / 2];  // element 4 n + 2 half + e: row `half`, key 8 n + 2 (lane % 4) + e
     uint32 rP[STEPS][4];    // the same as T, pair by pair: the A operand of 16 keys each
     float rO[HEAD_DIM_V / 2];
 
+    __device__ __forceinline__ const Work& work() const { return smem.queue.item[queue.stage]; }
+    __device__ __forceinline__ PositionMask mask() const { return mask_of(params, work()); }
     __device__ __forceinline__ int row(int half) const {
         const int thread = thread_index_anew() - WARPGROUP;  // 16 rows per warp
         return thread / WARP_SIZE * 16 + half * 8 + thread % WARP_SIZE / QUAD;
     }
     __device__ __forceinline__ GateRow<GATE> gate_row(const QueryRow& q) const {
-        const int64 row = (int64(work.batch) * params.heads_q + q.head) * work.seqlen_q + q.query;
+        const Work& w = work();
+        const int64 row = (int64(w.batch) * params.heads_q + q.head) * w.seqlen_q + q.query;
         return {params, row, q.valid, RULES & SCORE_RULES ? 1.0f : params.softmax_scale};
     }
 
-    __device__ __forceinline__ void begin_scores(const Stages& at) {
+    // S of the next tile starts, when it is this warpgroup's turn.
+    __device__ __forceinline__ void begin_scores() {
         at.await_full(smem.k);
         await_turn();
-        start_scores<LayoutQ, LayoutK>(rS, smem.sQ + LayoutQ::step(0, index * ROWS, 0),
+        start_scores<LayoutQ, LayoutK>(rS, smem.sQ[q.stage] + LayoutQ::step(0, index * ROWS, 0),
                                        smem.sK[at.stage]);
     }
-    __device__ __forceinline__ void begin_output(const Stages& at, int tile) {
-        at.await_full(smem.v);
-        clear_unseen(tile, at.stage);
-        start_output<LayoutV>(rO, rP, smem.sV[at.stage]);
+    __device__ __forceinline__ void begin_output(const Stages& of, int tile) {
+        of.await_full(smem.v);
+        clear_unseen(tile, of.stage);
+        start_output<LayoutV>(rO, rP, smem.sV[of.stage]);
     }
     // Waits for S; the products with V, where they came after, go on.
     template <int PENDING>
-    __device__ __forceinline__ void end_scores(const Stages& at) {
+    __device__ __forceinline__ void end_scores() {
         wgmma_wait<PENDING>();
         fence_registers(rS);
         at.release(smem.k);
     }
-    __device__ __forceinline__ void end_output(const Stages& at) {
+    __device__ __forceinline__ void end_output(const Stages& of) {
         wgmma_wait<0>();
         fence_registers(rO);
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) fence_registers(rP[step]);
-        at.release(smem.v);
+        of.release(smem.v);
     }
 
     // Applies the rules, hides what is hidden, and goes from scores to probabilities, in place.
@@ -209,13 +215,14 @@ struct Consumer {
         const int first_key = tile * BLOCK_N + thread_index_anew() % QUAD * 2;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const QueryRow q = query_row<false>(work, row(half));
+            const Work& w = work();
+            const QueryRow q = query_row<false>(w, row(half));
             const GateRow<GATE> gate = gate_row(q);
-            const RowRules<T, RULES> rules(params, work.batch, q.head, q.query, work.seqlen_q,
-                                           work.seqlen_kv, work.diagonal);
+            const RowRules<T, RULES> rules(params, w.batch, q.head, q.query, w.seqlen_q,
+                                           w.seqlen_kv, w.diagonal);
             // Relative to this lane's first key, so that each comparison is with a constant.
-            const int begin = mask_of(params, work).row_begin(q.query) - first_key;
-            const int end = mask_of(params, work).row_end(q.query) - first_key;
+            const int begin = mask().row_begin(q.query) - first_key;
+            const int end = mask().row_end(q.query) - first_key;
             float chain[2] = {NEG_INFINITY, NEG_INFINITY};
 #pragma unroll
             for (int n = 0; n < TILES_N; ++n) {
@@ -253,9 +260,9 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void softmax_of(int tile, float (&factor)[2]) {
-        const int first = work.first_row + index * ROWS;
-        const int last = min(first + ROWS, work.seqlen_q) - 1;
-        if (mask_of(params, work).cuts(first, last, tile * BLOCK_N, (tile + 1) * BLOCK_N)) {
+        const int first = work().first_row + index * ROWS;
+        const int last = min(first + ROWS, work().seqlen_q) - 1;
+        if (mask().cuts(first, last, tile * BLOCK_N, (tile + 1) * BLOCK_N)) {
             softmax<true>(tile, factor);
         } else {
             softmax<false>(tile, factor);
@@ -273,9 +280,8 @@ struct Consumer {
     // for itself; they all write the same.
     __device__ __forceinline__ void clear_unseen(int tile, int stage) {
         if constexpr (!VARLEN) return;
-        const PositionMask mask = mask_of(params, work);
-        const int begin = mask.row_begin(0) - tile * BLOCK_N;
-        const int end = mask.row_end(work.seqlen_q - 1) - tile * BLOCK_N;
+        const int begin = mask().row_begin(0) - tile * BLOCK_N;
+        const int end = mask().row_end(work().seqlen_q - 1) - tile * BLOCK_N;
         if (begin <= 0 && end >= BLOCK_N) return;
         for (int key = warp; key < BLOCK_N; key += 4) {
             if (key >= begin && key < end) continue;
@@ -293,122 +299,109 @@ struct Consumer {
         if (TAKES_TURNS) named_barrier_arrive(TURN + (index + 1) % CONSUMERS, 2 * WARPGROUP);
     }
 
-    // A tile that other warpgroups need.
-    __device__ __forceinline__ void skip_tile(Stages& at) const {
-        at.await_full(smem.k);
-        at.release(smem.k);
-        await_turn();
-        pass_turn();
-        at.await_full(smem.v);
-        at.release(smem.v);
-        at.advance();
+    // Tiles that other warpgroups need.
+    __device__ __forceinline__ void skip_tiles(int count) {
+#pragma unroll 1
+        for (; count > 0; --count) {
+            at.await_full(smem.k);
+            at.release(smem.k);
+            await_turn();
+            pass_turn();
+            at.await_full(smem.v);
+            at.release(smem.v);
+            at.advance();
+        }
     }
 
-    __device__ __forceinline__ void attend_tiles(Stages& at, const TileRange& tiles) {
+    __device__ __forceinline__ void attend_tiles(const TileRange& tiles) {
         float factor[2];
-        begin_scores(at);
+        begin_scores();
         pass_turn();
-        end_scores<0>(at);
+        end_scores<0>();
         softmax_of(tiles.end - 1, factor);
         take_probabilities<T>(rP, rS);
 #pragma unroll 1
         for (int tile = tiles.end - 2; tile >= tiles.begin; --tile) {
             const Stages last = at;
             at.advance();
-            begin_scores(at);
+            begin_scores();
             begin_output(last, tile + 1);
             pass_turn();
-            end_scores<1>(at);
+            end_scores<1>();
             softmax_of(tile, factor);
             end_output(last);
             take_probabilities<T>(rP, rS);
             scale_output(factor);
         }
+        q.release(smem.q);
         begin_output(at, tiles.begin);
         end_output(at);
         at.advance();
     }
 
-    __device__ __forceinline__ void attend(Stages& at, Ring<1>& q) {
-        const TileRange all = visible_tiles(params, work, 0, BLOCK_M);
-        const TileRange mine = visible_tiles(params, work, index * ROWS, ROWS);
+    // A block of queries.
+    __device__ __forceinline__ void attend() {
+        const TileRange all = visible_tiles(params, work(), 0, BLOCK_M);
+        const TileRange mine = visible_tiles(params, work(), index * ROWS, ROWS);
         state[0] = state[1] = RowState();
 #pragma unroll
         for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] = 0.0f;
-        q.await_full(smem.q);
-        int tile = all.end - 1;
-#pragma unroll 1
-        for (; tile >= max(mine.end, all.begin); --tile) skip_tile(at);
-        if (mine.begin < mine.end) {
-            attend_tiles(at, mine);
-            tile = mine.begin - 1;
+        if (mine.end == 0) {
+            skip_tiles(all.end - all.begin);
+            if (all.end > 0) q.release(smem.q);
+        } else {
+            q.await_full(smem.q);
+            skip_tiles(all.end - mine.end);
+            attend_tiles(mine);
+            skip_tiles(mine.begin - all.begin);
         }
-        if (O_APART) q.release(smem.q);
-#pragma unroll 1
-        for (; tile >= all.begin; --tile) skip_tile(at);
-        finish();
-        if (!O_APART) q.release(smem.q);
-        q.advance();
+        if (all.end > 0) q.advance();
     }
 
-    // Normalises, writes the LSE, and sends O through the warp's own rows of sQ out to memory.
+    // Normalises, and writes O and the LSE.
     __device__ __forceinline__ void finish() {
         const AttentionParams& p = params;
-        T* const sO = O_APART ? smem.sO : smem.sQ;
-        // The warpgroup's wgmmas have read Q.
-        if (!O_APART) named_barrier_sync(1 + index, WARPGROUP);
-        float factors[2];
+        const Work& w = work();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             RowState& row_state = state[half];
             row_state.sum = group_sum<QUAD>(row_state.sum);
-            const QueryRow q = query_row<false>(work, row(half));
+            const QueryRow q = query_row<false>(w, row(half));
             float factor = 1.0f;
             if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
                 if (q.valid) factor = add_sink(row_state, p.sink[q.head]);
             if (lane % QUAD == 0) {
                 gate_row(q).finish(row_state.max, row_state.sum);
                 if (p.lse != nullptr && q.valid)
-                    p.lse[work.batch * p.lse_strides.batch + q.head * p.lse_strides.head +
-                          work.start_q + q.query] = log_sum_exp(row_state.max, row_state.sum);
+                    p.lse[w.batch * p.lse_strides.batch + q.head * p.lse_strides.head + w.start_q +
+                          q.query] = log_sum_exp(row_state.max, row_state.sum);
             }
-            factors[half] = factor * inverse_sum(row_state.sum);
-            const int element = LayoutO::element(row(half), 0);
-#pragma unroll
-            for (int d = 0; d < TILES_D; ++d)
-                store_pair(sO + LayoutO::step(element, 0, d * 8) + lane % QUAD * 2,
-                           scaled_output(rO[4 * d + 2 * half], factors[half]),
-                           scaled_output(rO[4 * d + 2 * half + 1], factors[half]));
+            factor *= inverse_sum(row_state.sum);
+            if constexpr (WRITES_OUTPUT<GATE>) {
+                T* const gO = const_cast<T*>(
+                    head_row<T>(p.o, p.o_strides, w.batch, q.head, w.start_q + q.query));
+                store_quad_row<HEAD_DIM_V, ALIGN_BYTES>(gO, q.valid, DIM_V, [&](int n) {
+                    return pack2<T>(scaled_output(rO[4 * n + 2 * half], factor),
+                                    scaled_output(rO[4 * n + 2 * half + 1], factor));
+                });
+            }
         }
-        warp_sync();
-        if constexpr (WRITES_OUTPUT<GATE>) {
-            const int first_row = index * ROWS + warp * 16;
-            const auto row_of = [&](int r, bool& valid) {
-                const QueryRow q = query_row<false>(work, first_row + r);
-                valid = q.valid;
-                return const_cast<T*>(
-                    head_row<T>(p.o, p.o_strides, work.batch, q.head, work.start_q + q.query));
-            };
-            scatter_rows<LayoutO, 16, HEAD_DIM_V, ALIGN_BYTES>(sO, first_row, 0, row_of, DIM_V,
-                                                               lane);
+    }
+
+    __device__ __forceinline__ void run() {
+        if (index == CONSUMERS - 1) pass_turn();  // the first one begins
+#pragma unroll 1
+        while (true) {
+            queue.await_full(smem.queue.places);
+            if (is_end(work())) return;
+            attend();
+            finish();
+            warp_sync();  // all lanes have read the work
+            queue.release(smem.queue.places);
+            queue.advance();
         }
-        warp_sync();  // all lanes have read; the next O, or Q, may take the place
-        if (!O_APART) fence_proxy_async();
     }
 };
-
-__device__ __forceinline__ void consume(const HopperParams& p, SharedStorage& smem, int blocks,
-                                        int index) {
-    const int thread = threadIdx.x;
-    Consumer c = {p, smem, {}, index, thread / WARP_SIZE % 4, thread % WARP_SIZE};
-    Stages at;
-    Ring<1> q;
-    Ring<2> queue;
-    if (index == CONSUMERS - 1) c.pass_turn();  // the first one begins
-#pragma unroll 1
-    for (int block; (block = get_block(smem.queue, queue)) < blocks;)
-        if (find_block(p, c.work, block)) c.attend(at, q);
-}
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
     fwd_sm90(const __grid_constant__ HopperParams params) {
@@ -430,7 +423,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
         if (threadIdx.x < WARP_SIZE) produce(params, smem, blocks);
     } else {
         registers_inc<CONSUMER_REGISTERS>();
-        consume(params, smem, blocks, warpgroup - 1);
+        Consumer consumer = {params, smem, warpgroup - 1, int(threadIdx.x) / WARP_SIZE % 4,
+                             int(threadIdx.x) % WARP_SIZE};
+        consumer.run();
     }
 }
 

@@ -16,7 +16,7 @@ Timer = Callable[[], float]
 _WARMUP = 2
 _FEWEST_ROUNDS = 5
 #: The flush also keeps the GPU busy while Python enqueues what is timed: 0.1 ms on an H200.
-_FLUSH_BYTES = 512 << 20
+FLUSH_BYTES = 512 << 20
 
 
 def take_turns(timers: Mapping[str, Timer], rounds: int, budget_s: float = 1.5) -> dict[str, Entry]:
@@ -62,7 +62,7 @@ class Gpu:
     def __init__(self, torch: Any) -> None:
         self.torch = torch
         self.properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self._flushed = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     @property
     def l2_bytes(self) -> int:

@@ -18,6 +18,10 @@ __device__ __forceinline__ float shfl_xor(float x, int lane_mask) {
     return __shfl_xor_sync(FULL_WARP, x, lane_mask);
 }
 
+__device__ __forceinline__ uint32 shfl_xor(uint32 x, int lane_mask) {
+    return __shfl_xor_sync(FULL_WARP, x, lane_mask);
+}
+
 __device__ __forceinline__ float shfl(float x, int source_lane) {
     return __shfl_sync(FULL_WARP, x, source_lane);
 }
@@ -71,6 +75,21 @@ __device__ __forceinline__ float group_sum(float x) {
 #pragma unroll
     for (int mask = WIDTH / 2; mask > 0; mask /= 2) x += shfl_xor(x, mask);
     return x;
+}
+
+// Among four neighbouring lanes: lane i has x[j], lane j gets it as x[i].
+__device__ __forceinline__ void quad_transpose(uint32 (&x)[4]) {
+#pragma unroll
+    for (int mask = 1; mask <= 2; mask *= 2) {
+        const bool upper = threadIdx.x & mask;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & mask) continue;
+            // The lower lane keeps x[i] and gives x[i + mask], the upper one the other way round.
+            const uint32 got = shfl_xor(upper ? x[i] : x[i + mask], mask);
+            (upper ? x[i] : x[i + mask]) = got;
+        }
+    }
 }
 
 }  // namespace flashcore

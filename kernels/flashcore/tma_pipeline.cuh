@@ -1,6 +1,6 @@
 // tma_pipeline.cuh - between a warp that starts copies and the warps that use what arrives: places
 // in shared memory that are filled and emptied in turn, each guarded by a barrier per direction
-// (see ptx_mbarrier.cuh), and the numbers of the blocks of queries to work on.
+// (see ptx_mbarrier.cuh), and a queue of what there is to do.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx_global.cuh>
@@ -62,41 +62,42 @@ __device__ __forceinline__ void load_tile_tma(T* sTile, const TensorMap* map, ui
                         panel * Layout::PANEL, row + r, head, batch, policy);
 }
 
-// Numbers of blocks of queries, on their way from the warp that hands them out to those who work.
-struct BlockQueue {
-    Places<2> places;
-    int block[2];
+// Items on their way from the warp that hands them out to the warps that work on them; one is being
+// worked on while the next is there to be looked at.
+template <typename Item>
+struct Queue {
+    static constexpr int SIZE = 2;
+    Places<SIZE> places;
+    Item item[SIZE];
 };
 
-__device__ __forceinline__ void put_block(BlockQueue& queue, Ring<2>& at, int block) {
+// By one warp, all of whose lanes have the item.
+template <typename Item>
+__device__ __forceinline__ void put(Queue<Item>& queue, Ring<Queue<Item>::SIZE>& at,
+                                    const Item& item) {
     at.await_empty(queue.places);
     if (elect_one()) {
-        queue.block[at.stage] = block;
+        queue.item[at.stage] = item;
         mbarrier_arrive(&queue.places.full[at.stage]);
     }
     at.advance();
 }
 
-__device__ __forceinline__ int get_block(BlockQueue& queue, Ring<2>& at) {
-    at.await_full(queue.places);
-    const int block = queue.block[at.stage];
-    warp_sync();  // all lanes have it
-    at.release(queue.places);
-    at.advance();
-    return block;
-}
-
-// The block after those that are taken: the first gridDim.x are everyone's own. All thread blocks
-// together ask `blocks` times, so the one who gets the last answer sets the counter back for the
-// next launch. By one warp; where there is a thread block for each, nothing is left.
-__device__ __forceinline__ int next_block(const AttentionParams& p, int blocks) {
-    if (gridDim.x >= blocks) return blocks;
-    int taken = 0;
-    if (threadIdx.x % WARP_SIZE == 0) {
+// Asks for a block after those that are taken: the first gridDim.x are everyone's own. All thread
+// blocks together ask `blocks` times, so the one who gets the last answer sets the counter back for
+// the next launch. By one warp, whose lane 0 has the answer; where there is a thread block for each,
+// nothing is left. The answer takes a while, so next_block, which waits for it, is for later.
+__device__ __forceinline__ int take_block(const AttentionParams& p, int blocks) {
+    int taken = blocks;
+    if (gridDim.x < blocks && threadIdx.x % WARP_SIZE == 0) {
         taken = atomic_add(p.split_arrivals, 1);
         if (taken == blocks - 1) *p.split_arrivals = 0;
     }
-    return int(gridDim.x) + shfl(taken, 0);
+    return taken;
+}
+
+__device__ __forceinline__ int next_block(int taken, int blocks) {
+    return min(int(gridDim.x) + shfl(taken, 0), blocks);
 }
 
 }  // namespace flashcore
