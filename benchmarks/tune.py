@@ -38,6 +38,7 @@ first. Without a GPU, and then with fewer columns and without the row:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -246,21 +247,36 @@ def _check_blocks(config: KernelConfig, arch: str) -> None:
         raise ValueError(f"min_blocks={config.tile.min_blocks}: shared memory is for {blocks}")
 
 
-def compile_all(search: Search, on_done: builds.OnDone | None = None) -> None:
+def compile_all(search: Search, on_done: builds.OnDone = lambda done: None) -> None:
     """Build what is left, in parallel, and drop what the compiler makes slow, or cannot build."""
     for causal in search.masks:
         left, problem = search.alive, search.example(causal)
         configs = [tiles.configure_row(candidate.row, problem) for candidate in left]
-        made = builds.build_each([(config, search.arch) for config in configs], on_done)
-        for candidate, config, build in zip(left, configs, made, strict=True):
-            if isinstance(build, jit.CompileError):
-                candidate.drop("does not compile", str(build.log.strip().partition("\n")[0]))
+        made = _compiled([builds.job_of(config, search.arch) for config in configs], on_done)
+        for candidate, config, done in zip(left, configs, made, strict=True):
+            if isinstance(done, jit.CompileError):
+                candidate.drop("does not compile", re.split(r"\n|\. ", done.log.strip())[0])
                 continue
-            candidate.builds[causal] = build
-            log = jit.compile_kernel(*builds.job_of(config, search.arch)).log  # from the cache
-            for kind, reason in faults(build, log):
+            candidate.builds[causal] = builds.describe_build(config, done)
+            for kind, reason in faults(candidate.builds[causal], done.log):
                 candidate.drop(kind, reason)
                 break
+
+
+def _compiled(
+    jobs: Sequence[jit.Job], on_done: builds.OnDone
+) -> list[jit.CompiledKernel | jit.CompileError]:
+    """``jit.compile_many``, where a job that fails gives its error instead."""
+    found = {}
+
+    def note(done: jit.CompiledKernel | Exception) -> None:
+        if isinstance(done, jit.CompiledKernel | jit.CompileError):
+            found[frozenset(done.defines.items())] = done
+        on_done(done)
+
+    with contextlib.suppress(jit.CompileError):
+        jit.compile_many(jobs, on_done=note)
+    return [found[frozenset(job[1].items())] for job in jobs]
 
 
 def faults(build: builds.Build, log: str) -> Iterator[tuple[str, str]]:

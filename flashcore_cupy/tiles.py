@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flashcore_cupy.config import (
     KernelConfig,
@@ -39,12 +40,17 @@ class Row:
     tile: Tile
     max_blocks: int | None = None
     """Only for grids that would hold at most this many blocks of 128 queries."""
+    max_keys: int | None = None
+    """Only for at most this many keys."""
     max_rows: int | None = None
     """Only where a head of K and V meets at most this many rows: queries times grouped heads."""
     above_blocks: int | None = None
     """The opposite of max_blocks: for auto, only grids of more than this."""
     above_rows: int | None = None
     """The opposite of max_rows."""
+    round_cost: float | None = None
+    """Time of a round of thread blocks, one per multiprocessor, against the head dim's other rows:
+    of all that are meant for a problem, the one whose rounds take the least time is first."""
     max_arch: int | None = None
     """Only up to this compute capability: for newer ones the compiler spills."""
     min_arch: int | None = None
@@ -67,14 +73,16 @@ class Row:
         unfit = (self.plain and per_score) or (self.no_window and problem.window[0] >= 0)
         if problem.dtype not in self.dtypes or unfit:
             return False
-        if self.max_blocks is None and self.max_rows is None:
+        if self.max_blocks is None and self.max_rows is None and self.max_keys is None:
             return True
         if self.tile.pack_gqa and problem.rules.differ_by_head:
             return False  # a key that one head of the group does not see must not reach it
         if problem.batch_invariant:  # the same tile, whatever else is in the batch
             return False
         few_blocks = self.max_blocks is None or _blocks(problem) <= self.max_blocks
-        return few_blocks and (self.max_rows is None or _rows(problem) <= self.max_rows)
+        few_keys = self.max_keys is None or problem.seqlen_kv <= self.max_keys
+        few_rows = self.max_rows is None or _rows(problem) <= self.max_rows
+        return few_blocks and few_keys and few_rows
 
     def is_filled_by(self, problem: AttentionProblem) -> bool:
         """Whether the problem is as large as the row takes it to be."""
@@ -83,11 +91,18 @@ class Row:
         enough_blocks = self.above_blocks is None or _blocks(problem) > self.above_blocks
         return enough_blocks and (self.above_rows is None or _rows(problem) > self.above_rows)
 
+    def grid_cost(self, problem: AttentionProblem) -> float:
+        """What the problem's thread blocks take, in ``round_cost``'s unit; 0 if it has none."""
+        if self.round_cost is None or problem.batch_invariant:
+            return 0.0
+        blocks = _blocks(problem, self.tile.block_m)
+        return self.round_cost * -(-blocks // _MULTIPROCESSORS)
 
-def _blocks(problem: AttentionProblem) -> int:
-    """Thread blocks of a grid of blocks of 128 queries."""
+
+def _blocks(problem: AttentionProblem, block_m: int = 128) -> int:
+    """Thread blocks of a grid of blocks of so many queries."""
     sequences = 1 if problem.packed else problem.batch
-    return sequences * problem.heads_q * -(-problem.seqlen_q // 128)
+    return sequences * problem.heads_q * -(-problem.seqlen_q // block_m)
 
 
 def _rows(problem: AttentionProblem) -> int:
@@ -125,7 +140,23 @@ _DECODE_ROWS = 16
 _FP32 = Tile(64, 32, warps_m=4, cp_async=True)
 _FP32_DECODE = replace(_DECODE, block_n=64)
 _WGMMA = Tile(128, 128, warps_m=8, num_stages=2)
+_WGMMA_192 = Tile(192, 128, warps_m=12, num_stages=3)
+_WGMMA_64 = Tile(64, 128, warps_m=4, num_stages=2)
+_WGMMA_OR_64 = ((_WGMMA, 1), (_WGMMA_64, 0.75))
+_TINY_BLOCKS = 12
+_MULTIPROCESSORS = 132  # of an H100 or H200 with SXM
 _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
+
+
+def _wgmma_row(head_dim: int, tile: Tile, round_cost: float, **limits: Any) -> Row:
+    return Row(
+        *("wgmma_sm90", head_dim, tile),
+        round_cost=round_cost,
+        above_blocks=_TINY_BLOCKS,
+        above_rows=_DECODE_ROWS,
+        **limits,
+    )
+
 
 #: In order of preference: a problem gets the first row of its kernel and head dim that is meant for
 #: its grid (``max_blocks``) and for the target (``max_arch``), and fits the target's shared memory.
@@ -189,22 +220,17 @@ ROWS: tuple[Row, ...] = (
         dtypes=FP32,
     ),
     Row("mma_sm80", 256, replace(_FP32, block_n=16), max_arch=100, dtypes=FP32),
-    *(
-        Row(
-            *("wgmma_sm90", dim, tile),
-            above_blocks=_SOME_BLOCKS,
-            above_rows=_DECODE_ROWS,
-            head_dim_v=dim_v,
-        )
-        for dim, dim_v, tile in (
-            (64, 64, replace(_WGMMA, block_m=192, warps_m=12, num_stages=3)),
-            (96, 96, _WGMMA),
-            (128, 128, _WGMMA),
-            (192, 128, _WGMMA),
-            (192, 192, replace(_WGMMA, block_n=96)),
-            (256, 256, replace(_WGMMA, block_n=80)),
-        )
-    ),
+    # Time per round: D=64 S=1024 13.4, 10.9 and 7.9 us, D=128 14.7 and 11.4.
+    *(_wgmma_row(64, tile, cost) for tile, cost in ((_WGMMA_192, 1), (_WGMMA, 0.83))),
+    _wgmma_row(64, _WGMMA_64, 0.6),
+    *(_wgmma_row(d, tile, cost) for d in (96, 128) for tile, cost in _WGMMA_OR_64),
+    _wgmma_row(192, _WGMMA, 1, head_dim_v=128, plain=True),
+    _wgmma_row(192, replace(_WGMMA, block_n=112), 1.05, head_dim_v=128),
+    _wgmma_row(192, replace(_WGMMA, block_n=96), 1),
+    # 512 keys, causal: 102 us against 105.
+    _wgmma_row(256, replace(_WGMMA, block_n=64), 0.97, max_keys=512),
+    _wgmma_row(256, replace(_WGMMA, block_n=80), 1, plain=True),
+    _wgmma_row(256, replace(_WGMMA, block_n=64), 1.05),
     # 569 us with two stages, 647 with one.
     *(Row("fp8_wmma", d, _FP8) for d in WMMA_HEAD_DIMS),
     *(Row("fp8_wmma", d, replace(_FP8, block_n=32)) for d in (80, 96, 128)),
@@ -253,6 +279,7 @@ def configure(
     reasons = []
     meant = [row for row in own if row.dims == min(wide, key=sum) and row.serves(problem)]
     filled = [row for row in meant if row.is_filled_by(problem)]
+    filled.sort(key=lambda row: row.grid_cost(problem))  # otherwise as they stand in the table
     if auto and meant and not filled:
         raise ValueError("is for larger grids")
     for row in filled or meant:

@@ -63,8 +63,10 @@ constexpr int Q_STAGES =
         ? 2
         : 1;
 // Warpgroups take turns at the tensor cores, so that the softmax of one meets the products of the
-// others. Wider heads have enough products to hide it.
-constexpr bool TAKES_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128;
+// others. Wider heads have enough products to hide it; and in a short causal block three of them,
+// which have different numbers of tiles, hold each other up.
+constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128;
+constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
 static_assert(WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV, "rows are not shared");
@@ -163,6 +165,7 @@ struct Consumer {
     Stages at;  // the next tile of keys
     StagesQ q;
     WorkRing queue;
+    bool takes_turns;
     RowState state[2];      // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
     float rS[BLOCK_N / 2];  // element 4 n + 2 half + e: row `half`, key 8 n + 2 (lane % 4) + e
     uint32 rP[STEPS][4];    // the same as T, pair by pair: the A operand of 16 keys each
@@ -293,10 +296,11 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void await_turn() const {
-        if (TAKES_TURNS) named_barrier_sync(TURN + index, 2 * WARPGROUP);
+        if (HAS_TURNS && takes_turns) named_barrier_sync(TURN + index, 2 * WARPGROUP);
     }
     __device__ __forceinline__ void pass_turn() const {
-        if (TAKES_TURNS) named_barrier_arrive(TURN + (index + 1) % CONSUMERS, 2 * WARPGROUP);
+        if (HAS_TURNS && takes_turns)
+            named_barrier_arrive(TURN + (index + 1) % CONSUMERS, 2 * WARPGROUP);
     }
 
     // Tiles that other warpgroups need.
@@ -343,6 +347,7 @@ struct Consumer {
     __device__ __forceinline__ void attend() {
         const TileRange all = visible_tiles(params, work(), 0, BLOCK_M);
         const TileRange mine = visible_tiles(params, work(), index * ROWS, ROWS);
+        takes_turns = all.end - all.begin > SHORT;
         state[0] = state[1] = RowState();
 #pragma unroll
         for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] = 0.0f;
@@ -389,6 +394,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void run() {
+        takes_turns = true;
         if (index == CONSUMERS - 1) pass_turn();  // the first one begins
 #pragma unroll 1
         while (true) {

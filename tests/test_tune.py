@@ -122,15 +122,25 @@ def test_what_spills_is_dropped() -> None:
 
 def test_what_does_not_compile_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     search = search_of(masks=(True,))
-
-    def build_each(wanted: Any, on_done: Any) -> list[Any]:
-        return [jit.CompileError("x.cu", ARCH, {}, "x.cu(1): error: no\nmore") for _ in wanted[1:]]
-
-    monkeypatch.setattr(builds, "build_each", lambda *given: [build(), *build_each(*given)])
-    monkeypatch.setattr(jit, "compile_kernel", lambda *_: SimpleNamespace(log=""))
+    fake_compiler(monkeypatch, fails=True)
     tune.compile_all(search)
     assert search.alive == [search.current]
     assert search.candidates[1].dropped == ("does not compile", "x.cu(1): error: no")
+
+
+def fake_compiler(monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> None:
+    """Compiles nothing; ``fails``: all but the first job, which is done last."""
+
+    def compile_many(jobs: Any, on_done: Any) -> None:
+        for number, (source, defines, arch, _) in reversed(list(enumerate(jobs))):
+            entries = build().entries
+            made = jit.CompiledKernel(source, arch, defines, Path("x"), False, 1.0, entries, "")
+            error = jit.CompileError("x.cu", arch, defines, "x.cu(1): error: no\nmore")
+            on_done(error if fails and number else made)
+        if fails:
+            raise error
+
+    monkeypatch.setattr(jit, "compile_many", compile_many)
 
 
 def build(spilled: int = 0, stack: int = 0) -> builds.Build:
@@ -219,7 +229,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setitem(sys.modules, "cupy", fake)  # type: ignore[arg-type]
     monkeypatch.setattr(tune, "plan", fake.plan)
     monkeypatch.setattr(tune, "to_gpu", lambda *arrays: [x.copy() for x in arrays])
-    sizes = {"TOKENS": 128, "COLUMNS": 64, "LENGTHS": (64, 128), "CHECKED": (1, 2, 67)}
+    sizes = {"TOKENS": 4096, "COLUMNS": 128, "CHECKED": (1, 2, 67)}  # small arrays, many blocks
     for name, value in {**sizes, "FLUSH_BYTES": 16, "_PATIENCE_S": 0.05}.items():
         monkeypatch.setattr(tune, name, value)
     yield fake
@@ -227,7 +237,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 def built(masks: Any = (False, True)) -> tune.Search:
     """A search of which all has been compiled, as it were: three tiles of 64 rows and 8 warps."""
-    problems = tune.cells_of((64, 64), "bfloat16", (2048,), masks)
+    problems = tune.cells_of((64, 64), "bfloat16", (64,), masks)
     space = tune.Space((64,), (32, 64, 128), (1,))
     search = tune.begin("mma_sm80", problems, space, ARCH)
     for candidate in search.candidates:
@@ -242,12 +252,12 @@ def test_tiles_are_checked_and_raced(gpu: FakeGpu) -> None:
     shown = tune.measure(search, top=1, rounds=3, step=told.append)
     assert [c.name for c in shown] == ["64x128 s1", search.current.name]
     assert shown[0].speed == pytest.approx(2.0) and shown[1].speed == 1.0
-    assert shown[0].entries["2048c"].samples == 3 and shown[0].entries["2048"].us == 50.0
+    assert shown[0].entries["64c"].samples == 3 and shown[0].entries["64"].us == 50.0
     assert 0 < (shown[0].error or 0) < 1
     assert kinds_of(search)["64x32 s1"] == "wrong" and not search.candidates[1].ratios
     other = next(c for c in search.candidates if c.name == "64x64 s1")
-    assert other.entries["2048"].samples == 5  # those of the first pass
-    assert told[0] == "checking " + search.current.name and "timing 3 tiles at 2048" in told
+    assert other.entries["64"].samples == 5  # those of the first pass
+    assert told[0] == "checking " + search.current.name and "timing 3 tiles at 64" in told
 
 
 def test_a_kernel_that_hangs_is_named(gpu: FakeGpu) -> None:
@@ -261,12 +271,12 @@ def test_what_fails_in_the_race_is_dropped() -> None:
     search = built((False,))
     entries = {c.name: Entry(10.0) for c in search.candidates}
     entries["64x64 s1"] = Entry(reason="no memory")
-    tune.record(search, search.candidates, "2048", entries)
+    tune.record(search, search.candidates, "64", entries)
     failed = next(c for c in search.candidates if c.name == "64x64 s1")
-    assert failed.dropped == ("fails", "2048: no memory") and failed.speed is None
+    assert failed.dropped == ("fails", "64: no memory") and failed.speed is None
     entries[search.current.name] = Entry(reason="no memory")
     with pytest.raises(RuntimeError, match="the current row"):
-        tune.record(search, search.candidates, "2048", entries)
+        tune.record(search, search.candidates, "64", entries)
 
 
 # --- what is printed -----------------------------------------------------------------------------
@@ -314,11 +324,10 @@ def test_with_a_gpu_the_row_is_printed(
     monkeypatch.setattr(tune.bench, "machine", lambda arch: machine)
     monkeypatch.setattr(jit, "no_gpu_reason", lambda: None)
     monkeypatch.setattr(builds, "target", lambda arch, on_gpu: ARCH)
-    monkeypatch.setattr(builds, "build_each", lambda wanted, on_done: [build() for _ in wanted])
-    monkeypatch.setattr(jit, "compile_kernel", lambda *_: SimpleNamespace(log=""))
+    fake_compiler(monkeypatch, fails=False)
     gpu.slow = "64x96"
     path = tmp_path / "x.json"
-    asked = ("--kernel", "mma_sm80", "--D", "64", "--S", "2048", "--S", "1024", "--json", str(path))
+    asked = ("--kernel", "mma_sm80", "--D", "64", "--S", "64", "--S", "32", "--json", str(path))
     done = invoke(*asked, "--block-m", "64", "--block-n", "96", "--block-n", "32", "--top", "3")
     lines = done.stdout.splitlines()
     row = row_of(lines[-1])
@@ -326,15 +335,15 @@ def test_with_a_gpu_the_row_is_printed(
     tiles.configure_row(row, contiguous_problem(1, 1, 64, 64))
     assert max(map(len, lines[:-1])) <= 110
     header = next(line for line in lines if line.startswith("tile  "))
-    assert header.split() == ["tile", "speed", "regs", "KiB", "2048", "2048c", "1024", "1024c"]
+    assert header.split() == ["tile", "speed", "regs", "KiB", "64", "64c", "32", "32c"]
     first = lines[lines.index(header) + 2]
     assert first.startswith("64x96") and " 2.000 " in first
     data = json.loads(path.read_text())
     assert row_of(data["best"]) == row and data["machine"] == {"gpu": "NVIDIA X"}
     best = next(c for c in data["candidates"] if c["row"] == data["best"])
     assert best["speed"] == pytest.approx(2.0) and best["error"] < 1 and best["dropped"] is None
-    assert set(best["cells"]) == set(data["cells"]) == {"2048", "2048c", "1024", "1024c"}
-    assert {"us", "p10_us", "p90_us", "samples", "speed"} <= set(best["cells"]["2048"])
+    assert set(best["cells"]) == set(data["cells"]) == {"64", "64c", "32", "32c"}
+    assert {"us", "p10_us", "p90_us", "samples", "speed"} <= set(best["cells"]["64"])
 
 
 @pytest.mark.parametrize(
