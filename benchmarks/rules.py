@@ -3,10 +3,10 @@
 ``python benchmarks/rules.py --json rules.json``; needs this package installed (or PYTHONPATH=.) and
 a GPU with mma.sync (sm_80 or later).
 
-The yardstick of a row is the time of the plain float16 kernel on the same shape and mask, times the
-arithmetic (float32: three TF32 products at half the rate of a 16-bit one, so six times; windows:
-the pairs of query and key that remain), plus the bytes of bias or mask, read once (causal: half of
-them), at the copy bandwidth measured in the same run.
+The yardstick of a row is the time of the same kernel (``--kernel``), plain and float16, on the same
+shape and mask, times the arithmetic (float32: three TF32 products at half the rate of a 16-bit one,
+so six times; windows: the pairs of query and key that remain), plus the bytes of bias or mask, read
+once (causal: half of them), at the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.table import Table
 from flashcore_cupy import bench, jit
 from flashcore_cupy._render import console
 from flashcore_cupy.attention import plan
+from flashcore_cupy.tiles import KERNELS
 
 SEQLEN = 4096
 SHAPES = ((4, 32, SEQLEN, 64), (4, 16, SEQLEN, 128))
@@ -106,8 +107,8 @@ def copy_rate() -> float:
     return 2 * source.nbytes / timing.median_us / 1e3
 
 
-def measure(report: Callable[[Row], None]) -> dict[str, float]:
-    """Measure every row; returns the rates that the yardsticks used."""
+def measure(kernel: str, report: Callable[[Row], None]) -> dict[str, float]:
+    """Measure every row that the kernel has; returns the rates that the yardsticks used."""
     import cupy
 
     gb_per_s = copy_rate()
@@ -118,17 +119,19 @@ def measure(report: Callable[[Row], None]) -> dict[str, float]:
         for causal in (False, True):
             plain_us = 0.0
             for name, chosen in arguments(shape, causal).items():
-                us = _time(half, causal, chosen)
+                us = _time(kernel, half, causal, chosen)
                 plain_us = plain_us or us
                 report(
                     Row(shape[-1], name, causal, us, cost_us(plain_us, causal, chosen, gb_per_s))
                 )
-            report(Row(shape[-1], "float32", causal, _time([q, k, v], causal, {}), 6 * plain_us))
+            if "float32" in KERNELS[kernel].dtypes:
+                us = _time(kernel, [q, k, v], causal, {})
+                report(Row(shape[-1], "float32", causal, us, 6 * plain_us))
     return {"copy_gbs": gb_per_s}
 
 
-def _time(arrays: list[Any], causal: bool, chosen: Mapping[str, Any]) -> float:
-    launched = plan(*arrays, causal=causal, kernel="mma_sm80", **chosen)
+def _time(kernel: str, arrays: list[Any], causal: bool, chosen: Mapping[str, Any]) -> float:
+    launched = plan(*arrays, causal=causal, kernel=kernel, **chosen)
     return bench.time_graph(launched, iters=10, warmup=2).median_us
 
 
@@ -136,13 +139,19 @@ def _time(arrays: list[Any], causal: bool, chosen: Mapping[str, Any]) -> float:
 @click.option(
     "--json", "json_path", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False)
 )
-def main(json_path: Path | None) -> None:
+@click.option(
+    "--kernel",
+    type=click.Choice([name for name, kernel in KERNELS.items() if kernel.has_rules]),
+    default="mma_sm80",
+    show_default=True,
+)
+def main(json_path: Path | None, kernel: str) -> None:
     """Time float32 and every rule, and compare with what they would have to cost."""
     reason = jit.no_gpu_reason()
     if reason is not None:
         raise click.ClickException(f"needs a GPU: {reason}")
     rows: list[Row] = []
-    rates = measure(rows.append)
+    rates = measure(kernel, rows.append)
     table = Table("D", "causal", "rule", "us", "yardstick, us", "ratio")
     for row in rows:
         table.add_row(
@@ -153,6 +162,7 @@ def main(json_path: Path | None) -> None:
     if json_path is not None:
         found = {
             "machine": bench.machine(jit.device_arch()).to_json(),
+            "kernel": kernel,
             "rates": rates,
             "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
         }

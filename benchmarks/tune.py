@@ -17,14 +17,15 @@ Needs this package installed (or PYTHONPATH=.). In turn:
 Printed are the tiles by their speed relative to the current one (the geometric mean over lengths
 and masks), the TFLOP/s of each length, and last the row to paste into the table. Let
 ``pytest tests/test_compile.py`` build it with every rule then: where only those spill, it is a
-``plain`` row. A head dim without rows gets the next wider one's, so give it a row of any tile
-first. Without a GPU, and then with fewer columns and without the row:
+``plain`` row. Its ``round_cost`` is the current row's: with another block_m, measure it anew, on a
+full round of blocks. A head dim without rows gets the next wider one's, so give it a row of any
+tile first. Without a GPU, and then with fewer columns and without the row:
 
     $ python benchmarks/tune.py --block-m 128 --block-m 192 --block-n 128 --block-n 192 --stages 2
     wgmma_sm90, D=128 Dv=128 bfloat16, no GPU, sm_90a
-    now Row("wgmma_sm90", 128, Tile(128, 128, warps_m=8, num_stages=2), above_blocks=100, ...)
+    now Row("wgmma_sm90", 128, Tile(128, 128, warps_m=8, num_stages=2), above_blocks=12, ...)
     4 tiles
-    1 dropped, spills: 192x128 s2 (944 bytes)
+    1 dropped, spills: 192x128 s2 (576 bytes)
     1 dropped, too large: such as 192x192 s2 (needs 247808 bytes of shared memory at head dim 128,
     sm_90a has 232448; smaller tiles (block_m, block_n, num_stages) may fit)
 
@@ -210,15 +211,17 @@ def cells_of(
 
 def current_row(kernel: str, problems: Sequence[AttentionProblem], arch: str) -> Row:
     """The row that all these problems get; ``ValueError`` if there is none, or several."""
-    found = set()
+    found: dict[Row, dict[str, None]] = {}
     for problem in problems:
         config = tiles.select(problem, arch, kernel=kernel).config
         shape = config.tile, (config.head_dim, config.head_dim_v)
         rows = [row for row in tiles.rows_of(kernel) if row.serves(problem)]
-        found.add(next(row for row in rows if (row.tile, row.dims) == shape))
+        row = next(row for row in rows if (row.tile, row.dims) == shape)
+        found.setdefault(row, {})[str(problem.seqlen_q)] = None
     if len(found) > 1:
-        raise ValueError("these lengths are served by several rows; take them one at a time")
-    return found.pop()
+        groups = " or ".join(map(", ".join, found.values()))
+        raise ValueError(f"several rows serve these lengths; take those of one: {groups}")
+    return next(iter(found))
 
 
 def begin(kernel: str, problems: Mapping[str, AttentionProblem], space: Space, arch: str) -> Search:

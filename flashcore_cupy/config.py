@@ -185,7 +185,8 @@ class KernelConfig:
         t = self.tile
         warps = f"{self.num_warps} warps"
         if self.uses_tma:
-            warps = f"{t.warps_m // WARPGROUP} consumer warpgroups"
+            consumers = t.warps_m // WARPGROUP
+            warps = f"{consumers} consumer warpgroup{'s' * (consumers > 1)}"
         parts = [f"{t.block_m}x{t.block_n} tile", warps]
         if t.warps_n > 1:
             parts[-1] += f" ({t.warps_m}x{t.warps_n})"

@@ -84,7 +84,7 @@ KERNELS: Mapping[str, Kernel] = {
             ("fwd_sm90",),
             "TMA and wgmma: a producer warp, warpgroups that overlap softmax with products",
             has_rules=True,
-            lacks=("bias", "mask", "mask_mod"),
+            lacks=("mask",),
             tma=True,
         ),
         Kernel(

@@ -187,6 +187,8 @@ def _sm90_smem(c: KernelConfig) -> int:
     t, size = c.tile, ITEMSIZE[c.dtype]
     q = size * t.block_m * c.head_dim
     total = t.num_stages * size * t.block_n * (c.head_dim + c.head_dim_v) + 2 * _HOPPER_BYTES
+    if "mask_mod" in c.rules:
+        total += _HOPPER_BYTES  # which keys each warp sees
     # The next block's Q has a place of its own where there is room.
     return total + (2 * q if total + 2 * q <= _HOPPER_SMEM else q)
 

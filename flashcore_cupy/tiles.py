@@ -20,6 +20,7 @@ from flashcore_cupy.config import (
     rules_of,
 )
 from flashcore_cupy.problem import DTYPES, ITEMSIZE, AttentionProblem, check_choice
+from flashcore_cupy.rows import Row as Row
 from flashcore_cupy.rungs import AUTO_ORDER as AUTO_ORDER
 from flashcore_cupy.rungs import HOPPER as HOPPER
 from flashcore_cupy.rungs import KERNELS as KERNELS
@@ -29,92 +30,6 @@ from flashcore_cupy.targets import capability as capability
 from flashcore_cupy.targets import check_fits
 from flashcore_cupy.targets import smem_limit as smem_limit
 from flashcore_cupy.tensor_map import check_layout
-
-
-@dataclass(frozen=True)
-class Row:
-    """A tile, for heads of up to ``head_dim`` columns, and the problems that it is meant for."""
-
-    kernel: str
-    head_dim: int
-    tile: Tile
-    max_blocks: int | None = None
-    """Only for grids that would hold at most this many blocks of 128 queries."""
-    max_keys: int | None = None
-    """Only for at most this many keys."""
-    max_rows: int | None = None
-    """Only where a head of K and V meets at most this many rows: queries times grouped heads."""
-    above_blocks: int | None = None
-    """The opposite of max_blocks: for auto, only grids of more than this."""
-    above_rows: int | None = None
-    """The opposite of max_rows."""
-    round_cost: float | None = None
-    """Time of a round of thread blocks, one per multiprocessor, against the head dim's other rows:
-    of all that are meant for a problem, the one whose rounds take the least time is first."""
-    max_arch: int | None = None
-    """Only up to this compute capability: for newer ones the compiler spills."""
-    min_arch: int | None = None
-    """Only from this compute capability on."""
-    head_dim_v: int | None = None
-    """Columns of v where they differ from those of q and k."""
-    dtypes: tuple[str, ...] = ("float16", "bfloat16")
-    plain: bool = False
-    """Only without rules that are evaluated per score: with them the compiler spills."""
-    no_window: bool = False  # only without a window on the left, for the same reason
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        """Columns of the tiles of q and k, and of v."""
-        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
-
-    def serves(self, problem: AttentionProblem) -> bool:
-        """Whether the row is meant for a problem of this kind, and is not too large for it."""
-        per_score = set(problem.rules.names) - {"sink"} or problem.softmax_scale < 0
-        unfit = (self.plain and per_score) or (self.no_window and problem.window[0] >= 0)
-        if problem.dtype not in self.dtypes or unfit:
-            return False
-        if self.max_blocks is None and self.max_rows is None and self.max_keys is None:
-            return True
-        if self.tile.pack_gqa and problem.rules.differ_by_head:
-            return False  # a key that one head of the group does not see must not reach it
-        if problem.batch_invariant:  # the same tile, whatever else is in the batch
-            return False
-        few_blocks = self.max_blocks is None or _blocks(problem) <= self.max_blocks
-        few_keys = self.max_keys is None or problem.seqlen_kv <= self.max_keys
-        few_rows = self.max_rows is None or _rows(problem) <= self.max_rows
-        return few_blocks and few_keys and few_rows
-
-    def is_filled_by(self, problem: AttentionProblem) -> bool:
-        """Whether the problem is as large as the row takes it to be."""
-        if problem.batch_invariant:  # the same tile, whatever else is in the batch
-            return True
-        enough_blocks = self.above_blocks is None or _blocks(problem) > self.above_blocks
-        return enough_blocks and (self.above_rows is None or _rows(problem) > self.above_rows)
-
-    def grid_cost(self, problem: AttentionProblem) -> float:
-        """What the problem's thread blocks take, in ``round_cost``'s unit; 0 if it has none."""
-        if self.round_cost is None or problem.batch_invariant:
-            return 0.0
-        blocks = _blocks(problem, self.tile.block_m)
-        return self.round_cost * -(-blocks // _MULTIPROCESSORS)
-
-
-def _blocks(problem: AttentionProblem, block_m: int = 128) -> int:
-    """Thread blocks of a grid of blocks of so many queries."""
-    sequences = 1 if problem.packed else problem.batch
-    return sequences * problem.heads_q * -(-problem.seqlen_q // block_m)
-
-
-def _rows(problem: AttentionProblem) -> int:
-    """Rows that meet a head of K and V: queries times grouped heads.
-
-    Packed: of a sequence of average length, for only the device knows the lengths.
-    """
-    queries = problem.seqlen_q
-    if problem.packed:
-        queries = -(-queries // max(1, problem.batch))
-    return problem.heads_q // problem.heads_kv * queries
-
 
 #: Head dims with rows of their own in the WMMA kernels; others are padded to the next one.
 WMMA_HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -142,9 +57,7 @@ _FP32_DECODE = replace(_DECODE, block_n=64)
 _WGMMA = Tile(128, 128, warps_m=8, num_stages=2)
 _WGMMA_192 = Tile(192, 128, warps_m=12, num_stages=3)
 _WGMMA_64 = Tile(64, 128, warps_m=4, num_stages=2)
-_WGMMA_OR_64 = ((_WGMMA, 1), (_WGMMA_64, 0.75))
 _TINY_BLOCKS = 12
-_MULTIPROCESSORS = 132  # of an H100 or H200 with SXM
 _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
 
 
@@ -221,9 +134,11 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("mma_sm80", 256, replace(_FP32, block_n=16), max_arch=100, dtypes=FP32),
     # Time per round: D=64 S=1024 13.4, 10.9 and 7.9 us, D=128 14.7 and 11.4.
-    *(_wgmma_row(64, tile, cost) for tile, cost in ((_WGMMA_192, 1), (_WGMMA, 0.83))),
+    _wgmma_row(64, _WGMMA_192, 1, no_bias=True),
+    _wgmma_row(64, _WGMMA, 0.83),
     _wgmma_row(64, _WGMMA_64, 0.6),
-    *(_wgmma_row(d, tile, cost) for d in (96, 128) for tile, cost in _WGMMA_OR_64),
+    *(_wgmma_row(d, _WGMMA, 1) for d in (96, 128)),
+    *(_wgmma_row(d, _WGMMA_64, 0.75, no_bias=True) for d in (96, 128)),
     _wgmma_row(192, _WGMMA, 1, head_dim_v=128, plain=True),
     _wgmma_row(192, replace(_WGMMA, block_n=112), 1.05, head_dim_v=128),
     _wgmma_row(192, replace(_WGMMA, block_n=96), 1),
@@ -269,6 +184,8 @@ def configure(
     check_rules(problem, has_rules=kernel.has_rules, lacks=kernel.lacks)
     if kernel.tma:
         check_layout(problem)
+    if auto and kernel.tma and problem.rules.bias is not None and not problem.rules.bias.pairs:
+        raise ValueError("is slower with a bias that cannot be read two keys at a time")
     dims = (problem.head_dim, problem.head_dim_v)
     own = [row for row in rows_of(kernel.name) if problem.dtype in row.dtypes]
     wide = {row.dims for row in own if row.dims[0] >= dims[0] and row.dims[1] >= dims[1]}
@@ -278,10 +195,10 @@ def configure(
         raise ValueError(f"takes head dims up to {most} in {problem.dtype}, not {asked}")
     reasons = []
     meant = [row for row in own if row.dims == min(wide, key=sum) and row.serves(problem)]
-    filled = [row for row in meant if row.is_filled_by(problem)]
+    filled = [row for row in meant if not row.unfilled_by(problem)]
     filled.sort(key=lambda row: row.grid_cost(problem))  # otherwise as they stand in the table
     if auto and meant and not filled:
-        raise ValueError("is for larger grids")
+        raise ValueError(meant[0].unfilled_by(problem))
     for row in filled or meant:
         try:
             return check_target(row, configure_row(row, problem, overrides), arch)
@@ -328,7 +245,7 @@ def _rules_of(problem: AttentionProblem, kernel: Kernel) -> tuple[str, ...]:
 
 def _check_arch(kernel: Kernel, arch: str) -> None:
     if kernel.tma and arch != HOPPER:
-        raise ValueError(f"has wgmma: {HOPPER} alone, the target is {arch}")
+        raise ValueError(f"needs wgmma, which {HOPPER} alone has; the target is {arch}")
 
 
 def check_target(row: Row, config: KernelConfig, arch: str) -> KernelConfig:

@@ -296,7 +296,8 @@ __device__ __forceinline__ void softmax(const Context& c, Rows& rows, Scores& rS
         exponentiate(c, rows, rS, rP, tile, m, max[m]);
     }
     c.smem.exchange(rP, c.first_row(), c.warp_d * KEYS_PER_WARP, 1 + c.warp_m);
-    c.smem.template clear_unseen<LayoutV>(c.smem.sV[tile % NUM_STAGES], seen_here);
+    c.smem.template clear_unseen<LayoutV>(c.smem.sV[tile % NUM_STAGES], seen_here,
+                                          int(threadIdx.x) / WARP_SIZE, [] { block_sync(); });
 }
 
 // ---- the walk over the keys --------------------------------------------------------------------

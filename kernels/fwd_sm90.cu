@@ -29,6 +29,7 @@
 #include <flashcore/ptx_warp.cuh>
 #include <flashcore/schedule.cuh>
 #include <flashcore/score.cuh>
+#include <flashcore/seen_keys.cuh>
 #include <flashcore/shared_layout.cuh>
 #include <flashcore/softmax.cuh>
 #include <flashcore/tma_pipeline.cuh>
@@ -50,22 +51,28 @@ constexpr int CONSUMERS = NUM_THREADS / WARPGROUP;
 constexpr int ROWS = 64;  // of a consumer
 constexpr int TILES_N = BLOCK_N / 8;
 constexpr int STEPS = BLOCK_N / 16;
-constexpr int QUAD = 4;              // lanes that share a row
-constexpr int TURN = 1 + CONSUMERS;  // named barriers: one per consumer, then one per turn
+constexpr int QUAD = 4;  // lanes that share a row
+// Named barriers: one per consumer, one per turn, one for all consumers.
+constexpr int TURN = 1 + CONSUMERS, MEETING = TURN + CONSUMERS;
 // All 64K registers of a multiprocessor: what the producer does not need goes to the consumers.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 : 160;
+constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
+using SeenHere = SeenByWarp<HIDES_KEYS, BLOCK_N>;
+using Visible = VisiblePairs<TILES_N>;
 // Where there is room, the next block's Q comes while this one's is used.
 constexpr int SMEM_LIMIT = 227 * 1024;
 constexpr int Q_STAGES =
-    (2 * LayoutQ::SIZE + NUM_STAGES * (LayoutK::SIZE + LayoutV::SIZE)) * int(sizeof(T)) + 2048 <=
+    (2 * LayoutQ::SIZE + NUM_STAGES * (LayoutK::SIZE + LayoutV::SIZE)) * int(sizeof(T)) + 2048 +
+                HIDES_KEYS * 1024 <=
             SMEM_LIMIT
         ? 2
         : 1;
 // Warpgroups take turns at the tensor cores, so that the softmax of one meets the products of the
-// others. Wider heads have enough products to hide it; and in a short causal block three of them,
-// which have different numbers of tiles, hold each other up.
-constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128;
+// others. Wider heads have enough products to hide it; in a short causal block three of them, which
+// have different numbers of tiles, hold each other up; and where they meet for every tile anyway,
+// to tell which keys they see, turns would be a second order to keep.
+constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && !HIDES_KEYS;
 constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
@@ -77,6 +84,11 @@ using Stages = Ring<NUM_STAGES>;
 using WorkQueue = Queue<Work>;
 using WorkRing = Ring<WorkQueue::SIZE>;
 
+// Of two tiles, for a warp may tell what it sees of one before another has read it of the other.
+struct alignas(HIDES_KEYS ? 1024 : 4) SeenInTurn {
+    SeenKeys<HIDES_KEYS, CONSUMERS * 4, 1, BLOCK_N> of[2];
+};
+
 struct alignas(1024) SharedStorage {
     T sQ[Q_STAGES][LayoutQ::SIZE];
     T sK[NUM_STAGES][LayoutK::SIZE];
@@ -84,6 +96,7 @@ struct alignas(1024) SharedStorage {
     Places<Q_STAGES> q;
     Places<NUM_STAGES> k, v;
     WorkQueue queue;  // the work lies here, too: in registers it would be a dozen in every thread
+    SeenInTurn seen;
 };
 static_assert(sizeof(SharedStorage) + 1024 == FC_SMEM_BYTES, "config.py computes the same size");
 static_assert(sizeof(HopperParams) == FC_PARAMS_BYTES, "launch.py packs the same struct");
@@ -166,6 +179,8 @@ struct Consumer {
     StagesQ q;
     WorkRing queue;
     bool takes_turns;
+    SeenHere seen_here;  // keys of the tile of S
+    int meetings;
     RowState state[2];      // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
     float rS[BLOCK_N / 2];  // element 4 n + 2 half + e: row `half`, key 8 n + 2 (lane % 4) + e
     uint32 rP[STEPS][4];    // the same as T, pair by pair: the A operand of 16 keys each
@@ -226,6 +241,11 @@ struct Consumer {
             // Relative to this lane's first key, so that each comparison is with a constant.
             const int begin = mask().row_begin(q.query) - first_key;
             const int end = mask().row_end(q.query) - first_key;
+            Visible visible;
+            if constexpr (HIDES_KEYS) {
+                visible.template find<MASKED, WINDOW>(rules, first_key, begin, end);
+                visible.tell(seen_here, q.valid);
+            }
             float chain[2] = {NEG_INFINITY, NEG_INFINITY};
 #pragma unroll
             for (int n = 0; n < TILES_N; ++n) {
@@ -235,7 +255,9 @@ struct Consumer {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int key = n * 8 + e;
-                    const bool seen = !MASKED || (key < end && (!WINDOW || key >= begin));
+                    const bool seen = HIDES_KEYS
+                                          ? visible.has(n, e)
+                                          : !MASKED || (key < end && (!WINDOW || key >= begin));
                     gate.score(first_key + key, s[e], seen);
                     s[e] = seen ? gate.raw_score(s[e]) : NEG_INFINITY;
                     chain[e] = fmaxf(chain[e], s[e]);
@@ -263,6 +285,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void softmax_of(int tile, float (&factor)[2]) {
+        seen_here = SeenHere();
         const int first = work().first_row + index * ROWS;
         const int last = min(first + ROWS, work().seqlen_q) - 1;
         if (mask().cuts(first, last, tile * BLOCK_N, (tile + 1) * BLOCK_N)) {
@@ -278,21 +301,29 @@ struct Consumer {
         for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] *= factor[e / 2 % 2];
     }
 
-    // In packed batches the box of a sequence's last keys reaches into the next sequence. What no
-    // query sees becomes zeros: its probability is 0, but 0 * NaN is not. Every consumer does it
-    // for itself; they all write the same.
+    // What no query sees becomes zeros: its probability is 0, but 0 * NaN is not. TMA leaves out
+    // what lies outside of all sequences; but mask_mod may hide keys in between, which the consumers
+    // find out together, and in packed batches the box of a sequence's last keys reaches into the
+    // next one. That every consumer sees to for itself; they all write the same.
     __device__ __forceinline__ void clear_unseen(int tile, int stage) {
+        if constexpr (HIDES_KEYS) return meet(stage);
         if constexpr (!VARLEN) return;
         const int begin = mask().row_begin(0) - tile * BLOCK_N;
         const int end = mask().row_end(work().seqlen_q - 1) - tile * BLOCK_N;
         if (begin <= 0 && end >= BLOCK_N) return;
-        for (int key = warp; key < BLOCK_N; key += 4) {
-            if (key >= begin && key < end) continue;
-            for (int d = lane * 2; d < HEAD_DIM_V; d += 2 * WARP_SIZE)
-                *reinterpret_cast<uint32*>(smem.sV[stage] + LayoutV::element(key, d)) = 0;
-        }
+        clear_rows_outside<LayoutV, 4>(smem.sV[stage], begin, end, warp);
         fence_proxy_async();
         named_barrier_sync(1 + index, WARPGROUP);
+    }
+
+    // All consumers tell which keys of the tile they see, and clear what is left.
+    __device__ __forceinline__ void meet(int stage) {
+        const auto sync = [] {
+            fence_proxy_async();
+            named_barrier_sync(MEETING, NUM_THREADS);
+        };
+        smem.seen.of[meetings++ % 2].template clear_unseen<LayoutV>(smem.sV[stage], seen_here,
+                                                                    index * 4 + warp, sync);
     }
 
     __device__ __forceinline__ void await_turn() const {
@@ -312,6 +343,10 @@ struct Consumer {
             await_turn();
             pass_turn();
             at.await_full(smem.v);
+            if (HIDES_KEYS) {
+                seen_here = SeenHere();
+                meet(at.stage);
+            }
             at.release(smem.v);
             at.advance();
         }
@@ -395,6 +430,7 @@ struct Consumer {
 
     __device__ __forceinline__ void run() {
         takes_turns = true;
+        meetings = 0;
         if (index == CONSUMERS - 1) pass_turn();  // the first one begins
 #pragma unroll 1
         while (true) {

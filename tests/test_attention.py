@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import flashcore_cupy
-from flashcore_cupy import builds, jit, problem, reference, selftest, selftest_cases, tiles
+from flashcore_cupy import (
+    builds,
+    jit,
+    problem,
+    reference,
+    request,
+    selftest,
+    selftest_cases,
+    tiles,
+)
 from flashcore_cupy import rules as rules_module
 
 attention = flashcore_cupy.attention
@@ -221,6 +233,43 @@ def test_explain_on_numpy() -> None:
     assert "CPU" in flashcore_cupy.explain(*_arrays())
 
 
+class _OnGpu(np.ndarray):
+    """NumPy's array, as far as what ``explain`` looks at."""
+
+    device = SimpleNamespace(id=0)
+
+
+def _explained(monkeypatch: pytest.MonkeyPatch, arch: str, *operands: Any, **choices: Any) -> str:
+    monkeypatch.setattr(request.jit, "device_arch", lambda device: arch)
+    return request.select_for(request.Request(**choices), *(x.view(_OnGpu) for x in operands))
+
+
+def test_explain_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.empty((2, 16, 2048, 128), ml_dtypes.bfloat16)
+    wide = np.empty((2, 16, 2048, 132), ml_dtypes.bfloat16)[..., :128]
+    one, tiny = x[:, :, :1], x[:1, :2, :100]
+    taken = "wgmma_sm90 on sm_90a: 128x128 tile, 2 consumer warpgroups, 2 stages, TMA, head dim 128"
+    text = _explained(monkeypatch, "sm_90a", x, x, x, causal=True)
+    assert text.startswith(taken) and "\n" not in text
+    for operands, reason in (
+        ((x, wide, wide), "loads by TMA: .* multiples of 16 bytes, .* unlike those of k, v"),
+        ((tiny, tiny, tiny), "is for larger grids"),
+        ((one, x, x), "is for more queries per head of k and v"),
+        ((x.astype(np.float32),) * 3, "takes float16 and bfloat16, not float32"),
+    ):
+        first, second = _explained(monkeypatch, "sm_90a", *operands).splitlines()
+        assert first.startswith("mma_sm80 on sm_90a: ")
+        assert re.fullmatch(f"passed over wgmma_sm90: {reason}", second)
+    turned = np.empty((2, 16, 128, 2048), x.dtype).swapaxes(2, 3)
+    first, second = _explained(monkeypatch, "sm_90a", turned, x, x).splitlines()
+    assert first.startswith(taken) and second.startswith("copied q: its last axis is not contig")
+    text = _explained(monkeypatch, "sm_120", x, x, x)
+    why = "passed over wgmma_sm90: needs wgmma, which sm_90a alone has; the target is sm_120"
+    assert text.startswith("mma_sm80 on sm_120: ") and text.endswith(why)
+    with pytest.raises(ValueError, match=r"kernel 'wgmma_sm90': loads by TMA: .* those of q"):
+        _explained(monkeypatch, "sm_90a", wide, x, x, kernel="wgmma_sm90")
+
+
 @pytest.mark.gpu
 def test_explain_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
@@ -352,9 +401,12 @@ def test_targets() -> None:
 
 
 def test_auto_does_not_shop_around_for_an_override() -> None:
+    """The fastest kernel refuses it, though a slower one would take it."""
     wanted = problem.contiguous_problem(1, 8, 512, 64)
-    with pytest.raises(ValueError, match="mma_sm80"):
-        tiles.select(wanted, "sm_90a", overrides={"block_m": 24})
+    change = {"pack_gqa": True}
+    with pytest.raises(ValueError, match="kernel 'wgmma_sm90': config: wgmma_sm90 has no pack_gqa"):
+        tiles.select(wanted, "sm_90a", overrides=change)
+    assert tiles.select(wanted, "sm_90a", kernel="mma_sm80", overrides=change)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])

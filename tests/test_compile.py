@@ -5,6 +5,7 @@ Nothing here needs a GPU. All builds go through one parallel warm-up into the se
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -89,7 +90,9 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
         problems = [_problem(row, dtype, i % 2 == 0) for i, dtype in flipped]
         if kernel.has_rules:
             taken = _rules_of(kernel)
-            rules = taken[1 if row.no_window else turn % (2 if row.plain else len(taken))]
+            rules = taken[
+                1 if row.no_window else turn % (2 if row.plain or row.no_bias else len(taken))
+            ]
             problems.append(_problem(row, row.dtypes[turn % len(row.dtypes)], **rules))
     found = [_fits(row, problem, arch) for problem in problems]
     if arch == MAIN_TARGET and any(found):
@@ -102,8 +105,11 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
 
 
 def _rules_of(kernel: tiles.Kernel) -> list[dict[str, Any]]:
-    """RULES without what the kernel lacks."""
+    """RULES without what the kernel lacks, or is passed over for."""
     fewer = [{n: x for n, x in rules.items() if n not in kernel.lacks} for rules in RULES]
+    if kernel.tma:
+        paired = {"bias": _scores("f4", LENGTH, LENGTH)}
+        fewer = [rules | (paired if "bias" in rules else {}) for rules in fewer]
     return [rules for rules in fewer if rules]
 
 
@@ -137,7 +143,8 @@ def test_builds_without_spills(built, kernel: str, arch: str) -> None:
     for config, compiled in built[kernel, arch]:
         entries = set(tiles.KERNELS[kernel].entries)
         assert set(compiled.entries) == expected_entries.get(config.source, entries)
-        assert "warning" not in compiled.log, compiled.log
+        # C75..: wgmma that waits for the one before, or a register count that cannot be set.
+        assert not re.search(r"warning|\(C75\d\d\)", compiled.log), compiled.log
         for name, used in compiled.entries.items():
             # These tiles fill the registers; what a gate stores is too much for them.
             if config.gate is None or kernel not in ("mma_sm80", "wgmma_sm90"):
@@ -181,4 +188,4 @@ def test_cold_compiles_are_quick(built) -> None:
 def test_auto_finds_a_tensor_core_kernel(arch: str) -> None:
     for dim in tiles.WMMA_HEAD_DIMS:
         problem = contiguous_problem(1, 8, 512, dim)
-        assert tiles.select(problem, arch).kernel.name.startswith(("mma", "wmma"))
+        assert tiles.select(problem, arch).kernel.name.startswith(("wgmma", "mma", "wmma"))

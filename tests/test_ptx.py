@@ -192,6 +192,13 @@ def test_integers_in_a_warp(probe_folder: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_transposed_quads(probe_folder: Path) -> None:
+    x = np.random.default_rng(15).integers(0, 2**32, (8, 4, 4), np.uint32)  # quads, lanes, words
+    (y,) = Probe("warp")("transposed_quads", 32, [x], [np.zeros((8, 4, 4), np.uint32)])
+    np.testing.assert_array_equal(y, x.transpose(0, 2, 1))
+
+
+@pytest.mark.gpu
 def test_named_barriers(probe_folder: Path) -> None:
     x = np.random.default_rng(13).integers(-1000, 1000, 256).astype(np.float32)
     (y,) = Probe("warp")("pairs_of_warps", 256, [x], [_zeros(256, "f4")])

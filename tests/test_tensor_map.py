@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_launch import fixed
 from test_reference import repeatable
 
-from flashcore_cupy import launch, params, repeat, tensor_map, tiles
+from flashcore_cupy import jit, launch, params, repeat, tensor_map, tiles
 from flashcore_cupy.arrays import spec_of
 from flashcore_cupy.config import KernelConfig
 from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
@@ -353,7 +353,45 @@ def test_a_repeated_call_gets_the_maps_of_its_addresses(
         assert [int(got[name]) for name in "qkv"] == list(place)
         assert [int(got[f"{name}_map"][0]) for name in "qkv"] == list(place)
         assert got["seqlen_q"] == 300
-    assert len(driver.calls) == 6, "an address of an operand is encoded once"
+    assert len(driver.calls) == 6, "the first maps, and each of them elsewhere; others are moved"
+    assert {call[2] for call in driver.calls[::2]} <= {4096, 8192, 16384} | {
+        n + tensor_map._ELSEWHERE for n in places[0]
+    }
+
+
+def test_maps_that_cannot_be_moved_are_encoded(driver: Driver) -> None:
+    """Of a driver that keeps the address elsewhere, or something else that depends on it."""
+    problem = contiguous_problem(1, 8, 300, 64)
+    plain = driver.cuTensorMapEncodeTiled
+
+    def encode(*arguments: Any) -> tuple[int, Any]:
+        result, encoded = plain(*arguments)
+        (ctypes.c_uint64 * 16).from_address(encoded.getPtr())[5] = arguments[2] >> 33
+        return result, encoded
+
+    driver.cuTensorMapEncodeTiled = encode  # type: ignore[method-assign]
+    maps = tensor_map.MapsByAddress(problem, config_of(problem))
+    for q in (2**40, 2**41):
+        found = maps.at(q, 2 * q, 4 * q).view(np.uint64)
+        assert found[0::16].tolist() == [q, 2 * q, 4 * q]
+        assert found[5::16].tolist() == [n >> 33 for n in (q, 2 * q, 4 * q)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [(-1, -1), (100, 0)])
+def test_moved_maps_are_those_that_the_driver_encodes(window: tuple[int, int]) -> None:
+    if jit.device_arch() != HOPPER:
+        pytest.skip(f"needs {HOPPER}")
+    problem = contiguous_problem(2, 8, 300, 96, heads_kv=2, seqlen_kv=700, head_dim_v=64)
+    problem = ruled(problem, window=window)
+    chosen = config_of(problem)
+    maps = tensor_map.MapsByAddress(problem, chosen)
+    maps.at(2**40, 2**41, 2**42)
+    assert maps._first is not None, "this driver's maps can be moved"
+    for q, k, v in ((2**40 + 16, 2**30, 2**35 + 4096), (2**46 + 256, 2**43 - 16, 2**20)):
+        views = tensor_map.views_of(problem, chosen)
+        expected = [tensor_map.encode(n, view) for n, view in zip((q, k, v), views, strict=True)]
+        assert (maps.at(q, k, v).view(np.uint64) == np.concatenate(expected)).all()
 
 
 def test_few_addresses_are_remembered(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +429,7 @@ def test_tiles_fit_and_have_a_warpgroup_more_than_consumers() -> None:
 
 
 def test_shared_memory() -> None:
-    """O has a place of its own, unless that is too much."""
+    """The next block's Q has a place of its own, unless that is too much."""
     tile = {"block_m": 128, "warps_m": 8, "num_stages": 2}
     chosen = config_of(contiguous_problem(4, 16, 2048, 128), block_n=128, **tile)
     assert chosen.smem_bytes == 2 * (128 * 128 * 2) + 2 * (128 * 256 * 2) + 2048
@@ -403,22 +441,24 @@ def test_it_is_described_by_its_warpgroups() -> None:
     tile = {"block_m": 192, "block_n": 128, "warps_m": 12, "num_stages": 2}
     found = config_of(contiguous_problem(4, 16, 2048, 64), **tile).describe()
     assert found.startswith("192x128 tile, 3 consumer warpgroups, 2 stages, TMA, head dim 64")
+    found = config_of(contiguous_problem(1, 8, 512, 64)).describe()
+    assert found.startswith("64x128 tile, 1 consumer warpgroup, 2 stages, TMA, head dim 64")
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
 def test_it_is_for_one_target(arch: str) -> None:
     problem = contiguous_problem(4, 16, 2048, 64)
-    assert refusal(problem, arch) == f"has wgmma: sm_90a alone, the target is {arch}"
+    assert refusal(problem, arch) == f"needs wgmma, which sm_90a alone has; the target is {arch}"
 
 
-def test_rules_that_it_has_not_are_named() -> None:
+def test_it_has_every_rule_but_the_mask() -> None:
     problem = contiguous_problem(4, 16, 2048, 64)
     bias, mask = np.zeros((1, 2048), np.float32), np.ones((1, 2048), bool)
-    for rules, missing in (
-        ({"bias": spec_of(bias)}, "bias"),
-        ({"mask": spec_of(mask), "mask_mod": "true", "softcap": 3.0}, "mask, mask_mod"),
-    ):
-        assert refusal(ruled(problem, **rules)) == f"has no {missing}"
+    for rules in ({"bias": spec_of(bias)}, {"mask_mod": "true", "softcap": 3.0}):
+        chosen = tiles.select(ruled(problem, **rules), HOPPER)
+        assert chosen.kernel.name == KERNEL
+        assert set(rules) <= {name.removesuffix("_fp32") for name in chosen.config.rules}
+    assert refusal(ruled(problem, mask=spec_of(mask), softcap=3.0)) == "has no mask"
     for rules in ({"window": (50, 3)}, {"softcap": 3.0}, {"score_mod": "score * 2"}):
         assert config_of(ruled(problem, **rules)).rules == tuple(
             name for name in rules if name != "window"
@@ -445,8 +485,8 @@ def test_arrays_that_tma_cannot_address_are_named() -> None:
     odd = np.empty((2, 8, 300, 36), np.float16)
     broadcast = np.broadcast_to(x[:, :1], x.shape)
     backwards = x[:, :, ::-1]
-    said = "loads by TMA: needs rows that start and end on 16 bytes and positive strides that are "
-    said += "multiples of 16 bytes, unlike those of "
+    said = "loads by TMA: needs rows that start and end on multiples of 16 bytes, and positive "
+    said += "strides, unlike those of "
     assert layout_refusal(x, wide, x) == said + "k"
     assert layout_refusal(wide, x, wide) == said + "q, v"
     assert layout_refusal(x, x, x, addresses=(0, 8, 0)) == said + "k"
@@ -462,28 +502,34 @@ def test_arrays_that_tma_cannot_address_are_named() -> None:
 
 
 def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
-    """By name it takes any; for "auto" only more than 100 blocks, and not a few queries each."""
-    reason = "is for larger grids"
-    for problem in (
-        contiguous_problem(1, 8, 512, 64),
-        contiguous_problem(1, 100, 128, 64),
-        contiguous_problem(64, 32, 1, 128, seqlen_kv=4096),
-        contiguous_problem(64, 32, 4, 128, heads_kv=8, seqlen_kv=4096),
+    """By name it takes any; for "auto" only more than 12 blocks, and not a few queries each."""
+    few_blocks, few_queries = "is for larger grids", "is for more queries per head of k and v"
+    for problem, reason in (
+        (contiguous_problem(1, 2, 100, 64), few_blocks),
+        (contiguous_problem(1, 12, 128, 64), few_blocks),
+        (contiguous_problem(1, 3, 512, 256), few_blocks),
+        (contiguous_problem(64, 32, 1, 128, seqlen_kv=4096), few_queries),
+        (contiguous_problem(64, 32, 4, 128, heads_kv=8, seqlen_kv=4096), few_queries),
+        (contiguous_problem(1, 8, 1, 64), few_queries),
     ):
         assert refusal(problem, auto=True) == reason
         assert config_of(problem).kernel == KERNEL
+        found = tiles.select(problem, HOPPER)
+        assert found.kernel.name == "mma_sm80" and found.passed_over == ((KERNEL, reason),)
     for problem in (
-        contiguous_problem(1, 101, 128, 64),
+        contiguous_problem(1, 8, 512, 64),
+        contiguous_problem(1, 13, 128, 64),
+        contiguous_problem(1, 2, 1024, 256),
         contiguous_problem(4, 16, 2048, 128),
         contiguous_problem(64, 32, 5, 128, heads_kv=8, seqlen_kv=4096),
     ):
         found = tiles.configure(problem, tiles.KERNELS[KERNEL], HOPPER, auto=True)
         assert found == config_of(problem)
-    packed = [np.empty((300, 8, 64), np.float16)] * 3
-    assert refusal(describe(*packed, sequences=3), auto=True) == reason
+    packed = [np.empty((100, 8, 64), np.float16)] * 3
+    assert refusal(describe(*packed, sequences=3), auto=True) == few_blocks
     packed = [np.empty((6400, 8, 64), np.float16)] * 3
     assert tiles.configure(describe(*packed, sequences=3), tiles.KERNELS[KERNEL], HOPPER, auto=True)
-    assert refusal(describe(*packed, sequences=6400), auto=True) == reason
+    assert refusal(describe(*packed, sequences=6400), auto=True) == few_queries
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 5, 100, 3000])

@@ -67,7 +67,8 @@ def test_the_cells_are_the_forward_grid() -> None:
     ],
 )
 def test_every_candidate_is_legal_or_told_why_not(kernel: str, dims: tuple[int, int]) -> None:
-    problems = tune.cells_of(dims, "bfloat16", tune.LENGTHS, (False, True))
+    lengths = [n for n in tune.LENGTHS if n > 512]  # wgmma_sm90 at D=256: up to 512, another row
+    problems = tune.cells_of(dims, "bfloat16", lengths, (False, True))
     search = tune.begin(kernel, problems, tune.SPACES[kernel], ARCH)
     assert search.current.is_current and search.current.row in ROWS
     assert len(search.candidates) > 100
@@ -77,7 +78,7 @@ def test_every_candidate_is_legal_or_told_why_not(kernel: str, dims: tuple[int, 
             config = tiles.configure_row(c.row, next(iter(problems.values())))
             assert config.smem_bytes <= tiles.smem_limit(ARCH) and c.row.tile == config.tile
             asked = c.arguments(True)["config"]  # what attention makes of it is the same kernel
-            chosen = tiles.select(problems["512"], ARCH, kernel=kernel, overrides=asked)
+            chosen = tiles.select(problems["1024"], ARCH, kernel=kernel, overrides=asked)
             assert chosen.config == config
         else:
             assert c.dropped[0] in ("illegal", "too large") and c.dropped[1]
@@ -96,8 +97,11 @@ def test_given_values_restrict_the_space() -> None:
 
 def test_lengths_of_several_rows_are_refused() -> None:
     problems = tune.cells_of((64, 64), "float16", (8, 512), (False,))
-    with pytest.raises(ValueError, match="several rows"):
+    with pytest.raises(ValueError, match=r"several rows .* take those of one: 8 or 512$"):
         tune.begin("mma_sm80", problems, SMALL, ARCH)
+    problems_256 = tune.cells_of((256, 256), "float16", tune.LENGTHS, (False, True))
+    with pytest.raises(ValueError, match="those of one: 512 or 1024, 2048, "):
+        tune.begin("wgmma_sm90", problems_256, SMALL, ARCH)
     with pytest.raises(ValueError, match="sm_90a alone"):
         tune.begin("wgmma_sm90", {"512": problems["512"]}, SMALL, "sm_80")
 

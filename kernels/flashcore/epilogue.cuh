@@ -65,8 +65,9 @@ __device__ __forceinline__ void scatter_rows(const T* sO, int first_row, int fir
 }
 
 // Stores a row of COLS values of T that four neighbouring lanes share as a wgmma or mma.sync leaves
-// them, pair(n) being this lane's two of columns 8 n to 8 n + 7. The lanes exchange pairs until each
-// has 8 columns in a row; columns from valid_cols on are left out. All lanes of the warp take part.
+// them, pair(n) being this lane's two of columns 8 n to 8 n + 7. The lanes exchange pairs until
+// each has 8 columns in a row; columns from valid_cols on are left out. All lanes of the warp take
+// part.
 template <int COLS, int BYTES, typename T, typename Pair>
 __device__ __forceinline__ void store_quad_row(T* gO, bool valid, int valid_cols, Pair pair) {
     static_assert(COLS % 32 == 0 && sizeof(T) == 2, "16 bytes for each of the four lanes");

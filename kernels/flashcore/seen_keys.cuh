@@ -14,10 +14,65 @@ struct SeenByWarp {
     __device__ __forceinline__ void set(int key) {
         bits[key / 32] |= 1u << (key % 32 + threadIdx.x % 4 * 2);
     }
+    // Sixteen pairs at once, of keys 8 n and 8 n + 1 from 128 * `group` on: bits 2 n and 2 n + 1.
+    __device__ __forceinline__ void set_pairs(int group, uint32 pairs) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i, pairs >>= 8) {
+            const uint32 spread = (pairs & 0x03u) | (pairs & 0x0cu) << 6 | (pairs & 0x30u) << 12 |
+                                  (pairs & 0xc0u) << 18;
+            if (group * 4 + i < div_up(KEYS_PER_WARP, 32))
+                bits[group * 4 + i] |= spread << (threadIdx.x % 4 * 2);
+        }
+    }
 };
 template <int KEYS_PER_WARP>
 struct SeenByWarp<false, KEYS_PER_WARP> {
     __device__ __forceinline__ void set(int) {}
+    __device__ __forceinline__ void set_pairs(int, uint32) {}
+};
+
+// Which of a lane's keys masks and positions leave to a row, pairs of keys 8 n and 8 n + 1 from the
+// lane's first on; found ahead of the scores: they and all that it takes to look keys up do not
+// fit the registers together.
+template <int PAIRS>
+struct VisiblePairs {
+    static constexpr int WORDS = div_up(PAIRS, 16);
+    uint32 bits[WORDS];  // of pair n: bits 2 n and 2 n + 1
+
+    __device__ __forceinline__ bool has(int n, int e) const {
+        return bits[n / 16] >> (n % 16 * 2 + e) & 1u;
+    }
+
+    // begin, end: of the keys that the row's position leaves, counted from the lane's first, which
+    // is first_key; MASKED: whether that is to be looked at, BEGINS: whether there is a begin.
+    template <bool MASKED, bool BEGINS, typename Rules>
+    __device__ __forceinline__ void find(const Rules& rules, int first_key, int begin, int end) {
+#pragma unroll
+        for (int word = 0; word < WORDS; ++word) {
+            bits[word] = 0;
+#pragma unroll(PAIRS < 10 ? 2 : 4)
+            for (int n = min(word * 16 + 16, PAIRS) - 1; n >= word * 16; --n) {
+                bool seen[2];
+                rules.template see<MASKED>(seen, first_key + n * 8);
+                bits[word] = bits[word] << 2 | uint32(seen[1]) << 1 | uint32(seen[0]);
+            }
+            if (MASKED) bits[word] &= before(end - word * 128);
+            if (MASKED && BEGINS) bits[word] &= ~before(begin - word * 128);
+        }
+    }
+
+    template <typename SeenByWarp>
+    __device__ __forceinline__ void tell(SeenByWarp& seen, bool row_exists) const {
+#pragma unroll
+        for (int word = 0; word < WORDS; ++word) seen.set_pairs(word, row_exists ? bits[word] : 0);
+    }
+
+  private:
+    // Of 16 pairs, those below `key`.
+    __device__ static __forceinline__ uint32 before(int key) {
+        const int count = key <= 0 ? 0 : min(key / 8 * 2 + min(key % 8, 2), 32);
+        return uint32((uint64(1) << count) - 1);
+    }
 };
 
 // The place in shared memory where the warps put this together.
@@ -27,17 +82,18 @@ struct SeenKeys {
     static constexpr int NUM_WARPS = WARPS_M * COLUMNS;
     uint32 bits[NUM_WARPS][WORDS];  // warp column * WARPS_M + m: row m, keys of that column
 
-    // Zeros in sV (COLUMNS * KEYS_PER_WARP rows) where no warp sees the key.
-    template <typename Layout, typename T>
-    __device__ __forceinline__ void clear_unseen(T* sV,
-                                                 const SeenByWarp<true, KEYS_PER_WARP>& mine) {
-        const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    // Zeros in sV (COLUMNS * KEYS_PER_WARP rows) where no warp sees the key. `warp` counts from 0;
+    // sync() is a barrier of all these warps.
+    template <typename Layout, typename T, typename Sync>
+    __device__ __forceinline__ void clear_unseen(T* sV, const SeenByWarp<true, KEYS_PER_WARP>& mine,
+                                                 int warp, Sync sync) {
+        const int lane = threadIdx.x % WARP_SIZE;
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) {
             const uint32 word = warp_or(mine.bits[w]);
             if (lane == 0) bits[warp][w] = word;
         }
-        block_sync();  // all warps' bits are there
+        sync();  // all warps' bits are there
         // Lane i has the i-th word of keys. All warps come to the same answer.
         const uint32 all = lane % WORDS < WORDS - 1 ? ALL : ALL >> (WORDS * 32 - KEYS_PER_WARP);
         const bool some_unseen = lane < COLUMNS * WORDS && seen(lane / WORDS, lane % WORDS) != all;
@@ -48,7 +104,7 @@ struct SeenKeys {
             if (seen(key / KEYS_PER_WARP, k / 32) >> (k % 32) & 1u) continue;
             for (int d = lane; d < Layout::COLS; d += WARP_SIZE) sV[Layout::element(key, d)] = T{};
         }
-        block_sync();  // no warp reads V before
+        sync();  // no warp reads V before
     }
 
   private:
@@ -65,8 +121,9 @@ struct SeenKeys {
 };
 template <int WARPS_M, int COLUMNS, int KEYS_PER_WARP>
 struct SeenKeys<false, WARPS_M, COLUMNS, KEYS_PER_WARP> {
-    template <typename Layout, typename T>
-    __device__ __forceinline__ void clear_unseen(T*, const SeenByWarp<false, KEYS_PER_WARP>&) {}
+    template <typename Layout, typename T, typename Sync>
+    __device__ __forceinline__ void clear_unseen(T*, const SeenByWarp<false, KEYS_PER_WARP>&, int,
+                                                 Sync) {}
 };
 
 }  // namespace flashcore

@@ -62,6 +62,16 @@ __device__ __forceinline__ void load_tile_tma(T* sTile, const TensorMap* map, ui
                         panel * Layout::PANEL, row + r, head, batch, policy);
 }
 
+// Zeros in the rows of a tile that are not in [begin, end), by WARPS warps.
+template <typename Layout, int WARPS, typename T>
+__device__ __forceinline__ void clear_rows_outside(T* sTile, int begin, int end, int warp) {
+    for (int row = warp; row < Layout::ROWS; row += WARPS) {
+        if (row >= begin && row < end) continue;
+        for (int col = threadIdx.x % WARP_SIZE; col < Layout::COLS; col += WARP_SIZE)
+            sTile[Layout::element(row, col)] = T{};
+    }
+}
+
 // Items on their way from the warp that hands them out to the warps that work on them; one is being
 // worked on while the next is there to be looked at.
 template <typename Item>
@@ -85,8 +95,8 @@ __device__ __forceinline__ void put(Queue<Item>& queue, Ring<Queue<Item>::SIZE>&
 
 // Asks for a block after those that are taken: the first gridDim.x are everyone's own. All thread
 // blocks together ask `blocks` times, so the one who gets the last answer sets the counter back for
-// the next launch. By one warp, whose lane 0 has the answer; where there is a thread block for each,
-// nothing is left. The answer takes a while, so next_block, which waits for it, is for later.
+// the next launch. By one warp, whose lane 0 has the answer; where there is a thread block for
+// each, nothing is left. The answer takes a while, so next_block, which waits for it, is for later.
 __device__ __forceinline__ int take_block(const AttentionParams& p, int blocks) {
     int taken = blocks;
     if (gridDim.x < blocks && threadIdx.x % WARP_SIZE == 0) {

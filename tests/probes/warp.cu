@@ -25,6 +25,14 @@ extern "C" __global__ void integers(const int* x, const uint32* bits, int* from_
     any_bit[lane] = warp_or(bits[lane]);
 }
 
+// 32 threads: x and y are (32, 4), a row for each lane.
+extern "C" __global__ void transposed_quads(const uint32* x, uint32* y) {
+    uint32 words[4];
+    for (int i = 0; i < 4; ++i) words[i] = x[threadIdx.x * 4 + i];
+    quad_transpose(words);
+    for (int i = 0; i < 4; ++i) y[threadIdx.x * 4 + i] = words[i];
+}
+
 // 256 threads: pairs of warps hand each other their numbers, one more each time; the first pair
 // once, the last four times, so no pair may wait for another.
 extern "C" __global__ void pairs_of_warps(const float* x, float* y) {

@@ -1,0 +1,104 @@
+"""What a row of the tile table says: a tile, and the problems that it is meant for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashcore_cupy.config import Tile
+from flashcore_cupy.problem import AttentionProblem
+
+_MULTIPROCESSORS = 132  # of an H100 or H200 with SXM
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tile, for heads of up to ``head_dim`` columns, and the problems that it is meant for."""
+
+    kernel: str
+    head_dim: int
+    tile: Tile
+    max_blocks: int | None = None
+    """Only for grids that would hold at most this many blocks of 128 queries."""
+    max_keys: int | None = None
+    """Only for at most this many keys."""
+    max_rows: int | None = None
+    """Only where a head of K and V meets at most this many rows: queries times grouped heads."""
+    above_blocks: int | None = None
+    """The opposite of max_blocks: for auto, only grids of more than this."""
+    above_rows: int | None = None
+    """The opposite of max_rows."""
+    round_cost: float | None = None
+    """Time of a round of thread blocks, one per multiprocessor, against the head dim's other rows:
+    of all that are meant for a problem, the one whose rounds take the least time is first."""
+    max_arch: int | None = None
+    """Only up to this compute capability: for newer ones the compiler spills."""
+    min_arch: int | None = None
+    """Only from this compute capability on."""
+    head_dim_v: int | None = None
+    """Columns of v where they differ from those of q and k."""
+    dtypes: tuple[str, ...] = ("float16", "bfloat16")
+    plain: bool = False
+    """Only without rules that are evaluated per score: with them the compiler spills."""
+    no_window: bool = False  # only without a window on the left, for the same reason
+    no_bias: bool = False  # only without a bias, also for this reason
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Columns of the tiles of q and k, and of v."""
+        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
+
+    def serves(self, problem: AttentionProblem) -> bool:
+        """Whether the row is meant for a problem of this kind, and is not too large for it."""
+        names = set(problem.rules.names)
+        per_score = names - {"sink"} or problem.softmax_scale < 0
+        unfit = (
+            (self.plain and per_score)
+            or (self.no_window and problem.window[0] >= 0)
+            or (self.no_bias and "bias" in names)
+        )
+        if problem.dtype not in self.dtypes or unfit:
+            return False
+        if self.max_blocks is None and self.max_rows is None and self.max_keys is None:
+            return True
+        if self.tile.pack_gqa and problem.rules.differ_by_head:
+            return False  # a key that one head of the group does not see must not reach it
+        if problem.batch_invariant:  # the same tile, whatever else is in the batch
+            return False
+        few_blocks = self.max_blocks is None or _blocks(problem) <= self.max_blocks
+        few_keys = self.max_keys is None or problem.seqlen_kv <= self.max_keys
+        few_rows = self.max_rows is None or _rows(problem) <= self.max_rows
+        return few_blocks and few_keys and few_rows
+
+    def unfilled_by(self, problem: AttentionProblem) -> str:
+        """Why the problem is smaller than the row takes it to be; empty if it is not."""
+        if problem.batch_invariant:  # the same tile, whatever else is in the batch
+            return ""
+        if self.above_rows is not None and _rows(problem) <= self.above_rows:
+            return "is for more queries per head of k and v"
+        if self.above_blocks is not None and _blocks(problem) <= self.above_blocks:
+            return "is for larger grids"
+        return ""
+
+    def grid_cost(self, problem: AttentionProblem) -> float:
+        """What the problem's thread blocks take, in ``round_cost``'s unit; 0 if it has none."""
+        if self.round_cost is None or problem.batch_invariant:
+            return 0.0
+        blocks = _blocks(problem, self.tile.block_m)
+        return self.round_cost * -(-blocks // _MULTIPROCESSORS)
+
+
+def _blocks(problem: AttentionProblem, block_m: int = 128) -> int:
+    """Thread blocks of a grid of blocks of so many queries."""
+    sequences = 1 if problem.packed else problem.batch
+    return sequences * problem.heads_q * -(-problem.seqlen_q // block_m)
+
+
+def _rows(problem: AttentionProblem) -> int:
+    """Rows that meet a head of K and V: queries times grouped heads.
+
+    Packed: of a sequence of average length, for only the device knows the lengths.
+    """
+    queries = problem.seqlen_q
+    if problem.packed:
+        queries = -(-queries // max(1, problem.batch))
+    return problem.heads_q // problem.heads_kv * queries

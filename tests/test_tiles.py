@@ -1,0 +1,180 @@
+"""Which of a kernel's rows a problem gets, by its grid, its keys and its rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_reference import repeatable
+
+from flashcore_cupy import tiles
+from flashcore_cupy.arrays import spec_of
+from flashcore_cupy.config import Tile
+from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
+from flashcore_cupy.rules import Scores, describe_rules
+from flashcore_cupy.tiles import Row
+
+HOPPER = "sm_90a"
+KERNEL = "wgmma_sm90"
+MULTIPROCESSORS = 132
+
+
+def tile_of(problem: AttentionProblem) -> Tile:
+    return tiles.configure(problem, tiles.KERNELS[KERNEL], HOPPER).tile
+
+
+def ruled(problem: AttentionProblem, **rules: Any) -> AttentionProblem:
+    sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
+    return replace(problem, rules=describe_rules(sizes, problem.dtype, **rules))
+
+
+# --- rounds of thread blocks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "block_m"),
+    [
+        ((1, 8, 512, 64), 64),
+        ((1, 8, 1024, 64), 64),
+        ((4, 16, 512, 64), 128),
+        ((4, 16, 2048, 64), 192),
+        ((1, 8, 1024, 128), 64),
+        ((4, 16, 2048, 128), 128),
+        # 132 blocks of 64 queries are one round, 133 two.
+        ((1, 66, 128, 64), 64),
+        ((1, 19, 448, 64), 128),
+        ((1, 66, 128, 128), 64),
+        ((1, 67, 128, 128), 128),
+        # One round of blocks of 192 queries, two of 128, three of 64.
+        ((1, 132, 192, 64), 192),
+    ],
+)
+def test_blocks_are_as_large_as_the_grid_is(sizes: tuple[int, int, int, int], block_m: int) -> None:
+    problem = contiguous_problem(*sizes)
+    assert tile_of(problem).block_m == block_m
+    found = tiles.select(problem, HOPPER)
+    assert found.kernel.name == KERNEL and found.config.tile.block_m == block_m
+
+
+def cost(row: Row, problem: AttentionProblem) -> float:
+    assert row.round_cost is not None
+    blocks = problem.batch * problem.heads_q * -(-problem.seqlen_q // row.tile.block_m)
+    return row.round_cost * -(-blocks // MULTIPROCESSORS)
+
+
+@repeatable
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(17, 3000), st.sampled_from((64, 96, 128))
+)
+def test_no_other_row_takes_less_time(batch: int, heads: int, seqlen: int, dim: int) -> None:
+    problem = contiguous_problem(batch, heads, seqlen, dim, dtype="bfloat16")
+    rows = [row for row in tiles.rows_of(KERNEL) if row.dims == (dim, dim)]
+    assert len({row.tile.block_m for row in rows}) == len(rows) >= 2
+    by_tile = {row.tile: cost(row, problem) for row in rows}
+    if tiles.select(problem, HOPPER).kernel.name == KERNEL:
+        assert by_tile[tile_of(problem)] == min(by_tile.values())
+
+
+def test_every_row_without_other_limits_has_a_grid() -> None:
+    """A row whose rounds never take the least time would be there in vain."""
+    for dim in (64, 96, 128):
+        found = {
+            tile_of(contiguous_problem(batch, 8, seqlen, dim))
+            for batch in (1, 2, 3, 4, 8, 16)
+            for seqlen in (128, 192, 256, 512, 1024, 2048, 4096)
+        }
+        assert found == {row.tile for row in tiles.rows_of(KERNEL) if row.dims == (dim, dim)}
+
+
+def test_packed_batches_are_counted_as_one_sequence() -> None:
+    def packed(total: int) -> AttentionProblem:
+        return describe(*[np.empty((total, 8, 64), np.float16)] * 3, sequences=3)
+
+    assert tile_of(packed(1024)).block_m == 64
+    assert tile_of(packed(32 * 1024)).block_m == 192
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("rules", [{}, {"softcap": 30.0}, {"window": (50, 0)}])
+def test_batch_invariant_problems_have_one_tile(dim: int, rules: dict[str, Any]) -> None:
+    """Neither the grid nor the keys decide: those of a packed batch are all sequences' together."""
+    for invariant in (True, False):
+        found = set()
+        for batch, seqlen in ((1, 1), (1, 100), (1, 512), (1, 1024), (4, 300), (500, 2048)):
+            problem = ruled(contiguous_problem(batch, 8, seqlen, dim), **rules)
+            problem = replace(problem, batch_invariant=invariant)
+            found.add(tiles.select(problem, HOPPER).config)
+            assert not invariant or tiles.select(problem, HOPPER).kernel.name == KERNEL
+        assert (len({config.tile for config in found}) == 1) == invariant
+
+
+# --- keys and rules -------------------------------------------------------------------------------
+
+
+def of_keys(seqlen_kv: int, **rules: Any) -> AttentionProblem:
+    return ruled(contiguous_problem(4, 16, 1000, 256, seqlen_kv=seqlen_kv), **rules)
+
+
+def test_few_keys_at_256_columns_have_a_row_of_their_own() -> None:
+    (row,) = (row for row in tiles.rows_of(KERNEL) if row.max_keys is not None)
+    assert row.dims == (256, 256) and row.max_keys == 512
+    assert row.serves(of_keys(512)) and tile_of(of_keys(512)) == row.tile
+    assert not row.serves(of_keys(513)) and tile_of(of_keys(513)) != row.tile
+    assert not row.serves(replace(of_keys(100), batch_invariant=True))
+    packed = [np.empty((300, 8, 256), np.float16)] * 3
+    assert row.serves(describe(*packed, sequences=2))
+    packed = [np.empty((600, 8, 256), np.float16)] * 3
+    assert not row.serves(describe(*packed, sequences=2)), "keys of all sequences together"
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (256, 256)])
+def test_rules_per_score_have_a_row_that_is_not_plain(dims: tuple[int, int]) -> None:
+    plain = contiguous_problem(4, 16, 2048, dims[0], head_dim_v=dims[1])
+    rows = {
+        row.plain: row for row in tiles.rows_of(KERNEL) if row.dims == dims and not row.max_keys
+    }
+    assert rows[True].tile.block_n > rows[False].tile.block_n
+    slopes, sink = np.zeros(16, np.float32), np.zeros(16, np.float32)
+    for rules in ({}, {"sink": spec_of(sink)}, {"window": (100, 0)}):
+        assert tile_of(ruled(plain, **rules)) == rows[True].tile
+    for rules in (
+        {"softcap": 30.0},
+        {"alibi_slopes": spec_of(slopes)},
+        {"score_mod": "score * 2"},
+        {"softcap": 30.0, "sink": spec_of(sink), "window": (100, 0)},
+    ):
+        assert tile_of(ruled(plain, **rules)) == rows[False].tile
+    assert tile_of(replace(plain, softmax_scale=-0.1)) == rows[False].tile
+    assert tile_of(replace(plain, causal=True)) == rows[True].tile
+
+
+# --- any table ------------------------------------------------------------------------------------
+
+
+def test_rows_are_taken_by_the_time_of_their_rounds_then_as_they_stand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """128 heads of 64 queries: one round of either of the first rows, two of none."""
+    problem = contiguous_problem(2, 64, 64, 64)
+    large, small = Tile(128, 64, warps_m=8, num_stages=2), Tile(64, 64, warps_m=4, num_stages=2)
+
+    def first(*rows: Row) -> Tile:
+        monkeypatch.setattr(tiles, "ROWS", rows)
+        return tile_of(problem)
+
+    def row(tile: Tile, round_cost: float | None = None, **limits: Any) -> Row:
+        return Row(KERNEL, 64, tile, round_cost=round_cost, **limits)
+
+    assert first(row(large, 1.0), row(small, 0.9)) == small
+    assert first(row(large, 0.9), row(small, 1.0)) == large
+    assert first(row(large, 1.0), row(small, 1.0)) == large
+    assert first(row(small, 1.0), row(large, 1.0)) == small
+    assert first(row(large), row(small)) == large
+    assert first(row(large, 1.0, max_keys=63), row(small, 2.0)) == small
+    assert first(row(large, 1.0, max_keys=64), row(small, 2.0)) == large
+    assert first(row(large, 1.0, max_blocks=127), row(small, 2.0)) == small
+    assert first(row(replace(large, num_stages=4, block_n=256), 1.0), row(small, 2.0)) == small
