@@ -58,8 +58,8 @@ constexpr int TURN = 1 + CONSUMERS, MEETING = TURN + CONSUMERS;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 : 160;
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
+constexpr int LOOKUPS = HEAD_DIM_V > 192 ? 2 : 4;  // of a mask_mod at a time, for want of registers
 using SeenHere = SeenByWarp<HIDES_KEYS, BLOCK_N>;
-using Visible = VisiblePairs<TILES_N>;
 // Where there is room, the next block's Q comes while this one's is used.
 constexpr int SMEM_LIMIT = 227 * 1024;
 constexpr int Q_STAGES =
@@ -241,11 +241,8 @@ struct Consumer {
             // Relative to this lane's first key, so that each comparison is with a constant.
             const int begin = mask().row_begin(q.query) - first_key;
             const int end = mask().row_end(q.query) - first_key;
-            Visible visible;
-            if constexpr (HIDES_KEYS) {
-                visible.template find<MASKED, WINDOW>(rules, first_key, begin, end);
-                visible.tell(seen_here, q.valid);
-            }
+            const auto visible =
+                VisiblePairs<TILES_N>::template find<HIDES_KEYS, MASKED, LOOKUPS>(rules, first_key);
             float chain[2] = {NEG_INFINITY, NEG_INFINITY};
 #pragma unroll
             for (int n = 0; n < TILES_N; ++n) {
@@ -255,11 +252,11 @@ struct Consumer {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int key = n * 8 + e;
-                    const bool seen = HIDES_KEYS
-                                          ? visible.has(n, e)
-                                          : !MASKED || (key < end && (!WINDOW || key >= begin));
+                    bool seen = !MASKED || (key < end && (!WINDOW || key >= begin));
+                    if (HIDES_KEYS) seen = seen && visible.has(n, e);
                     gate.score(first_key + key, s[e], seen);
                     s[e] = seen ? gate.raw_score(s[e]) : NEG_INFINITY;
+                    if (HIDES_KEYS && seen && q.valid) seen_here.set(key);
                     chain[e] = fmaxf(chain[e], s[e]);
                     rS[4 * n + 2 * half + e] = s[e];
                 }
@@ -311,7 +308,11 @@ struct Consumer {
         const int begin = mask().row_begin(0) - tile * BLOCK_N;
         const int end = mask().row_end(work().seqlen_q - 1) - tile * BLOCK_N;
         if (begin <= 0 && end >= BLOCK_N) return;
-        clear_rows_outside<LayoutV, 4>(smem.sV[stage], begin, end, warp);
+        for (int key = warp; key < BLOCK_N; key += 4) {
+            if (key >= begin && key < end) continue;
+            for (int d = lane * 2; d < HEAD_DIM_V; d += 2 * WARP_SIZE)
+                *reinterpret_cast<uint32*>(smem.sV[stage] + LayoutV::element(key, d)) = 0;
+        }
         fence_proxy_async();
         named_barrier_sync(1 + index, WARPGROUP);
     }

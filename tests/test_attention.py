@@ -241,6 +241,7 @@ class _OnGpu(np.ndarray):
 
 def _explained(monkeypatch: pytest.MonkeyPatch, arch: str, *operands: Any, **choices: Any) -> str:
     monkeypatch.setattr(request.jit, "device_arch", lambda device: arch)
+    monkeypatch.setattr(request, "_rule_array", lambda name, x, cpu: x)
     return request.select_for(request.Request(**choices), *(x.view(_OnGpu) for x in operands))
 
 
@@ -251,13 +252,18 @@ def test_explain_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = "wgmma_sm90 on sm_90a: 128x128 tile, 2 consumer warpgroups, 2 stages, TMA, head dim 128"
     text = _explained(monkeypatch, "sm_90a", x, x, x, causal=True)
     assert text.startswith(taken) and "\n" not in text
-    for operands, reason in (
-        ((x, wide, wide), "loads by TMA: .* multiples of 16 bytes, .* unlike those of k, v"),
-        ((tiny, tiny, tiny), "is for larger grids"),
-        ((one, x, x), "is for more queries per head of k and v"),
-        ((x.astype(np.float32),) * 3, "takes float16 and bfloat16, not float32"),
+    bias = np.zeros((2048, 2048), x.dtype)
+    text = _explained(monkeypatch, "sm_90a", x, x, x, bias=bias)
+    assert text.startswith(f"{taken}, bias, ") and "\n" not in text
+    for operands, rules, reason in (
+        ((x, wide, wide), {}, "loads by TMA: .* multiples of 16 bytes, .* unlike those of k, v"),
+        ((tiny, tiny, tiny), {}, "is for larger grids"),
+        ((one, x, x), {}, "is for more queries per head of k and v"),
+        ((x.astype(np.float32),) * 3, {}, "takes float16 and bfloat16, not float32"),
+        ((x, x, x), {"bias": bias[:, :1]}, "is slower with a bias that cannot be read two keys.*"),
+        ((x, x, x), {"mask": bias == 0}, "has no mask"),
     ):
-        first, second = _explained(monkeypatch, "sm_90a", *operands).splitlines()
+        first, second = _explained(monkeypatch, "sm_90a", *operands, **rules).splitlines()
         assert first.startswith("mma_sm80 on sm_90a: ")
         assert re.fullmatch(f"passed over wgmma_sm90: {reason}", second)
     turned = np.empty((2, 16, 128, 2048), x.dtype).swapaxes(2, 3)

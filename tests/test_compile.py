@@ -19,6 +19,9 @@ from flashcore_cupy.config import KernelConfig
 from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, contiguous_problem
 from flashcore_cupy.rules import Scores, describe_rules
 
+# Whichever test is first waits for all builds: six minutes on two cores.
+pytestmark = pytest.mark.timeout(1800)
+
 MAIN_TARGET = "sm_90a"
 STAGES = ("qk", "softmax", "pv")
 LENGTH = 64

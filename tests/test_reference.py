@@ -604,6 +604,16 @@ def test_compare_is_not_loosened_by_a_nonfinite_naive(value: float) -> None:
     assert not outcome.ok and outcome.allowed_error < 0.01
 
 
+def test_compare_float32_allows_the_last_place() -> None:
+    """A row with one key returns its value, through two TF32 parts of 11 bits."""
+    expected = np.full((1, 1, 4, 8), 20.9905, np.float32)
+    place = np.spacing(np.float32(20.9905))
+    assert compare(expected + place, expected, expected).ok
+    allowed = compare(expected, expected, expected).allowed_error
+    assert place <= allowed < 6 * place
+    assert not compare(expected + 8 * place, expected, expected).ok
+
+
 def test_compare_float32_allows_four_times_the_naive_error() -> None:
     expected = np.zeros(8)
     plain = np.full(8, 1e-3, np.float32)  # expected + 0.3 - 0.3 is exact at 0

@@ -14,64 +14,42 @@ struct SeenByWarp {
     __device__ __forceinline__ void set(int key) {
         bits[key / 32] |= 1u << (key % 32 + threadIdx.x % 4 * 2);
     }
-    // Sixteen pairs at once, of keys 8 n and 8 n + 1 from 128 * `group` on: bits 2 n and 2 n + 1.
-    __device__ __forceinline__ void set_pairs(int group, uint32 pairs) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i, pairs >>= 8) {
-            const uint32 spread = (pairs & 0x03u) | (pairs & 0x0cu) << 6 | (pairs & 0x30u) << 12 |
-                                  (pairs & 0xc0u) << 18;
-            if (group * 4 + i < div_up(KEYS_PER_WARP, 32))
-                bits[group * 4 + i] |= spread << (threadIdx.x % 4 * 2);
-        }
-    }
 };
 template <int KEYS_PER_WARP>
 struct SeenByWarp<false, KEYS_PER_WARP> {
     __device__ __forceinline__ void set(int) {}
-    __device__ __forceinline__ void set_pairs(int, uint32) {}
 };
 
-// Which of a lane's keys masks and positions leave to a row, pairs of keys 8 n and 8 n + 1 from the
-// lane's first on; found ahead of the scores: they and all that it takes to look keys up do not
-// fit the registers together.
+// Which of a lane's keys the masks leave to a row, pairs of keys 8 n and 8 n + 1 from the lane's
+// first on; found ahead of the scores: they and all that it takes to look keys up do not fit the
+// registers together.
 template <int PAIRS>
 struct VisiblePairs {
     static constexpr int WORDS = div_up(PAIRS, 16);
-    uint32 bits[WORDS];  // of pair n: bits 2 n and 2 n + 1
+    uint32 words[WORDS];  // of pair n: bits 2 n and 2 n + 1
 
     __device__ __forceinline__ bool has(int n, int e) const {
-        return bits[n / 16] >> (n % 16 * 2 + e) & 1u;
+        return words[n / 16] >> (n % 16 * 2 + e) & 1u;
     }
 
-    // begin, end: of the keys that the row's position leaves, counted from the lane's first, which
-    // is first_key; MASKED: whether that is to be looked at, BEGINS: whether there is a begin.
-    template <bool MASKED, bool BEGINS, typename Rules>
-    __device__ __forceinline__ void find(const Rules& rules, int first_key, int begin, int end) {
+    // USED: without it nothing is found. LOOKUPS at a time.
+    template <bool USED, bool MASKED, int LOOKUPS, typename Rules>
+    __device__ static __forceinline__ VisiblePairs find(const Rules& rules, int first_key) {
+        VisiblePairs visible;
+        if constexpr (USED) {
 #pragma unroll
-        for (int word = 0; word < WORDS; ++word) {
-            bits[word] = 0;
-#pragma unroll(PAIRS < 10 ? 2 : 4)
-            for (int n = min(word * 16 + 16, PAIRS) - 1; n >= word * 16; --n) {
-                bool seen[2];
-                rules.template see<MASKED>(seen, first_key + n * 8);
-                bits[word] = bits[word] << 2 | uint32(seen[1]) << 1 | uint32(seen[0]);
+            for (int word = 0; word < WORDS; ++word) {
+                uint32 bits = 0;
+#pragma unroll(LOOKUPS)
+                for (int n = min(word * 16 + 16, PAIRS) - 1; n >= word * 16; --n) {
+                    bool seen[2];
+                    rules.template see<MASKED>(seen, first_key + n * 8);
+                    bits = bits << 2 | seen[1] << 1 | uint32(seen[0]);
+                }
+                visible.words[word] = bits;
             }
-            if (MASKED) bits[word] &= before(end - word * 128);
-            if (MASKED && BEGINS) bits[word] &= ~before(begin - word * 128);
         }
-    }
-
-    template <typename SeenByWarp>
-    __device__ __forceinline__ void tell(SeenByWarp& seen, bool row_exists) const {
-#pragma unroll
-        for (int word = 0; word < WORDS; ++word) seen.set_pairs(word, row_exists ? bits[word] : 0);
-    }
-
-  private:
-    // Of 16 pairs, those below `key`.
-    __device__ static __forceinline__ uint32 before(int key) {
-        const int count = key <= 0 ? 0 : min(key / 8 * 2 + min(key % 8, 2), 32);
-        return uint32((uint64(1) << count) - 1);
+        return visible;
     }
 };
 

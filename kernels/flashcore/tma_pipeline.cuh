@@ -62,16 +62,6 @@ __device__ __forceinline__ void load_tile_tma(T* sTile, const TensorMap* map, ui
                         panel * Layout::PANEL, row + r, head, batch, policy);
 }
 
-// Zeros in the rows of a tile that are not in [begin, end), by WARPS warps.
-template <typename Layout, int WARPS, typename T>
-__device__ __forceinline__ void clear_rows_outside(T* sTile, int begin, int end, int warp) {
-    for (int row = warp; row < Layout::ROWS; row += WARPS) {
-        if (row >= begin && row < end) continue;
-        for (int col = threadIdx.x % WARP_SIZE; col < Layout::COLS; col += WARP_SIZE)
-            sTile[Layout::element(row, col)] = T{};
-    }
-}
-
 // Items on their way from the warp that hands them out to the warps that work on them; one is being
 // worked on while the next is there to be looked at.
 template <typename Item>
