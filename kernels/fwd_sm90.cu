@@ -299,7 +299,7 @@ struct Consumer {
     }
 
     // What no query sees becomes zeros: its probability is 0, but 0 * NaN is not. TMA leaves out
-    // what lies outside of all sequences; but mask_mod may hide keys in between, which the consumers
+    // what lies outside of all sequences; but mask_mod may hide keys in between, which consumers
     // find out together, and in packed batches the box of a sequence's last keys reaches into the
     // next one. That every consumer sees to for itself; they all write the same.
     __device__ __forceinline__ void clear_unseen(int tile, int stage) {
