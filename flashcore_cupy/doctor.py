@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flashcore_cupy import cache, jit, nvrtc
+from flashcore_cupy import cache, jit, nvrtc, tensor_map
 from flashcore_cupy._version import __version__
+from flashcore_cupy.rungs import HOPPER
 from flashcore_cupy.settings import settings
 from flashcore_cupy.sources import kernels_digest, kernels_dir, source_files
 
@@ -77,6 +78,7 @@ def examine() -> Report:
         _gpu,
         _nvrtc_library,
         _target,
+        _tensor_maps,
         _headers,
         _cache_folder,
         _kernels_folder,
@@ -192,6 +194,18 @@ def _target() -> Finding:
             else "Install the CuPy package and NVRTC of the CUDA release that serves this GPU."
         )
         return Finding("target", _one_line(error), "problem", cure)
+
+
+def _tensor_maps() -> Finding:
+    """What Hopper's kernel has its arrays described with; other targets do without."""
+    try:
+        tensor_map.binding()
+    except RuntimeError as error:
+        needed = _has_gpu() and jit.device_arch() == HOPPER
+        cure = "Install it, or name another kernel, such as kernel='mma_sm80'."
+        state: State = "problem" if needed else "note"
+        return Finding("cuda-bindings", _one_line(error), state, cure)
+    return Finding("cuda-bindings", importlib.metadata.version("cuda-bindings"))
 
 
 def _headers() -> Finding:

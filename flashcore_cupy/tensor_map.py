@@ -175,7 +175,7 @@ def encode(address: int, view: View) -> np.ndarray[Any, Any]:
 
     Raises ``RuntimeError`` with the driver's code if the driver refuses.
     """
-    driver = _driver()
+    driver = binding()
     kinds = driver.CUtensorMapDataType
     narrow = view.swizzle < 128
     promotion = driver.CUtensorMapL2promotion
@@ -203,7 +203,8 @@ def encode(address: int, view: View) -> np.ndarray[Any, Any]:
 
 
 @functools.cache
-def _driver() -> Any:
+def binding() -> Any:
+    """The driver's functions, as cuda-bindings has them; ``RuntimeError`` where it is missing."""
     try:
         from cuda.bindings import driver
     except ImportError as error:

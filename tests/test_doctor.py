@@ -36,7 +36,16 @@ def test_report_is_complete_and_json() -> None:
     names = [item.name for item in report.findings]
     assert names == [
         *("Python", "flashcore-cupy", "FLASHCORE_CACHE_DIR", "CuPy packages", "CuPy", "driver"),
-        *("GPU", "NVRTC", "target", "CUDA headers", "cache", "kernels", "a tiny compile"),
+        *(
+            "GPU",
+            "NVRTC",
+            "target",
+            "cuda-bindings",
+            "CUDA headers",
+            "cache",
+            "kernels",
+            "a tiny compile",
+        ),
         "a CuPy call",
     ]
     data = json.loads(json.dumps(report.to_json()))
@@ -189,3 +198,18 @@ def test_gpu_is_described_and_works() -> None:
     assert "compute" in finding("GPU").value and finding("GPU").state == "ok"
     assert finding("target").value == jit.device_arch()
     assert finding("a CuPy call").value == "works"
+
+
+@pytest.mark.parametrize(("arch", "state"), [("sm_90a", "problem"), ("sm_80", "note")])
+def test_without_cuda_bindings_hopper_has_a_problem(
+    monkeypatch: pytest.MonkeyPatch, arch: str, state: str
+) -> None:
+    def missing() -> None:
+        raise RuntimeError("cuda-bindings cannot be imported")
+
+    monkeypatch.setattr(doctor.tensor_map, "binding", missing)
+    monkeypatch.setattr(jit, "no_gpu_reason", lambda: None)
+    monkeypatch.setattr(jit, "device_arch", lambda: arch)
+    found = doctor._tensor_maps()
+    assert found.state == state and "cannot be imported" in found.value
+    assert found.cure.endswith("kernel='mma_sm80'.")

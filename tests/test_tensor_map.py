@@ -190,7 +190,7 @@ class Driver(ModuleType):
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
-    monkeypatch.setattr(tensor_map, "_driver", lambda: fake)
+    monkeypatch.setattr(tensor_map, "binding", lambda: fake)
     tensor_map.encode.cache_clear()
     return fake
 
@@ -237,7 +237,7 @@ def test_without_the_binding_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    tensor_map._driver.cache_clear()
+    tensor_map.binding.cache_clear()
     with pytest.raises(RuntimeError, match=r"pip install 'cuda-bindings==12"):
         tensor_map.encode(4096, views(contiguous_problem(1, 8, 300, 64))["k"])
 
