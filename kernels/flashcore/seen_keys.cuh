@@ -35,7 +35,7 @@ struct VisiblePairs {
     // USED: without it nothing is found. LOOKUPS at a time.
     template <bool USED, bool MASKED, int LOOKUPS, typename Rules>
     __device__ static __forceinline__ VisiblePairs find(const Rules& rules, int first_key) {
-        VisiblePairs visible;
+        VisiblePairs visible{};
         if constexpr (USED) {
 #pragma unroll
             for (int word = 0; word < WORDS; ++word) {
