@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashcore_cupy.config import Tile
+from flashcore_cupy.config import RULE_BITS, Tile, rules_of
 from flashcore_cupy.problem import AttentionProblem
 
 _MULTIPROCESSORS = 132  # of an H100 or H200 with SXM
+#: The rules that are evaluated score by score.
+PER_SCORE = tuple(name for name in RULE_BITS if name not in ("sink", "bias_pairs", "mask_pairs"))
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,9 @@ class Row:
     head_dim_v: int | None = None
     """Columns of v where they differ from those of q and k."""
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
-    plain: bool = False
-    """Only without rules that are evaluated per score: with them the compiler spills."""
-    no_window: bool = False  # only without a window on the left, for the same reason
-    no_bias: bool = False  # only without a bias, also for this reason
+    spills_with: tuple[str, ...] = ()
+    """Only without these rules, of which "a+b" is both together, for with them the compiler spills;
+    named as in ``config.RULE_BITS``, and "window" for one on the left."""
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -49,14 +50,7 @@ class Row:
 
     def serves(self, problem: AttentionProblem) -> bool:
         """Whether the row is meant for a problem of this kind, and is not too large for it."""
-        names = set(problem.rules.names)
-        per_score = names - {"sink"} or problem.softmax_scale < 0
-        unfit = (
-            (self.plain and per_score)
-            or (self.no_window and problem.window[0] >= 0)
-            or (self.no_bias and "bias" in names)
-        )
-        if problem.dtype not in self.dtypes or unfit:
+        if problem.dtype not in self.dtypes or not self.takes_rules(problem):
             return False
         if self.max_blocks is None and self.max_rows is None and self.max_keys is None:
             return True
@@ -68,6 +62,13 @@ class Row:
         few_keys = self.max_keys is None or problem.seqlen_kv <= self.max_keys
         few_rows = self.max_rows is None or _rows(problem) <= self.max_rows
         return few_blocks and few_keys and few_rows
+
+    def takes_rules(self, problem: AttentionProblem) -> bool:
+        """Whether the row's registers hold the problem's rules, too."""
+        asked = {*rules_of(problem.rules)}
+        asked |= {"negative_scale"} if problem.softmax_scale < 0 else set()
+        asked |= {"window"} if problem.window[0] >= 0 else set()
+        return not any(asked.issuperset(rules.split("+")) for rules in self.spills_with)
 
     def unfilled_by(self, problem: AttentionProblem) -> str:
         """Why the problem is smaller than the row takes it to be; empty if it is not."""

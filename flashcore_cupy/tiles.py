@@ -20,6 +20,7 @@ from flashcore_cupy.config import (
     rules_of,
 )
 from flashcore_cupy.problem import DTYPES, ITEMSIZE, AttentionProblem, check_choice
+from flashcore_cupy.rows import PER_SCORE
 from flashcore_cupy.rows import Row as Row
 from flashcore_cupy.rungs import AUTO_ORDER as AUTO_ORDER
 from flashcore_cupy.rungs import HOPPER as HOPPER
@@ -57,6 +58,10 @@ _FP32_DECODE = replace(_DECODE, block_n=64)
 _WGMMA = Tile(128, 128, warps_m=8, num_stages=2)
 _WGMMA_192 = Tile(192, 128, warps_m=12, num_stages=3)
 _WGMMA_64 = Tile(64, 128, warps_m=4, num_stages=2)
+_WGMMA_NARROW = replace(_WGMMA, block_n=64)
+_BIAS = ("bias", "bias_fp32")
+_MODS = ("score_mod", "mask_mod")
+_BOTH_MODS = "score_mod+mask_mod"
 _TINY_BLOCKS = 12
 _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
 
@@ -107,20 +112,22 @@ ROWS: tuple[Row, ...] = (
             d,
             replace(_MMA, num_stages=2, min_blocks=3),
             max_arch=90,
-            plain=True,
-            no_window=True,
+            spills_with=(*PER_SCORE, "window"),
         )
         for d in (32, 64)
     ),
     # D=128: 1.02 to 1.17 times.
-    *(Row("mma_sm80", d, replace(_MMA, num_stages=2), plain=True) for d in WMMA_HEAD_DIMS),
-    Row("mma_sm80", 192, replace(_MMA, block_n=48), head_dim_v=128, plain=True),
+    *(
+        Row("mma_sm80", d, replace(_MMA, num_stages=2), spills_with=PER_SCORE)
+        for d in WMMA_HEAD_DIMS
+    ),
+    Row("mma_sm80", 192, replace(_MMA, block_n=48), head_dim_v=128, spills_with=PER_SCORE),
     # Rules take registers, too.
     *(Row("mma_sm80", d, replace(_MMA, block_m=64, min_blocks=2)) for d in WMMA_HEAD_DIMS),
     Row("mma_sm80", 192, replace(_MMA, block_m=64), head_dim_v=128),
     # Two blocks of 64 rows per SM: D=256 0.95 to 1.02 times.
     *(Row("mma_sm80", d, replace(_MMA, block_m=64)) for d in (192, 256)),
-    Row("mma_sm80", 64, replace(_MMA, block_m=64), head_dim_v=256, plain=True),
+    Row("mma_sm80", 64, replace(_MMA, block_m=64), head_dim_v=256, spills_with=PER_SCORE),
     Row("mma_sm80", 64, replace(_MMA, block_m=64, block_n=32), head_dim_v=256),
     Row("mma_sm80", 512, replace(_MMA, block_m=64, warps_m=4, warps_d=4)),
     Row("mma_sm80", 512, replace(_MMA, block_m=32, block_n=32, warps_m=2, warps_d=2)),
@@ -134,18 +141,20 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("mma_sm80", 256, replace(_FP32, block_n=16), max_arch=100, dtypes=FP32),
     # Time per round: D=64 S=1024 13.4, 10.9 and 7.9 us, D=128 14.7 and 11.4.
-    _wgmma_row(64, _WGMMA_192, 1, no_bias=True),
+    _wgmma_row(64, _WGMMA_192, 1, spills_with=(*_BIAS, *_MODS, "softcap+window")),
     _wgmma_row(64, _WGMMA, 0.83),
     _wgmma_row(64, _WGMMA_64, 0.6),
     *(_wgmma_row(d, _WGMMA, 1) for d in (96, 128)),
-    *(_wgmma_row(d, _WGMMA_64, 0.75, no_bias=True) for d in (96, 128)),
-    _wgmma_row(192, _WGMMA, 1, head_dim_v=128, plain=True),
+    *(_wgmma_row(d, _WGMMA_64, 0.75, spills_with=(*_BIAS, _BOTH_MODS)) for d in (96, 128)),
+    _wgmma_row(192, _WGMMA, 1, head_dim_v=128, spills_with=PER_SCORE),
     _wgmma_row(192, replace(_WGMMA, block_n=112), 1.05, head_dim_v=128),
-    _wgmma_row(192, replace(_WGMMA, block_n=96), 1),
+    _wgmma_row(192, replace(_WGMMA, block_n=96), 1, spills_with=("bias_fp32", _BOTH_MODS)),
+    _wgmma_row(192, _WGMMA_NARROW, 1.1),
     # 512 keys, causal: 102 us against 105.
-    _wgmma_row(256, replace(_WGMMA, block_n=64), 0.97, max_keys=512),
-    _wgmma_row(256, replace(_WGMMA, block_n=80), 1, plain=True),
-    _wgmma_row(256, replace(_WGMMA, block_n=64), 1.05),
+    _wgmma_row(256, _WGMMA_NARROW, 0.97, max_keys=512, spills_with=("bias_fp32", _BOTH_MODS)),
+    _wgmma_row(256, replace(_WGMMA, block_n=80), 1, spills_with=PER_SCORE),
+    _wgmma_row(256, _WGMMA_NARROW, 1.05, spills_with=("bias_fp32", _BOTH_MODS)),
+    _wgmma_row(256, replace(_WGMMA, block_n=48), 1.1),
     # 569 us with two stages, 647 with one.
     *(Row("fp8_wmma", d, _FP8) for d in WMMA_HEAD_DIMS),
     *(Row("fp8_wmma", d, replace(_FP8, block_n=32)) for d in (80, 96, 128)),

@@ -69,7 +69,7 @@ def _is_taken(row: tiles.Row, arch: str) -> bool:
 
     def meant_for(row: tiles.Row) -> tuple[object, ...]:
         limits = (row.max_blocks, row.max_rows, row.above_blocks, row.above_rows)
-        return row.dims, row.dtypes, limits, row.max_keys, row.round_cost, row.plain
+        return row.dims, row.dtypes, limits, row.max_keys, row.round_cost, row.spills_with
 
     rows = [other for other in tiles.rows_of(row.kernel) if meant_for(other) == meant_for(row)]
     return next((r for r in rows if _fits(r, _problem(r, r.dtypes[0]), arch)), None) == row
@@ -78,8 +78,9 @@ def _is_taken(row: tiles.Row, arch: str) -> bool:
 def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
     """The row's builds on a target.
 
-    On the main target, both dtypes and both choices of causal; and, in turns with the kernel's
-    other rows, the gates, and the rules. On others, if it takes the row, one of dtypes x causal.
+    On the main target, both dtypes and both choices of causal; in turns with the kernel's other
+    rows, the gates, and the rules, of which wgmma's rows, whose consumers fill all registers, get
+    all. On others, if it takes the row, one of dtypes x causal.
     """
     if arch != MAIN_TARGET and not _is_taken(row, arch):
         return []
@@ -92,11 +93,13 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
         flipped = enumerate(row.dtypes, turn)
         problems = [_problem(row, dtype, i % 2 == 0) for i, dtype in flipped]
         if kernel.has_rules:
-            taken = _rules_of(kernel)
-            rules = taken[
-                1 if row.no_window else turn % (2 if row.plain or row.no_bias else len(taken))
+            dtype = row.dtypes[turn % len(row.dtypes)]
+            ruled = [
+                _problem(row, dtype, **{"causal": (turn + i) % 2 == 0} | rules)
+                for i, rules in enumerate(_rules_of(kernel))
             ]
-            problems.append(_problem(row, row.dtypes[turn % len(row.dtypes)], **rules))
+            taken = [problem for problem in ruled if row.takes_rules(problem)]
+            problems += taken if kernel.tma else [taken[turn % len(taken)]]
     found = [_fits(row, problem, arch) for problem in problems]
     if arch == MAIN_TARGET and any(found):
         shared = min(len(STAGES), len(rows))

@@ -15,6 +15,7 @@ from flashcore_cupy import tiles
 from flashcore_cupy.arrays import spec_of
 from flashcore_cupy.config import Tile
 from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
+from flashcore_cupy.rows import PER_SCORE
 from flashcore_cupy.rules import Scores, describe_rules
 from flashcore_cupy.tiles import Row
 
@@ -135,7 +136,9 @@ def test_few_keys_at_256_columns_have_a_row_of_their_own() -> None:
 def test_rules_per_score_have_a_row_that_is_not_plain(dims: tuple[int, int]) -> None:
     plain = contiguous_problem(4, 16, 2048, dims[0], head_dim_v=dims[1])
     rows = {
-        row.plain: row for row in tiles.rows_of(KERNEL) if row.dims == dims and not row.max_keys
+        row.spills_with == PER_SCORE: row
+        for row in reversed(tiles.rows_of(KERNEL))
+        if row.dims == dims and not row.max_keys
     }
     assert rows[True].tile.block_n > rows[False].tile.block_n
     slopes, sink = np.zeros(16, np.float32), np.zeros(16, np.float32)
@@ -150,6 +153,43 @@ def test_rules_per_score_have_a_row_that_is_not_plain(dims: tuple[int, int]) -> 
         assert tile_of(ruled(plain, **rules)) == rows[False].tile
     assert tile_of(replace(plain, softmax_scale=-0.1)) == rows[False].tile
     assert tile_of(replace(plain, causal=True)) == rows[True].tile
+
+
+RULED: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 30.0},
+    "alibi": {"alibi_slopes": spec_of(np.zeros(16, np.float32))},
+    "bias": {"bias": spec_of(np.zeros((64, 64), np.float16))},
+    "bias_fp32": {"bias": spec_of(np.zeros((64, 64), np.float32))},
+    "mask": {"mask": spec_of(np.zeros((64, 64), np.bool_))},
+    "score_mod": {"score_mod": "score * 2"},
+    "mask_mod": {"mask_mod": "kv_idx != 3"},
+    "window": {"window": (20, 0)},
+}
+
+
+@pytest.mark.parametrize("name", tiles.KERNELS)
+def test_rules_that_spill_get_another_row(name: str) -> None:
+    """What ``spills_with`` names keeps problems out; of "a+b" neither alone does."""
+    rows = tiles.rows_of(name)
+    for row in rows:
+        problem = contiguous_problem(1, 16, 64, row.dims[0], head_dim_v=row.dims[1])
+        problem = replace(problem, dtype=row.dtypes[0])
+        assert row.takes_rules(problem)
+        for rules in (rules.split("+") for rules in row.spills_with if rules != "negative_scale"):
+            together = {key: x for rule in rules for key, x in RULED[rule].items()}
+            asked = ruled(problem, **together)
+            assert not row.takes_rules(asked)
+            assert any(other.takes_rules(asked) for other in rows if other.dims == row.dims)
+            for rule in rules if len(rules) > 1 else ():
+                assert row.takes_rules(ruled(problem, **RULED[rule])) or rule in row.spills_with
+        negative = replace(problem, softmax_scale=-0.1)
+        assert row.takes_rules(negative) == ("negative_scale" not in row.spills_with)
+        # Whatever comes together has a row for all grids.
+        assert any(
+            other.dims == row.dims and other.dtypes == row.dtypes and not other.spills_with
+            for other in rows
+            if other.max_blocks is None and other.max_rows is None and other.max_keys is None
+        )
 
 
 # --- any table ------------------------------------------------------------------------------------
