@@ -69,6 +69,8 @@ class ParameterBlock:
         start = -room.ctypes.data % _ALIGN
         self.bytes: Any = room[start : start + params.nbytes]
         self.bytes[:] = np.frombuffer(params.tobytes(), np.uint8)
+        #: The same, 8 bytes at a time, which is quicker to write to.
+        self.words = self.bytes.data.cast("Q")
         self._pointers = np.array([self.bytes.ctypes.data], np.uint64)
         self.address = int(self._pointers.ctypes.data)
 

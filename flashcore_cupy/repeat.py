@@ -13,10 +13,10 @@ from typing import Any
 
 from flashcore_cupy.arrays import span_of
 from flashcore_cupy.launch import ParameterBlock, Plan
-from flashcore_cupy.params import ATTENTION_PARAMS, HOPPER_PARAMS
+from flashcore_cupy.params import ATTENTION_PARAMS
 from flashcore_cupy.problem import MAX_ALIGN
 from flashcore_cupy.settings import arch_override, kernels_override
-from flashcore_cupy.tensor_map import MapsByAddress
+from flashcore_cupy.tensor_map import Maps
 from flashcore_cupy.workspace import split_bytes, workspace
 
 NO_WINDOW = (-1, -1)  # attention's own default, by identity
@@ -27,9 +27,6 @@ assert ATTENTION_PARAMS.names is not None and ATTENTION_PARAMS.fields is not Non
 assert ATTENTION_PARAMS.names[:5] == ("q", "k", "v", "o", "lse")
 _SPLIT = struct.Struct("2Q")
 _SPLIT_OFFSET = ATTENTION_PARAMS.fields["split_partial"][1]
-assert HOPPER_PARAMS.names is not None and HOPPER_PARAMS.fields is not None
-assert HOPPER_PARAMS.names[-3:] == ("q_map", "k_map", "v_map")
-_MAPS = slice(HOPPER_PARAMS.fields["q_map"][1], HOPPER_PARAMS.itemsize)
 
 _known: dict[Any, _Known] = {}
 # CuPy's, bound when the first call is remembered: until then nothing here needs CuPy.
@@ -56,7 +53,8 @@ class _Known:
         spans = [span_of(plan.arrays[name], 0) for name in "qkvo"]
         self.spans = tuple(edge for span in spans for edge in span)
         config = plan.selection.config
-        self.maps = MapsByAddress(problem, config) if config.uses_tma else None
+        addresses = tuple(plan.arrays[name].data.ptr for name in "qkv")
+        self.maps = Maps(problem, config, addresses) if config.uses_tma else None
         self.split: tuple[int, int] | None = None
         if "split" in plan.arrays:
             splits = int(
@@ -126,12 +124,12 @@ def launch_again(
             return None  # the long way looks closer
     lse = _empty(known.lse_shape, _float32) if return_lse else None
     block = known.blocks.pop() if known.blocks else known.params.copy()
-    _POINTERS.pack_into(block.bytes, 0, pq, pk, pv, po, 0 if lse is None else lse.data.ptr)
+    _POINTERS.pack_into(block.words, 0, pq, pk, pv, po, 0 if lse is None else lse.data.ptr)
     if known.maps is not None:
-        block.bytes[_MAPS] = known.maps.at(pq, pk, pv)
+        known.maps.move(block, pq, pk, pv)
     if known.split is not None:
         area = workspace(*known.split)
-        _SPLIT.pack_into(block.bytes, _SPLIT_OFFSET, area.partial, area.arrivals)
+        _SPLIT.pack_into(block.words, _SPLIT_OFFSET, area.partial, area.arrivals)
     _launch(*known.geometry, _current_stream().ptr, block.address, 0)
     known.blocks.append(block)
     return out if lse is None else (out, lse)

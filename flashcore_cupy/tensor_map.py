@@ -9,19 +9,28 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.params import HOPPER_PARAMS
 from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, Operand
+
+if TYPE_CHECKING:
+    from flashcore_cupy.launch import ParameterBlock
 
 ROWS_OF_WARPGROUP = 64
 """Rows of q that one copy takes."""
 _ALIGN = 16  # bytes: of addresses and strides
 _MAX_STRIDE = 2**40
 _MAP_BYTES = 128
-_LIMIT = 4096  # maps, and sets of addresses, remembered
+_LIMIT = 4096  # maps remembered
+assert HOPPER_PARAMS.names is not None and HOPPER_PARAMS.fields is not None
+assert HOPPER_PARAMS.names[-3:] == ("q_map", "k_map", "v_map")
+_MAPS = slice(HOPPER_PARAMS.fields["q_map"][1], HOPPER_PARAMS.itemsize)
+# The first words of the three, in words of 8 bytes.
+_Q_MAP, _K_MAP, _V_MAP = range(_MAPS.start // 8, _MAPS.stop // 8, _MAP_BYTES // 8)
 _ELSEWHERE = 2**33 + 2**21 + _ALIGN  # bytes on: bits of both halves of an address
 
 
@@ -122,39 +131,32 @@ def _address(own: int, q: int) -> int:
     return own or q
 
 
-class MapsByAddress:
-    """The maps of a problem's q, k and v, for whatever addresses.
+class Maps:
+    """The maps in a launch's parameters, which follow the addresses of q, k, v.
 
-    The driver encodes the first ones; others are these, moved: see ``movable``.
+    The driver encoded those of the first addresses, and all others are these, moved; a driver whose
+    maps are not ``movable`` is asked each time.
     """
 
-    def __init__(self, problem: AttentionProblem, config: KernelConfig) -> None:
+    def __init__(
+        self, problem: AttentionProblem, config: KernelConfig, addresses: tuple[int, int, int]
+    ) -> None:
+        q, k, v = addresses
         self._views = views_of(problem, config)
-        self._first: np.ndarray[Any, Any] | None = None
-        self._known: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}
+        self._offset_k, self._offset_v = (view.offset for view in self._views[1:])
+        self.movable = all(map(movable, (q, k or q, v or q), self._views))
 
-    def at(self, q: int, k: int, v: int) -> np.ndarray[Any, Any]:
-        """All three maps' bytes, in order, for the addresses of q, k, v."""
-        found = self._known.get((q, k, v))
-        return self._new(q, k, v) if found is None else found
-
-    def _new(self, q: int, k: int, v: int) -> np.ndarray[Any, Any]:
-        if self._first is None:
-            maps = self._encoded(q, k, v)
-            if all(map(movable, (q, k or q, v or q), self._views)):
-                self._first = maps
+    def move(self, block: ParameterBlock, q: int, k: int, v: int) -> None:
+        """Write the maps of arrays at these addresses where the parameters have others."""
+        if self.movable:
+            words = block.words
+            words[_Q_MAP] = q
+            words[_K_MAP] = (k or q) + self._offset_k
+            words[_V_MAP] = (v or q) + self._offset_v
         else:
-            maps = self._first.copy()
-            _, view_k, view_v = self._views
-            maps[0], maps[16], maps[32] = q, (k or q) + view_k.offset, (v or q) + view_v.offset
-        if len(self._known) >= _LIMIT:
-            self._known.clear()
-        found = self._known[q, k, v] = maps.view(np.uint8)
-        return found
-
-    def _encoded(self, q: int, k: int, v: int) -> np.ndarray[Any, Any]:
-        pairs = zip((q, k, v), self._views, strict=True)
-        return np.concatenate([encode(_address(own, q), view) for own, view in pairs])
+            pairs = zip((q, k, v), self._views, strict=True)
+            maps = [encode(_address(own, q), view) for own, view in pairs]
+            block.bytes[_MAPS] = np.concatenate(maps).view(np.uint8)
 
 
 def movable(address: int, view: View) -> bool:

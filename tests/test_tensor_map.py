@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -303,8 +304,10 @@ def test_arrays_without_elements_have_no_address(driver: Driver) -> None:
     assert all(min(call[3]) >= 1 for call in driver.calls)
 
 
-def known_call(problem: AttentionProblem, chosen: KernelConfig) -> repeat._Known:
-    """What is remembered of a call, at first at addresses 0."""
+def known_call(
+    problem: AttentionProblem, chosen: KernelConfig, places: tuple[int, ...] = (64, 128, 192, 256)
+) -> repeat._Known:
+    """What is remembered of a call with arrays at these places."""
     step = launch.Step(0, 1, 32, 0, launch.ParameterBlock(fixed(problem, chosen.kernel)))
     x = {"shape": (1, 8, 300, 64), "strides": (307200, 38400, 128, 2), "dtype": np.dtype("f2")}
     return repeat._Known(
@@ -312,7 +315,7 @@ def known_call(problem: AttentionProblem, chosen: KernelConfig) -> repeat._Known
             problem=problem,
             selection=SimpleNamespace(config=chosen),
             steps=(step,),
-            arrays={name: array_at(0, x) for name in "qkvo"},
+            arrays={name: array_at(at, x) for name, at in zip("qkvo", places, strict=False)},
         )
     )
 
@@ -346,7 +349,7 @@ def test_a_repeated_call_gets_the_maps_of_its_addresses(
         "_environment_changed": lambda: False,
     }.items():
         monkeypatch.setattr(repeat, name, fake)
-    places = [(4096, 8192, 16384), (4096, 8192, 65536), (8192, 4096, 16384), (4096, 8192, 16384)]
+    places = [(4096, 8192, 16384), (4096, 8192, 2**46), (8192, 4096, 16384), (4096, 8192, 16384)]
     for place in places:
         assert repeat.launch_again(*map(array, place), None, False, ()) is not None
     for place, got in zip(places, launched, strict=True):
@@ -354,9 +357,8 @@ def test_a_repeated_call_gets_the_maps_of_its_addresses(
         assert [int(got[f"{name}_map"][0]) for name in "qkv"] == list(place)
         assert got["seqlen_q"] == 300
     assert len(driver.calls) == 6, "the first maps, and each of them elsewhere; others are moved"
-    assert {call[2] for call in driver.calls[::2]} <= {4096, 8192, 16384} | {
-        n + tensor_map._ELSEWHERE for n in places[0]
-    }
+    here = {64, 128, 192}
+    assert {call[2] for call in driver.calls} == here | {n + tensor_map._ELSEWHERE for n in here}
 
 
 def test_maps_that_cannot_be_moved_are_encoded(driver: Driver) -> None:
@@ -370,11 +372,41 @@ def test_maps_that_cannot_be_moved_are_encoded(driver: Driver) -> None:
         return result, encoded
 
     driver.cuTensorMapEncodeTiled = encode  # type: ignore[method-assign]
-    maps = tensor_map.MapsByAddress(problem, config_of(problem))
-    for q in (2**40, 2**41):
-        found = maps.at(q, 2 * q, 4 * q).view(np.uint64)
-        assert found[0::16].tolist() == [q, 2 * q, 4 * q]
-        assert found[5::16].tolist() == [n >> 33 for n in (q, 2 * q, 4 * q)]
+    for places in moved(problem, config_of(problem), movable=False):
+        found, (q, k, v) = places
+        assert found[0::16].tolist() == [q, k, v]
+        assert found[5::16].tolist() == [n >> 33 for n in (q, k, v)]
+
+
+def moved(
+    problem: AttentionProblem, chosen: KernelConfig, *, movable: bool = True
+) -> Iterator[tuple[np.ndarray[Any, Any], tuple[int, int, int]]]:
+    """Words of the three maps in one block of parameters, moved from place to place."""
+    maps = tensor_map.Maps(problem, chosen, (2**40, 2**41, 2**42))
+    assert maps.movable == movable
+    arrays = {name: array_at(2**40) for name in "qkv"}
+    given = fixed(problem, KERNEL)
+    for name, words in tensor_map.maps_of(problem, chosen, arrays).items():
+        given[f"{name}_map"] = words
+    block = launch.ParameterBlock(given)
+    for place in ((2**40 + 16, 2**30, 2**35 + 4096), (2**46 + 256, 2**43 - 16, 2**20), (16, 0, 0)):
+        maps.move(block, *place)
+        q, k, v = place
+        found = block.bytes.view(params.HOPPER_PARAMS)[0]
+        yield (
+            np.concatenate([found[f"{name}_map"] for name in "qkv"]),
+            (q, k or q, v or q),
+        )
+        assert found["seqlen_q"] == problem.seqlen_q
+
+
+def test_moved_maps_keep_the_distance_to_the_first_key(driver: Driver) -> None:
+    """A window's v begins at the first key that is seen."""
+    problem = ruled(contiguous_problem(1, 8, 300, 64, seqlen_kv=700), window=(100, 0))
+    first = tensor_map.views_of(problem, config_of(problem))[2].offset
+    assert first == 300 * 128
+    for found, (q, k, v) in moved(problem, config_of(problem)):
+        assert found[0::16].tolist() == [q, k, v + first]
 
 
 @pytest.mark.gpu
@@ -385,26 +417,13 @@ def test_moved_maps_are_those_that_the_driver_encodes(window: tuple[int, int]) -
     problem = contiguous_problem(2, 8, 300, 96, heads_kv=2, seqlen_kv=700, head_dim_v=64)
     problem = ruled(problem, window=window)
     chosen = config_of(problem)
-    maps = tensor_map.MapsByAddress(problem, chosen)
-    maps.at(2**40, 2**41, 2**42)
-    assert maps._first is not None, "this driver's maps can be moved"
-    for q, k, v in ((2**40 + 16, 2**30, 2**35 + 4096), (2**46 + 256, 2**43 - 16, 2**20)):
-        views = tensor_map.views_of(problem, chosen)
-        expected = [tensor_map.encode(n, view) for n, view in zip((q, k, v), views, strict=True)]
-        assert (maps.at(q, k, v).view(np.uint64) == np.concatenate(expected)).all()
+    views = tensor_map.views_of(problem, chosen)
+    for found, place in moved(problem, chosen):
+        expected = [tensor_map.encode(n, view) for n, view in zip(place, views, strict=True)]
+        assert (found == np.concatenate(expected)).all()
 
 
-def test_few_addresses_are_remembered(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_map, "_LIMIT", 3)
-    problem = contiguous_problem(1, 8, 300, 64)
-    maps = tensor_map.MapsByAddress(problem, config_of(problem))
-    for n in range(1, 20):
-        found = maps.at(n * 64, n * 128, n * 192).view(np.uint64)
-        assert found.tolist()[::16] == [n * 64, n * 128, n * 192]
-        assert len(maps._known) <= 3
-
-
-def test_calls_of_other_kernels_have_no_maps() -> None:
+def test_calls_of_other_kernels_have_no_maps(driver: Driver) -> None:
     problem = contiguous_problem(1, 8, 300, 64)
     assert known_call(problem, tiles.select(problem, HOPPER, kernel="mma_sm80").config).maps is None
     assert known_call(problem, config_of(problem)).maps is not None
