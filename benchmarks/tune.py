@@ -16,9 +16,9 @@ Needs this package installed (or PYTHONPATH=.). In turn:
 
 Printed are the tiles by their speed relative to the current one (the geometric mean over lengths
 and masks), the TFLOP/s of each length, and last the row to paste into the table. Let
-``pytest tests/test_compile.py`` build it with every rule then: where only those spill, it is a
-``plain`` row. Its ``round_cost`` is the current row's: with another block_m, measure it anew, on a
-full round of blocks. A head dim without rows gets the next wider one's, so give it a row of any
+``pytest tests/test_compile.py`` build it with every rule then: those that spill go into its
+``spills_with``. Its ``round_cost`` is the current row's: with another block_m, measure it anew, on
+a full round of blocks. A head dim without rows gets the next wider one's, so give it a row of any
 tile first. Without a GPU, and then with fewer columns and without the row:
 
     $ python benchmarks/tune.py --block-m 128 --block-m 192 --block-n 128 --block-n 192 --stages 2
@@ -39,7 +39,6 @@ tile first. Without a GPU, and then with fewer columns and without the row:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
@@ -250,36 +249,23 @@ def _check_blocks(config: KernelConfig, arch: str) -> None:
         raise ValueError(f"min_blocks={config.tile.min_blocks}: shared memory is for {blocks}")
 
 
-def compile_all(search: Search, on_done: builds.OnDone = lambda done: None) -> None:
+def compile_all(search: Search, on_done: builds.OnDone | None = None) -> None:
     """Build what is left, in parallel, and drop what the compiler makes slow, or cannot build."""
     for causal in search.masks:
         left, problem = search.alive, search.example(causal)
         configs = [tiles.configure_row(candidate.row, problem) for candidate in left]
-        made = _compiled([builds.job_of(config, search.arch) for config in configs], on_done)
+        jobs = [builds.job_of(config, search.arch) for config in configs]
+        made = jit.compile_each(jobs, on_done=on_done)
         for candidate, config, done in zip(left, configs, made, strict=True):
             if isinstance(done, jit.CompileError):
                 candidate.drop("does not compile", re.split(r"\n|\. ", done.log.strip())[0])
                 continue
+            if isinstance(done, Exception):
+                raise done
             candidate.builds[causal] = builds.describe_build(config, done)
             for kind, reason in faults(candidate.builds[causal], done.log):
                 candidate.drop(kind, reason)
                 break
-
-
-def _compiled(
-    jobs: Sequence[jit.Job], on_done: builds.OnDone
-) -> list[jit.CompiledKernel | jit.CompileError]:
-    """``jit.compile_many``, where a job that fails gives its error instead."""
-    found = {}
-
-    def note(done: jit.CompiledKernel | Exception) -> None:
-        if isinstance(done, jit.CompiledKernel | jit.CompileError):
-            found[frozenset(done.defines.items())] = done
-        on_done(done)
-
-    with contextlib.suppress(jit.CompileError):
-        jit.compile_many(jobs, on_done=note)
-    return [found[frozenset(job[1].items())] for job in jobs]
 
 
 def faults(build: builds.Build, log: str) -> Iterator[tuple[str, str]]:

@@ -114,22 +114,18 @@ def build_each(
     wanted: Sequence[tuple[KernelConfig, str]], on_done: OnDone | None = None
 ) -> list[Build | jit.CompileError]:
     """``build_all``, where a configuration that does not compile gives its error instead."""
-    try:
-        return list(build_all(wanted, on_done))
-    except jit.CompileError:
-        return [_build_or_error(*pair) for pair in wanted]
+    made = []
+    results = jit.compile_each([job_of(*pair) for pair in wanted], on_done=on_done)
+    for (config, _), result in zip(wanted, results, strict=True):
+        if isinstance(result, Exception) and not isinstance(result, jit.CompileError):
+            raise result
+        made.append(result if isinstance(result, Exception) else describe_build(config, result))
+    return made
 
 
 def what(done: jit.CompiledKernel | Exception) -> str:
     """Word for a progress bar about what ``on_done`` was called with."""
     return done.source if isinstance(done, jit.CompiledKernel) else "failed"
-
-
-def _build_or_error(config: KernelConfig, arch: str) -> Build | jit.CompileError:
-    try:
-        return build(config, arch)
-    except jit.CompileError as error:
-        return error
 
 
 def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 from flashcore_cupy.params import params_of
 from flashcore_cupy.problem import AttentionProblem
-from flashcore_cupy.rules import Mods, Rules
+from flashcore_cupy.rules import Mods
 from flashcore_cupy.tile_checks import SMEM_BYTES, WARPGROUP, illegal
 from flashcore_cupy.tile_checks import WARP_SIZE as WARP_SIZE
 from flashcore_cupy.tile_checks import padded_row as padded_row
@@ -231,9 +231,9 @@ def check_rules(problem: AttentionProblem, *, has_rules: bool, lacks: Sequence[s
         raise ValueError(f"has no {', '.join(missing)}")
 
 
-def rules_of(rules: Rules) -> tuple[str, ...]:
+def rules_of(problem: AttentionProblem) -> tuple[str, ...]:
     """The names in ``RULE_BITS`` of what a problem asks for."""
-    names = {"alibi_slopes": "alibi"}
+    rules, names = problem.rules, {"alibi_slopes": "alibi"}
     found = [names.get(name, name) for name in rules.names]
     if rules.bias is not None:
         if rules.bias.dtype == "float32":
@@ -241,4 +241,5 @@ def rules_of(rules: Rules) -> tuple[str, ...]:
         found += ["bias_pairs"] * rules.bias.pairs
     if rules.mask is not None:
         found += ["mask_pairs"] * rules.mask.pairs
+    found += ["negative_scale"] * (problem.softmax_scale < 0)
     return tuple(found)

@@ -44,6 +44,7 @@ __all__ = [
     "cache_dir",
     "cache_entries",
     "clear_cache",
+    "compile_each",
     "compile_kernel",
     "compile_many",
     "device_arch",
@@ -117,6 +118,20 @@ def compile_many(
     workers: int | None = None,
     on_done: Callable[[CompiledKernel | Exception], None] | None = None,
 ) -> list[CompiledKernel]:
+    """:func:`compile_each`, where one that fails is an error.
+
+    Raises:
+        Exception: that of the first job that failed, once all the others are done.
+    """
+    return [_value(result) for result in compile_each(jobs, workers=workers, on_done=on_done)]
+
+
+def compile_each(
+    jobs: Sequence[Job],
+    *,
+    workers: int | None = None,
+    on_done: Callable[[CompiledKernel | Exception], None] | None = None,
+) -> list[CompiledKernel | Exception]:
     """Compile many kernels at once, in worker processes as far as the cache does not have them.
 
     Args:
@@ -125,10 +140,7 @@ def compile_many(
         on_done: called in this process with each result, in the order in which they finish.
 
     Returns:
-        The compiled kernels in the order of ``jobs``.
-
-    Raises:
-        Exception: that of the first job that failed, once all the others are done.
+        The compiled kernels in the order of ``jobs``; for one that failed, its exception.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -152,7 +164,7 @@ def compile_many(
             done(index, _compile_job(jobs[index]))
     else:
         _compile_in_processes(jobs, missing, workers, done)
-    return [_value(results[index]) for index in range(len(jobs))]
+    return [results[index] for index in range(len(jobs))]
 
 
 def device_arch(device: int | None = None) -> str:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from flashcore_cupy.config import RULE_BITS, Tile, rules_of
 from flashcore_cupy.problem import AttentionProblem
 
-_MULTIPROCESSORS = 132  # of an H100 or H200 with SXM
+# Of an H100 or H200 with SXM. A row is chosen for a target, whichever GPU of it there is, so that a
+# machine without one builds the same kernels.
+_MULTIPROCESSORS = 132
 #: The rules that are evaluated score by score.
 PER_SCORE = tuple(name for name in RULE_BITS if name not in ("sink", "bias_pairs", "mask_pairs"))
 
@@ -65,9 +67,7 @@ class Row:
 
     def takes_rules(self, problem: AttentionProblem) -> bool:
         """Whether the row's registers hold the problem's rules, too."""
-        asked = {*rules_of(problem.rules)}
-        asked |= {"negative_scale"} if problem.softmax_scale < 0 else set()
-        asked |= {"window"} if problem.window[0] >= 0 else set()
+        asked = {*rules_of(problem), *(["window"] if problem.window[0] >= 0 else [])}
         return not any(asked.issuperset(rules.split("+")) for rules in self.spills_with)
 
     def unfilled_by(self, problem: AttentionProblem) -> str:

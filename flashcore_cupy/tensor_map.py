@@ -141,22 +141,23 @@ class Maps:
     def __init__(
         self, problem: AttentionProblem, config: KernelConfig, addresses: tuple[int, int, int]
     ) -> None:
-        q, k, v = addresses
         self._views = views_of(problem, config)
-        self._offset_k, self._offset_v = (view.offset for view in self._views[1:])
-        self.movable = all(map(movable, (q, k or q, v or q), self._views))
+        _, self._offset_k, self._offset_v = (view.offset for view in self._views)
+        places = (_address(own, addresses[0]) for own in addresses)
+        self.movable = all(map(movable, places, self._views))
 
     def move(self, block: ParameterBlock, q: int, k: int, v: int) -> None:
         """Write the maps of arrays at these addresses where the parameters have others."""
+        k, v = _address(k, q), _address(v, q)
         if self.movable:
             words = block.words
             words[_Q_MAP] = q
-            words[_K_MAP] = (k or q) + self._offset_k
-            words[_V_MAP] = (v or q) + self._offset_v
+            words[_K_MAP] = k + self._offset_k
+            words[_V_MAP] = v + self._offset_v
         else:
-            pairs = zip((q, k, v), self._views, strict=True)
-            maps = [encode(_address(own, q), view) for own, view in pairs]
-            block.bytes[_MAPS] = np.concatenate(maps).view(np.uint8)
+            block.bytes[_MAPS] = np.concatenate(list(map(encode, (q, k, v), self._views))).view(
+                "u1"
+            )
 
 
 def movable(address: int, view: View) -> bool:

@@ -77,7 +77,8 @@ def _wgmma_row(head_dim: int, tile: Tile, round_cost: float, **limits: Any) -> R
 
 
 #: In order of preference: a problem gets the first row of its kernel and head dim that is meant for
-#: its grid (``max_blocks``) and for the target (``max_arch``), and fits the target's shared memory.
+#: it (see ``Row``; those with a ``round_cost`` by that) and for the target (``max_arch``), and fits
+#: the target's shared memory.
 ROWS: tuple[Row, ...] = (
     # 5597 us. Half the queries per block where the accumulators of 256 columns need the registers.
     Row("scalar", 128, Tile(16, 32, warps_m=4), dtypes=DTYPES),
@@ -149,12 +150,12 @@ ROWS: tuple[Row, ...] = (
     _wgmma_row(192, _WGMMA, 1, head_dim_v=128, spills_with=PER_SCORE),
     _wgmma_row(192, replace(_WGMMA, block_n=112), 1.05, head_dim_v=128),
     _wgmma_row(192, replace(_WGMMA, block_n=96), 1, spills_with=("bias_fp32", _BOTH_MODS)),
-    _wgmma_row(192, _WGMMA_NARROW, 1.1),
+    _wgmma_row(192, _WGMMA_NARROW, 1.1),  # the rest, whatever its speed: not yet timed
     # 512 keys, causal: 102 us against 105.
     _wgmma_row(256, _WGMMA_NARROW, 0.97, max_keys=512, spills_with=("bias_fp32", _BOTH_MODS)),
     _wgmma_row(256, replace(_WGMMA, block_n=80), 1, spills_with=PER_SCORE),
     _wgmma_row(256, _WGMMA_NARROW, 1.05, spills_with=("bias_fp32", _BOTH_MODS)),
-    _wgmma_row(256, replace(_WGMMA, block_n=48), 1.1),
+    _wgmma_row(256, replace(_WGMMA, block_n=48), 1.1),  # likewise
     # 569 us with two stages, 647 with one.
     *(Row("fp8_wmma", d, _FP8) for d in WMMA_HEAD_DIMS),
     *(Row("fp8_wmma", d, replace(_FP8, block_n=32)) for d in (80, 96, 128)),
@@ -239,17 +240,12 @@ def configure_row(
         # scalar reads element by element: one build serves every alignment.
         align_bytes=ITEMSIZE[problem.dtype] if scalar else problem.align_bytes,
         window=left >= 0,
-        rules=_rules_of(problem, kernel),
+        rules=rules_of(problem) if kernel.has_rules else (),
         packed=problem.packed,
         mods=problem.rules.mods,
     )
     config.check()
     return config
-
-
-def _rules_of(problem: AttentionProblem, kernel: Kernel) -> tuple[str, ...]:
-    negative = kernel.has_rules and problem.softmax_scale < 0
-    return rules_of(problem.rules) + ("negative_scale",) * negative
 
 
 def _check_arch(kernel: Kernel, arch: str) -> None:

@@ -31,8 +31,7 @@ def _scores(dtype: object, *shape: int) -> Any:
     return spec_of(np.empty(shape, dtype))
 
 
-# What fwd_sm80 has beyond causal masks, and fwd_sm90 in part; the first two go with plain rows, the
-# second with any.
+# What fwd_sm80 has beyond causal masks, and fwd_sm90 in part; the second goes with every row.
 RULES: tuple[dict[str, Any], ...] = (
     {"window": (20, 5)},
     {"packed": True, "causal": True},
