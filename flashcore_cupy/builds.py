@@ -140,7 +140,7 @@ def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
         for dtype, causal in product(kernel.dtypes, (False, True)):
             served = set()
             for row in tiles.rows_of(name):
-                meant_for = (row.dims, row.max_blocks, row.max_rows, row.above_blocks)
+                meant_for = (row.dims, row.sizes)
                 if dtype not in row.dtypes or meant_for in served:
                     continue
                 dim, dim_v = row.dims

@@ -50,6 +50,17 @@ class Row:
         """Columns of the tiles of q and k, and of v."""
         return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
 
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What decides for which sizes the row is meant.
+
+        Of two rows that agree in it and in dims, the first serves whatever both take: it needs as
+        many rounds, and they take no more time.
+        """
+        rounds_of = None if self.round_cost is None else self.tile.block_m
+        few = (self.max_blocks, self.max_keys, self.max_rows)
+        return (*few, self.above_blocks, self.above_rows, rounds_of)
+
     def serves(self, problem: AttentionProblem) -> bool:
         """Whether the row is meant for a problem of this kind, and is not too large for it."""
         if problem.dtype not in self.dtypes or not self.takes_rules(problem):

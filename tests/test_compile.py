@@ -67,8 +67,7 @@ def _is_taken(row: tiles.Row, arch: str) -> bool:
     """Whether the row fits the target, and no row before it that is meant for the same problems."""
 
     def meant_for(row: tiles.Row) -> tuple[object, ...]:
-        limits = (row.max_blocks, row.max_rows, row.above_blocks, row.above_rows)
-        return row.dims, row.dtypes, limits, row.max_keys, row.round_cost, row.spills_with
+        return row.dims, row.dtypes, row.sizes, row.spills_with
 
     rows = [other for other in tiles.rows_of(row.kernel) if meant_for(other) == meant_for(row)]
     return next((r for r in rows if _fits(r, _problem(r, r.dtypes[0]), arch)), None) == row

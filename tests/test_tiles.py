@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reference import repeatable
 
-from flashcore_cupy import tiles
+from flashcore_cupy import builds, tiles
 from flashcore_cupy.arrays import spec_of
 from flashcore_cupy.config import Tile
 from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
@@ -89,6 +89,14 @@ def test_every_row_without_other_limits_has_a_grid() -> None:
             for seqlen in (128, 192, 256, 512, 1024, 2048, 4096)
         }
         assert found == {row.tile for row in tiles.rows_of(KERNEL) if row.dims == (dim, dim)}
+
+
+def test_warmup_builds_every_tile_that_a_plain_problem_may_get() -> None:
+    warmed = {(c.head_dim, c.head_dim_v, c.tile) for c in builds.table_configs([KERNEL], HOPPER)}
+    for dim, dim_v in {row.dims for row in tiles.rows_of(KERNEL)}:
+        for batch, seqlen in ((1, 512), (1, 1024), (2, 1024), (4, 512), (4, 2048), (16, 4096)):
+            problem = contiguous_problem(batch, 16, seqlen, dim, head_dim_v=dim_v)
+            assert (dim, dim_v, tile_of(problem)) in warmed
 
 
 def test_packed_batches_are_counted_as_one_sequence() -> None:
