@@ -17,7 +17,9 @@
 //   wait for O               O *= exp2(m_old - m), P_j takes the place of P_{j-1}
 //
 // There are as many thread blocks as multiprocessors; each takes blocks of rows, the longest first,
-// until none is left, and loads for the next one while it finishes the last.
+// until none is left, and loads for the next one while it finishes the last. A row is a query; with
+// PACK_GQA the query heads that share a head of K and V are rows side by side. With SPLIT_KV the
+// keys of a block of rows are in parts, each taken by itself; see split_merge.cuh.
 //
 // Shared memory, tiles as shared_layout.cuh has them, which is TMA's and wgmma's swizzle:
 //   | sQ, one or two | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | barriers, work |
@@ -32,6 +34,7 @@
 #include <flashcore/seen_keys.cuh>
 #include <flashcore/shared_layout.cuh>
 #include <flashcore/softmax.cuh>
+#include <flashcore/split_merge.cuh>
 #include <flashcore/tma_pipeline.cuh>
 #include <flashcore/wgmma_tile.cuh>
 
@@ -60,6 +63,7 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 :
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 constexpr int LOOKUPS = HEAD_DIM_V > 192 ? 2 : 4;  // of a mask_mod at a time, for want of registers
 using SeenHere = SeenByWarp<HIDES_KEYS, BLOCK_N>;
+constexpr uint64 KEEP = PACK_GQA ? EVICT_FIRST : EVICT_LAST;  // other blocks need K and V, too
 // Where there is room, the next block's Q comes while this one's is used.
 constexpr int SMEM_LIMIT = 227 * 1024;
 constexpr int Q_STAGES =
@@ -76,12 +80,17 @@ constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && !HIDES_KEYS;
 constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
-static_assert(WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV, "rows are not shared");
+static_assert(WARPS_N == 1 && WARPS_D == 1, "warps do not share rows");
+static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for a few rows, which one consumer has");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
 
 using StagesQ = Ring<Q_STAGES>;
 using Stages = Ring<NUM_STAGES>;
-using WorkQueue = Queue<Work>;
+struct Item : Work {
+    int block;  // of rows, among all
+};
+using WorkQueue = Queue<Item>;
+using Parts = SplitRows<BLOCK_M, HEAD_DIM_V>;
 using WorkRing = Ring<WorkQueue::SIZE>;
 
 // Of two tiles, for a warp may tell what it sees of one before another has read it of the other.
@@ -96,6 +105,7 @@ struct alignas(1024) SharedStorage {
     Places<Q_STAGES> q;
     Places<NUM_STAGES> k, v;
     WorkQueue queue;  // the work lies here, too: in registers it would be a dozen in every thread
+    int is_last;      // of the parts of split rows
     SeenInTurn seen;
 };
 static_assert(sizeof(SharedStorage) + 1024 == FC_SMEM_BYTES, "config.py computes the same size");
@@ -108,22 +118,30 @@ __device__ __forceinline__ PositionMask mask_of(const AttentionParams& p, const 
 // Behind the last block of queries.
 __device__ __forceinline__ bool is_end(const Work& w) { return w.first_row < 0; }
 
-struct TileRange {
-    int begin, end;
-};
+__device__ __forceinline__ int rows_of(const Work& w) {
+    return PACK_GQA ? w.seqlen_q * w.group : w.seqlen_q;
+}
 
-// The tiles of keys that some of these rows of the block see.
+// The tiles of keys that some of these rows of the block see, or this part of them.
 __device__ __forceinline__ TileRange visible_tiles(const AttentionParams& p, const Work& w,
                                                    int first_row, int rows) {
-    if (w.first_row + first_row >= w.seqlen_q) return {0, 0};
-    const PositionMask mask = mask_of(p, w);
-    const int last_query = last_query_of<false>(w, first_row + rows);
-    const TileRange tiles = {mask.row_begin(w.first_row + first_row) / BLOCK_N,
-                             div_up(max(mask.row_end(last_query), 0), BLOCK_N)};
+    if (w.first_row + first_row >= rows_of(w)) return {0, 0};
+    const TileRange tiles =
+        tiles_seen<BLOCK_N, PACK_GQA, SPLIT_KV>(p, w, mask_of(p, w), first_row, first_row + rows);
     return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
 }
 
 // ---- the producer ------------------------------------------------------------------------------
+
+// Of the heads of a packed group all rows of queries in a row: its map has heads before queries.
+__device__ __forceinline__ void load_q(const HopperParams& p, SharedStorage& smem, const Work& w,
+                                       const StagesQ& q, int batch) {
+    const int head = PACK_GQA ? w.head * w.group : w.head;
+    const int query = w.start_q + query_of<PACK_GQA>(w, 0);
+    load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &p.q_map, &smem.q.full[q.stage],
+                                 PACK_GQA ? head : query, PACK_GQA ? query : head, batch,
+                                 EVICT_FIRST);
+}
 
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
                                            const Work& w, StagesQ& q, Stages& at) {
@@ -135,16 +153,15 @@ __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage&
         const int key = w.start_kv + tile * BLOCK_N, stage = at.stage;
         at.await_empty(smem.k);
         load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &p.k_map, &smem.k.full[stage], key,
-                                        w.head_kv, batch, EVICT_LAST);
+                                        w.head_kv, batch, KEEP);
         if (tile == tiles.end - 1) {
             q.await_empty(smem.q);
-            load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &p.q_map, &smem.q.full[q.stage],
-                                         w.start_q + w.first_row, w.head, batch, EVICT_FIRST);
+            load_q(p, smem, w, q, batch);
             q.advance();
         }
         at.await_empty(smem.v);
         load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &p.v_map, &smem.v.full[stage],
-                                        key - first_value, w.head_kv, batch, EVICT_LAST);
+                                        key - first_value, w.head_kv, batch, KEEP);
         at.advance();
     }
 }
@@ -154,11 +171,12 @@ __device__ __forceinline__ void produce(const HopperParams& p, SharedStorage& sm
     StagesQ q;
     WorkRing queue;
     int block = blockIdx.x;
-    Work w;
+    Item w;
 #pragma unroll 1
     while (block < blocks) {
         const int taken = take_block(p, blocks);  // known by the time that this one is loaded
-        if (find_work<CAUSAL, VARLEN, false, false>(p, BLOCK_M, w, block)) {
+        if (find_work<CAUSAL, VARLEN, PACK_GQA, SPLIT_KV>(p, BLOCK_M, w, block, blocks)) {
+            if (SPLIT_KV) w.block = block % (blocks / p.splits);
             put(smem.queue, queue, w);
             load_block(p, smem, w, q, at);
         }
@@ -186,7 +204,7 @@ struct Consumer {
     uint32 rP[STEPS][4];    // the same as T, pair by pair: the A operand of 16 keys each
     float rO[HEAD_DIM_V / 2];
 
-    __device__ __forceinline__ const Work& work() const { return smem.queue.item[queue.stage]; }
+    __device__ __forceinline__ const Item& work() const { return smem.queue.item[queue.stage]; }
     __device__ __forceinline__ PositionMask mask() const { return mask_of(params, work()); }
     __device__ __forceinline__ int row(int half) const {
         const int thread = thread_index_anew() - WARPGROUP;  // 16 rows per warp
@@ -234,7 +252,7 @@ struct Consumer {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const Work& w = work();
-            const QueryRow q = query_row<false>(w, row(half));
+            const QueryRow q = query_row<PACK_GQA>(w, row(half));
             const GateRow<GATE> gate = gate_row(q);
             const RowRules<T, RULES> rules(params, w.batch, q.head, q.query, w.seqlen_q,
                                            w.seqlen_kv, w.diagonal);
@@ -283,8 +301,8 @@ struct Consumer {
 
     __device__ __forceinline__ void softmax_of(int tile, float (&factor)[2]) {
         seen_here = SeenHere();
-        const int first = work().first_row + index * ROWS;
-        const int last = min(first + ROWS, work().seqlen_q) - 1;
+        const int first = query_of<PACK_GQA>(work(), index * ROWS);
+        const int last = last_query_of<PACK_GQA>(work(), (index + 1) * ROWS);
         if (mask().cuts(first, last, tile * BLOCK_N, (tile + 1) * BLOCK_N)) {
             softmax<true>(tile, factor);
         } else {
@@ -399,34 +417,50 @@ struct Consumer {
         if (all.end > 0) q.advance();
     }
 
+    __device__ __forceinline__ float finish_row(RowState& row, const QueryRow& q, bool one) const {
+        return flashcore::finish_row<RULES>(params, work(), q, gate_row(q), row, one);
+    }
+    __device__ __forceinline__ T* output_row(const QueryRow& q) const {
+        const Work& w = work();
+        return const_cast<T*>(
+            head_row<T>(params.o, params.o_strides, w.batch, q.head, w.start_q + q.query));
+    }
+
     // Normalises, and writes O and the LSE.
     __device__ __forceinline__ void finish() {
-        const AttentionParams& p = params;
-        const Work& w = work();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            RowState& row_state = state[half];
-            row_state.sum = group_sum<QUAD>(row_state.sum);
-            const QueryRow q = query_row<false>(w, row(half));
-            float factor = 1.0f;
-            if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
-                if (q.valid) factor = add_sink(row_state, p.sink[q.head]);
-            if (lane % QUAD == 0) {
-                gate_row(q).finish(row_state.max, row_state.sum);
-                if (p.lse != nullptr && q.valid)
-                    p.lse[w.batch * p.lse_strides.batch + q.head * p.lse_strides.head + w.start_q +
-                          q.query] = log_sum_exp(row_state.max, row_state.sum);
-            }
-            factor *= inverse_sum(row_state.sum);
-            if constexpr (WRITES_OUTPUT<GATE>) {
-                T* const gO = const_cast<T*>(
-                    head_row<T>(p.o, p.o_strides, w.batch, q.head, w.start_q + q.query));
-                store_quad_row<HEAD_DIM_V, ALIGN_BYTES>(gO, q.valid, DIM_V, [&](int n) {
+            state[half].sum = group_sum<QUAD>(state[half].sum);
+            const QueryRow q = query_row<PACK_GQA>(work(), row(half));
+            const float factor = finish_row(state[half], q, lane % QUAD == 0);
+            if constexpr (WRITES_OUTPUT<GATE>)
+                store_quad_row<HEAD_DIM_V, ALIGN_BYTES>(output_row(q), q.valid, DIM_V, [&](int n) {
                     return pack2<T>(scaled_output(rO[4 * n + 2 * half], factor),
                                     scaled_output(rO[4 * n + 2 * half + 1], factor));
                 });
-            }
         }
+    }
+
+    // The same where the rows' keys are in parts: by the last of them to be done, for all.
+    __device__ __forceinline__ void finish_part() {
+        const Item& w = work();
+        const Parts parts(params, w.block);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            state[half].sum = group_sum<QUAD>(state[half].sum);
+            if (query_row<PACK_GQA>(w, row(half)).valid)
+                parts.leave(w.split, row(half), state[half],
+                            [&](int n, int e) { return rO[4 * n + 2 * half + e]; });
+        }
+        const int thread = warp * WARP_SIZE + lane, barrier = 1 + index;
+        if (!parts.is_last(w.block, smem.is_last, thread == 0, barrier, WARPGROUP)) return;
+        const int rows = min(rows_of(w) - w.first_row, BLOCK_M);
+        parts.merge(rows, thread, WARPGROUP, [&](int row, int col, RowState& all, float4 o) {
+            const QueryRow q = query_row<PACK_GQA>(w, row);
+            const float factor = finish_row(all, q, col == 0);
+            if constexpr (WRITES_OUTPUT<GATE>)
+                store_four<ALIGN_BYTES>(output_row(q) + col, DIM_V - col, o, factor);
+        });
     }
 
     __device__ __forceinline__ void run() {
@@ -438,7 +472,11 @@ struct Consumer {
             queue.await_full(smem.queue.places);
             if (is_end(work())) return;
             attend();
-            finish();
+            if (SPLIT_KV && params.splits > 1) {
+                finish_part();
+            } else {
+                finish();
+            }
             warp_sync();  // all lanes have read the work
             queue.release(smem.queue.places);
             queue.advance();
@@ -459,7 +497,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
         fence_mbarrier_init();
     }
     block_sync();  // the barriers are there
-    const int blocks = (VARLEN ? 1 : params.batch) * params.heads_q * params.m_blocks;
+    const int heads = PACK_GQA ? params.heads_kv : params.heads_q;
+    const int blocks =
+        (VARLEN ? 1 : params.batch) * heads * params.m_blocks * (SPLIT_KV ? params.splits : 1);
     const int warpgroup = shfl(int(threadIdx.x / WARPGROUP), 0);
     if (warpgroup == 0) {
         registers_dec<PRODUCER_REGISTERS>();
