@@ -75,6 +75,15 @@ constexpr int Q_STAGES =
 constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && !HIDES_KEYS;
 constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
 
+#ifndef FC_AHEAD
+#define FC_AHEAD 4
+#endif
+#ifndef FC_PF_ALL
+#define FC_PF_ALL 0
+#endif
+constexpr int AHEAD = FC_AHEAD;
+constexpr bool PREFETCHES_ALL = FC_PF_ALL;
+
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
 static_assert(WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV, "rows are not shared");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
@@ -96,6 +105,7 @@ struct alignas(1024) SharedStorage {
     Places<Q_STAGES> q;
     Places<NUM_STAGES> k, v;
     WorkQueue queue;  // the work lies here, too: in registers it would be a dozen in every thread
+    int next_block;   // the producer's
     SeenInTurn seen;
 };
 static_assert(sizeof(SharedStorage) + 1024 == FC_SMEM_BYTES, "config.py computes the same size");
@@ -125,47 +135,102 @@ __device__ __forceinline__ TileRange visible_tiles(const AttentionParams& p, con
 
 // ---- the producer ------------------------------------------------------------------------------
 
+// Where the tiles of keys of some work lie in k's and v's maps.
+struct KeyTiles {
+    const HopperParams& p;
+    const Work& w;
+    TileRange tiles;
+    int batch, first_value;
+
+    __device__ __forceinline__ KeyTiles(const HopperParams& p, const Work& w)
+        : p(p),
+          w(w),
+          tiles(visible_tiles(p, w, 0, BLOCK_M)),
+          batch(VARLEN ? 0 : w.batch),
+          first_value(VARLEN ? 0 : mask_of(p, w).row_begin(0)) {}  // row 0 of v_map
+    __device__ __forceinline__ int key(int tile) const { return w.start_kv + tile * BLOCK_N; }
+
+    // Brings a tile into L2, ahead of its copies.
+    __device__ __forceinline__ void prefetch(int tile) const {
+        prefetch_tile_tma<LayoutK, BLOCK_N>(&p.k_map, key(tile), w.head_kv, batch);
+        prefetch_tile_tma<LayoutV, BLOCK_N>(&p.v_map, key(tile) - first_value, w.head_kv, batch);
+    }
+};
+
+// What a block needs first.
+__device__ __forceinline__ void prefetch_block(const HopperParams& p, const Work& w) {
+    const KeyTiles keys(p, w);
+    if (keys.tiles.end == 0) return;
+    prefetch_tile_tma<LayoutQ, ROWS>(&p.q_map, w.start_q + w.first_row, w.head, keys.batch);
+    const int last = max(keys.tiles.begin, keys.tiles.end - AHEAD);
+#pragma unroll 1
+    for (int tile = keys.tiles.end - 1; tile >= last; --tile) keys.prefetch(tile);
+}
+
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
                                            const Work& w, StagesQ& q, Stages& at) {
-    const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
-    const int batch = VARLEN ? 0 : w.batch;
-    const int first_value = VARLEN ? 0 : mask_of(p, w).row_begin(0);  // row 0 of v_map
+    const KeyTiles keys(p, w);
+    const TileRange tiles = keys.tiles;
 #pragma unroll 1
     for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
-        const int key = w.start_kv + tile * BLOCK_N, stage = at.stage;
+        const int key = keys.key(tile), stage = at.stage;
+        if (PREFETCHES_ALL && tile - AHEAD >= tiles.begin) keys.prefetch(tile - AHEAD);
         at.await_empty(smem.k);
         load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &p.k_map, &smem.k.full[stage], key,
-                                        w.head_kv, batch, EVICT_LAST);
+                                        w.head_kv, keys.batch, EVICT_LAST);
         if (tile == tiles.end - 1) {
             q.await_empty(smem.q);
             load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &p.q_map, &smem.q.full[q.stage],
-                                         w.start_q + w.first_row, w.head, batch, EVICT_FIRST);
+                                         w.start_q + w.first_row, w.head, keys.batch, EVICT_FIRST);
             q.advance();
         }
         at.await_empty(smem.v);
         load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &p.v_map, &smem.v.full[stage],
-                                        key - first_value, w.head_kv, batch, EVICT_LAST);
+                                        key - keys.first_value, w.head_kv, keys.batch, EVICT_LAST);
         at.advance();
     }
+}
+
+// Finds the blocks' work, one block ahead, so that L2 has what a block needs when its turn comes.
+// Its own state is in shared memory: this warp has few registers.
+__device__ __forceinline__ void hand_out(const HopperParams& p, SharedStorage& smem, int blocks,
+                                         WorkRing& queue, int& taken) {
+    Work w;
+    bool found = false;
+    int block = smem.next_block;
+#pragma unroll 1
+    while (block < blocks && !found) {
+        found = find_work<CAUSAL, VARLEN, false, false>(p, BLOCK_M, w, block);
+        block = next_block(taken, blocks);
+        if (block < blocks) taken = take_block(p, blocks);  // known by the time that it matters
+    }
+    if (!found) w.first_row = -1;  // the end
+    smem.next_block = block;
+    put(smem.queue, queue, w);
 }
 
 __device__ __forceinline__ void produce(const HopperParams& p, SharedStorage& smem, int blocks) {
     Stages at;
     StagesQ q;
     WorkRing queue;
-    int block = blockIdx.x;
-    Work w;
+    int taken = take_block(p, blocks);
+    smem.next_block = blockIdx.x;
+    warp_sync();
+    hand_out(p, smem, blocks, queue, taken);
+    int current = 0;
 #pragma unroll 1
-    while (block < blocks) {
-        const int taken = take_block(p, blocks);  // known by the time that this one is loaded
-        if (find_work<CAUSAL, VARLEN, false, false>(p, BLOCK_M, w, block)) {
-            put(smem.queue, queue, w);
-            load_block(p, smem, w, q, at);
+    for (bool is_first = true;; is_first = false) {
+        const Work& w = smem.queue.item[current];
+        if (is_end(w)) return;
+        current = (current + 1) % WorkQueue::SIZE;
+        if (!is_first) {
+            hand_out(p, smem, blocks, queue, taken);
+            const Work& next_work = smem.queue.item[current];
+            if (AHEAD > 0 && !is_end(next_work)) prefetch_block(p, next_work);
         }
-        block = next_block(taken, blocks);
+        load_block(p, smem, w, q, at);
+        if (is_first) hand_out(p, smem, blocks, queue, taken);  // by now there is an answer
     }
-    w.first_row = -1;
-    put(smem.queue, queue, w);  // the end
 }
 
 // ---- a consumer --------------------------------------------------------------------------------

@@ -62,11 +62,23 @@ __device__ __forceinline__ void load_tile_tma(T* sTile, const TensorMap* map, ui
                         panel * Layout::PANEL, row + r, head, batch, policy);
 }
 
-// Items on their way from the warp that hands them out to the warps that work on them; one is being
-// worked on while the next is there to be looked at.
+// The same as far as L2, ahead of the copies.
+template <typename Layout, int BOX_ROWS>
+__device__ __forceinline__ void prefetch_tile_tma(const TensorMap* map, int row, int head,
+                                                  int batch) {
+    if (!elect_one()) return;
+#pragma unroll
+    for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
+#pragma unroll
+        for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
+            tma_prefetch_4d(map, panel * Layout::PANEL, row + r, head, batch);
+}
+
+// Items on their way from the warp that hands them out to the warps that work on them: one is being
+// worked on, the next is being loaded for, and one more is known ahead.
 template <typename Item>
 struct Queue {
-    static constexpr int SIZE = 2;
+    static constexpr int SIZE = 4;
     Places<SIZE> places;
     Item item[SIZE];
 };
@@ -80,6 +92,7 @@ __device__ __forceinline__ void put(Queue<Item>& queue, Ring<Queue<Item>::SIZE>&
         queue.item[at.stage] = item;
         mbarrier_arrive(&queue.places.full[at.stage]);
     }
+    warp_sync();  // this warp reads it, too
     at.advance();
 }
 
