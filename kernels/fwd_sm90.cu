@@ -6,7 +6,8 @@
 // A thread block owns BLOCK_M rows of queries of one head at a time and walks over the keys from
 // the last visible ones to the first, BLOCK_N at a time. Its warpgroups have roles:
 //
-//   warpgroup 0    the producer: one warp starts the copies of Q, K_j, V_j, as places become free
+//   warpgroup 0    one warp finds the blocks' work, and has L2 fetch what they need first;
+//                  one starts the copies of Q, K_j, V_j, as places become free
 //   warpgroups 1.. the consumers: 64 rows each; m, l, O and the scores stay in their registers
 //
 // A consumer's step j, with K and V of NUM_STAGES tiles in flight:
@@ -79,6 +80,11 @@ constexpr int Q_STAGES =
 constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && !HIDES_KEYS;
 constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
 
+#ifndef FC_AHEAD
+#define FC_AHEAD (PACK_GQA ? 0 : 8)
+#endif
+constexpr int AHEAD = FC_AHEAD;  // tiles of the next block
+
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
 static_assert(WARPS_N == 1 && WARPS_D == 1, "warps do not share rows");
 static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for a few rows, which one consumer has");
@@ -131,59 +137,98 @@ __device__ __forceinline__ TileRange visible_tiles(const AttentionParams& p, con
     return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
 }
 
-// ---- the producer ------------------------------------------------------------------------------
+// ---- the producers -----------------------------------------------------------------------------
 
-// Of the heads of a packed group all rows of queries in a row: its map has heads before queries.
-__device__ __forceinline__ void load_q(const HopperParams& p, SharedStorage& smem, const Work& w,
-                                       const StagesQ& q, int batch) {
-    const int head = PACK_GQA ? w.head * w.group : w.head;
-    const int query = w.start_q + query_of<PACK_GQA>(w, 0);
-    load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &p.q_map, &smem.q.full[q.stage],
-                                 PACK_GQA ? head : query, PACK_GQA ? query : head, batch,
-                                 EVICT_FIRST);
-}
+// Which boxes of q, k, v some work needs, in the coordinates of their maps.
+struct Boxes {
+    const HopperParams& p;
+    const Work& w;
+    int batch, first_value;
 
-__device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
-                                           const Work& w, StagesQ& q, Stages& at) {
-    const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
-    const int batch = VARLEN ? 0 : w.batch;
-    const int first_value = VARLEN ? 0 : mask_of(p, w).row_begin(0);  // row 0 of v_map
-#pragma unroll 1
-    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
-        const int key = w.start_kv + tile * BLOCK_N, stage = at.stage;
-        at.await_empty(smem.k);
-        load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &p.k_map, &smem.k.full[stage], key,
-                                        w.head_kv, batch, KEEP);
-        if (tile == tiles.end - 1) {
-            q.await_empty(smem.q);
-            load_q(p, smem, w, q, batch);
-            q.advance();
-        }
-        at.await_empty(smem.v);
-        load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &p.v_map, &smem.v.full[stage],
-                                        key - first_value, w.head_kv, batch, KEEP);
-        at.advance();
+    __device__ __forceinline__ Boxes(const HopperParams& p, const Work& w)
+        : p(p),
+          w(w),
+          batch(VARLEN ? 0 : w.batch),
+          first_value(VARLEN ? 0 : mask_of(p, w).row_begin(0)) {}  // row 0 of v_map
+    __device__ __forceinline__ TileBox q() const {
+        const int query = w.start_q + query_of<PACK_GQA>(w, 0);
+        // Of a packed group all rows of a query come one after the other: heads before queries.
+        if (PACK_GQA) return {&p.q_map, w.head * w.group, query, batch};
+        return {&p.q_map, query, w.head, batch};
     }
-}
+    __device__ __forceinline__ TileBox k(int tile) const {
+        return {&p.k_map, w.start_kv + tile * BLOCK_N, w.head_kv, batch};
+    }
+    __device__ __forceinline__ TileBox v(int tile) const {
+        return {&p.v_map, w.start_kv + tile * BLOCK_N - first_value, w.head_kv, batch};
+    }
+};
 
-__device__ __forceinline__ void produce(const HopperParams& p, SharedStorage& smem, int blocks) {
-    Stages at;
-    StagesQ q;
+// One warp finds the blocks' work ahead of the others, and has what a block needs first brought to
+// L2 by the time that there is room for it here.
+__device__ __forceinline__ void dispatch(const HopperParams& p, SharedStorage& smem, int blocks) {
     WorkRing queue;
     int block = blockIdx.x;
     Item w;
 #pragma unroll 1
     while (block < blocks) {
-        const int taken = take_block(p, blocks);  // known by the time that this one is loaded
+        const int taken = take_block(p, blocks);  // known by the time that it matters
         if (find_work<CAUSAL, VARLEN, PACK_GQA, SPLIT_KV>(p, BLOCK_M, w, block, blocks)) {
             if (SPLIT_KV) w.block = block % (blocks / p.splits);
             put(smem.queue, queue, w);
-            load_block(p, smem, w, q, at);
+            if (AHEAD > 0 && block != blockIdx.x) {
+                const Boxes boxes(p, w);
+                const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
+                if (tiles.end > 0) prefetch_tile_tma<LayoutQ, ROWS>(boxes.q());
+#pragma unroll 1
+                for (int n = 1; n <= min(AHEAD, tiles.end - tiles.begin); ++n) {
+                    prefetch_tile_tma<LayoutK, BLOCK_N>(boxes.k(tiles.end - n));
+                    prefetch_tile_tma<LayoutV, BLOCK_N>(boxes.v(tiles.end - n));
+                }
+            }
         }
         block = next_block(taken, blocks);
     }
     w.first_row = -1;
     put(smem.queue, queue, w);  // the end
+}
+
+__device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
+                                           const Work& w, StagesQ& q, Stages& at) {
+    const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
+    const Boxes boxes(p, w);
+#pragma unroll 1
+    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+        const int stage = at.stage;
+        at.await_empty(smem.k);
+        load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &smem.k.full[stage], boxes.k(tile), KEEP);
+        if (tile == tiles.end - 1) {
+            q.await_empty(smem.q);
+            load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &smem.q.full[q.stage], boxes.q(),
+                                         EVICT_FIRST);
+            q.advance();
+        }
+        at.await_empty(smem.v);
+        load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &smem.v.full[stage], boxes.v(tile), KEEP);
+        at.advance();
+    }
+}
+
+// One warp starts the copies of Q, K_j, V_j, as places become free.
+__device__ __forceinline__ void load(const HopperParams& p, SharedStorage& smem) {
+    Stages at;
+    StagesQ q;
+    WorkRing queue;
+#pragma unroll 1
+    while (true) {
+        queue.await_full(smem.queue.places);
+        const Work& w = smem.queue.item[queue.stage];
+        if (is_end(w)) return;
+        load_block(p, smem, w, q, at);
+        warp_sync();  // all lanes have read the work
+        queue.release(smem.queue.places);
+        queue.advance();
+    }
 }
 
 // ---- a consumer --------------------------------------------------------------------------------
@@ -489,11 +534,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
     extern __shared__ char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
+#if !defined(FC_PFMAP) || FC_PFMAP
+    if (threadIdx.x == WARP_SIZE) {  // another warp, meanwhile
+        prefetch_tensormap(&params.k_map);
+        prefetch_tensormap(&params.q_map);
+        prefetch_tensormap(&params.v_map);
+    }
+#endif
     if (threadIdx.x == 0) {
         smem.q.init(CONSUMERS * 4);  // warps
         smem.k.init(CONSUMERS * 4);
         smem.v.init(CONSUMERS * 4);
-        smem.queue.places.init(CONSUMERS * 4);
+        smem.queue.places.init(CONSUMERS * 4 + 1);  // and the one that loads
         fence_mbarrier_init();
     }
     block_sync();  // the barriers are there
@@ -503,7 +555,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
     const int warpgroup = shfl(int(threadIdx.x / WARPGROUP), 0);
     if (warpgroup == 0) {
         registers_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x < WARP_SIZE) produce(params, smem, blocks);
+        const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
+        if (warp == 0) load(params, smem);
+        if (warp == 1) dispatch(params, smem, blocks);
     } else {
         registers_inc<CONSUMER_REGISTERS>();
         Consumer consumer = {params, smem, warpgroup - 1, int(threadIdx.x) / WARP_SIZE % 4,

@@ -48,25 +48,42 @@ struct Ring {
     }
 };
 
+// Where a tile lies in a tensor map: its first row, and what it has in common.
+struct TileBox {
+    const TensorMap* map;
+    int row, head, batch;
+};
+
 // Starts the copies of a whole tile, panel by panel, in boxes of BOX_ROWS rows; by one warp.
 template <typename Layout, int BOX_ROWS, typename T>
-__device__ __forceinline__ void load_tile_tma(T* sTile, const TensorMap* map, uint64* full, int row,
-                                              int head, int batch, uint64 policy) {
+__device__ __forceinline__ void load_tile_tma(T* sTile, uint64* full, const TileBox& box,
+                                              uint64 policy) {
     if (!elect_one()) return;
     mbarrier_arrive_expect_tx(full, Layout::SIZE * sizeof(T));
 #pragma unroll
     for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
 #pragma unroll
         for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
-            tma_load_4d(sTile + Layout::step(0, r, panel * Layout::PANEL), map, full,
-                        panel * Layout::PANEL, row + r, head, batch, policy);
+            tma_load_4d(sTile + Layout::step(0, r, panel * Layout::PANEL), box.map, full,
+                        panel * Layout::PANEL, box.row + r, box.head, box.batch, policy);
 }
 
-// Items on their way from the warp that hands them out to the warps that work on them; one is being
-// worked on while the next is there to be looked at.
+// The same as far as L2, ahead of the copies.
+template <typename Layout, int BOX_ROWS>
+__device__ __forceinline__ void prefetch_tile_tma(const TileBox& box) {
+    if (!elect_one()) return;
+#pragma unroll
+    for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
+#pragma unroll
+        for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
+            tma_prefetch_4d(box.map, panel * Layout::PANEL, box.row + r, box.head, box.batch);
+}
+
+// Items on their way from the warp that hands them out to the warps that work on them: one is being
+// worked on, the next is being loaded for, and one more is known ahead.
 template <typename Item>
 struct Queue {
-    static constexpr int SIZE = 2;
+    static constexpr int SIZE = 3;
     Places<SIZE> places;
     Item item[SIZE];
 };
