@@ -64,6 +64,8 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 :
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 constexpr int LOOKUPS = HEAD_DIM_V > 192 ? 2 : 4;  // of a mask_mod at a time, for want of registers
 using SeenHere = SeenByWarp<HIDES_KEYS, BLOCK_N>;
+// Tiles of the next block that L2 fetches ahead; few queries read so much that memory never rests.
+constexpr int AHEAD = PACK_GQA ? 0 : 8;
 constexpr uint64 KEEP = PACK_GQA ? EVICT_FIRST : EVICT_LAST;  // other blocks need K and V, too
 // Where there is room, the next block's Q comes while this one's is used.
 constexpr int SMEM_LIMIT = 227 * 1024;
@@ -79,11 +81,6 @@ constexpr int Q_STAGES =
 // to tell which keys they see, turns would be a second order to keep.
 constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && !HIDES_KEYS;
 constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
-
-#ifndef FC_AHEAD
-#define FC_AHEAD (PACK_GQA ? 0 : 8)
-#endif
-constexpr int AHEAD = FC_AHEAD;  // tiles of the next block
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
 static_assert(WARPS_N == 1 && WARPS_D == 1, "warps do not share rows");
@@ -534,13 +531,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
     extern __shared__ char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
-#if !defined(FC_PFMAP) || FC_PFMAP
     if (threadIdx.x == WARP_SIZE) {  // another warp, meanwhile
         prefetch_tensormap(&params.k_map);
         prefetch_tensormap(&params.q_map);
         prefetch_tensormap(&params.v_map);
     }
-#endif
     if (threadIdx.x == 0) {
         smem.q.init(CONSUMERS * 4);  // warps
         smem.k.init(CONSUMERS * 4);
