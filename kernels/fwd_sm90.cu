@@ -95,6 +95,7 @@ struct Item : Work {
 using WorkQueue = Queue<Item>;
 using Parts = SplitRows<BLOCK_M, HEAD_DIM_V>;
 using WorkRing = Ring<WorkQueue::SIZE>;
+using ClaimRing = Ring<2>;
 
 // Of two tiles, for a warp may tell what it sees of one before another has read it of the other.
 struct alignas(HIDES_KEYS ? 1024 : 4) SeenInTurn {
@@ -107,8 +108,9 @@ struct alignas(1024) SharedStorage {
     T sV[NUM_STAGES][LayoutV::SIZE];
     Places<Q_STAGES> q;
     Places<NUM_STAGES> k, v;
-    WorkQueue queue;  // the work lies here, too: in registers it would be a dozen in every thread
-    int is_last;      // of the parts of split rows
+    WorkQueue queue;   // the work lies here, too: in registers it would be a dozen in every thread
+    Places<2> claims;  // blocks that are taken and not all loaded
+    int is_last;       // of the parts of split rows
     SeenInTurn seen;
 };
 static_assert(sizeof(SharedStorage) + 1024 == FC_SMEM_BYTES, "config.py computes the same size");
@@ -161,33 +163,56 @@ struct Boxes {
     }
 };
 
-// One warp finds the blocks' work ahead of the others, and has what a block needs first brought to
-// L2 by the time that there is room for it here.
+// One warp finds the blocks' work. What it has taken nobody else can do, so it takes no more than
+// one block beyond the one that is being loaded.
 __device__ __forceinline__ void dispatch(const HopperParams& p, SharedStorage& smem, int blocks) {
     WorkRing queue;
-    int block = blockIdx.x;
+    ClaimRing claims;
+    claims.advance();  // the first block is there anyway
     Item w;
 #pragma unroll 1
-    while (block < blocks) {
-        const int taken = take_block(p, blocks);  // known by the time that it matters
-        if (find_work<CAUSAL, VARLEN, PACK_GQA, SPLIT_KV>(p, BLOCK_M, w, block, blocks)) {
-            if (SPLIT_KV) w.block = block % (blocks / p.splits);
-            put(smem.queue, queue, w);
-            if (AHEAD > 0 && block != blockIdx.x) {
-                const Boxes boxes(p, w);
-                const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
-                if (tiles.end > 0) prefetch_tile_tma<LayoutQ, ROWS>(boxes.q());
-#pragma unroll 1
-                for (int n = 1; n <= min(AHEAD, tiles.end - tiles.begin); ++n) {
-                    prefetch_tile_tma<LayoutK, BLOCK_N>(boxes.k(tiles.end - n));
-                    prefetch_tile_tma<LayoutV, BLOCK_N>(boxes.v(tiles.end - n));
-                }
-            }
-        }
-        block = next_block(taken, blocks);
+    for (int block = blockIdx.x; block < blocks; block = take_block(p, blocks)) {
+        if (!find_work<CAUSAL, VARLEN, PACK_GQA, SPLIT_KV>(p, BLOCK_M, w, block, blocks)) continue;
+        if (SPLIT_KV) w.block = block % (blocks / p.splits);
+        put(smem.queue, queue, w);
+        claims.await_empty(smem.claims);
+        claims.advance();
     }
     w.first_row = -1;
     put(smem.queue, queue, w);  // the end
+}
+
+// Calls use(work) for one after the other, until the end.
+template <typename Use>
+__device__ __forceinline__ void for_each_work(SharedStorage& smem, Use use) {
+    WorkRing queue;
+#pragma unroll 1
+    while (true) {
+        queue.await_full(smem.queue.places);
+        const Work& w = smem.queue.item[queue.stage];
+        if (is_end(w)) return;
+        use(w);
+        warp_sync();  // all lanes have read the work
+        queue.release(smem.queue.places);
+        queue.advance();
+    }
+}
+
+// One warp has L2 fetch what a block needs first, by the time that there is room for it here.
+__device__ __forceinline__ void prefetch(const HopperParams& p, SharedStorage& smem) {
+    bool is_first = true;  // which is loaded at once
+    for_each_work(smem, [&](const Work& w) {
+        const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
+        const Boxes boxes(p, w);
+        const int last = is_first ? tiles.end : max(tiles.begin, tiles.end - AHEAD);
+        if (last < tiles.end) prefetch_tile_tma<LayoutQ, ROWS>(boxes.q(), EVICT_FIRST);
+#pragma unroll 1
+        for (int tile = tiles.end - 1; tile >= last; --tile) {
+            prefetch_tile_tma<LayoutK, BLOCK_N>(boxes.k(tile), KEEP);
+            prefetch_tile_tma<LayoutV, BLOCK_N>(boxes.v(tile), KEEP);
+        }
+        is_first = false;
+    });
 }
 
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
@@ -215,17 +240,12 @@ __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage&
 __device__ __forceinline__ void load(const HopperParams& p, SharedStorage& smem) {
     Stages at;
     StagesQ q;
-    WorkRing queue;
-#pragma unroll 1
-    while (true) {
-        queue.await_full(smem.queue.places);
-        const Work& w = smem.queue.item[queue.stage];
-        if (is_end(w)) return;
+    ClaimRing claims;
+    for_each_work(smem, [&](const Work& w) {
         load_block(p, smem, w, q, at);
-        warp_sync();  // all lanes have read the work
-        queue.release(smem.queue.places);
-        queue.advance();
-    }
+        claims.release(smem.claims);
+        claims.advance();
+    });
 }
 
 // ---- a consumer --------------------------------------------------------------------------------
@@ -234,7 +254,6 @@ struct Consumer {
     const HopperParams& params;
     SharedStorage& smem;
     int index;  // of the warpgroup, from 0
-    int warp, lane;
     Stages at;  // the next tile of keys
     StagesQ q;
     WorkRing queue;
@@ -248,9 +267,12 @@ struct Consumer {
 
     __device__ __forceinline__ const Item& work() const { return smem.queue.item[queue.stage]; }
     __device__ __forceinline__ PositionMask mask() const { return mask_of(params, work()); }
-    __device__ __forceinline__ int row(int half) const {
-        const int thread = thread_index_anew() - WARPGROUP;  // 16 rows per warp
-        return thread / WARP_SIZE * 16 + half * 8 + thread % WARP_SIZE / QUAD;
+    __device__ __forceinline__ static int lane() { return thread_index_anew() % WARP_SIZE; }
+    __device__ __forceinline__ static int warp() {  // of all consumers', 16 rows each
+        return thread_index_anew() / WARP_SIZE - WARPGROUP / WARP_SIZE;
+    }
+    __device__ __forceinline__ static int row(int half) {
+        return warp() * 16 + half * 8 + lane() / QUAD;
     }
     __device__ __forceinline__ GateRow<GATE> gate_row(const QueryRow& q) const {
         const Work& w = work();
@@ -368,9 +390,9 @@ struct Consumer {
         const int begin = mask().row_begin(0) - tile * BLOCK_N;
         const int end = mask().row_end(work().seqlen_q - 1) - tile * BLOCK_N;
         if (begin <= 0 && end >= BLOCK_N) return;
-        for (int key = warp; key < BLOCK_N; key += 4) {
+        for (int key = warp() % 4; key < BLOCK_N; key += 4) {
             if (key >= begin && key < end) continue;
-            for (int d = lane * 2; d < HEAD_DIM_V; d += 2 * WARP_SIZE)
+            for (int d = lane() * 2; d < HEAD_DIM_V; d += 2 * WARP_SIZE)
                 *reinterpret_cast<uint32*>(smem.sV[stage] + LayoutV::element(key, d)) = 0;
         }
         fence_proxy_async();
@@ -384,7 +406,7 @@ struct Consumer {
             named_barrier_sync(MEETING, NUM_THREADS);
         };
         smem.seen.of[meetings++ % 2].template clear_unseen<LayoutV>(smem.sV[stage], seen_here,
-                                                                    index * 4 + warp, sync);
+                                                                    warp(), sync);
     }
 
     __device__ __forceinline__ void await_turn() const {
@@ -474,7 +496,7 @@ struct Consumer {
         for (int half = 0; half < 2; ++half) {
             state[half].sum = group_sum<QUAD>(state[half].sum);
             const QueryRow q = query_row<PACK_GQA>(work(), row(half));
-            const float factor = finish_row(state[half], q, lane % QUAD == 0);
+            const float factor = finish_row(state[half], q, lane() % QUAD == 0);
             if constexpr (WRITES_OUTPUT<GATE>)
                 store_quad_row<HEAD_DIM_V, ALIGN_BYTES>(output_row(q), q.valid, DIM_V, [&](int n) {
                     return pack2<T>(scaled_output(rO[4 * n + 2 * half], factor),
@@ -494,7 +516,7 @@ struct Consumer {
                 parts.leave(w.split, row(half), state[half],
                             [&](int n, int e) { return rO[4 * n + 2 * half + e]; });
         }
-        const int thread = warp * WARP_SIZE + lane, barrier = 1 + index;
+        const int thread = thread_index_anew() % WARPGROUP, barrier = 1 + index;
         if (!parts.is_last(w.block, smem.is_last, thread == 0, barrier, WARPGROUP)) return;
         const int rows = min(rows_of(w) - w.first_row, BLOCK_M);
         parts.merge(rows, thread, WARPGROUP, [&](int row, int col, RowState& all, float4 o) {
@@ -540,7 +562,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
         smem.q.init(CONSUMERS * 4);  // warps
         smem.k.init(CONSUMERS * 4);
         smem.v.init(CONSUMERS * 4);
-        smem.queue.places.init(CONSUMERS * 4 + 1);  // and the one that loads
+        smem.claims.init(1);
+        smem.queue.places.init(CONSUMERS * 4 + (AHEAD > 0 ? 2 : 1));  // and those that load
         fence_mbarrier_init();
     }
     block_sync();  // the barriers are there
@@ -553,10 +576,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
         const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
         if (warp == 0) load(params, smem);
         if (warp == 1) dispatch(params, smem, blocks);
+        if (warp == 2 && AHEAD > 0) prefetch(params, smem);
     } else {
         registers_inc<CONSUMER_REGISTERS>();
-        Consumer consumer = {params, smem, warpgroup - 1, int(threadIdx.x) / WARP_SIZE % 4,
-                             int(threadIdx.x) % WARP_SIZE};
+        Consumer consumer = {params, smem, warpgroup - 1};
         consumer.run();
     }
 }

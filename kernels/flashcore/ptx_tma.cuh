@@ -49,10 +49,12 @@ __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, 
 
 // Brings the box into L2 and no further; nobody waits for it.
 __device__ __forceinline__ void tma_prefetch_4d(const TensorMap* map, int c0, int c1, int c2,
-                                                int c3) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map),
-                 "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-                 : "memory");
+                                                int c3, uint64 policy) {
+    asm volatile(
+        "cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;" ::
+            "l"(map),
+        "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+        : "memory");
 }
 
 // True in one lane of a warp whose lanes are all here. Behind a comparison of thread numbers the

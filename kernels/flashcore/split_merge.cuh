@@ -37,17 +37,16 @@ struct SplitRows {
     // them is not a block's, see take_block.
     __device__ __forceinline__ bool is_last(int block, int& last, bool one, int barrier,
                                             int threads) const {
-        fence_gpu();  // the findings first, then the news of them
-        named_barrier_sync(barrier, threads);
+        named_barrier_sync(barrier, threads);  // all findings are on their way
         if (one) {
+            fence_gpu();  // the findings first, then the news of them
             int* const arrivals = params.split_arrivals + 1 + block;
             last = atomic_add(arrivals, 1) + 1 == params.splits;
             if (last) *arrivals = 0;
+            fence_gpu();  // the news first, then the others' findings
         }
         named_barrier_sync(barrier, threads);
-        if (!last) return false;
-        fence_gpu();  // the news first, then the others' findings
-        return true;
+        return last;
     }
 
     // Adds all parts up; of each row's columns col to col + 3 one thread gets O, and with it m and

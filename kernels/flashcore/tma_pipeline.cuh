@@ -70,17 +70,18 @@ __device__ __forceinline__ void load_tile_tma(T* sTile, uint64* full, const Tile
 
 // The same as far as L2, ahead of the copies.
 template <typename Layout, int BOX_ROWS>
-__device__ __forceinline__ void prefetch_tile_tma(const TileBox& box) {
+__device__ __forceinline__ void prefetch_tile_tma(const TileBox& box, uint64 policy) {
     if (!elect_one()) return;
 #pragma unroll
     for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
 #pragma unroll
         for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
-            tma_prefetch_4d(box.map, panel * Layout::PANEL, box.row + r, box.head, box.batch);
+            tma_prefetch_4d(box.map, panel * Layout::PANEL, box.row + r, box.head, box.batch,
+                            policy);
 }
 
 // Items on their way from the warp that hands them out to the warps that work on them: one is being
-// worked on, the next is being loaded for, and one more is known ahead.
+// worked on, one loaded for, and one is known ahead.
 template <typename Item>
 struct Queue {
     static constexpr int SIZE = 3;
@@ -100,20 +101,17 @@ __device__ __forceinline__ void put(Queue<Item>& queue, Ring<Queue<Item>::SIZE>&
     at.advance();
 }
 
-// Asks for a block after those that are taken: the first gridDim.x are everyone's own. All thread
-// blocks together ask `blocks` times, so the one who gets the last answer sets the counter back for
-// the next launch. By one warp, whose lane 0 has the answer; where there is a thread block for
-// each, nothing is left. The answer takes a while, so next_block, which waits for it, is for later.
+// The next block after those that are taken, by whomever; `blocks` if there is none. The first
+// gridDim.x are everyone's own, and where that is all, nobody asks. All thread blocks together ask
+// `blocks` times, once per block that they have had, so the one who gets the last answer sets the
+// counter back for the next launch. By one warp.
 __device__ __forceinline__ int take_block(const AttentionParams& p, int blocks) {
-    int taken = blocks;
-    if (gridDim.x < blocks && threadIdx.x % WARP_SIZE == 0) {
+    if (gridDim.x >= blocks) return blocks;
+    int taken = 0;
+    if (threadIdx.x % WARP_SIZE == 0) {
         taken = atomic_add(p.split_arrivals, 1);
         if (taken == blocks - 1) *p.split_arrivals = 0;
     }
-    return taken;
-}
-
-__device__ __forceinline__ int next_block(int taken, int blocks) {
     return min(int(gridDim.x) + shfl(taken, 0), blocks);
 }
 
