@@ -58,9 +58,9 @@ class Tile:
     fp8: bool = False
     """q, k, v arrive as e4m3 with a scale per head."""
     pack_gqa: bool = False
-    """mma_sm80: the query heads that share a head of K and V are rows of one tile."""
+    """mma_sm80, wgmma_sm90: the query heads that share a head of K and V are rows of one tile."""
     split_kv: bool = False
-    """mma_sm80: several thread blocks may share out the keys."""
+    """mma_sm80, wgmma_sm90: several thread blocks may share out the keys."""
     min_blocks: int = 1
     """Thread blocks per multiprocessor that registers are kept free for."""
 

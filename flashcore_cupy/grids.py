@@ -5,8 +5,10 @@ from __future__ import annotations
 from flashcore_cupy.config import KernelConfig
 from flashcore_cupy.problem import AttentionProblem
 
-# What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged.
-_PART_KEYS, _MERGE_KEYS = 256, 24
+# What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged; and
+# what it costs that there are parts at all.
+_PART_KEYS, _MERGE_KEYS, _SPLIT_KEYS = 256, 24, 0
+_HOPPER_KEYS = 64, 4, 128  # the same of fwd_sm90, where the next part is loaded meanwhile
 _MOST_SPLITS = 128
 # Measured on an H200 at D=64, 128, 256 and 512 to 16384 queries; a long head has so many blocks.
 _L2_BYTES, _LONG, _ROUNDS = 34_000_000, 40, 8
@@ -43,10 +45,12 @@ def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> in
         blocks = max(1, blocks // 2)  # about every other one has no sequence
     tiles = max(1, -(-keys // config.tile.block_n))
 
+    part, merge, split = _HOPPER_KEYS if config.uses_tma else (_PART_KEYS, _MERGE_KEYS, _SPLIT_KEYS)
+
     def cost(parts: int) -> float:
         waves = -(-blocks * parts // resident)
         own = -(-tiles // parts) * config.tile.block_n
-        return waves * (own + _PART_KEYS) + _MERGE_KEYS * (parts - 1)
+        return waves * (own + part) + merge * (parts - 1) + split * (parts > 1)
 
     return min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
 

@@ -239,7 +239,7 @@ def _plan_one_entry(
     (name,) = plan.selection.kernel.entries
     grid = grids.query_blocks(plan.problem, plan.selection.config)
     splits = int(params["splits"])
-    if splits > 1 or grid > most_blocks:
+    if splits > 1 or grid * splits > most_blocks:
         partial, arrivals = split_bytes(plan.selection.config, grid, splits)
         area = (allocate if own_workspace else workspace)(partial, arrivals)
         params["split_partial"], params["split_arrivals"] = area.partial, area.arrivals

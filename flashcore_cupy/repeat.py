@@ -12,6 +12,7 @@ import struct
 from typing import Any
 
 from flashcore_cupy.arrays import span_of
+from flashcore_cupy.grids import query_blocks
 from flashcore_cupy.launch import ParameterBlock, Plan
 from flashcore_cupy.params import ATTENTION_PARAMS
 from flashcore_cupy.problem import MAX_ALIGN
@@ -60,7 +61,7 @@ class _Known:
             splits = int(
                 self.params.bytes[: ATTENTION_PARAMS.itemsize].view(ATTENTION_PARAMS)["splits"][0]
             )
-            self.split = split_bytes(config, step.grid // splits, splits)
+            self.split = split_bytes(config, query_blocks(problem, config), splits)
         # Taken and put back whole, so that threads never share one.
         self.blocks: list[ParameterBlock] = []
 

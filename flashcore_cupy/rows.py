@@ -67,8 +67,6 @@ class Row:
             return False
         if self.max_blocks is None and self.max_rows is None and self.max_keys is None:
             return True
-        if self.tile.pack_gqa and problem.rules.differ_by_head:
-            return False  # a key that one head of the group does not see must not reach it
         if problem.batch_invariant:  # the same tile, whatever else is in the batch
             return False
         few_blocks = self.max_blocks is None or _blocks(problem) <= self.max_blocks
@@ -77,7 +75,9 @@ class Row:
         return few_blocks and few_keys and few_rows
 
     def takes_rules(self, problem: AttentionProblem) -> bool:
-        """Whether the row's registers hold the problem's rules, too."""
+        """Whether the row's registers hold the problem's rules, too, and its rows share keys."""
+        if self.tile.pack_gqa and problem.rules.differ_by_head:
+            return False  # a key that one head of the group does not see must not reach it
         asked = {*rules_of(problem), *(["window"] if problem.window[0] >= 0 else [])}
         return not any(asked.issuperset(rules.split("+")) for rules in self.spills_with)
 

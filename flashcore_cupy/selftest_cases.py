@@ -60,10 +60,10 @@ def _head_dims(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
 
 def _shapes(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
     """Lengths at, one below and one above the tiles, one, long, and unequal; grouped heads."""
-    row = next(row for row in tiles.rows_of(kernel) if row.head_dim >= 64)
-    m, n = row.tile.block_m, row.tile.block_n
-    lengths = [(m, n), (m - 1, n - 1), (m + 1, n + 1), (1, 1), (77, 77), (512, 512), (1000, 1000)]
-    lengths += [(1, 512), (512, 1), (200, 77), (77, 200), (3 * m, 2 * n + 1)]
+    lengths = [(1, 1), (77, 77), (512, 512), (1000, 1000)]
+    lengths += [(1, 512), (512, 1), (200, 77), (77, 200)]
+    for m, n in _tiles(kernel):
+        lengths += [(m, n), (m - 1, n - 1), (m + 1, n + 1), (3 * m, 2 * n + 1)]
     which = itertools.cycle(dtypes[:2])
     for (seqlen_q, seqlen_kv), causal in itertools.product(lengths, _CAUSAL):
         if causal == "top-left" and seqlen_q == seqlen_kv:
@@ -84,9 +84,17 @@ def _shapes(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
             )
 
 
+def _tiles(kernel: str) -> list[tuple[int, int]]:
+    """Queries and keys per tile of 64 columns, for few queries and for many."""
+    rows = [row for row in tiles.rows_of(kernel) if row.head_dim >= 64]
+    many = next(row for row in rows if row.max_blocks is row.max_rows is None)
+    sizes = [(row.tile.block_m, row.tile.block_n) for row in (rows[0], many)]
+    return list(dict.fromkeys(sizes))
+
+
 def _grids(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
     """Heads enough for the tile of a full grid, at the edges of that tile."""
-    rows = [row for row in tiles.rows_of(kernel) if row.max_blocks is None]
+    rows = [row for row in tiles.rows_of(kernel) if row.max_blocks is row.max_rows is None]
     which = itertools.cycle(dtypes[:2])
     for dim in sorted({row.head_dim for row in rows}):
         tile = next(row for row in rows if row.head_dim == dim).tile
@@ -133,9 +141,9 @@ def _kinds(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
 
 def _gates(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
     """Every gate on one tile, on tails, and on several tiles."""
-    row = next(row for row in tiles.rows_of(kernel) if row.head_dim >= 64)
-    m, n = row.tile.block_m, row.tile.block_n
-    lengths = ((m, n), (m + 1, n - 1), (100, 130))
+    lengths = [(100, 130)]
+    for m, n in _tiles(kernel):
+        lengths += [(m, n), (m + 1, n - 1)]
     for gate, (seqlen_q, seqlen_kv), causal in itertools.product(_GATES, lengths, _CAUSAL[:2]):
         yield Case(
             "gate",

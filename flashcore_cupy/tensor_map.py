@@ -40,11 +40,11 @@ class View(NamedTuple):
     name: str
     dtype: str
     dims: tuple[int, int, int, int]
-    """Columns, rows, heads, batch."""
+    """Columns, rows, heads, batch; of q whose groups are packed, heads before rows."""
     strides: tuple[int, int, int]
-    """Bytes between rows, heads and batches."""
-    box: tuple[int, int]
-    """Columns and rows of one copy."""
+    """Bytes between those, from the rows on."""
+    box: tuple[int, int, int]
+    """What one copy takes of all but the batch."""
     offset: int = 0
     """Bytes from the array's first element to the first that the map describes."""
 
@@ -84,8 +84,9 @@ def views_of(problem: AttentionProblem, config: KernelConfig) -> tuple[View, Vie
     if first >= end:  # no key is seen, and none is loaded
         first = 0
     block_n = config.tile.block_n
+    q = _view(problem.q, problem, config.head_dim, ROWS_OF_WARPGROUP, 0, problem.seqlen_q)
     return (
-        _view(problem.q, problem, config.head_dim, ROWS_OF_WARPGROUP, 0, problem.seqlen_q),
+        _packed(q, problem) if config.tile.pack_gqa else q,
         _view(problem.k, problem, config.head_dim, block_n, 0, end),
         _view(problem.v, problem, config.head_dim_v, block_n, first, end),
     )
@@ -112,8 +113,17 @@ def _view(
     empty = 0 in operand.shape
     used = [unused if empty or step == 0 else step for step in (row_step, head_step, batch_step)]
     strides = (used[0], used[1], used[2])
-    box = (64 if columns % 64 == 0 else 32, box_rows)
+    box = (64 if columns % 64 == 0 else 32, box_rows, 1)
     return View(operand.name, problem.dtype, dims, strides, box, first * row_step)
+
+
+def _packed(q: View, problem: AttentionProblem) -> View:
+    """Q with heads before rows, so that a copy takes a group's heads of the same rows."""
+    columns, rows, heads, batch = q.dims
+    row, head, step = q.strides
+    group = problem.heads_q // problem.heads_kv
+    box = (q.box[0], group, ROWS_OF_WARPGROUP // group)
+    return q._replace(dims=(columns, heads, rows, batch), strides=(head, row, step), box=box)
 
 
 def maps_of(
@@ -188,7 +198,7 @@ def encode(address: int, view: View) -> np.ndarray[Any, Any]:
         address + view.offset,
         [driver.cuuint64_t(n) for n in view.dims],
         [driver.cuuint64_t(n) for n in view.strides],
-        [driver.cuuint32_t(n) for n in (*view.box, 1, 1)],
+        [driver.cuuint32_t(n) for n in (*view.box, 1)],
         [driver.cuuint32_t(1)] * len(view.dims),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{view.swizzle}B"),

@@ -112,9 +112,11 @@ def _illegal_sm90(c: KernelConfig) -> list[str]:
         reasons.append(f"block_n={t.block_n} is not a multiple of 16 up to {_MAX_BOX}")
     if t.num_stages > _MAX_STAGES:
         reasons.append(f"num_stages={t.num_stages}; at most {_MAX_STAGES}")
-    switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
+    switches = ("cp_async", "warp_softmax", "fp8")
     others = [name for name in ("warps_n", "warps_d") if getattr(t, name) > 1]
     others += [name for name in switches if getattr(t, name)]
+    if (t.pack_gqa or t.split_kv) and t.warps_m > WARPGROUP:
+        reasons.append("wgmma_sm90 has pack_gqa and split_kv for one consumer warpgroup alone")
     if others:
         reasons.append(f"wgmma_sm90 has no {', '.join(others)}")
     if c.head_dim % 32 or c.head_dim_v % 32:

@@ -66,6 +66,10 @@ _TINY_BLOCKS = 12
 _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
 
 
+def _wgmma_decode(block_n: int, num_stages: int) -> Tile:
+    return Tile(64, block_n, warps_m=4, num_stages=num_stages, pack_gqa=True, split_kv=True)
+
+
 def _wgmma_row(head_dim: int, tile: Tile, round_cost: float, **limits: Any) -> Row:
     return Row(
         *("wgmma_sm90", head_dim, tile),
@@ -141,6 +145,14 @@ ROWS: tuple[Row, ...] = (
         dtypes=FP32,
     ),
     Row("mma_sm80", 256, replace(_FP32, block_n=16), max_arch=100, dtypes=FP32),
+    # As many bytes of K and V on their way as shared memory holds.
+    *(
+        Row("wgmma_sm90", d, _wgmma_decode(block_n, stages), max_rows=_DECODE_ROWS, head_dim_v=dv)
+        for d, dv, block_n, stages in (
+            *((64, 64, 128, 4), (96, 96, 128, 4), (128, 128, 128, 3)),
+            *((192, 128, 64, 4), (192, 192, 64, 4), (256, 256, 64, 3)),
+        )
+    ),
     # Time per round: D=64 S=1024 13.4, 10.9 and 7.9 us, D=128 14.7 and 11.4.
     _wgmma_row(64, _WGMMA_192, 1, spills_with=(*_BIAS, *_MODS, "softcap+window")),
     _wgmma_row(64, _WGMMA, 0.83),
@@ -209,7 +221,9 @@ def configure(
     filled.sort(key=lambda row: row.grid_cost(problem))  # otherwise as they stand in the table
     if auto and meant and not filled:
         raise ValueError(meant[0].unfilled_by(problem))
-    for row in filled or meant:
+    if not auto:
+        filled += [row for row in meant if row not in filled]
+    for row in filled:
         try:
             return check_target(row, configure_row(row, problem, overrides), arch)
         except ValueError as error:
@@ -245,6 +259,9 @@ def configure_row(
         mods=problem.rules.mods,
     )
     config.check()
+    group = problem.heads_q // problem.heads_kv
+    if kernel.tma and config.tile.pack_gqa and config.tile.block_m % group:
+        raise ValueError(f"packs groups of 1, 2, 4, ... heads, not of {group}")
     return config
 
 

@@ -162,10 +162,6 @@ __device__ __forceinline__ void load_v(const Context& c, int tile) {
         c.mask().row_begin(0) - first_key, c.mask().row_end(c.work.seqlen_q - 1) - first_key);
 }
 
-struct TileRange {
-    int begin, end;
-};
-
 // Starts what the first tile needs.
 __device__ __forceinline__ void begin_walk(const Context& c, const TileRange& all) {
     load_q(c);
@@ -302,20 +298,6 @@ __device__ __forceinline__ void softmax(const Context& c, Rows& rows, Scores& rS
 
 // ---- the walk over the keys --------------------------------------------------------------------
 
-// The tiles of keys that some row of the block sees, or this block's part of them.
-__device__ __forceinline__ TileRange visible_tiles(const Context& c) {
-    const int first_query = query_of<PACK_GQA>(c.work, 0);
-    const int last_query = last_query_of<PACK_GQA>(c.work, BLOCK_M);
-    TileRange tiles = {c.mask().row_begin(first_query) / BLOCK_N,
-                       div_up(max(c.mask().row_end(last_query), 0), BLOCK_N)};
-    if constexpr (SPLIT_KV) {
-        const int part = div_up(max(tiles.end - tiles.begin, 0), c.params.splits);
-        tiles.begin += c.work.split * part;
-        tiles.end = min(tiles.end, tiles.begin + part);
-    }
-    return tiles;
-}
-
 // This lane's addresses of its warp's first operands.
 struct Operands {
     uint32 q, k, v, p;
@@ -353,7 +335,8 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, int ti
 }
 
 __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
-    const TileRange all = visible_tiles(c);
+    const TileRange all =
+        tiles_seen<BLOCK_N, PACK_GQA, SPLIT_KV>(c.params, c.work, c.mask(), 0, BLOCK_M);
     if (all.begin >= all.end) return;
     begin_walk(c, all);
 #pragma unroll 1
@@ -375,16 +358,8 @@ __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
             RowState& state = rows.state[m][half];
             const QueryRow q = c.query(m, half);
             const GateRow<GATE> gate = c.gate_row(q);
-            float factor = 1.0f;
-            if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
-                if (q.valid) factor = add_sink(state, p.sink[q.head]);
-            if (c.lane % QUAD == 0 && c.warp_d == 0) {
-                gate.finish(state.max, state.sum);
-                if (p.lse != nullptr && q.valid)
-                    p.lse[c.work.batch * p.lse_strides.batch + q.head * p.lse_strides.head +
-                          c.work.start_q + q.query] = log_sum_exp(state.max, state.sum);
-            }
-            factor *= inverse_sum(state.sum);
+            const float factor =
+                finish_row<RULES>(p, c.work, q, gate, state, c.lane % QUAD == 0 && c.warp_d == 0);
             const int element = LayoutO::element(c.row(m, half), first_col);
 #pragma unroll
             for (int d = 0; d < TILES_D; ++d) {

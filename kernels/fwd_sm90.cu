@@ -6,7 +6,8 @@
 // A thread block owns BLOCK_M rows of queries of one head at a time and walks over the keys from
 // the last visible ones to the first, BLOCK_N at a time. Its warpgroups have roles:
 //
-//   warpgroup 0    the producer: one warp starts the copies of Q, K_j, V_j, as places become free
+//   warpgroup 0    one warp finds the blocks' work, and has L2 fetch what they need first;
+//                  one starts the copies of Q, K_j, V_j, as places become free
 //   warpgroups 1.. the consumers: 64 rows each; m, l, O and the scores stay in their registers
 //
 // A consumer's step j, with K and V of NUM_STAGES tiles in flight:
@@ -17,7 +18,9 @@
 //   wait for O               O *= exp2(m_old - m), P_j takes the place of P_{j-1}
 //
 // There are as many thread blocks as multiprocessors; each takes blocks of rows, the longest first,
-// until none is left, and loads for the next one while it finishes the last.
+// until none is left, and loads for the next one while it finishes the last. A row is a query; with
+// PACK_GQA the query heads that share a head of K and V are rows side by side. With SPLIT_KV the
+// keys of a block of rows are in parts, each taken by itself; see split_merge.cuh.
 //
 // Shared memory, tiles as shared_layout.cuh has them, which is TMA's and wgmma's swizzle:
 //   | sQ, one or two | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | barriers, work |
@@ -32,6 +35,7 @@
 #include <flashcore/seen_keys.cuh>
 #include <flashcore/shared_layout.cuh>
 #include <flashcore/softmax.cuh>
+#include <flashcore/split_merge.cuh>
 #include <flashcore/tma_pipeline.cuh>
 #include <flashcore/wgmma_tile.cuh>
 
@@ -60,6 +64,9 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 :
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 constexpr int LOOKUPS = HEAD_DIM_V > 192 ? 2 : 4;  // of a mask_mod at a time, for want of registers
 using SeenHere = SeenByWarp<HIDES_KEYS, BLOCK_N>;
+// Tiles of the next block that L2 fetches ahead; few queries read so much that memory never rests.
+constexpr int AHEAD = PACK_GQA ? 0 : 8;
+constexpr uint64 KEEP = PACK_GQA ? EVICT_FIRST : EVICT_LAST;  // other blocks need K and V, too
 // Where there is room, the next block's Q comes while this one's is used.
 constexpr int SMEM_LIMIT = 227 * 1024;
 constexpr int Q_STAGES =
@@ -76,13 +83,19 @@ constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && !HIDES_KEYS;
 constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
-static_assert(WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV, "rows are not shared");
+static_assert(WARPS_N == 1 && WARPS_D == 1, "warps do not share rows");
+static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for a few rows, which one consumer has");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
 
 using StagesQ = Ring<Q_STAGES>;
 using Stages = Ring<NUM_STAGES>;
-using WorkQueue = Queue<Work>;
+struct Item : Work {
+    int block;  // of rows, among all
+};
+using WorkQueue = Queue<Item>;
+using Parts = SplitRows<BLOCK_M, HEAD_DIM_V>;
 using WorkRing = Ring<WorkQueue::SIZE>;
+using ClaimRing = Ring<2>;
 
 // Of two tiles, for a warp may tell what it sees of one before another has read it of the other.
 struct alignas(HIDES_KEYS ? 1024 : 4) SeenInTurn {
@@ -95,7 +108,9 @@ struct alignas(1024) SharedStorage {
     T sV[NUM_STAGES][LayoutV::SIZE];
     Places<Q_STAGES> q;
     Places<NUM_STAGES> k, v;
-    WorkQueue queue;  // the work lies here, too: in registers it would be a dozen in every thread
+    WorkQueue queue;   // the work lies here, too: in registers it would be a dozen in every thread
+    Places<2> claims;  // blocks that are taken and not all loaded
+    int is_last;       // of the parts of split rows
     SeenInTurn seen;
 };
 static_assert(sizeof(SharedStorage) + 1024 == FC_SMEM_BYTES, "config.py computes the same size");
@@ -108,64 +123,129 @@ __device__ __forceinline__ PositionMask mask_of(const AttentionParams& p, const 
 // Behind the last block of queries.
 __device__ __forceinline__ bool is_end(const Work& w) { return w.first_row < 0; }
 
-struct TileRange {
-    int begin, end;
-};
+__device__ __forceinline__ int rows_of(const Work& w) {
+    return PACK_GQA ? w.seqlen_q * w.group : w.seqlen_q;
+}
 
-// The tiles of keys that some of these rows of the block see.
+// The tiles of keys that some of these rows of the block see, or this part of them.
 __device__ __forceinline__ TileRange visible_tiles(const AttentionParams& p, const Work& w,
                                                    int first_row, int rows) {
-    if (w.first_row + first_row >= w.seqlen_q) return {0, 0};
-    const PositionMask mask = mask_of(p, w);
-    const int last_query = last_query_of<false>(w, first_row + rows);
-    const TileRange tiles = {mask.row_begin(w.first_row + first_row) / BLOCK_N,
-                             div_up(max(mask.row_end(last_query), 0), BLOCK_N)};
+    if (w.first_row + first_row >= rows_of(w)) return {0, 0};
+    const TileRange tiles =
+        tiles_seen<BLOCK_N, PACK_GQA, SPLIT_KV>(p, w, mask_of(p, w), first_row, first_row + rows);
     return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
 }
 
-// ---- the producer ------------------------------------------------------------------------------
+// ---- the producers -----------------------------------------------------------------------------
+
+// Which boxes of q, k, v some work needs, in the coordinates of their maps.
+struct Boxes {
+    const HopperParams& p;
+    const Work& w;
+    int batch, first_value;
+
+    __device__ __forceinline__ Boxes(const HopperParams& p, const Work& w)
+        : p(p),
+          w(w),
+          batch(VARLEN ? 0 : w.batch),
+          first_value(VARLEN ? 0 : mask_of(p, w).row_begin(0)) {}  // row 0 of v_map
+    __device__ __forceinline__ TileBox q() const {
+        const int query = w.start_q + query_of<PACK_GQA>(w, 0);
+        // Of a packed group all rows of a query come one after the other: heads before queries.
+        if (PACK_GQA) return {&p.q_map, w.head * w.group, query, batch};
+        return {&p.q_map, query, w.head, batch};
+    }
+    __device__ __forceinline__ TileBox k(int tile) const {
+        return {&p.k_map, w.start_kv + tile * BLOCK_N, w.head_kv, batch};
+    }
+    __device__ __forceinline__ TileBox v(int tile) const {
+        return {&p.v_map, w.start_kv + tile * BLOCK_N - first_value, w.head_kv, batch};
+    }
+};
+
+// One warp finds the blocks' work. What it has taken nobody else can do, so it takes no more than
+// one block beyond the one that is being loaded.
+__device__ __forceinline__ void dispatch(const HopperParams& p, SharedStorage& smem, int blocks) {
+    WorkRing queue;
+    ClaimRing claims;
+    claims.advance();  // the first block is there anyway
+    Item w;
+#pragma unroll 1
+    for (int block = blockIdx.x; block < blocks; block = take_block(p, blocks)) {
+        if (!find_work<CAUSAL, VARLEN, PACK_GQA, SPLIT_KV>(p, BLOCK_M, w, block, blocks)) continue;
+        if (SPLIT_KV) w.block = block % (blocks / p.splits);
+        put(smem.queue, queue, w);
+        claims.await_empty(smem.claims);
+        claims.advance();
+    }
+    w.first_row = -1;
+    put(smem.queue, queue, w);  // the end
+}
+
+// Calls use(work) for one after the other, until the end.
+template <typename Use>
+__device__ __forceinline__ void for_each_work(SharedStorage& smem, Use use) {
+    WorkRing queue;
+#pragma unroll 1
+    while (true) {
+        queue.await_full(smem.queue.places);
+        const Work& w = smem.queue.item[queue.stage];
+        if (is_end(w)) return;
+        use(w);
+        warp_sync();  // all lanes have read the work
+        queue.release(smem.queue.places);
+        queue.advance();
+    }
+}
+
+// One warp has L2 fetch what a block needs first, by the time that there is room for it here.
+__device__ __forceinline__ void prefetch(const HopperParams& p, SharedStorage& smem) {
+    bool is_first = true;  // which is loaded at once
+    for_each_work(smem, [&](const Work& w) {
+        const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
+        const Boxes boxes(p, w);
+        const int last = is_first ? tiles.end : max(tiles.begin, tiles.end - AHEAD);
+        if (last < tiles.end) prefetch_tile_tma<LayoutQ, ROWS>(boxes.q(), EVICT_FIRST);
+#pragma unroll 1
+        for (int tile = tiles.end - 1; tile >= last; --tile) {
+            prefetch_tile_tma<LayoutK, BLOCK_N>(boxes.k(tile), KEEP);
+            prefetch_tile_tma<LayoutV, BLOCK_N>(boxes.v(tile), KEEP);
+        }
+        is_first = false;
+    });
+}
 
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
                                            const Work& w, StagesQ& q, Stages& at) {
     const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
-    const int batch = VARLEN ? 0 : w.batch;
-    const int first_value = VARLEN ? 0 : mask_of(p, w).row_begin(0);  // row 0 of v_map
+    const Boxes boxes(p, w);
 #pragma unroll 1
     for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
-        const int key = w.start_kv + tile * BLOCK_N, stage = at.stage;
+        const int stage = at.stage;
         at.await_empty(smem.k);
-        load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &p.k_map, &smem.k.full[stage], key,
-                                        w.head_kv, batch, EVICT_LAST);
+        load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &smem.k.full[stage], boxes.k(tile), KEEP);
         if (tile == tiles.end - 1) {
             q.await_empty(smem.q);
-            load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &p.q_map, &smem.q.full[q.stage],
-                                         w.start_q + w.first_row, w.head, batch, EVICT_FIRST);
+            load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &smem.q.full[q.stage], boxes.q(),
+                                         EVICT_FIRST);
             q.advance();
         }
         at.await_empty(smem.v);
-        load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &p.v_map, &smem.v.full[stage],
-                                        key - first_value, w.head_kv, batch, EVICT_LAST);
+        load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &smem.v.full[stage], boxes.v(tile), KEEP);
         at.advance();
     }
 }
 
-__device__ __forceinline__ void produce(const HopperParams& p, SharedStorage& smem, int blocks) {
+// One warp starts the copies of Q, K_j, V_j, as places become free.
+__device__ __forceinline__ void load(const HopperParams& p, SharedStorage& smem) {
     Stages at;
     StagesQ q;
-    WorkRing queue;
-    int block = blockIdx.x;
-    Work w;
-#pragma unroll 1
-    while (block < blocks) {
-        const int taken = take_block(p, blocks);  // known by the time that this one is loaded
-        if (find_work<CAUSAL, VARLEN, false, false>(p, BLOCK_M, w, block)) {
-            put(smem.queue, queue, w);
-            load_block(p, smem, w, q, at);
-        }
-        block = next_block(taken, blocks);
-    }
-    w.first_row = -1;
-    put(smem.queue, queue, w);  // the end
+    ClaimRing claims;
+    for_each_work(smem, [&](const Work& w) {
+        load_block(p, smem, w, q, at);
+        claims.release(smem.claims);
+        claims.advance();
+    });
 }
 
 // ---- a consumer --------------------------------------------------------------------------------
@@ -174,7 +254,6 @@ struct Consumer {
     const HopperParams& params;
     SharedStorage& smem;
     int index;  // of the warpgroup, from 0
-    int warp, lane;
     Stages at;  // the next tile of keys
     StagesQ q;
     WorkRing queue;
@@ -186,11 +265,14 @@ struct Consumer {
     uint32 rP[STEPS][4];    // the same as T, pair by pair: the A operand of 16 keys each
     float rO[HEAD_DIM_V / 2];
 
-    __device__ __forceinline__ const Work& work() const { return smem.queue.item[queue.stage]; }
+    __device__ __forceinline__ const Item& work() const { return smem.queue.item[queue.stage]; }
     __device__ __forceinline__ PositionMask mask() const { return mask_of(params, work()); }
-    __device__ __forceinline__ int row(int half) const {
-        const int thread = thread_index_anew() - WARPGROUP;  // 16 rows per warp
-        return thread / WARP_SIZE * 16 + half * 8 + thread % WARP_SIZE / QUAD;
+    __device__ __forceinline__ static int lane() { return thread_index_anew() % WARP_SIZE; }
+    __device__ __forceinline__ static int warp() {  // of all consumers', 16 rows each
+        return thread_index_anew() / WARP_SIZE - WARPGROUP / WARP_SIZE;
+    }
+    __device__ __forceinline__ static int row(int half) {
+        return warp() * 16 + half * 8 + lane() / QUAD;
     }
     __device__ __forceinline__ GateRow<GATE> gate_row(const QueryRow& q) const {
         const Work& w = work();
@@ -234,7 +316,7 @@ struct Consumer {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const Work& w = work();
-            const QueryRow q = query_row<false>(w, row(half));
+            const QueryRow q = query_row<PACK_GQA>(w, row(half));
             const GateRow<GATE> gate = gate_row(q);
             const RowRules<T, RULES> rules(params, w.batch, q.head, q.query, w.seqlen_q,
                                            w.seqlen_kv, w.diagonal);
@@ -283,8 +365,8 @@ struct Consumer {
 
     __device__ __forceinline__ void softmax_of(int tile, float (&factor)[2]) {
         seen_here = SeenHere();
-        const int first = work().first_row + index * ROWS;
-        const int last = min(first + ROWS, work().seqlen_q) - 1;
+        const int first = query_of<PACK_GQA>(work(), index * ROWS);
+        const int last = last_query_of<PACK_GQA>(work(), (index + 1) * ROWS);
         if (mask().cuts(first, last, tile * BLOCK_N, (tile + 1) * BLOCK_N)) {
             softmax<true>(tile, factor);
         } else {
@@ -308,9 +390,9 @@ struct Consumer {
         const int begin = mask().row_begin(0) - tile * BLOCK_N;
         const int end = mask().row_end(work().seqlen_q - 1) - tile * BLOCK_N;
         if (begin <= 0 && end >= BLOCK_N) return;
-        for (int key = warp; key < BLOCK_N; key += 4) {
+        for (int key = warp() % 4; key < BLOCK_N; key += 4) {
             if (key >= begin && key < end) continue;
-            for (int d = lane * 2; d < HEAD_DIM_V; d += 2 * WARP_SIZE)
+            for (int d = lane() * 2; d < HEAD_DIM_V; d += 2 * WARP_SIZE)
                 *reinterpret_cast<uint32*>(smem.sV[stage] + LayoutV::element(key, d)) = 0;
         }
         fence_proxy_async();
@@ -324,7 +406,7 @@ struct Consumer {
             named_barrier_sync(MEETING, NUM_THREADS);
         };
         smem.seen.of[meetings++ % 2].template clear_unseen<LayoutV>(smem.sV[stage], seen_here,
-                                                                    index * 4 + warp, sync);
+                                                                    warp(), sync);
     }
 
     __device__ __forceinline__ void await_turn() const {
@@ -399,34 +481,50 @@ struct Consumer {
         if (all.end > 0) q.advance();
     }
 
+    __device__ __forceinline__ float finish_row(RowState& row, const QueryRow& q, bool one) const {
+        return flashcore::finish_row<RULES>(params, work(), q, gate_row(q), row, one);
+    }
+    __device__ __forceinline__ T* output_row(const QueryRow& q) const {
+        const Work& w = work();
+        return const_cast<T*>(
+            head_row<T>(params.o, params.o_strides, w.batch, q.head, w.start_q + q.query));
+    }
+
     // Normalises, and writes O and the LSE.
     __device__ __forceinline__ void finish() {
-        const AttentionParams& p = params;
-        const Work& w = work();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            RowState& row_state = state[half];
-            row_state.sum = group_sum<QUAD>(row_state.sum);
-            const QueryRow q = query_row<false>(w, row(half));
-            float factor = 1.0f;
-            if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
-                if (q.valid) factor = add_sink(row_state, p.sink[q.head]);
-            if (lane % QUAD == 0) {
-                gate_row(q).finish(row_state.max, row_state.sum);
-                if (p.lse != nullptr && q.valid)
-                    p.lse[w.batch * p.lse_strides.batch + q.head * p.lse_strides.head + w.start_q +
-                          q.query] = log_sum_exp(row_state.max, row_state.sum);
-            }
-            factor *= inverse_sum(row_state.sum);
-            if constexpr (WRITES_OUTPUT<GATE>) {
-                T* const gO = const_cast<T*>(
-                    head_row<T>(p.o, p.o_strides, w.batch, q.head, w.start_q + q.query));
-                store_quad_row<HEAD_DIM_V, ALIGN_BYTES>(gO, q.valid, DIM_V, [&](int n) {
+            state[half].sum = group_sum<QUAD>(state[half].sum);
+            const QueryRow q = query_row<PACK_GQA>(work(), row(half));
+            const float factor = finish_row(state[half], q, lane() % QUAD == 0);
+            if constexpr (WRITES_OUTPUT<GATE>)
+                store_quad_row<HEAD_DIM_V, ALIGN_BYTES>(output_row(q), q.valid, DIM_V, [&](int n) {
                     return pack2<T>(scaled_output(rO[4 * n + 2 * half], factor),
                                     scaled_output(rO[4 * n + 2 * half + 1], factor));
                 });
-            }
         }
+    }
+
+    // The same where the rows' keys are in parts: by the last of them to be done, for all.
+    __device__ __forceinline__ void finish_part() {
+        const Item& w = work();
+        const Parts parts(params, w.block);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            state[half].sum = group_sum<QUAD>(state[half].sum);
+            if (query_row<PACK_GQA>(w, row(half)).valid)
+                parts.leave(w.split, row(half), state[half],
+                            [&](int n, int e) { return rO[4 * n + 2 * half + e]; });
+        }
+        const int thread = thread_index_anew() % WARPGROUP, barrier = 1 + index;
+        if (!parts.is_last(w.block, smem.is_last, thread == 0, barrier, WARPGROUP)) return;
+        const int rows = min(rows_of(w) - w.first_row, BLOCK_M);
+        parts.merge(rows, thread, WARPGROUP, [&](int row, int col, RowState& all, float4 o) {
+            const QueryRow q = query_row<PACK_GQA>(w, row);
+            const float factor = finish_row(all, q, col == 0);
+            if constexpr (WRITES_OUTPUT<GATE>)
+                store_four<ALIGN_BYTES>(output_row(q) + col, DIM_V - col, o, factor);
+        });
     }
 
     __device__ __forceinline__ void run() {
@@ -438,7 +536,11 @@ struct Consumer {
             queue.await_full(smem.queue.places);
             if (is_end(work())) return;
             attend();
-            finish();
+            if (SPLIT_KV && params.splits > 1) {
+                finish_part();
+            } else {
+                finish();
+            }
             warp_sync();  // all lanes have read the work
             queue.release(smem.queue.places);
             queue.advance();
@@ -451,23 +553,33 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
     extern __shared__ char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
+    if (threadIdx.x == WARP_SIZE) {  // another warp, meanwhile
+        prefetch_tensormap(&params.k_map);
+        prefetch_tensormap(&params.q_map);
+        prefetch_tensormap(&params.v_map);
+    }
     if (threadIdx.x == 0) {
         smem.q.init(CONSUMERS * 4);  // warps
         smem.k.init(CONSUMERS * 4);
         smem.v.init(CONSUMERS * 4);
-        smem.queue.places.init(CONSUMERS * 4);
+        smem.claims.init(1);
+        smem.queue.places.init(CONSUMERS * 4 + (AHEAD > 0 ? 2 : 1));  // and those that load
         fence_mbarrier_init();
     }
     block_sync();  // the barriers are there
-    const int blocks = (VARLEN ? 1 : params.batch) * params.heads_q * params.m_blocks;
+    const int heads = PACK_GQA ? params.heads_kv : params.heads_q;
+    const int blocks =
+        (VARLEN ? 1 : params.batch) * heads * params.m_blocks * (SPLIT_KV ? params.splits : 1);
     const int warpgroup = shfl(int(threadIdx.x / WARPGROUP), 0);
     if (warpgroup == 0) {
         registers_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x < WARP_SIZE) produce(params, smem, blocks);
+        const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
+        if (warp == 0) load(params, smem);
+        if (warp == 1) dispatch(params, smem, blocks);
+        if (warp == 2 && AHEAD > 0) prefetch(params, smem);
     } else {
         registers_inc<CONSUMER_REGISTERS>();
-        Consumer consumer = {params, smem, warpgroup - 1, int(threadIdx.x) / WARP_SIZE % 4,
-                             int(threadIdx.x) % WARP_SIZE};
+        Consumer consumer = {params, smem, warpgroup - 1};
         consumer.run();
     }
 }

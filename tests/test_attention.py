@@ -248,17 +248,18 @@ def _explained(monkeypatch: pytest.MonkeyPatch, arch: str, *operands: Any, **cho
 def test_explain_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.empty((2, 16, 2048, 128), ml_dtypes.bfloat16)
     wide = np.empty((2, 16, 2048, 132), ml_dtypes.bfloat16)[..., :128]
-    one, tiny = x[:, :, :1], x[:1, :2, :100]
+    tiny = x[:1, :2, :100]
     taken = "wgmma_sm90 on sm_90a: 128x128 tile, 2 consumer warpgroups, 2 stages, TMA, head dim 128"
     text = _explained(monkeypatch, "sm_90a", x, x, x, causal=True)
     assert text.startswith(taken) and "\n" not in text
     bias = np.zeros((2048, 2048), x.dtype)
     text = _explained(monkeypatch, "sm_90a", x, x, x, bias=bias)
     assert text.startswith(f"{taken}, bias, ") and "\n" not in text
+    text = _explained(monkeypatch, "sm_90a", x[:, :, :1], x, x)
+    assert text.startswith("wgmma_sm90 on sm_90a: ") and "pack_gqa, split_kv, TMA" in text
     for operands, rules, reason in (
         ((x, wide, wide), {}, "loads by TMA: .* multiples of 16 bytes, .* unlike those of k, v"),
         ((tiny, tiny, tiny), {}, "is for larger grids"),
-        ((one, x, x), {}, "is for more queries per head of k and v"),
         ((x.astype(np.float32),) * 3, {}, "takes float16 and bfloat16, not float32"),
         ((x, x, x), {"bias": bias[:, :1]}, "is slower with a bias that cannot be read two keys.*"),
         ((x, x, x), {"mask": bias == 0}, "has no mask"),
@@ -282,7 +283,7 @@ def test_explain_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     q, k, v = (cupy.asarray(x) for x in _arrays(shape=(1, 2, 8, 64)))
     text = flashcore_cupy.explain(q, k, v)
-    assert text.startswith("mma_sm80 on sm_")
+    assert re.match("(wgmma_sm90|mma_sm80) on sm_", text)
     text = flashcore_cupy.explain(*(x.astype("f4") for x in (q, k, v)), softcap=30.0)
     assert text.startswith("mma_sm80 on sm_") and "softcap" in text
     monkeypatch.setenv("FLASHCORE_ARCH", "sm_75")
@@ -409,8 +410,8 @@ def test_targets() -> None:
 def test_auto_does_not_shop_around_for_an_override() -> None:
     """The fastest kernel refuses it, though a slower one would take it."""
     wanted = problem.contiguous_problem(1, 8, 512, 64)
-    change = {"pack_gqa": True}
-    with pytest.raises(ValueError, match="kernel 'wgmma_sm90': config: wgmma_sm90 has no pack_gqa"):
+    change = {"warps_n": 2}
+    with pytest.raises(ValueError, match="kernel 'wgmma_sm90': config: wgmma_sm90 has no warps_n"):
         tiles.select(wanted, "sm_90a", overrides=change)
     assert tiles.select(wanted, "sm_90a", kernel="mma_sm80", overrides=change)
 

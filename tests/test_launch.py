@@ -504,6 +504,25 @@ def test_keys_of_repeated_calls_tell_arguments_apart() -> None:
     assert len({key(), *others}) == 1 + len(others)
 
 
+def test_parts_of_the_keys_on_hopper() -> None:
+    """As split_merge.cuh lays them out; the first counter is of the blocks that are taken."""
+    problem = contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=8192)
+    chosen = tiles.select(problem, "sm_90a").config
+    assert chosen.kernel == "wgmma_sm90" and chosen.tile.split_kv
+    rows = chosen.tile.block_m
+    assert workspace.split_bytes(chosen, 8, 4) == (8 * 4 * rows * (128 + 2) * 4, 4 * (1 + 8))
+    assert workspace.split_bytes(chosen, 8, 1) == (0, 4)
+    text = (KERNELS / "flashcore" / "split_merge.cuh").read_text()
+    assert "PART = ROWS * (COLS + 2)" in text and "split_arrivals + 1 + block" in text
+    for seqlen_kv in (0, 1, 128, 129, 5000, 100_000):
+        one = replace(contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=seqlen_kv))
+        parts = grids.splits(one, chosen, 132)
+        assert 1 <= parts <= max(1, math.ceil(seqlen_kv / chosen.tile.block_n))
+    assert grids.splits(problem, chosen, 132) * 8 in range(100, 133), "one round"
+    many = contiguous_problem(128, 32, 1, 128, heads_kv=8, seqlen_kv=8192)
+    assert grids.splits(many, chosen, 132) == 1
+
+
 # --- workspaces -----------------------------------------------------------------------------------
 
 

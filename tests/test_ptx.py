@@ -226,6 +226,13 @@ def test_the_last_to_arrive_reads_what_all_wrote(probe_folder: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_wide_loads(probe_folder: Path) -> None:
+    x = np.random.default_rng(15).standard_normal(128).astype(np.float32)
+    (y,) = Probe("global")("wide_loads", 32, [x], [np.full(192, np.nan, np.float32)])
+    np.testing.assert_array_equal(y, np.concatenate([x[:64], x]))
+
+
+@pytest.mark.gpu
 def test_cp_async(probe_folder: Path) -> None:
     run = Probe("cp_async")
     x = np.random.default_rng(3).integers(1, 255, 512).astype(np.uint8)

@@ -56,17 +56,36 @@ def test_maps_of_contiguous_arrays() -> None:
     found = views(problem)
     assert found["q"] == (
         *("q", "bfloat16", (192, 300, 8, 3)),
-        *((384, 384 * 300, 384 * 300 * 8), (64, 64), 0),
+        *((384, 384 * 300, 384 * 300 * 8), (64, 64, 1), 0),
     )
     assert found["k"] == (
         *("k", "bfloat16", (192, 500, 2, 3)),
-        *((384, 384 * 500, 384 * 500 * 2), (64, block_n), 0),
+        *((384, 384 * 500, 384 * 500 * 2), (64, block_n, 1), 0),
     )
     assert found["v"] == (
         *("v", "bfloat16", (128, 500, 2, 3)),
-        *((256, 256 * 500, 256 * 500 * 2), (64, block_n), 0),
+        *((256, 256 * 500, 256 * 500 * 2), (64, block_n, 1), 0),
     )
     assert {view.swizzle for view in found.values()} == {128}
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
+def test_packed_groups_have_heads_before_rows(group: int) -> None:
+    """A copy's rows are then query * group + head of the group."""
+    problem = contiguous_problem(3, 2 * group, max(1, 16 // group), 64, heads_kv=2, seqlen_kv=500)
+    chosen = config_of(problem)
+    assert chosen.tile.pack_gqa and chosen.tile.split_kv
+    view, rows = views(problem)["q"], problem.seqlen_q
+    assert view.dims == (64, 2 * group, rows, 3) and view.box == (64, group, 64 // group)
+    assert view.strides == (128 * rows, 128, 128 * rows * 2 * group)
+    assert views(problem)["k"].box == (64, chosen.tile.block_n, 1)
+
+
+@pytest.mark.parametrize("group", [3, 5, 7, 12])
+def test_groups_that_do_not_fill_a_copy_are_not_packed(group: int) -> None:
+    problem = contiguous_problem(3, 2 * group, 1, 64, heads_kv=2, seqlen_kv=500)
+    assert refusal(problem, auto=True) == f"packs groups of 1, 2, 4, ... heads, not of {group}"
+    assert not config_of(problem).tile.pack_gqa, "by name it is taken"
 
 
 @pytest.mark.parametrize(("dim", "box"), [(64, 64), (72, 32), (96, 32), (104, 64), (256, 64)])
@@ -515,15 +534,12 @@ def test_arrays_that_tma_cannot_address_are_named() -> None:
 
 
 def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
-    """By name it takes any; for "auto" only more than 12 blocks, and not a few queries each."""
-    few_blocks, few_queries = "is for larger grids", "is for more queries per head of k and v"
+    """By name it takes any; for "auto" only more than 12 blocks, or a few queries each."""
+    few_blocks = "is for larger grids"
     for problem, reason in (
         (contiguous_problem(1, 2, 100, 64), few_blocks),
         (contiguous_problem(1, 12, 128, 64), few_blocks),
         (contiguous_problem(1, 3, 512, 256), few_blocks),
-        (contiguous_problem(64, 32, 1, 128, seqlen_kv=4096), few_queries),
-        (contiguous_problem(64, 32, 4, 128, heads_kv=8, seqlen_kv=4096), few_queries),
-        (contiguous_problem(1, 8, 1, 64), few_queries),
     ):
         assert refusal(problem, auto=True) == reason
         assert config_of(problem).kernel == KERNEL
@@ -535,6 +551,9 @@ def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
         contiguous_problem(1, 2, 1024, 256),
         contiguous_problem(4, 16, 2048, 128),
         contiguous_problem(64, 32, 5, 128, heads_kv=8, seqlen_kv=4096),
+        contiguous_problem(64, 32, 4, 128, heads_kv=8, seqlen_kv=4096),
+        contiguous_problem(64, 32, 1, 128, seqlen_kv=4096),
+        contiguous_problem(1, 8, 1, 64),
     ):
         found = tiles.configure(problem, tiles.KERNELS[KERNEL], HOPPER, auto=True)
         assert found == config_of(problem)
@@ -542,7 +561,10 @@ def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
     assert refusal(describe(*packed, sequences=3), auto=True) == few_blocks
     packed = [np.empty((6400, 8, 64), np.float16)] * 3
     assert tiles.configure(describe(*packed, sequences=3), tiles.KERNELS[KERNEL], HOPPER, auto=True)
-    assert refusal(describe(*packed, sequences=6400), auto=True) == few_queries
+    few = tiles.configure(
+        describe(*packed, sequences=6400), tiles.KERNELS[KERNEL], HOPPER, auto=True
+    )
+    assert few.tile.split_kv
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 5, 100, 3000])
@@ -569,7 +591,14 @@ ILLEGAL = [
     ({"warps_n": 2, "cp_async": True}, "wgmma_sm90 has no warps_n, cp_async"),
     ({"warps_d": 2}, "wgmma_sm90 has no warps_d"),
     ({"warp_softmax": True, "fp8": True}, "wgmma_sm90 has no warp_softmax, fp8"),
-    ({"pack_gqa": True, "split_kv": True}, "wgmma_sm90 has no pack_gqa, split_kv"),
+    (
+        {"block_m": 128, "warps_m": 8, "pack_gqa": True},
+        "wgmma_sm90 has pack_gqa and split_kv for one consumer warpgroup alone",
+    ),
+    (
+        {"block_m": 192, "warps_m": 12, "split_kv": True},
+        "wgmma_sm90 has pack_gqa and split_kv for one consumer warpgroup alone",
+    ),
     ({"block_n": 256, "num_stages": 4}, "bytes of shared memory at head dim 64"),
 ]
 
@@ -588,10 +617,10 @@ def test_legal_tiles() -> None:
             problem, block_m=16 * warps_m, warps_m=warps_m, block_n=block_n, num_stages=stages
         )
         assert chosen.defines()["FC_SMEM_BYTES"] == chosen.smem_bytes
-        assert views_boxes(problem, chosen) == {(64, 64), (64, block_n)}
+        assert views_boxes(problem, chosen) == {(64, 64, 1), (64, block_n, 1)}
 
 
-def views_boxes(problem: AttentionProblem, chosen: KernelConfig) -> set[tuple[int, int]]:
+def views_boxes(problem: AttentionProblem, chosen: KernelConfig) -> set[tuple[int, int, int]]:
     return {view.box for view in tensor_map.views_of(problem, chosen)}
 
 

@@ -1,9 +1,30 @@
 // epilogue.cuh - O leaves: fp32 in shared memory, normalised, converted, stored in wide pieces.
 #pragma once
 #include <flashcore/ptx_convert.cuh>
+#include <flashcore/schedule.cuh>
+#include <flashcore/score.cuh>
 #include <flashcore/smem_tile.cuh>
+#include <flashcore/softmax.cuh>
 
 namespace flashcore {
+
+// What a row's O is multiplied by in the end, its m and l being complete; the sink joins them. One
+// of the threads that have the row writes the LSE.
+template <int RULES, int GATE>
+__device__ __forceinline__ float finish_row(const AttentionParams& p, const Work& w,
+                                            const QueryRow& q, const GateRow<GATE>& gate,
+                                            RowState& row, bool writes_lse) {
+    float factor = 1.0f;
+    if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
+        if (q.valid) factor = add_sink(row, p.sink[q.head]);
+    if (writes_lse) {
+        gate.finish(row.max, row.sum);
+        if (p.lse != nullptr && q.valid)
+            p.lse[w.batch * p.lse_strides.batch + q.head * p.lse_strides.head + w.start_q +
+                  q.query] = log_sum_exp(row.max, row.sum);
+    }
+    return factor * inverse_sum(row.sum);
+}
 
 // A query that saw no key has factor 0. Its output is 0, even where NaN in a value that others of
 // its tile saw has made NaN of the sum.
@@ -62,6 +83,24 @@ __device__ __forceinline__ void scatter_rows(const T* sO, int first_row, int fir
             *reinterpret_cast<Vector<BYTES>*>(gO + col) = *reinterpret_cast<const Vector<BYTES>*>(
                 sO + Layout::element(first_row + row, first_col + col));
     }
+}
+
+// Stores four values in a row, each multiplied by factor, as T; those from valid_cols on are left
+// out.
+template <int BYTES, typename T>
+__device__ __forceinline__ void store_four(T* address, int valid_cols, const float4& o,
+                                           float factor) {
+    constexpr int SIZE = BYTES < 4 * int(sizeof(T)) ? BYTES : 4 * int(sizeof(T));
+    constexpr int VEC = SIZE / int(sizeof(T));
+    union {
+        T element[4];
+        Vector<SIZE> vector[4 / VEC];
+    } piece = {
+        {from_float<T>(scaled_output(o.x, factor)), from_float<T>(scaled_output(o.y, factor)),
+         from_float<T>(scaled_output(o.z, factor)), from_float<T>(scaled_output(o.w, factor))}};
+#pragma unroll
+    for (int i = 0; i < 4 / VEC; ++i)
+        if (i * VEC < valid_cols) reinterpret_cast<Vector<SIZE>*>(address)[i] = piece.vector[i];
 }
 
 // Stores a row of COLS values of T that four neighbouring lanes share as a wgmma or mma.sync leaves

@@ -45,8 +45,8 @@ struct AttentionParams {
     ModArgs mod_args;          // the user's arrays, see mods.cuh
     const int* cu_seqlens_q;   // (B + 1), where each packed sequence starts, or null
     const int* cu_seqlens_kv;  // (B + 1)
-    float* split_partial;      // fwd_sm80: what each part of a split row of blocks has found
-    int* split_arrivals;       // fwd_sm80: how many parts have arrived; 0 between launches
+    float* split_partial;      // what each part of a split row of blocks has found
+    int* split_arrivals;  // parts that have arrived (fwd_sm90: blocks taken), 0 between launches
     Strides q_strides, k_strides, v_strides, o_strides;
     HeadStrides lse_strides, alibi_strides;
     BroadcastStrides bias_strides, mask_strides;
@@ -59,8 +59,8 @@ struct AttentionParams {
     int window_left;    // query i sees key j >= i + causal_offset - window_left, where windowed
     int window_right;   // query i sees key j <= i + causal_offset + window_right; causal: 0
     int top_left;       // packed batches: query 0's own position is key 0 of its sequence
-    int m_blocks;       // fwd_sm80: blocks of queries per head, all sequences together
-    int splits;         // fwd_sm80: parts of the keys, each a thread block's
+    int m_blocks;       // blocks of queries per head, all sequences together
+    int splits;         // parts of the keys, each a thread block's
     int section;        // heads whose blocks of queries take turns; see schedule.cuh
     int gate_row;       // the gate array's row length: the true Skv
     int gate_tiles;     // tiles per row in gate_tile_max

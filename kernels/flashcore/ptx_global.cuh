@@ -24,4 +24,22 @@ __device__ __forceinline__ float load_l2(const float* address) {
     return x;
 }
 
+__device__ __forceinline__ float2 load_l2(const float2* address) {
+    float2 x;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "l"(address)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ float4 load_l2(const float4* address) {
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(address)
+                 : "memory");
+    return x;
+}
+
 }  // namespace flashcore

@@ -47,6 +47,16 @@ __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, 
         : "memory");
 }
 
+// Brings the box into L2 and no further; nobody waits for it.
+__device__ __forceinline__ void tma_prefetch_4d(const TensorMap* map, int c0, int c1, int c2,
+                                                int c3, uint64 policy) {
+    asm volatile(
+        "cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;" ::
+            "l"(map),
+        "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+        : "memory");
+}
+
 // True in one lane of a warp whose lanes are all here. Behind a comparison of thread numbers the
 // compiler puts a loop over the lanes around each copy; here it knows that it is one.
 __device__ __forceinline__ bool elect_one() {

@@ -5,6 +5,7 @@
 // they are read again. Where the last queries see the most keys they come first, so that no long
 // block runs alone at the end.
 #pragma once
+#include <flashcore/mask.cuh>
 #include <flashcore/params.cuh>
 #include <flashcore/ptx_warp.cuh>
 
@@ -91,16 +92,37 @@ __device__ __forceinline__ void take_turns(const AttentionParams& p, int heads, 
     head_index = first + index - nth_block * count;
 }
 
-// The work of a thread block, its own unless told; false if there is none, which only happens in
-// packed batches.
+struct TileRange {
+    int begin, end;
+};
+
+// The tiles of BLOCK_N keys that some row of [first_row, end_row) of the block sees, or this part
+// of them; none if end is not above begin.
+template <int BLOCK_N, bool PACK_GQA, bool SPLIT_KV, typename Mask>
+__device__ __forceinline__ TileRange tiles_seen(const AttentionParams& p, const Work& w,
+                                                const Mask& mask, int first_row, int end_row) {
+    const int first_query = query_of<PACK_GQA>(w, first_row);
+    const int last_query = last_query_of<PACK_GQA>(w, end_row);
+    TileRange tiles = {mask.row_begin(first_query) / BLOCK_N,
+                       div_up(max(mask.row_end(last_query), 0), BLOCK_N)};
+    if constexpr (SPLIT_KV) {
+        const int part = div_up(max(tiles.end - tiles.begin, 0), p.splits);
+        tiles.begin += w.split * part;
+        tiles.end = min(tiles.end, tiles.begin + part);
+    }
+    return tiles;
+}
+
+// The work of a thread block, its own unless told: number `index` of `items`; false if there is
+// none, which only happens in packed batches.
 template <bool LAST_FIRST, bool VARLEN, bool PACK_GQA, bool SPLIT_KV>
 __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m, Work& w,
-                                          int index = blockIdx.x) {
+                                          int index = blockIdx.x, int items = gridDim.x) {
     w.split = 0;
     if constexpr (SPLIT_KV) {
         // All first parts, then all second ones: the last parts of the rows are the shortest, and
         // this way no multiprocessor gets only long ones.
-        const int rows_of_blocks = gridDim.x / p.splits;
+        const int rows_of_blocks = items / p.splits;
         w.split = index / rows_of_blocks;
         index -= w.split * rows_of_blocks;
     }

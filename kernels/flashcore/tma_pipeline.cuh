@@ -48,25 +48,43 @@ struct Ring {
     }
 };
 
+// Where a tile lies in a tensor map: its first row, and what it has in common.
+struct TileBox {
+    const TensorMap* map;
+    int row, head, batch;
+};
+
 // Starts the copies of a whole tile, panel by panel, in boxes of BOX_ROWS rows; by one warp.
 template <typename Layout, int BOX_ROWS, typename T>
-__device__ __forceinline__ void load_tile_tma(T* sTile, const TensorMap* map, uint64* full, int row,
-                                              int head, int batch, uint64 policy) {
+__device__ __forceinline__ void load_tile_tma(T* sTile, uint64* full, const TileBox& box,
+                                              uint64 policy) {
     if (!elect_one()) return;
     mbarrier_arrive_expect_tx(full, Layout::SIZE * sizeof(T));
 #pragma unroll
     for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
 #pragma unroll
         for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
-            tma_load_4d(sTile + Layout::step(0, r, panel * Layout::PANEL), map, full,
-                        panel * Layout::PANEL, row + r, head, batch, policy);
+            tma_load_4d(sTile + Layout::step(0, r, panel * Layout::PANEL), box.map, full,
+                        panel * Layout::PANEL, box.row + r, box.head, box.batch, policy);
 }
 
-// Items on their way from the warp that hands them out to the warps that work on them; one is being
-// worked on while the next is there to be looked at.
+// The same as far as L2, ahead of the copies.
+template <typename Layout, int BOX_ROWS>
+__device__ __forceinline__ void prefetch_tile_tma(const TileBox& box, uint64 policy) {
+    if (!elect_one()) return;
+#pragma unroll
+    for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
+#pragma unroll
+        for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
+            tma_prefetch_4d(box.map, panel * Layout::PANEL, box.row + r, box.head, box.batch,
+                            policy);
+}
+
+// Items on their way from the warp that hands them out to the warps that work on them: one is being
+// worked on, one loaded for, and one is known ahead.
 template <typename Item>
 struct Queue {
-    static constexpr int SIZE = 2;
+    static constexpr int SIZE = 3;
     Places<SIZE> places;
     Item item[SIZE];
 };
@@ -83,20 +101,17 @@ __device__ __forceinline__ void put(Queue<Item>& queue, Ring<Queue<Item>::SIZE>&
     at.advance();
 }
 
-// Asks for a block after those that are taken: the first gridDim.x are everyone's own. All thread
-// blocks together ask `blocks` times, so the one who gets the last answer sets the counter back for
-// the next launch. By one warp, whose lane 0 has the answer; where there is a thread block for
-// each, nothing is left. The answer takes a while, so next_block, which waits for it, is for later.
+// The next block after those that are taken, by whomever; `blocks` if there is none. The first
+// gridDim.x are everyone's own, and where that is all, nobody asks. All thread blocks together ask
+// `blocks` times, once per block that they have had, so the one who gets the last answer sets the
+// counter back for the next launch. By one warp.
 __device__ __forceinline__ int take_block(const AttentionParams& p, int blocks) {
-    int taken = blocks;
-    if (gridDim.x < blocks && threadIdx.x % WARP_SIZE == 0) {
+    if (gridDim.x >= blocks) return blocks;
+    int taken = 0;
+    if (threadIdx.x % WARP_SIZE == 0) {
         taken = atomic_add(p.split_arrivals, 1);
         if (taken == blocks - 1) *p.split_arrivals = 0;
     }
-    return taken;
-}
-
-__device__ __forceinline__ int next_block(int taken, int blocks) {
     return min(int(gridDim.x) + shfl(taken, 0), blocks);
 }
 

@@ -18,3 +18,17 @@ extern "C" __global__ void last_one_sums(const float* x, float* parts, int* befo
     for (int block = 0; block < gridDim.x; ++block) total += load_l2(parts + block * 256 + thread);
     sum[thread] = total;
 }
+
+// One warp: the loads of two and of four numbers. x: 128; y: 64 + 128.
+extern "C" __global__ void wide_loads(const float* x, float* y) {
+    const int lane = threadIdx.x;
+    const float2 two = load_l2(reinterpret_cast<const float2*>(x) + lane);
+    const float4 four = load_l2(reinterpret_cast<const float4*>(x) + lane);
+    y[2 * lane] = two.x;
+    y[2 * lane + 1] = two.y;
+    float* const rest = y + 64 + 4 * lane;
+    rest[0] = four.x;
+    rest[1] = four.y;
+    rest[2] = four.z;
+    rest[3] = four.w;
+}
