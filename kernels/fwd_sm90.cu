@@ -6,8 +6,8 @@
 // A thread block owns BLOCK_M rows of queries of one head at a time and walks over the keys from
 // the last visible ones to the first, BLOCK_N at a time. Its warpgroups have roles:
 //
-//   warpgroup 0    one warp finds the blocks' work, and has L2 fetch what they need first;
-//                  one starts the copies of Q, K_j, V_j, as places become free
+//   warpgroup 0    one warp finds the blocks' work; one starts the copies of Q, K_j, V_j, as places
+//                  become free
 //   warpgroups 1.. the consumers: 64 rows each; m, l, O and the scores stay in their registers
 //
 // A consumer's step j, with K and V of NUM_STAGES tiles in flight:
@@ -23,7 +23,7 @@
 // keys of a block of rows are in parts, each taken by itself; see split_merge.cuh.
 //
 // Shared memory, tiles as shared_layout.cuh has them, which is TMA's and wgmma's swizzle:
-//   | sQ, one or two | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | barriers, work |
+//   | sQ, one or two | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | sO, or none | barriers, work |
 #include <flashcore/config.cuh>
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
@@ -42,12 +42,15 @@
 namespace flashcore {
 
 struct alignas(64) HopperParams : AttentionParams {
-    TensorMap q_map, k_map, v_map;  // of the first three arrays; v from its first seen key on
+    TensorMap q_map, k_map, v_map, o_map;  // of the arrays; v from its first seen key on
 };
 
 using LayoutQ = SharedLayout<T, BLOCK_M, HEAD_DIM>;
 using LayoutK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
 using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
+// What a warp stores through shared memory: it can go on to the next block of queries at once, while
+// all multiprocessors together write more than L2 takes at a time.
+using LayoutO = SharedLayout<T, 16, STAGED_COLS>;
 using PositionMask = Mask<CAUSAL, WINDOW>;
 
 constexpr int WARPGROUP = 128;  // threads
@@ -64,8 +67,6 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 :
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 constexpr int LOOKUPS = HEAD_DIM_V > 192 ? 2 : 4;  // of a mask_mod at a time, for want of registers
 using SeenHere = SeenByWarp<HIDES_KEYS, BLOCK_N>;
-// Tiles of the next block that L2 fetches ahead; few queries read so much that memory never rests.
-constexpr int AHEAD = PACK_GQA ? 0 : 8;
 constexpr uint64 KEEP = PACK_GQA ? EVICT_FIRST : EVICT_LAST;  // other blocks need K and V, too
 // Where there is room, the next block's Q comes while this one's is used.
 constexpr int SMEM_LIMIT = 227 * 1024;
@@ -84,6 +85,8 @@ constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
 static_assert(WARPS_N == 1 && WARPS_D == 1, "warps do not share rows");
+static_assert(STAGED_COLS == 0 || !(VARLEN || PACK_GQA) && ALIGN_BYTES == 16 && WRITES_OUTPUT<GATE>,
+              "boxes of O are rows side by side, of one head and sequence");
 static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for a few rows, which one consumer has");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
 
@@ -106,6 +109,7 @@ struct alignas(1024) SharedStorage {
     T sQ[Q_STAGES][LayoutQ::SIZE];
     T sK[NUM_STAGES][LayoutK::SIZE];
     T sV[NUM_STAGES][LayoutV::SIZE];
+    T sO[CONSUMERS * 4][STAGED_COLS > 0 ? LayoutO::SIZE : 1];  // a tile per warp
     Places<Q_STAGES> q;
     Places<NUM_STAGES> k, v;
     WorkQueue queue;   // the work lies here, too: in registers it would be a dozen in every thread
@@ -182,39 +186,6 @@ __device__ __forceinline__ void dispatch(const HopperParams& p, SharedStorage& s
     put(smem.queue, queue, w);  // the end
 }
 
-// Calls use(work) for one after the other, until the end.
-template <typename Use>
-__device__ __forceinline__ void for_each_work(SharedStorage& smem, Use use) {
-    WorkRing queue;
-#pragma unroll 1
-    while (true) {
-        queue.await_full(smem.queue.places);
-        const Work& w = smem.queue.item[queue.stage];
-        if (is_end(w)) return;
-        use(w);
-        warp_sync();  // all lanes have read the work
-        queue.release(smem.queue.places);
-        queue.advance();
-    }
-}
-
-// One warp has L2 fetch what a block needs first, by the time that there is room for it here.
-__device__ __forceinline__ void prefetch(const HopperParams& p, SharedStorage& smem) {
-    bool is_first = true;  // which is loaded at once
-    for_each_work(smem, [&](const Work& w) {
-        const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
-        const Boxes boxes(p, w);
-        const int last = is_first ? tiles.end : max(tiles.begin, tiles.end - AHEAD);
-        if (last < tiles.end) prefetch_tile_tma<LayoutQ, ROWS>(boxes.q(), EVICT_FIRST);
-#pragma unroll 1
-        for (int tile = tiles.end - 1; tile >= last; --tile) {
-            prefetch_tile_tma<LayoutK, BLOCK_N>(boxes.k(tile), KEEP);
-            prefetch_tile_tma<LayoutV, BLOCK_N>(boxes.v(tile), KEEP);
-        }
-        is_first = false;
-    });
-}
-
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
                                            const Work& w, StagesQ& q, Stages& at) {
     const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
@@ -240,12 +211,20 @@ __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage&
 __device__ __forceinline__ void load(const HopperParams& p, SharedStorage& smem) {
     Stages at;
     StagesQ q;
+    WorkRing queue;
     ClaimRing claims;
-    for_each_work(smem, [&](const Work& w) {
+#pragma unroll 1
+    while (true) {
+        queue.await_full(smem.queue.places);
+        const Work& w = smem.queue.item[queue.stage];
+        if (is_end(w)) return;
         load_block(p, smem, w, q, at);
         claims.release(smem.claims);
         claims.advance();
-    });
+        warp_sync();  // all lanes have read the work
+        queue.release(smem.queue.places);
+        queue.advance();
+    }
 }
 
 // ---- a consumer --------------------------------------------------------------------------------
@@ -492,16 +471,28 @@ struct Consumer {
 
     // Normalises, and writes O and the LSE.
     __device__ __forceinline__ void finish() {
+        float factor[2] = {};
+        const auto pair = [&](int n, int half) {
+            return pack2<T>(scaled_output(rO[4 * n + 2 * half], factor[half]),
+                            scaled_output(rO[4 * n + 2 * half + 1], factor[half]));
+        };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             state[half].sum = group_sum<QUAD>(state[half].sum);
             const QueryRow q = query_row<PACK_GQA>(work(), row(half));
-            const float factor = finish_row(state[half], q, lane() % QUAD == 0);
-            if constexpr (WRITES_OUTPUT<GATE>)
-                store_quad_row<HEAD_DIM_V, ALIGN_BYTES>(output_row(q), q.valid, DIM_V, [&](int n) {
-                    return pack2<T>(scaled_output(rO[4 * n + 2 * half], factor),
-                                    scaled_output(rO[4 * n + 2 * half + 1], factor));
-                });
+            factor[half] = finish_row(state[half], q, lane() % QUAD == 0);
+            if constexpr (WRITES_OUTPUT<GATE> && STAGED_COLS < HEAD_DIM_V)
+                store_quad_row<HEAD_DIM_V - STAGED_COLS, ALIGN_BYTES>(
+                    output_row(q) + STAGED_COLS, q.valid, DIM_V - STAGED_COLS,
+                    [&](int n) { return pair(STAGED_COLS / 8 + n, half); });
+        }
+        if constexpr (STAGED_COLS > 0) {
+            const Work& w = work();
+            T* const tile = smem.sO[warp()];
+            await_stored();
+            put_rows<LayoutO>(shared_address(tile), pair);
+            const TileBox box = {&params.o_map, w.first_row + warp() * 16, w.head, w.batch};
+            store_tile_tma<LayoutO>(tile, box, EVICT_FIRST);
         }
     }
 
@@ -534,7 +525,7 @@ struct Consumer {
 #pragma unroll 1
         while (true) {
             queue.await_full(smem.queue.places);
-            if (is_end(work())) return;
+            if (is_end(work())) break;
             attend();
             if (SPLIT_KV && params.splits > 1) {
                 finish_part();
@@ -545,6 +536,7 @@ struct Consumer {
             queue.release(smem.queue.places);
             queue.advance();
         }
+        if (STAGED_COLS > 0) await_stored();
     }
 };
 
@@ -553,17 +545,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
     extern __shared__ char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
-    if (threadIdx.x == WARP_SIZE) {  // another warp, meanwhile
-        prefetch_tensormap(&params.k_map);
-        prefetch_tensormap(&params.q_map);
-        prefetch_tensormap(&params.v_map);
-    }
     if (threadIdx.x == 0) {
         smem.q.init(CONSUMERS * 4);  // warps
         smem.k.init(CONSUMERS * 4);
         smem.v.init(CONSUMERS * 4);
         smem.claims.init(1);
-        smem.queue.places.init(CONSUMERS * 4 + (AHEAD > 0 ? 2 : 1));  // and those that load
+        smem.queue.places.init(CONSUMERS * 4 + 1);  // and the warp that loads
         fence_mbarrier_init();
     }
     block_sync();  // the barriers are there
@@ -576,7 +563,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
         const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
         if (warp == 0) load(params, smem);
         if (warp == 1) dispatch(params, smem, blocks);
-        if (warp == 2 && AHEAD > 0) prefetch(params, smem);
     } else {
         registers_inc<CONSUMER_REGISTERS>();
         Consumer consumer = {params, smem, warpgroup - 1};

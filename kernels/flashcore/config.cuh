@@ -27,6 +27,9 @@
 #if !defined(FC_SMEM_BYTES) || !defined(FC_PARAMS_BYTES) || !defined(FC_MIN_BLOCKS)
 #error "define FC_SMEM_BYTES, FC_PARAMS_BYTES and FC_MIN_BLOCKS"
 #endif
+#if !defined(FC_STAGED_COLS)
+#error "define FC_STAGED_COLS"
+#endif
 
 namespace flashcore {
 
@@ -67,6 +70,7 @@ constexpr bool PACK_GQA = FC_PACK_GQA;  // the query heads of a group share a ti
 constexpr bool SPLIT_KV = FC_SPLIT_KV;  // several thread blocks share out a row's keys
 constexpr int GATE = FC_GATE;
 constexpr int ALIGN_BYTES = FC_ALIGN_BYTES;  // every row of q, k, v, o starts and ends on this
+constexpr int STAGED_COLS = FC_STAGED_COLS;  // columns of O that leave through shared memory
 constexpr int MIN_BLOCKS = FC_MIN_BLOCKS;    // blocks per multiprocessor to leave registers for
 
 constexpr int NUM_WARPS = WARPS_M * WARPS_N * WARPS_D;

@@ -1,8 +1,10 @@
 // epilogue.cuh - O leaves: fp32 in shared memory, normalised, converted, stored in wide pieces.
 #pragma once
 #include <flashcore/ptx_convert.cuh>
+#include <flashcore/ptx_mma.cuh>
 #include <flashcore/schedule.cuh>
 #include <flashcore/score.cuh>
+#include <flashcore/shared_layout.cuh>
 #include <flashcore/smem_tile.cuh>
 #include <flashcore/softmax.cuh>
 
@@ -101,6 +103,20 @@ __device__ __forceinline__ void store_four(T* address, int valid_cols, const flo
 #pragma unroll
     for (int i = 0; i < 4 / VEC; ++i)
         if (i * VEC < valid_cols) reinterpret_cast<Vector<SIZE>*>(address)[i] = piece.vector[i];
+}
+
+// Puts 16 rows of O, converted, into a tile of shared memory; by a warp, lane l of which has columns
+// 8 n + 2 (l % 4), +1 of rows l / 4 and l / 4 + 8 as pair(n, half).
+template <typename Layout, typename Pair>
+__device__ __forceinline__ void put_rows(uint32 tile, Pair pair) {
+    static_assert(Layout::ROWS == 16 && Layout::COLS % 16 == 0, "two by two blocks at a time");
+    const int lane = threadIdx.x % WARP_SIZE;
+    const uint32 row_address =
+        tile + Layout::element(lane % 16, lane / 16 * 8) * int(sizeof(typename Layout::Element));
+#pragma unroll
+    for (int n = 0; n < Layout::COLS / 8; n += 2)
+        stmatrix_x4(Layout::step_bytes(row_address, 0, n * 8),
+                    {pair(n, 0), pair(n, 1), pair(n + 1, 0), pair(n + 1, 1)});
 }
 
 // Stores a row of COLS values of T that four neighbouring lanes share as a wgmma or mma.sync leaves

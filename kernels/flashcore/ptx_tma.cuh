@@ -22,11 +22,6 @@ struct alignas(64) TensorMap {
 constexpr uint64 EVICT_FIRST = 0x12F0000000000000;
 constexpr uint64 EVICT_LAST = 0x14F0000000000000;
 
-// Fetches the map itself ahead of the first copy that needs it.
-__device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Starts the copy of the box at (c0, c1, c2, c3), the contiguous dimension first. Its bytes count
 // on the barrier, which must expect them.
 __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, uint64* barrier,
@@ -47,14 +42,25 @@ __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, 
         : "memory");
 }
 
-// Brings the box into L2 and no further; nobody waits for it.
-__device__ __forceinline__ void tma_prefetch_4d(const TensorMap* map, int c0, int c1, int c2,
-                                                int c3, uint64 policy) {
+// The other way: starts to copy a box from shared memory to (c0, c1, c2, c3); what would lie outside
+// the tensor stays where it is. The box was written before a fence_proxy_async.
+__device__ __forceinline__ void tma_store_4d(const TensorMap* map, const void* shared, int c0,
+                                             int c1, int c2, int c3, uint64 policy) {
     asm volatile(
-        "cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;" ::
-            "l"(map),
-        "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint "
+        "[%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(map),
+        "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
         : "memory");
+}
+
+// What this thread has started to store since it last said so is a group.
+__device__ __forceinline__ void tma_store_commit() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until all of this thread's groups have left shared memory, which is free again.
+__device__ __forceinline__ void tma_store_wait() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // True in one lane of a warp whose lanes are all here. Behind a comparison of thread numbers the

@@ -68,16 +68,23 @@ __device__ __forceinline__ void load_tile_tma(T* sTile, uint64* full, const Tile
                         panel * Layout::PANEL, box.row + r, box.head, box.batch, policy);
 }
 
-// The same as far as L2, ahead of the copies.
-template <typename Layout, int BOX_ROWS>
-__device__ __forceinline__ void prefetch_tile_tma(const TileBox& box, uint64 policy) {
+// Starts to store a tile of one box per panel that the warp has written, as a group.
+template <typename Layout, typename T>
+__device__ __forceinline__ void store_tile_tma(const T* sTile, const TileBox& box, uint64 policy) {
+    fence_proxy_async();
+    warp_sync();
     if (!elect_one()) return;
 #pragma unroll
     for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
-#pragma unroll
-        for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
-            tma_prefetch_4d(box.map, panel * Layout::PANEL, box.row + r, box.head, box.batch,
-                            policy);
+        tma_store_4d(box.map, sTile + Layout::step(0, 0, panel * Layout::PANEL),
+                     panel * Layout::PANEL, box.row, box.head, box.batch, policy);
+    tma_store_commit();
+}
+
+// Before the warp writes the next one to the same place, or ends.
+__device__ __forceinline__ void await_stored() {
+    if (elect_one()) tma_store_wait();
+    warp_sync();
 }
 
 // Items on their way from the warp that hands them out to the warps that work on them: one is being
