@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from flashcore_cupy.params import params_of
 from flashcore_cupy.problem import AttentionProblem
 from flashcore_cupy.rules import Mods
-from flashcore_cupy.tile_checks import SMEM_BYTES, WARPGROUP, illegal
+from flashcore_cupy.tile_checks import SMEM_BYTES, WARPGROUP, illegal, staged_cols
 from flashcore_cupy.tile_checks import WARP_SIZE as WARP_SIZE
 from flashcore_cupy.tile_checks import padded_row as padded_row
 from flashcore_cupy.tile_checks import round_up as round_up
@@ -100,6 +100,8 @@ class KernelConfig:
     causal: bool = False
     gate: str | None = None
     align_bytes: int = 16
+    tma_stores: bool = False
+    """wgmma_sm90: whether TMA can address the output."""
     window: bool = False
     """Queries see no key far to the left of their own position; causal: to the right."""
     rules: tuple[str, ...] = ()
@@ -127,6 +129,11 @@ class KernelConfig:
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a thread block; the kernel asserts the same size."""
         return SMEM_BYTES[self.source](self)
+
+    @property
+    def staged_cols(self) -> int:
+        """Columns of O that leave through shared memory, by TMA; the others are stored directly."""
+        return staged_cols(self) if self.tma_stores else 0
 
     @property
     def softmax_keys(self) -> int:
@@ -170,6 +177,7 @@ class KernelConfig:
             "FC_VARLEN": int(self.packed),
             "FC_GATE": _GATE_CODE[self.gate],
             "FC_ALIGN_BYTES": self.align_bytes,
+            "FC_STAGED_COLS": self.staged_cols,
             "FC_MIN_BLOCKS": t.min_blocks,
             "FC_SMEM_BYTES": self.smem_bytes,
             "FC_PARAMS_BYTES": self.params_bytes,
@@ -199,7 +207,12 @@ class KernelConfig:
         dims = {self.head_dim, self.head_dim_v}
         parts.append(f"head dim {'/'.join(map(str, sorted(dims)))}")
         parts += self.rules
-        parts.append(f"{self.align_bytes}-byte {'stores' if self.uses_tma else 'loads'}")
+        if self.uses_tma:
+            ways = ["by TMA"] * (self.staged_cols > 0)
+            ways += [f"of {self.align_bytes} bytes"] * (self.staged_cols < self.head_dim_v)
+            parts.append(f"stores {' and '.join(ways)}")
+        else:
+            parts.append(f"{self.align_bytes}-byte loads")
         return ", ".join(parts)
 
 

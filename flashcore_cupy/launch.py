@@ -110,6 +110,7 @@ class Prepared:
     """In launch order."""
     params: np.ndarray[Any, Any]
     """``AttentionParams``, or what begins with them, with all addresses 0."""
+    output: Operand
     most_blocks: int = _MAX_GRID
     """Thread blocks of a launch; kernels that take more work than that hand it out themselves."""
 
@@ -121,6 +122,7 @@ class Plan:
     problem: AttentionProblem
     selection: Selection
     kernels: tuple[LoadedKernel, ...]
+    output: Operand
     steps: tuple[Step, ...]
     arrays: dict[str, Any] = field(default_factory=dict)
     """"o" (B, Hq, Sq, Dv) view of the output, "lse" or the gate's arrays, scratch."""
@@ -150,11 +152,11 @@ def prepare(
 
     ``o_operand`` describes the output; ``place`` names the current device.
     """
-    selection = replace(selection, config=_aligned_for(selection.config, o_operand))
+    selection = replace(selection, config=_stored_to(o_operand, selection.config))
     kernels = tuple(load_kernel(config, place) for config in configs_of(selection))
     params = _fixed_params(problem, kernels[-1], o_operand, place)
     most = place.multiprocessors if selection.config.uses_tma else _MAX_GRID
-    return Prepared(problem, selection, kernels, params, most)
+    return Prepared(problem, selection, kernels, params, o_operand, most)
 
 
 def make_plan(
@@ -177,7 +179,8 @@ def make_plan(
     import cupy
 
     problem = prepared.problem
-    plan = Plan(problem, prepared.selection, prepared.kernels, (), {"q": q, "k": k, "v": v, "o": o})
+    arrays = {"q": q, "k": k, "v": v, "o": o}
+    plan = Plan(problem, prepared.selection, prepared.kernels, prepared.output, (), arrays)
     params = prepared.params.copy()
     for name in "qkvo":
         params[name] = plan.arrays[name].data.ptr
@@ -196,9 +199,8 @@ def make_plan(
     if 0 in (problem.batch, problem.seqlen_q):
         return plan
     if prepared.selection.config.uses_tma:
-        for name, words in tensor_map.maps_of(
-            problem, prepared.selection.config, plan.arrays
-        ).items():
+        views = tensor_map.views_of(problem, prepared.selection.config, prepared.output)
+        for name, words in tensor_map.maps_of(views, plan.arrays).items():
             params[f"{name}_map"] = words
     if prepared.selection.kernel.name == "wmma_unfused":
         _plan_unfused(plan, params)
@@ -221,9 +223,13 @@ def load_kernel(config: KernelConfig, place: Place) -> LoadedKernel:
     return LoadedKernel(config, compiled, entries)
 
 
-def _aligned_for(config: KernelConfig, o_operand: Operand) -> KernelConfig:
+def _stored_to(output: Operand, config: KernelConfig) -> KernelConfig:
     """Loads of q, k, v and stores of o share one width: a less aligned output sets it."""
-    return replace(config, align_bytes=min(config.align_bytes, o_operand.align_bytes))
+    return replace(
+        config,
+        align_bytes=min(config.align_bytes, output.align_bytes),
+        tma_stores=config.tma_stores and tensor_map.is_addressable(output, config.dtype),
+    )
 
 
 def _plan_one_entry(

@@ -49,12 +49,12 @@ ATTENTION_PARAMS = np.dtype(
     align=True,
 )
 
-_MAPS = ("q_map", "k_map", "v_map")
+_MAPS = ("q_map", "k_map", "v_map", "o_map")
 _MAP_BYTES = 128
 _MAPS_OFFSET = -(-ATTENTION_PARAMS.itemsize // 64) * 64
 _SHARED: Mapping[str, Any] = ATTENTION_PARAMS.fields or {}
 
-#: ``HopperParams``: the same, and behind it the tensor maps of q, k, v, which the driver encodes.
+#: ``HopperParams``: the same, and behind it the tensor maps of q, k, v, o from the driver.
 HOPPER_PARAMS = np.dtype(
     {
         "names": [*_SHARED, *_MAPS],

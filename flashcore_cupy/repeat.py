@@ -17,7 +17,7 @@ from flashcore_cupy.launch import ParameterBlock, Plan
 from flashcore_cupy.params import ATTENTION_PARAMS
 from flashcore_cupy.problem import MAX_ALIGN
 from flashcore_cupy.settings import arch_override, kernels_override
-from flashcore_cupy.tensor_map import Maps
+from flashcore_cupy.tensor_map import Maps, views_of
 from flashcore_cupy.workspace import split_bytes, workspace
 
 NO_WINDOW = (-1, -1)  # attention's own default, by identity
@@ -54,8 +54,10 @@ class _Known:
         spans = [span_of(plan.arrays[name], 0) for name in "qkvo"]
         self.spans = tuple(edge for span in spans for edge in span)
         config = plan.selection.config
-        addresses = tuple(plan.arrays[name].data.ptr for name in "qkv")
-        self.maps = Maps(problem, config, addresses) if config.uses_tma else None
+        self.maps: Maps | None = None
+        if config.uses_tma:
+            addresses = {name: plan.arrays[name].data.ptr for name in "qkvo"}
+            self.maps = Maps(views_of(problem, config, plan.output), addresses)
         self.split: tuple[int, int] | None = None
         if "split" in plan.arrays:
             splits = int(
@@ -127,7 +129,7 @@ def launch_again(
     block = known.blocks.pop() if known.blocks else known.params.copy()
     _POINTERS.pack_into(block.words, 0, pq, pk, pv, po, 0 if lse is None else lse.data.ptr)
     if known.maps is not None:
-        known.maps.move(block, pq, pk, pv)
+        known.maps.move(block, pq, pk, pv, po)
     if known.split is not None:
         area = workspace(*known.split)
         _SPLIT.pack_into(block.words, _SPLIT_OFFSET, area.partial, area.arrivals)

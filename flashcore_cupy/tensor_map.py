@@ -1,4 +1,4 @@
-"""Tensor maps: what the unit that copies boxes of an array (TMA) is told of q, k and v.
+"""Tensor maps: what the unit that copies boxes of an array (TMA) is told of q, k, v and o.
 
 A map holds an array's address, sizes, strides, and the box that one copy takes of it. The driver
 encodes it on the host; the kernel takes its 128 bytes as they are.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 ROWS_OF_WARPGROUP = 64
 """Rows of q that one copy takes."""
+ROWS_OF_WARP = 16
+"""Rows of o that one copy brings."""
 _ALIGN = 16  # bytes: of addresses and strides
 _MAX_STRIDE = 2**40
 _MAP_BYTES = 128
 _LIMIT = 4096  # maps remembered
-assert HOPPER_PARAMS.names is not None and HOPPER_PARAMS.fields is not None
-assert HOPPER_PARAMS.names[-3:] == ("q_map", "k_map", "v_map")
-_MAPS = slice(HOPPER_PARAMS.fields["q_map"][1], HOPPER_PARAMS.itemsize)
-# The first words of the three, in words of 8 bytes.
-_Q_MAP, _K_MAP, _V_MAP = range(_MAPS.start // 8, _MAPS.stop // 8, _MAP_BYTES // 8)
+_FIELDS: Mapping[str, Any] = HOPPER_PARAMS.fields or {}
+# The first words of the maps, in words of 8 bytes.
+_Q_MAP, _K_MAP, _V_MAP, _O_MAP = (_FIELDS[f"{name}_map"][1] // 8 for name in "qkvo")
 _ELSEWHERE = 2**33 + 2**21 + _ALIGN  # bytes on: bits of both halves of an address
 
 
@@ -56,9 +56,8 @@ class View(NamedTuple):
 
 def check_layout(problem: AttentionProblem) -> None:
     """Raise ``ValueError`` if TMA cannot address q, k or v; it names which."""
-    unfit = [
-        op.name for op in (problem.q, problem.k, problem.v) if not _is_addressable(op, problem)
-    ]
+    operands = (problem.q, problem.k, problem.v)
+    unfit = [op.name for op in operands if not is_addressable(op, problem.dtype)]
     if unfit:
         raise ValueError(
             f"loads by TMA: needs rows that start and end on multiples of {_ALIGN} bytes, and "
@@ -66,16 +65,17 @@ def check_layout(problem: AttentionProblem) -> None:
         )
 
 
-def _is_addressable(operand: Operand, problem: AttentionProblem) -> bool:
+def is_addressable(operand: Operand, dtype: str) -> bool:
+    """Whether a map can describe an array of q, k, v or o."""
     if 0 in operand.shape:
         return True
-    size = ITEMSIZE[problem.dtype]
+    size = ITEMSIZE[dtype]
     used = [step * size for n, step in zip(operand.shape, operand.strides, strict=False) if n > 1]
     return operand.align_bytes % _ALIGN == 0 and all(0 < step < _MAX_STRIDE for step in used)
 
 
-def views_of(problem: AttentionProblem, config: KernelConfig) -> tuple[View, View, View]:
-    """How the kernel's maps see q, k and v.
+def views_of(problem: AttentionProblem, config: KernelConfig, output: Operand) -> tuple[View, ...]:
+    """How the kernel's maps see q, k and v, and o where it is stored by one.
 
     k and v end behind the last key that any query sees, and v begins at the first: what lies
     outside comes as zeros, not as what is there, which may be NaN.
@@ -85,11 +85,14 @@ def views_of(problem: AttentionProblem, config: KernelConfig) -> tuple[View, Vie
         first = 0
     block_n = config.tile.block_n
     q = _view(problem.q, problem, config.head_dim, ROWS_OF_WARPGROUP, 0, problem.seqlen_q)
-    return (
+    views = [
         _packed(q, problem) if config.tile.pack_gqa else q,
         _view(problem.k, problem, config.head_dim, block_n, 0, end),
         _view(problem.v, problem, config.head_dim_v, block_n, first, end),
-    )
+    ]
+    if config.staged_cols:
+        views += [_view(output, problem, config.staged_cols, ROWS_OF_WARP, 0, problem.seqlen_q)]
+    return tuple(views)
 
 
 def _first_key(problem: AttentionProblem) -> int:
@@ -126,13 +129,11 @@ def _packed(q: View, problem: AttentionProblem) -> View:
     return q._replace(dims=(columns, heads, rows, batch), strides=(head, row, step), box=box)
 
 
-def maps_of(
-    problem: AttentionProblem, config: KernelConfig, arrays: Mapping[str, Any]
-) -> dict[str, np.ndarray[Any, Any]]:
-    """The maps of CuPy arrays q, k, v by these names."""
+def maps_of(views: Sequence[View], arrays: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """The maps of CuPy arrays by the views' names."""
     return {
         view.name: encode(_address(arrays[view.name].data.ptr, arrays["q"].data.ptr), view)
-        for view in views_of(problem, config)
+        for view in views
     }
 
 
@@ -142,21 +143,19 @@ def _address(own: int, q: int) -> int:
 
 
 class Maps:
-    """The maps in a launch's parameters, which follow the addresses of q, k, v.
+    """The maps in a launch's parameters, which follow the addresses of q, k, v, o.
 
     The driver encoded those of the first addresses, and all others are these, moved; a driver whose
     maps are not ``movable`` is asked each time.
     """
 
-    def __init__(
-        self, problem: AttentionProblem, config: KernelConfig, addresses: tuple[int, int, int]
-    ) -> None:
-        self._views = views_of(problem, config)
-        _, self._offset_k, self._offset_v = (view.offset for view in self._views)
-        places = (_address(own, addresses[0]) for own in addresses)
-        self.movable = all(map(movable, places, self._views))
+    def __init__(self, views: Sequence[View], addresses: Mapping[str, int]) -> None:
+        self._views = views
+        self._offset_k, self._offset_v = views[1].offset, views[2].offset
+        places = [_address(addresses[view.name], addresses["q"]) for view in views]
+        self.movable = all(map(movable, places, views))
 
-    def move(self, block: ParameterBlock, q: int, k: int, v: int) -> None:
+    def move(self, block: ParameterBlock, q: int, k: int, v: int, o: int) -> None:
         """Write the maps of arrays at these addresses where the parameters have others."""
         k, v = _address(k, q), _address(v, q)
         if self.movable:
@@ -164,10 +163,11 @@ class Maps:
             words[_Q_MAP] = q
             words[_K_MAP] = k + self._offset_k
             words[_V_MAP] = v + self._offset_v
+            words[_O_MAP] = o  # which a kernel that stores directly does not look at
         else:
-            block.bytes[_MAPS] = np.concatenate(list(map(encode, (q, k, v), self._views))).view(
-                "u1"
-            )
+            for view, address in zip(self._views, (q, k, v, o), strict=False):
+                first = _FIELDS[f"{view.name}_map"][1]
+                block.bytes[first : first + _MAP_BYTES] = encode(address, view).view("u1")
 
 
 def movable(address: int, view: View) -> bool:

@@ -186,6 +186,10 @@ _HOPPER_SMEM = 227 * 1024
 
 
 def _sm90_smem(c: KernelConfig) -> int:
+    return _sm90_loaded(c) + ITEMSIZE[c.dtype] * c.tile.block_m * c.staged_cols
+
+
+def _sm90_loaded(c: KernelConfig) -> int:
     t, size = c.tile, ITEMSIZE[c.dtype]
     q = size * t.block_m * c.head_dim
     total = t.num_stages * size * t.block_n * (c.head_dim + c.head_dim_v) + 2 * _HOPPER_BYTES
@@ -193,6 +197,19 @@ def _sm90_smem(c: KernelConfig) -> int:
         total += _HOPPER_BYTES  # which keys each warp sees
     # The next block's Q has a place of its own where there is room.
     return total + (2 * q if total + 2 * q <= _HOPPER_SMEM else q)
+
+
+def staged_cols(c: KernelConfig) -> int:
+    """Columns of O that fwd_sm90 stores by TMA: as many panels as there is room for.
+
+    Only where a box of 16 rows of a tile is a box of the array, too.
+    """
+    rows_are_queries = not (c.packed or c.tile.pack_gqa or c.tile.split_kv)
+    if not c.uses_tma or not rows_are_queries or c.gate in ("qk", "softmax"):
+        return 0
+    panel = 64 if c.head_dim_v % 64 == 0 else 32
+    room = (_HOPPER_SMEM - _sm90_loaded(c)) // (ITEMSIZE[c.dtype] * c.tile.block_m)
+    return max(0, min(c.head_dim_v, room // panel * panel))
 
 
 def _quantize_smem(c: KernelConfig) -> int:

@@ -253,6 +253,7 @@ def configure_row(
         gate=problem.gate,
         # scalar reads element by element: one build serves every alignment.
         align_bytes=ITEMSIZE[problem.dtype] if scalar else problem.align_bytes,
+        tma_stores=kernel.tma,
         window=left >= 0,
         rules=rules_of(problem) if kernel.has_rules else (),
         packed=problem.packed,

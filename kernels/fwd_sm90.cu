@@ -545,6 +545,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
     extern __shared__ char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
+    if (threadIdx.x == WARP_SIZE) {  // another warp, meanwhile
+        prefetch_tensormap(&params.k_map);
+        prefetch_tensormap(&params.q_map);
+        prefetch_tensormap(&params.v_map);
+    }
     if (threadIdx.x == 0) {
         smem.q.init(CONSUMERS * 4);  // warps
         smem.k.init(CONSUMERS * 4);

@@ -22,6 +22,11 @@ struct alignas(64) TensorMap {
 constexpr uint64 EVICT_FIRST = 0x12F0000000000000;
 constexpr uint64 EVICT_LAST = 0x14F0000000000000;
 
+// Fetches the map itself ahead of the first copy that needs it.
+__device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // Starts the copy of the box at (c0, c1, c2, c3), the contiguous dimension first. Its bytes count
 // on the barrier, which must expect them.
 __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, uint64* barrier,
