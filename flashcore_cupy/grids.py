@@ -44,13 +44,14 @@ def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> in
         keys = -(-keys // max(1, problem.batch))
         blocks = max(1, blocks // 2)  # about every other one has no sequence
     tiles = max(1, -(-keys // config.tile.block_n))
-
     part, merge, split = _HOPPER_KEYS if config.uses_tma else (_PART_KEYS, _MERGE_KEYS, _SPLIT_KEYS)
+    # By TMA, half of the thread blocks read as fast as memory delivers.
+    least = 2 * blocks * keys / resident if config.uses_tma else 0
 
     def cost(parts: int) -> float:
         waves = -(-blocks * parts // resident)
         own = -(-tiles // parts) * config.tile.block_n
-        return waves * (own + part) + merge * (parts - 1) + split * (parts > 1)
+        return max(waves * own, least) + waves * part + merge * (parts - 1) + split * (parts > 1)
 
     return min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
 

@@ -305,3 +305,40 @@ def test_tma(hopper: None, swizzle: int, rows: int, at: tuple, hint: int) -> Non
     assert state.tolist() == [0, 1], "an aligned place, and all bytes came"
     expected = _as_it_lands(_box(whole[inside], at, rows, swizzle // 2), swizzle)
     np.testing.assert_array_equal(cupy.asnumpy(words).view(np.uint8), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("swizzle", "rows", "at"), BOXES)
+def test_tma_store(hopper: None, swizzle: int, rows: int, at: tuple) -> None:
+    import cupy
+
+    # What is not of the tensor, all around it, stays as it is.
+    expected = np.full((2, 3, 60, 96), np.nan, np.float16)
+    inside = (slice(None), slice(None), slice(4, 54), slice(8, 88))
+    on_gpu = cupy.asarray(expected)
+    box = np.random.default_rng(4).standard_normal((rows, swizzle // 2)).astype(np.float16)
+    tensor = expected[inside]
+    column, row, head, batch = at
+    if 0 <= head < tensor.shape[1] and 0 <= batch < tensor.shape[0]:
+        for r in range(max(0, -row), min(rows, tensor.shape[2] - row)):
+            for c in range(max(0, -column), min(swizzle // 2, tensor.shape[3] - column)):
+                tensor[batch, head, row + r, column + c] = box[r, c]
+    words = cupy.asarray(_as_it_lands(box, swizzle).view("u4"))
+    encoded = _encode_tensor_map(on_gpu[inside], swizzle, rows)
+    Probe("tma").launch("store_box", 128, [encoded, *map(np.int32, at), words])
+    np.testing.assert_array_equal(cupy.asnumpy(on_gpu), expected)
+
+
+@pytest.mark.gpu
+def test_stmatrix(hopper: None) -> None:
+    import cupy
+
+    registers = np.arange(32 * 4 * 2, dtype=np.uint16).reshape(32, 4, 2)
+    blocks = cupy.zeros((4, 8, 16), "u2")
+    Probe("tma").launch("store_matrices", 32, [cupy.asarray(registers.view("u4")), blocks])
+    got = cupy.asnumpy(blocks)
+    for lane in range(32):
+        for block in range(4):
+            pair = got[block, lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2]
+            np.testing.assert_array_equal(pair, registers[lane, block])
+    np.testing.assert_array_equal(got[:, :, 8:], 0xABAB)

@@ -23,7 +23,13 @@ from test_reference import repeatable
 from flashcore_cupy import jit, launch, params, repeat, tensor_map, tiles
 from flashcore_cupy.arrays import spec_of
 from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
+from flashcore_cupy.problem import (
+    AttentionProblem,
+    Operand,
+    contiguous_problem,
+    describe,
+    operand,
+)
 from flashcore_cupy.rules import Scores, describe_rules
 
 KERNEL = "wgmma_sm90"
@@ -35,8 +41,17 @@ def config_of(problem: AttentionProblem, **overrides: int) -> KernelConfig:
     return tiles.select(problem, HOPPER, kernel=KERNEL, overrides=overrides).config
 
 
-def views(problem: AttentionProblem) -> dict[str, tensor_map.View]:
-    return {view.name: view for view in tensor_map.views_of(problem, config_of(problem))}
+def output_of(problem: AttentionProblem, x: Any = None) -> Operand:
+    """The output as an operand: ``x``, or else a new array."""
+    if x is None:
+        x = np.empty(problem.output_shape, np.float16)
+    return operand("o", x, "packed" if problem.packed else problem.layout)
+
+
+def views(problem: AttentionProblem, **overrides: int) -> dict[str, tensor_map.View]:
+    chosen = config_of(problem, **overrides)
+    found = tensor_map.views_of(problem, chosen, output_of(problem))
+    return {view.name: view for view in found}
 
 
 def ruled(problem: AttentionProblem, **rules: Any) -> AttentionProblem:
@@ -65,6 +80,10 @@ def test_maps_of_contiguous_arrays() -> None:
     assert found["v"] == (
         *("v", "bfloat16", (128, 500, 2, 3)),
         *((256, 256 * 500, 256 * 500 * 2), (64, block_n, 1), 0),
+    )
+    assert found["o"] == (
+        *("o", "bfloat16", (128, 300, 8, 3)),
+        *((256, 256 * 300, 256 * 300 * 8), (64, 16, 1), 0),
     )
     assert {view.swizzle for view in found.values()} == {128}
 
@@ -101,7 +120,7 @@ def test_strides_are_those_of_the_view() -> None:
     base = np.empty((2, 400, 3, 8, 64), np.float16)  # batch, row, one of q k v, head, column
     q, k, v = (base[:, :, i] for i in range(3))
     problem = describe(q, k, v, layout="bshd", addresses=(0, 2**20, 2**21))
-    for view in views(problem).values():
+    for view in [views(problem)[name] for name in "qkv"]:
         assert view.dims == (64, 400, 8, 2)
         assert view.strides == (3 * 8 * 128, 128, 400 * 3 * 8 * 128)
 
@@ -187,9 +206,7 @@ class Driver(ModuleType):
     CUtensorMapSwizzle = SimpleNamespace(
         CU_TENSOR_MAP_SWIZZLE_64B=64, CU_TENSOR_MAP_SWIZZLE_128B=128
     )
-    CUtensorMapL2promotion = SimpleNamespace(
-        CU_TENSOR_MAP_L2_PROMOTION_L2_128B=128, CU_TENSOR_MAP_L2_PROMOTION_L2_256B=256
-    )
+    CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_128B=128)
     CUtensorMapFloatOOBfill = SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE="zeros")
     CUresult = SimpleNamespace(CUDA_SUCCESS=0)
     cuuint64_t = cuuint32_t = int
@@ -234,7 +251,7 @@ def test_what_the_driver_is_asked_for(driver: Driver) -> None:
     assert words.dtype == np.uint64 and words.shape == (16,) and words[0] == call[2]
     assert not words.flags.writeable
     tensor_map.encode(2**32, views(contiguous_problem(2, 8, 70, 128))["q"])
-    assert driver.calls[1][0] == "f16" and driver.calls[1][-3:-1] == (128, 256)
+    assert driver.calls[1][0] == "f16" and driver.calls[1][-3:-1] == (128, 128)
 
 
 def test_a_map_is_encoded_once_per_address_and_view(driver: Driver) -> None:
@@ -284,10 +301,10 @@ def array_at(address: int, like: Any = None) -> Any:
 def test_hopper_s_struct_begins_with_the_others() -> None:
     shared, own = params.ATTENTION_PARAMS.fields, params.HOPPER_PARAMS.fields
     assert {name: own[name] for name in shared} == dict(shared)
-    offsets = [own[f"{name}_map"][1] for name in "qkv"]
-    assert offsets == [576, 704, 832] and params.HOPPER_PARAMS.itemsize == 960
+    offsets = [own[f"{name}_map"][1] for name in "qkvo"]
+    assert offsets == [576, 704, 832, 960] and params.HOPPER_PARAMS.itemsize == 1088
     problem = contiguous_problem(1, 8, 300, 64)
-    assert config_of(problem).params_bytes == 960
+    assert config_of(problem).params_bytes == 1088
     assert fixed(problem, KERNEL).dtype == params.HOPPER_PARAMS
     assert fixed(problem, KERNEL)["seqlen_q"] == 300
 
@@ -306,20 +323,17 @@ def test_parameters_are_aligned_and_copied() -> None:
 
 def test_maps_of_arrays(driver: Driver) -> None:
     problem = contiguous_problem(1, 8, 300, 64)
-    arrays = {"q": array_at(4096), "k": array_at(8192), "v": array_at(16384)}
-    found = tensor_map.maps_of(problem, config_of(problem), arrays)
-    assert {name: int(words[0]) for name, words in found.items()} == {
-        "q": 4096,
-        "k": 8192,
-        "v": 16384,
-    }
+    places = {"q": 4096, "k": 8192, "v": 16384, "o": 32768}
+    arrays = {name: array_at(place) for name, place in places.items()}
+    found = tensor_map.maps_of(list(views(problem).values()), arrays)
+    assert {name: int(words[0]) for name, words in found.items()} == places
 
 
 def test_arrays_without_elements_have_no_address(driver: Driver) -> None:
     problem = contiguous_problem(1, 8, 300, 64, seqlen_kv=0)
-    arrays = {"q": array_at(4096), "k": array_at(0), "v": array_at(0)}
-    found = tensor_map.maps_of(problem, config_of(problem), arrays)
-    assert all(int(words[0]) == 4096 for words in found.values())
+    arrays = {"q": array_at(4096), "k": array_at(0), "v": array_at(0), "o": array_at(8192)}
+    found = tensor_map.maps_of(list(views(problem).values()), arrays)
+    assert [int(found[name][0]) for name in "qkvo"] == [4096, 4096, 4096, 8192]
     assert all(min(call[3]) >= 1 for call in driver.calls)
 
 
@@ -331,6 +345,7 @@ def known_call(problem: AttentionProblem, chosen: KernelConfig) -> repeat._Known
         SimpleNamespace(
             problem=problem,
             selection=SimpleNamespace(config=chosen),
+            output=output_of(problem),
             steps=(step,),
             arrays={name: array_at(64 * n, x) for n, name in enumerate("qkvo", 1)},
         )
@@ -371,10 +386,10 @@ def test_a_repeated_call_gets_the_maps_of_its_addresses(
         assert repeat.launch_again(*map(array, place), None, False, ()) is not None
     for place, got in zip(places, launched, strict=True):
         assert [int(got[name]) for name in "qkv"] == list(place)
-        assert [int(got[f"{name}_map"][0]) for name in "qkv"] == list(place)
+        assert [int(got[f"{name}_map"][0]) for name in "qkvo"] == [*place, 2**30]
         assert got["seqlen_q"] == 300
-    assert len(driver.calls) == 6, "the first maps, and each of them elsewhere; others are moved"
-    here = {64, 128, 192}
+    assert len(driver.calls) == 8, "the first maps, and each of them elsewhere; others are moved"
+    here = {64, 128, 192, 256}
     assert {call[2] for call in driver.calls} == here | {n + tensor_map._ELSEWHERE for n in here}
 
 
@@ -389,37 +404,42 @@ def test_maps_that_cannot_be_moved_are_encoded(driver: Driver) -> None:
         return result, encoded
 
     driver.cuTensorMapEncodeTiled = encode  # type: ignore[method-assign]
-    for found, (q, k, v) in moved(problem, config_of(problem), movable=False):
-        assert found[0::16].tolist() == [q, k, v]
-        assert found[5::16].tolist() == [n >> 33 for n in (q, k, v)]
+    for found, place in moved(problem, config_of(problem), movable=False):
+        assert found[0::16].tolist() == list(place)
+        assert found[5::16].tolist() == [n >> 33 for n in place]
 
 
 def moved(
     problem: AttentionProblem, chosen: KernelConfig, *, movable: bool = True
-) -> Iterator[tuple[np.ndarray[Any, Any], tuple[int, int, int]]]:
-    """Words of the three maps in one block of parameters, moved from place to place."""
-    maps = tensor_map.Maps(problem, chosen, (2**40, 2**41, 2**42))
+) -> Iterator[tuple[np.ndarray[Any, Any], tuple[int, int, int, int]]]:
+    """Words of the four maps in one block of parameters, moved from place to place."""
+    views = tensor_map.views_of(problem, chosen, output_of(problem))
+    maps = tensor_map.Maps(views, {"q": 2**40, "k": 2**41, "v": 2**42, "o": 2**39})
     assert maps.movable == movable
-    arrays = {name: array_at(2**40) for name in "qkv"}
+    arrays = {name: array_at(2**40) for name in "qkvo"}
     given = fixed(problem, KERNEL)
-    for name, words in tensor_map.maps_of(problem, chosen, arrays).items():
+    for name, words in tensor_map.maps_of(views, arrays).items():
         given[f"{name}_map"] = words
     block = launch.ParameterBlock(given)
-    for place in ((2**40 + 16, 2**30, 2**35 + 4096), (2**46 + 256, 2**43 - 16, 2**20), (16, 0, 0)):
+    for place in (
+        (2**40 + 16, 2**30, 2**35 + 4096, 2**44),
+        (2**46 + 256, 2**43 - 16, 2**20, 2**12),
+        (16, 0, 0, 32),
+    ):
         maps.move(block, *place)
-        q, k, v = place
+        q, k, v, o = place
         found = block.bytes.view(params.HOPPER_PARAMS)[0]
-        yield np.concatenate([found[f"{name}_map"] for name in "qkv"]), (q, k or q, v or q)
+        yield np.concatenate([found[f"{name}_map"] for name in "qkvo"]), (q, k or q, v or q, o)
         assert found["seqlen_q"] == problem.seqlen_q
 
 
 def test_moved_maps_keep_the_distance_to_the_first_key(driver: Driver) -> None:
     """A window's v begins at the first key that is seen."""
     problem = ruled(contiguous_problem(1, 8, 300, 64, seqlen_kv=700), window=(100, 0))
-    first = tensor_map.views_of(problem, config_of(problem))[2].offset
+    first = views(problem)["v"].offset
     assert first == 300 * 128
-    for found, (q, k, v) in moved(problem, config_of(problem)):
-        assert found[0::16].tolist() == [q, k, v + first]
+    for found, (q, k, v, o) in moved(problem, config_of(problem)):
+        assert found[0::16].tolist() == [q, k, v + first, o]
 
 
 @pytest.mark.gpu
@@ -430,7 +450,8 @@ def test_moved_maps_are_those_that_the_driver_encodes(window: tuple[int, int]) -
     problem = contiguous_problem(2, 8, 300, 96, heads_kv=2, seqlen_kv=700, head_dim_v=64)
     problem = ruled(problem, window=window)
     chosen = config_of(problem)
-    views = tensor_map.views_of(problem, chosen)
+    views = tensor_map.views_of(problem, chosen, output_of(problem))
+    assert len(views) == 4
     for found, place in moved(problem, chosen):
         expected = [tensor_map.encode(n, view) for n, view in zip(place, views, strict=True)]
         assert (found == np.concatenate(expected)).all()
@@ -440,6 +461,60 @@ def test_calls_of_other_kernels_have_no_maps(driver: Driver) -> None:
     problem = contiguous_problem(1, 8, 300, 64)
     assert known_call(problem, tiles.select(problem, HOPPER, kernel="mma_sm80").config).maps is None
     assert known_call(problem, config_of(problem)).maps is not None
+
+
+# --- what is stored through shared memory ---------------------------------------------------------
+
+STAGED = [
+    *[(dim, dim, {}, dim) for dim in (64, 96, 128)],
+    (192, 192, {}, 128),
+    (192, 128, {}, 64),
+    (192, 128, {"block_n": 112}, 128),
+    (256, 256, {"block_n": 80}, 0),
+    (256, 256, {"block_n": 64}, 128),
+    (40, 24, {}, 64),
+]
+
+
+@pytest.mark.parametrize(("dim", "dim_v", "changes", "columns"), STAGED)
+def test_as_many_columns_as_there_is_room_for_are_staged(
+    dim: int, dim_v: int, changes: dict[str, int], columns: int
+) -> None:
+    problem = contiguous_problem(4, 32, 4096, dim, head_dim_v=dim_v)
+    chosen = config_of(problem, **changes)
+    assert chosen.defines()["FC_STAGED_COLS"] == chosen.staged_cols == columns
+    assert chosen.smem_bytes <= SMEM_LIMIT
+    without = replace(chosen, tma_stores=False)
+    assert chosen.smem_bytes - without.smem_bytes == 2 * chosen.tile.block_m * columns
+    assert ("o" in views(problem, **changes)) == (columns > 0)
+    ways = ["by TMA"] * (columns > 0) + ["of 16 bytes"] * (columns < chosen.head_dim_v)
+    assert chosen.describe().endswith(f"stores {' and '.join(ways)}")
+
+
+def test_boxes_of_the_output_are_of_one_head_and_sequence() -> None:
+    problem = contiguous_problem(2, 8, 300, 64, heads_kv=2)
+    assert config_of(problem).staged_cols == 64
+    assert config_of(replace(problem, gate="pv")).staged_cols == 64
+    assert config_of(replace(problem, gate="qk")).staged_cols == 0, "there is no output"
+    decode = contiguous_problem(2, 8, 1, 64, heads_kv=2, seqlen_kv=300)
+    assert config_of(decode).tile.pack_gqa and config_of(decode).staged_cols == 0
+    x = np.empty((600, 8, 64), np.float16)
+    packed = describe(x, x, x, sequences=2)
+    assert config_of(packed).staged_cols == 0, "another sequence's rows follow without a gap"
+
+
+def test_outputs_that_tma_cannot_address_are_stored_directly() -> None:
+    problem = contiguous_problem(2, 8, 300, 64)
+    base = np.empty((2, 8, 300, 144), np.float16)
+    for x, columns, align in (
+        (base[..., :64], 64, 16),
+        (base[:, :, ::-1, :64], 0, 16),
+        (np.empty((2, 8, 300, 68), np.float16)[..., :64], 0, 8),
+    ):
+        chosen = launch._stored_to(output_of(problem, x), config_of(problem))
+        assert (chosen.staged_cols, chosen.align_bytes) == (columns, align)
+        whole = config_of(problem).smem_bytes
+        assert chosen.smem_bytes == whole - 2 * chosen.tile.block_m * (64 - columns)
 
 
 # --- which problems -------------------------------------------------------------------------------
@@ -461,12 +536,12 @@ def test_tiles_fit_and_have_a_warpgroup_more_than_consumers() -> None:
 
 
 def test_shared_memory() -> None:
-    """The next block's Q has a place of its own, unless that is too much."""
+    """The next block's Q has a place of its own, unless that is too much; then O."""
     tile = {"block_m": 128, "warps_m": 8, "num_stages": 2}
     chosen = config_of(contiguous_problem(4, 16, 2048, 128), block_n=128, **tile)
-    assert chosen.smem_bytes == 2 * (128 * 128 * 2) + 2 * (128 * 256 * 2) + 2048
+    assert chosen.smem_bytes == 3 * (128 * 128 * 2) + 2 * (128 * 256 * 2) + 2048
     chosen = config_of(contiguous_problem(4, 16, 2048, 256), block_n=64, **tile)
-    assert chosen.smem_bytes == 128 * 256 * 2 + 2 * (64 * 512 * 2) + 2048
+    assert chosen.smem_bytes == 128 * (256 + 128) * 2 + 2 * (64 * 512 * 2) + 2048
 
 
 def test_it_is_described_by_its_warpgroups() -> None:
@@ -617,11 +692,9 @@ def test_legal_tiles() -> None:
             problem, block_m=16 * warps_m, warps_m=warps_m, block_n=block_n, num_stages=stages
         )
         assert chosen.defines()["FC_SMEM_BYTES"] == chosen.smem_bytes
-        assert views_boxes(problem, chosen) == {(64, 64, 1), (64, block_n, 1)}
-
-
-def views_boxes(problem: AttentionProblem, chosen: KernelConfig) -> set[tuple[int, int, int]]:
-    return {view.box for view in tensor_map.views_of(problem, chosen)}
+        found = tensor_map.views_of(problem, chosen, output_of(problem))
+        expected = [(64, 64, 1), (64, block_n, 1), (64, block_n, 1), (64, 16, 1)]
+        assert [view.box for view in found] == expected[: 3 + (chosen.staged_cols > 0)]
 
 
 def test_types_have_maps() -> None:
