@@ -15,6 +15,7 @@ WMMA = 16
 WARPGROUP = 4
 """Warps that issue wgmma together."""
 _MAX_BOX = 256  # rows that TMA copies at once
+_TMA_ALIGN = 16  # bytes
 _MAX_STAGES = 4
 
 
@@ -205,8 +206,10 @@ def staged_cols(c: KernelConfig) -> int:
     Only where a box of 16 rows of a tile is a box of the array, too.
     """
     rows_are_queries = not (c.packed or c.tile.pack_gqa or c.tile.split_kv)
-    if not c.uses_tma or not rows_are_queries or c.gate in ("qk", "softmax"):
+    if not (c.uses_tma and rows_are_queries and c.align_bytes == _TMA_ALIGN):
         return 0
+    if c.gate in ("qk", "softmax"):
+        return 0  # there is no output
     panel = 64 if c.head_dim_v % 64 == 0 else 32
     room = (_HOPPER_SMEM - _sm90_loaded(c)) // (ITEMSIZE[c.dtype] * c.tile.block_m)
     return max(0, min(c.head_dim_v, room // panel * panel))
