@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.config import WARP_SIZE, KernelConfig
 from flashcore_cupy.problem import AttentionProblem
+from flashcore_cupy.tile_checks import WARPGROUP
 
-# What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged; and
-# what it costs that there are parts at all.
-_PART_KEYS, _MERGE_KEYS, _SPLIT_KEYS = 256, 24, 0
-_HOPPER_KEYS = 64, 4, 128  # the same of fwd_sm90, where the next part is loaded meanwhile
+# What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged.
+_PART_KEYS, _MERGE_KEYS = 256, 24
+# The same of fwd_sm90, where the next part is loaded meanwhile; that there are parts at all; and to
+# merge eight of them, four columns per thread.
+_HOPPER_PART_KEYS, _HOPPER_SPLIT_KEYS, _HOPPER_MERGE_KEYS = 64, 128, 100
 _MOST_SPLITS = 128
 # Measured on an H200 at D=64, 128, 256 and 512 to 16384 queries; a long head has so many blocks.
 _L2_BYTES, _LONG, _ROUNDS = 34_000_000, 40, 8
@@ -16,12 +18,14 @@ _L2_BYTES, _LONG, _ROUNDS = 34_000_000, 40, 8
 
 def blocks_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
     """Blocks of rows per head of q, or of k and v where a group's heads are packed."""
-    block_m = config.tile.block_m
-    rows = problem.seqlen_q
-    if config.tile.pack_gqa:
-        rows *= problem.heads_q // problem.heads_kv
+    block_m, rows = config.tile.block_m, _rows_per_head(problem, config)
     # Each packed sequence may start within a block: see PackedBatch in schedule.cuh.
     return rows // block_m + problem.batch if problem.packed else -(-rows // block_m)
+
+
+def _rows_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
+    group = problem.heads_q // problem.heads_kv if config.tile.pack_gqa else 1
+    return problem.seqlen_q * group
 
 
 def query_blocks(problem: AttentionProblem, config: KernelConfig) -> int:
@@ -44,14 +48,18 @@ def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> in
         keys = -(-keys // max(1, problem.batch))
         blocks = max(1, blocks // 2)  # about every other one has no sequence
     tiles = max(1, -(-keys // config.tile.block_n))
-    part, merge, split = _HOPPER_KEYS if config.uses_tma else (_PART_KEYS, _MERGE_KEYS, _SPLIT_KEYS)
     # By TMA, half of the thread blocks read as fast as memory delivers.
-    least = 2 * blocks * keys / resident if config.uses_tma else 0
+    least = 2 * blocks * keys / resident
+    rows = min(config.tile.block_m, _rows_per_head(problem, config))
+    merges = -(-rows * config.head_dim_v // (4 * WARPGROUP * WARP_SIZE))
 
     def cost(parts: int) -> float:
         waves = -(-blocks * parts // resident)
-        own = -(-tiles // parts) * config.tile.block_n
-        return max(waves * own, least) + waves * part + merge * (parts - 1) + split * (parts > 1)
+        own = waves * -(-tiles // parts) * config.tile.block_n
+        if not config.uses_tma:
+            return own + waves * _PART_KEYS + _MERGE_KEYS * (parts - 1)
+        merge = _HOPPER_SPLIT_KEYS + _HOPPER_MERGE_KEYS * merges * -(-parts // 8)
+        return max(own, least) + waves * _HOPPER_PART_KEYS + merge * (parts > 1)
 
     return min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
 

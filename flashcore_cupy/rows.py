@@ -27,6 +27,8 @@ class Row:
     """Only for at most this many keys."""
     max_rows: int | None = None
     """Only where a head of K and V meets at most this many rows: queries times grouped heads."""
+    min_group: int = 1
+    """Only where at least so many heads of q share a head of k and v."""
     above_blocks: int | None = None
     """The opposite of max_blocks: for auto, only grids of more than this."""
     above_rows: int | None = None
@@ -58,7 +60,7 @@ class Row:
         many rounds, and they take no more time.
         """
         rounds_of = None if self.round_cost is None else self.tile.block_m
-        few = (self.max_blocks, self.max_keys, self.max_rows)
+        few = (self.max_blocks, self.max_keys, self.max_rows, self.min_group)
         return (*few, self.above_blocks, self.above_rows, rounds_of)
 
     def serves(self, problem: AttentionProblem) -> bool:
@@ -72,7 +74,8 @@ class Row:
         few_blocks = self.max_blocks is None or _blocks(problem) <= self.max_blocks
         few_keys = self.max_keys is None or problem.seqlen_kv <= self.max_keys
         few_rows = self.max_rows is None or _rows(problem) <= self.max_rows
-        return few_blocks and few_keys and few_rows
+        grouped = problem.heads_q // problem.heads_kv >= self.min_group
+        return few_blocks and few_keys and few_rows and grouped
 
     def takes_rules(self, problem: AttentionProblem) -> bool:
         """Whether the row's registers hold the problem's rules, too, and its rows share keys."""

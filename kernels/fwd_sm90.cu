@@ -48,7 +48,7 @@ struct alignas(64) HopperParams : AttentionParams {
 using LayoutQ = SharedLayout<T, BLOCK_M, HEAD_DIM>;
 using LayoutK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
 using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
-// What a warp stores through shared memory: it can go on to the next block of queries at once, while
+// What a warp stores through shared memory: it goes on to the next block of queries at once, where
 // all multiprocessors together write more than L2 takes at a time.
 using LayoutO = SharedLayout<T, 16, STAGED_COLS>;
 using PositionMask = Mask<CAUSAL, WINDOW>;

@@ -518,7 +518,7 @@ def test_parts_of_the_keys_on_hopper() -> None:
         one = replace(contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=seqlen_kv))
         parts = grids.splits(one, chosen, 132)
         assert 1 <= parts <= max(1, math.ceil(seqlen_kv / chosen.tile.block_n))
-    assert grids.splits(problem, chosen, 132) * 8 in range(66, 133), "one round, and memory is busy"
+    assert grids.splits(problem, chosen, 132) * 8 in range(64, 133), "one round, and memory is busy"
     many = contiguous_problem(128, 32, 1, 128, heads_kv=8, seqlen_kv=8192)
     assert grids.splits(many, chosen, 132) == 1
 

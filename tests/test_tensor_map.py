@@ -609,12 +609,13 @@ def test_arrays_that_tma_cannot_address_are_named() -> None:
 
 
 def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
-    """By name it takes any; for "auto" only more than 12 blocks, or a few queries each."""
+    """By name it takes any; for "auto" only more than 12 blocks."""
     few_blocks = "is for larger grids"
     for problem, reason in (
         (contiguous_problem(1, 2, 100, 64), few_blocks),
         (contiguous_problem(1, 12, 128, 64), few_blocks),
         (contiguous_problem(1, 3, 512, 256), few_blocks),
+        (contiguous_problem(1, 8, 1, 64, seqlen_kv=1000), few_blocks),
     ):
         assert refusal(problem, auto=True) == reason
         assert config_of(problem).kernel == KERNEL
@@ -628,7 +629,7 @@ def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
         contiguous_problem(64, 32, 5, 128, heads_kv=8, seqlen_kv=4096),
         contiguous_problem(64, 32, 4, 128, heads_kv=8, seqlen_kv=4096),
         contiguous_problem(64, 32, 1, 128, seqlen_kv=4096),
-        contiguous_problem(1, 8, 1, 64),
+        contiguous_problem(1, 13, 1, 64),
     ):
         found = tiles.configure(problem, tiles.KERNELS[KERNEL], HOPPER, auto=True)
         assert found == config_of(problem)

@@ -105,8 +105,8 @@ __device__ __forceinline__ void store_four(T* address, int valid_cols, const flo
         if (i * VEC < valid_cols) reinterpret_cast<Vector<SIZE>*>(address)[i] = piece.vector[i];
 }
 
-// Puts 16 rows of O, converted, into a tile of shared memory; by a warp, lane l of which has columns
-// 8 n + 2 (l % 4), +1 of rows l / 4 and l / 4 + 8 as pair(n, half).
+// Puts 16 rows of O, converted, into a tile of shared memory. By a warp, whose lane l has columns
+// 8 n + 2 (l % 4), +1 of row l / 4 as pair(n, 0), of row l / 4 + 8 as pair(n, 1).
 template <typename Layout, typename Pair>
 __device__ __forceinline__ void put_rows(uint32 tile, Pair pair) {
     static_assert(Layout::ROWS == 16 && Layout::COLS % 16 == 0, "two by two blocks at a time");

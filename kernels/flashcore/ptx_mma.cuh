@@ -33,10 +33,10 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32 (&r)[4], uint32 row_add
 
 // The way back (sm_90 and later).
 __device__ __forceinline__ void stmatrix_x4(uint32 row_address, const uint32 (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     row_address),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
+        "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+        : "memory");
 }
 
 // The same blocks as ldmatrix_x4 loads are 8 rows of four fp32: lane l receives column l%4 of row
