@@ -102,21 +102,28 @@ def test_every_gpu_of_the_machine() -> None:
             assert cupy.isfinite(o).all()
 
 
-def test_a_length_compiles_nothing_anew() -> None:
+FEW_BLOCKS = {
+    "mma_sm80": [(1, 1, 64, 64), (3, 2, 17, 100), (2, 5, 333, 64), (1, 1, 65, 1)],
+    "wgmma_sm90": [(1, 13, 70, 64), (2, 8, 300, 100), (1, 16, 500, 1)],
+}
+
+
+@pytest.mark.parametrize("kernel", FEW_BLOCKS)
+def test_a_length_compiles_nothing_anew(kernel: str) -> None:
     """Unless it gets another tile: these are all few blocks of many queries."""
     import cupy
 
     from flashcore_cupy import launch
 
-    def call(batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> None:
+    if kernel == "wgmma_sm90" and jit.device_arch() != "sm_90a":
+    if not runs_here(kernel):
+        pytest.skip(f"this GPU cannot run {kernel}")
+    misses = []
+    for batch, heads, seqlen_q, seqlen_kv in FEW_BLOCKS[kernel]:
         q, k, v = arrays(seqlen_q, seqlen_kv, batch=batch, heads=heads)
-        flashcore_cupy.attention(*(cupy.asarray(x) for x in (q, k, v)))
-
-    call(1, 1, 64, 64)
-    before = launch.load_kernel.cache_info().misses
-    for problem in ((3, 2, 17, 100), (2, 5, 333, 64), (1, 1, 65, 1)):
-        call(*problem)
-    assert launch.load_kernel.cache_info().misses == before
+        flashcore_cupy.attention(*(cupy.asarray(x) for x in (q, k, v)), kernel=kernel)
+        misses.append(launch.load_kernel.cache_info().misses)
+    assert len(set(misses)) == 1
 
 
 def test_bfloat16_and_float32_dtypes_come_back() -> None:

@@ -47,8 +47,9 @@ __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, 
         : "memory");
 }
 
-// The other way: starts to copy a box from shared memory to (c0, c1, c2, c3). What lies outside
-// the tensor is left out. The box was written before a fence_proxy_async.
+// The other way: starts to copy a box from shared memory to (c0, c1, c2, c3), none of which may be
+// negative here. What lies outside the tensor is left out. The box was written before a
+// fence_proxy_async.
 __device__ __forceinline__ void tma_store_4d(const TensorMap* map, const void* shared, int c0,
                                              int c1, int c2, int c3, uint64 policy) {
     asm volatile(
