@@ -115,9 +115,8 @@ def test_a_length_compiles_nothing_anew(kernel: str) -> None:
 
     from flashcore_cupy import launch
 
-    if kernel == "wgmma_sm90" and jit.device_arch() != "sm_90a":
     if not runs_here(kernel):
-        pytest.skip(f"this GPU cannot run {kernel}")
+        pytest.skip(f"{kernel} is for another GPU")
     misses = []
     for batch, heads, seqlen_q, seqlen_kv in FEW_BLOCKS[kernel]:
         q, k, v = arrays(seqlen_q, seqlen_kv, batch=batch, heads=heads)
