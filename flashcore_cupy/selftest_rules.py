@@ -181,8 +181,9 @@ def _decode(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
     """One query and a few, grouped heads, and keys enough for many blocks."""
     which = itertools.cycle(dtypes)
     causal = itertools.cycle((True, False, "top-left"))
-    for seqlen_q, heads_kv, dim in itertools.product((1, 2, 3, 4), (2, 1), (64, 128)):
-        size = _size(1, 8, heads_kv, seqlen_q, 9000 + seqlen_q)
+    sizes = [_size(1, 8, kv, q, 9000 + q) for q, kv in itertools.product((1, 2, 3, 4), (2, 1))]
+    sizes += [_size(2, 16, 4, 16, 1001), _size(1, 16, 2, 5, 3000), _size(5, 16, 8, 20, 300)]
+    for size, dim in itertools.product(sizes, (64, 128)):
         dims = {"head_dim": dim, "head_dim_v": dim}
         rest = {"dtype": next(which), "causal": next(causal)}
         yield Case("decode", kernel, **size | dims | rest, repeats=3, seed=11)

@@ -34,13 +34,15 @@ KINDS = ("normal", "outliers", "constant", "onehot")
 # Sizes by the tile that they get of either kernel, which is part of a configuration: the most heads
 # in all batches, the fewest and the most queries, the most keys.
 GRIDS = {
-    "decode": (24, 1, 16, 3000),  # and at most 16 rows: queries times grouped heads
+    "decode": (12, 1, 16, 3000),  # and at most 16 rows: queries times grouped heads
+    "full decode": (48, 1, 16, 500),
     "few": (4, 17, 384, 700),
     "some": (48, 17, 128, 200),
     "enough": (104, 65, 128, 130),
     "invariant": (12, 1, 200, 300),
 }
-OF_ANY_LENGTHS = ("decode", "few", "invariant")
+OF_ANY_LENGTHS = ("decode", "full decode", "few", "invariant")
+FULL = ("full decode", "some", "enough")  # thread blocks are counted: all of the heads, always
 SETTINGS = settings(
     deadline=None,
     database=None,
@@ -97,8 +99,9 @@ def configuration(seed: int) -> Case:
 
 def at_smallest(case: Case, packs: bool) -> Case:
     most_heads, fewest, _, _ = GRIDS[case.group]
-    heads = {"heads": min(8, most_heads), "heads_kv": min(8, most_heads)}
-    batch = most_heads // heads["heads"] if case.group in ("some", "enough") else 1
+    most = 16 if packs and case.group in FULL else 8
+    heads = {"heads": min(most, most_heads), "heads_kv": min(most, most_heads)}
+    batch = most_heads // heads["heads"] if case.group in FULL else 1
     fewest = max(fewest, 2)
     if packs:
         return packed(replace(case, **heads), ((fewest, case.seqlen_kv),))
@@ -149,15 +152,18 @@ def is_padded(case: Case) -> bool:
 def draw_sizes(draw: Any, case: Case) -> Case:
     most_heads, fewest, most, most_keys = GRIDS[case.group]
     batch = 1
-    if case.group in ("some", "enough"):  # a full grid takes all of them
+    if case.group in FULL:
         heads = draw(st.sampled_from([(8, 8), (8, 2), (8, 1), (4, 2)]))
         sizes = {"heads": heads[0], "heads_kv": heads[1]}
         batch = most_heads // heads[0]
     else:
         sizes = draw_heads(draw, case, min(8, most_heads))
         batch = draw(st.integers(1, min(3, most_heads // sizes["heads"])))
-    if case.group == "decode":
-        most = 16 // (sizes["heads"] // sizes["heads_kv"])
+    group = sizes["heads"] // sizes["heads_kv"]
+    if case.group in ("decode", "full decode"):
+        most = 16 // group
+    elif case.group == "some" and group > 1:  # fewer are packed
+        fewest = max(fewest, 64 // group + 1)
     # A bias of one query lies the same way transposed, and its keys can be loaded in pairs.
     fewest = max(fewest, 2 if case.view == "transposed" else 1)
     sizes["seqlen_q"] = draw(st.integers(fewest, most))
@@ -173,14 +179,23 @@ def draw_keys(draw: Any, case: Case, most: int) -> int:
 
 def draw_packed(draw: Any, case: Case) -> Case:
     count = draw(st.integers(1, 5))
-    heads = draw_heads(draw, case, 4 if case.group == "few" else 8)
-    most = 16 // (heads["heads"] // heads["heads_kv"]) if case.group == "decode" else 150
+    if case.group == "full decode":
+        count, group = min(count, 2), draw(st.sampled_from([1, 2, 4, 8]))
+        heads = {"heads": 16, "heads_kv": 16 // group}
+    else:
+        heads = draw_heads(draw, case, 4 if case.group == "few" else 8)
+    decodes = case.group in ("decode", "full decode")
+    most = 16 // (heads["heads"] // heads["heads_kv"]) if decodes else 150
     if case.group == "few":
         most = GRIDS["few"][2] // count - 17
+    if case.group == "full decode":
+        most -= 1
     queries = [draw(st.integers(0, most)) for _ in range(count)]
     keys = [draw(st.integers(0, 400)) for _ in range(count)]
     if case.group == "few":  # the mean decides, for only the device knows the lengths
         queries[-1] += 17 * count
+    if case.group == "full decode":  # without queries there are no blocks
+        queries[-1] += 1
     keys[0] += 2 * is_padded(case)
     return packed(replace(case, **heads), tuple(zip(queries, keys, strict=True)))
 
