@@ -67,6 +67,8 @@ class Row:
         """Whether the row is meant for a problem of this kind, and is not too large for it."""
         if problem.dtype not in self.dtypes or not self.takes_rules(problem):
             return False
+        if problem.heads_q // problem.heads_kv < self.min_group:
+            return False
         if self.max_blocks is None and self.max_rows is None and self.max_keys is None:
             return True
         if problem.batch_invariant:  # the same tile, whatever else is in the batch
@@ -74,8 +76,7 @@ class Row:
         few_blocks = self.max_blocks is None or _blocks(problem) <= self.max_blocks
         few_keys = self.max_keys is None or problem.seqlen_kv <= self.max_keys
         few_rows = self.max_rows is None or _rows(problem) <= self.max_rows
-        grouped = problem.heads_q // problem.heads_kv >= self.min_group
-        return few_blocks and few_keys and few_rows and grouped
+        return few_blocks and few_keys and few_rows
 
     def takes_rules(self, problem: AttentionProblem) -> bool:
         """Whether the row's registers hold the problem's rules, too, and its rows share keys."""

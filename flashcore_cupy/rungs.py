@@ -82,7 +82,7 @@ KERNELS: Mapping[str, Kernel] = {
             "wgmma_sm90",
             "fwd_sm90.cu",
             ("fwd_sm90",),
-            "TMA and wgmma: a producer warp, warpgroups that overlap softmax with products",
+            "TMA and wgmma: a warp that loads, warpgroups that overlap softmax with products",
             has_rules=True,
             lacks=("mask",),
             tma=True,

@@ -270,8 +270,12 @@ def configure_row(
     )
     config.check()
     group = problem.heads_q // problem.heads_kv
+    if config.tile.pack_gqa and problem.rules.differ_by_head:
+        raise ValueError("config: pack_gqa with a rule that hides keys from some heads of a group")
     if kernel.tma and config.tile.pack_gqa and config.tile.block_m % group:
-        raise ValueError(f"packs groups of 1, 2, 4, ... heads, not of {group}")
+        raise ValueError(
+            f"packs groups of 1, 2, 4, ... {config.tile.block_m} heads, not of {group}"
+        )
     return config
 
 

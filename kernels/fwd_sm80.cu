@@ -25,6 +25,7 @@
 #include <flashcore/config.cuh>
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
+#include <flashcore/finish_row.cuh>
 #include <flashcore/mask.cuh>
 #include <flashcore/mma_sync_tile.cuh>
 #include <flashcore/mma_tf32_tile.cuh>

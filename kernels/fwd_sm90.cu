@@ -27,6 +27,7 @@
 #include <flashcore/config.cuh>
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
+#include <flashcore/finish_row.cuh>
 #include <flashcore/mask.cuh>
 #include <flashcore/params.cuh>
 #include <flashcore/ptx_warp.cuh>
@@ -48,8 +49,8 @@ struct alignas(64) HopperParams : AttentionParams {
 using LayoutQ = SharedLayout<T, BLOCK_M, HEAD_DIM>;
 using LayoutK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
 using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
-// What a warp stores through shared memory: it goes on to the next block of queries at once, where
-// all multiprocessors together write more than L2 takes at a time.
+// What a warp stores through shared memory, and does not wait for: all multiprocessors end a block
+// at about the same time, and together write more than L2 takes at once.
 using LayoutO = SharedLayout<T, 16, STAGED_COLS>;
 using PositionMask = Mask<CAUSAL, WINDOW>;
 
@@ -67,7 +68,8 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 :
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 constexpr int LOOKUPS = HEAD_DIM_V > 192 ? 2 : 4;  // of a mask_mod at a time, for want of registers
 using SeenHere = SeenByWarp<HIDES_KEYS, BLOCK_N>;
-constexpr uint64 KEEP = PACK_GQA ? EVICT_FIRST : EVICT_LAST;  // other blocks need K and V, too
+// Other blocks need K and V, too; of a packed group none does.
+constexpr uint64 POLICY_KV = PACK_GQA ? EVICT_FIRST : EVICT_LAST;
 // Where there is room, the next block's Q comes while this one's is used.
 constexpr int SMEM_LIMIT = 227 * 1024;
 constexpr int Q_STAGES =
@@ -194,7 +196,8 @@ __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage&
     for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
         const int stage = at.stage;
         at.await_empty(smem.k);
-        load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &smem.k.full[stage], boxes.k(tile), KEEP);
+        load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &smem.k.full[stage], boxes.k(tile),
+                                        POLICY_KV);
         if (tile == tiles.end - 1) {
             q.await_empty(smem.q);
             load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &smem.q.full[q.stage], boxes.q(),
@@ -202,7 +205,8 @@ __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage&
             q.advance();
         }
         at.await_empty(smem.v);
-        load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &smem.v.full[stage], boxes.v(tile), KEEP);
+        load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &smem.v.full[stage], boxes.v(tile),
+                                        POLICY_KV);
         at.advance();
     }
 }
@@ -460,8 +464,9 @@ struct Consumer {
         if (all.end > 0) q.advance();
     }
 
-    __device__ __forceinline__ float finish_row(RowState& row, const QueryRow& q, bool one) const {
-        return flashcore::finish_row<RULES>(params, work(), q, gate_row(q), row, one);
+    __device__ __forceinline__ float finish_row(RowState& row, const QueryRow& q,
+                                                bool writes_lse) const {
+        return flashcore::finish_row<RULES>(params, work(), q, gate_row(q), row, writes_lse);
     }
     __device__ __forceinline__ T* output_row(const QueryRow& q) const {
         const Work& w = work();

@@ -103,6 +103,7 @@ DEVICE_LAYERS = (
         "seen_keys",
         "rows",
         "split_merge",
+        "finish_row",
         "softmax",
         "epilogue",
     },

@@ -103,7 +103,7 @@ def test_packed_groups_have_heads_before_rows(group: int) -> None:
 @pytest.mark.parametrize("group", [3, 5, 7, 12])
 def test_groups_that_do_not_fill_a_copy_are_not_packed(group: int) -> None:
     problem = contiguous_problem(3, 2 * group, 1, 64, heads_kv=2, seqlen_kv=500)
-    assert refusal(problem, auto=True) == f"packs groups of 1, 2, 4, ... heads, not of {group}"
+    assert refusal(problem, auto=True) == f"packs groups of 1, 2, 4, ... 64 heads, not of {group}"
     assert not config_of(problem).tile.pack_gqa, "by name it is taken"
 
 

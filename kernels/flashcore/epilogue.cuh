@@ -1,32 +1,12 @@
-// epilogue.cuh - O leaves: fp32 in shared memory, normalised, converted, stored in wide pieces.
+// epilogue.cuh - O leaves, normalised and converted: in wide pieces, from fp32 in shared memory or
+// from registers; or into shared memory, for TMA to store.
 #pragma once
 #include <flashcore/ptx_convert.cuh>
 #include <flashcore/ptx_mma.cuh>
-#include <flashcore/schedule.cuh>
-#include <flashcore/score.cuh>
 #include <flashcore/shared_layout.cuh>
 #include <flashcore/smem_tile.cuh>
-#include <flashcore/softmax.cuh>
 
 namespace flashcore {
-
-// What a row's O is multiplied by in the end, its m and l being complete; the sink joins them. One
-// of the threads that have the row writes the LSE.
-template <int RULES, int GATE>
-__device__ __forceinline__ float finish_row(const AttentionParams& p, const Work& w,
-                                            const QueryRow& q, const GateRow<GATE>& gate,
-                                            RowState& row, bool writes_lse) {
-    float factor = 1.0f;
-    if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
-        if (q.valid) factor = add_sink(row, p.sink[q.head]);
-    if (writes_lse) {
-        gate.finish(row.max, row.sum);
-        if (p.lse != nullptr && q.valid)
-            p.lse[w.batch * p.lse_strides.batch + q.head * p.lse_strides.head + w.start_q +
-                  q.query] = log_sum_exp(row.max, row.sum);
-    }
-    return factor * inverse_sum(row.sum);
-}
 
 // A query that saw no key has factor 0. Its output is 0, even where NaN in a value that others of
 // its tile saw has made NaN of the sum.

@@ -46,7 +46,9 @@ struct AttentionParams {
     const int* cu_seqlens_q;   // (B + 1), where each packed sequence starts, or null
     const int* cu_seqlens_kv;  // (B + 1)
     float* split_partial;      // what each part of a split row of blocks has found
-    int* split_arrivals;  // parts that have arrived (fwd_sm90: blocks taken), 0 between launches
+    // Parts that have arrived, per row of blocks; in fwd_sm90 behind the number of blocks that are
+    // taken. 0 between launches.
+    int* split_arrivals;
     Strides q_strides, k_strides, v_strides, o_strides;
     HeadStrides lse_strides, alibi_strides;
     BroadcastStrides bias_strides, mask_strides;

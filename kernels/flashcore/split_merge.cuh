@@ -33,12 +33,12 @@ struct SplitRows {
     }
 
     // Says that this part is there; whether it is the last. By `threads` threads, whole warps, that
-    // meet at `barrier` and share `last`; the counters are 0 between launches, and the first one of
-    // them is not a block's, see take_block.
-    __device__ __forceinline__ bool is_last(int block, int& last, bool one, int barrier,
+    // meet at `barrier` and share `last`, one of which speaks for all; the counters are 0 between
+    // launches, and the first one of them is not a block's, see take_block.
+    __device__ __forceinline__ bool is_last(int block, int& last, bool speaks, int barrier,
                                             int threads) const {
         named_barrier_sync(barrier, threads);  // all findings are on their way
-        if (one) {
+        if (speaks) {
             fence_gpu();  // the findings first, then the news of them
             int* const arrivals = params.split_arrivals + 1 + block;
             last = atomic_add(arrivals, 1) + 1 == params.splits;
