@@ -309,6 +309,26 @@ def test_out_is_written_in_place(on: str) -> None:
     assert np.isnan(host).all(), "nothing else was written"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [3, 200])
+@pytest.mark.parametrize("where", ["late", "reversed", "boxes"])
+def test_out_of_a_full_grid_lies_anywhere(where: str, queries: int) -> None:
+    """Rows that TMA can store, and others: an element late, or from the last to the first."""
+    import cupy
+
+    q, k, v = arrays(queries, 900, heads=32, heads_kv=8)
+    base = cupy.full((1, 32, queries, 80), cupy.nan, cupy.float16)
+    out = {
+        "late": base[..., 1:65],
+        "reversed": base[:, :, ::-1, 8:72],
+        "boxes": base[..., 8:72],
+    }[where]
+    flashcore_cupy.attention(*(cupy.asarray(x) for x in (q, k, v)), out=out)
+    check(cupy.asnumpy(out), q, k, v)
+    out.fill(cupy.nan)
+    assert cupy.isnan(base).all(), "nothing else was written"
+
+
 # ---- what a query does not see -------------------------------------------------------------------
 
 ODD_KEYS = Mod("kv_idx % 2 == 1", lambda b, h, q_idx, kv_idx: kv_idx % 2 == 1)

@@ -139,7 +139,7 @@ def test_bfloat16_and_float32_dtypes_come_back() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 1)])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 1), (16, 4)])
 @pytest.mark.parametrize("queries", [5, 200])
 def test_garbage_boundaries_stay_inside(queries: int, heads: tuple[int, int], dtype: str) -> None:
     """Outputs lie between guards, and inputs between NaN: none of it is written, or read."""

@@ -30,7 +30,7 @@ from flashcore_cupy.problem import (
     describe,
     operand,
 )
-from flashcore_cupy.rules import Scores, describe_rules
+from flashcore_cupy.rules import NO_RULES, Scores, describe_rules
 
 KERNEL = "wgmma_sm90"
 HOPPER = "sm_90a"
@@ -105,6 +105,16 @@ def test_groups_that_do_not_fill_a_copy_are_not_packed(group: int) -> None:
     problem = contiguous_problem(3, 2 * group, 1, 64, heads_kv=2, seqlen_kv=500)
     assert refusal(problem, auto=True) == f"packs groups of 1, 2, 4, ... 64 heads, not of {group}"
     assert not config_of(problem).tile.pack_gqa, "by name it is taken"
+
+
+def test_heads_that_see_different_keys_are_not_packed() -> None:
+    """Not even if asked to: a key that one of them does not see must not reach it."""
+    problem = contiguous_problem(2, 8, 300, 64, heads_kv=2)
+    problem = ruled(problem, mask_mod="h % 4 != 0 || kv_idx < 10")
+    tile = {"block_m": 64, "warps_m": 4, "pack_gqa": True}
+    with pytest.raises(ValueError, match="hides keys from some heads of a group"):
+        config_of(problem, **tile)
+    assert config_of(replace(problem, rules=NO_RULES), **tile).tile.pack_gqa
 
 
 @pytest.mark.parametrize(("dim", "box"), [(64, 64), (72, 32), (96, 32), (104, 64), (256, 64)])
