@@ -133,7 +133,7 @@ class KernelConfig:
     @property
     def staged_cols(self) -> int:
         """Columns of O that leave through shared memory, by TMA; the others are stored directly."""
-        return staged_cols(self) if self.tma_stores else 0
+        return staged_cols(self)
 
     @property
     def softmax_keys(self) -> int:

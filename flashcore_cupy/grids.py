@@ -8,8 +8,8 @@ from flashcore_cupy.tile_checks import WARPGROUP
 
 # What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged.
 _PART_KEYS, _MERGE_KEYS = 256, 24
-# The same of fwd_sm90, where the next part is loaded meanwhile; that there are parts at all; and to
-# merge eight of them, four columns per thread.
+# The same of fwd_sm90, where the next part is loaded meanwhile; that there are parts at all; and a
+# round of merging eight of them.
 _HOPPER_PART_KEYS, _HOPPER_SPLIT_KEYS, _HOPPER_MERGE_KEYS = 64, 128, 100
 _MOST_SPLITS = 128
 # Measured on an H200 at D=64, 128, 256 and 512 to 16384 queries; a long head has so many blocks.
@@ -48,20 +48,26 @@ def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> in
         keys = -(-keys // max(1, problem.batch))
         blocks = max(1, blocks // 2)  # about every other one has no sequence
     tiles = max(1, -(-keys // config.tile.block_n))
-    # By TMA, half of the thread blocks read as fast as memory delivers.
-    least = 2 * blocks * keys / resident
-    rows = min(config.tile.block_m, _rows_per_head(problem, config))
-    merges = -(-rows * config.head_dim_v // (4 * WARPGROUP * WARP_SIZE))
 
     def cost(parts: int) -> float:
         waves = -(-blocks * parts // resident)
         own = waves * -(-tiles // parts) * config.tile.block_n
         if not config.uses_tma:
             return own + waves * _PART_KEYS + _MERGE_KEYS * (parts - 1)
-        merge = _HOPPER_SPLIT_KEYS + _HOPPER_MERGE_KEYS * merges * -(-parts // 8)
-        return max(own, least) + waves * _HOPPER_PART_KEYS + merge * (parts > 1)
+        # Half of the thread blocks read as fast as memory delivers.
+        busy = max(own, 2 * blocks * keys / resident)
+        return busy + waves * _HOPPER_PART_KEYS + _hopper_merge_keys(problem, config, parts)
 
     return min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
+
+
+def _hopper_merge_keys(problem: AttentionProblem, config: KernelConfig, parts: int) -> int:
+    """What fwd_sm90 takes to merge the parts: a warpgroup, four columns per thread at a time."""
+    if parts == 1:
+        return 0
+    rows = min(config.tile.block_m, _rows_per_head(problem, config))
+    rounds = -(-rows * config.head_dim_v // (4 * WARPGROUP * WARP_SIZE))
+    return _HOPPER_SPLIT_KEYS + _HOPPER_MERGE_KEYS * rounds * -(-parts // 8)
 
 
 def section(problem: AttentionProblem, config: KernelConfig, multiprocessors: int) -> int:

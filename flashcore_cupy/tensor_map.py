@@ -16,6 +16,7 @@ import numpy as np
 from flashcore_cupy.config import KernelConfig
 from flashcore_cupy.params import HOPPER_PARAMS
 from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, Operand
+from flashcore_cupy.tile_checks import TMA_ALIGN, panel_cols
 
 if TYPE_CHECKING:
     from flashcore_cupy.launch import ParameterBlock
@@ -24,14 +25,13 @@ ROWS_OF_WARPGROUP = 64
 """Rows of q that one copy takes."""
 ROWS_OF_WARP = 16
 """Rows of o that one copy brings."""
-_ALIGN = 16  # bytes: of addresses and strides
 _MAX_STRIDE = 2**40
 _MAP_BYTES = 128
 _LIMIT = 4096  # maps remembered
 _FIELDS: Mapping[str, Any] = HOPPER_PARAMS.fields or {}
 # The first words of the maps, in words of 8 bytes.
 _Q_MAP, _K_MAP, _V_MAP, _O_MAP = (_FIELDS[f"{name}_map"][1] // 8 for name in "qkvo")
-_ELSEWHERE = 2**33 + 2**21 + _ALIGN  # bytes on: bits of both halves of an address
+_ELSEWHERE = 2**33 + 2**21 + TMA_ALIGN  # bytes on: bits of both halves of an address
 
 
 class View(NamedTuple):
@@ -60,7 +60,7 @@ def check_layout(problem: AttentionProblem) -> None:
     unfit = [op.name for op in operands if not is_addressable(op, problem.dtype)]
     if unfit:
         raise ValueError(
-            f"loads by TMA: needs rows that start and end on multiples of {_ALIGN} bytes, and "
+            f"loads by TMA: needs rows that start and end on multiples of {TMA_ALIGN} bytes, and "
             f"positive strides, unlike those of {', '.join(unfit)}"
         )
 
@@ -71,7 +71,7 @@ def is_addressable(operand: Operand, dtype: str) -> bool:
         return True
     size = ITEMSIZE[dtype]
     used = [step * size for n, step in zip(operand.shape, operand.strides, strict=False) if n > 1]
-    return operand.align_bytes % _ALIGN == 0 and all(0 < step < _MAX_STRIDE for step in used)
+    return operand.align_bytes % TMA_ALIGN == 0 and all(0 < step < _MAX_STRIDE for step in used)
 
 
 def views_of(problem: AttentionProblem, config: KernelConfig, output: Operand) -> tuple[View, ...]:
@@ -112,11 +112,11 @@ def _view(
     batch_step, head_step, row_step = (step * size for step in operand.strides)
     dims = (dim, max(1, end - first), heads, batch)
     # A stride that leads nowhere may be anything, but has to be legal.
-    unused = -(-dim * size // _ALIGN) * _ALIGN
+    unused = -(-dim * size // TMA_ALIGN) * TMA_ALIGN
     empty = 0 in operand.shape
     used = [unused if empty or step == 0 else step for step in (row_step, head_step, batch_step)]
     strides = (used[0], used[1], used[2])
-    box = (64 if columns % 64 == 0 else 32, box_rows, 1)
+    box = (panel_cols(columns), box_rows, 1)
     return View(operand.name, problem.dtype, dims, strides, box, first * row_step)
 
 

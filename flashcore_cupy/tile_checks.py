@@ -15,7 +15,8 @@ WMMA = 16
 WARPGROUP = 4
 """Warps that issue wgmma together."""
 _MAX_BOX = 256  # rows that TMA copies at once
-_TMA_ALIGN = 16  # bytes
+TMA_ALIGN = 16
+"""Bytes that rows which TMA copies start and end on."""
 _MAX_STAGES = 4
 
 
@@ -200,17 +201,20 @@ def _sm90_loaded(c: KernelConfig) -> int:
     return total + (2 * q if total + 2 * q <= _HOPPER_SMEM else q)
 
 
-def staged_cols(c: KernelConfig) -> int:
-    """Columns of O that fwd_sm90 stores by TMA: as many panels as there is room for.
+def panel_cols(columns: int) -> int:
+    """Columns that lie side by side in a tile, and in a box; see ``shared_layout.cuh``."""
+    return 64 if columns % 64 == 0 else 32
 
-    Only where a box of 16 rows of a tile is a box of the array, too.
-    """
-    rows_are_queries = not (c.packed or c.tile.pack_gqa or c.tile.split_kv)
-    if not (c.uses_tma and rows_are_queries and c.align_bytes == _TMA_ALIGN):
+
+def staged_cols(c: KernelConfig) -> int:
+    """Columns of O that fwd_sm90 stores by TMA: as many panels as there is room for."""
+    # A box of 16 rows is one of the array only where rows are queries of one sequence; and what
+    # parts of the keys have found is merged in memory.
+    is_box = not (c.packed or c.tile.pack_gqa or c.tile.split_kv)
+    has_output = c.gate not in ("qk", "softmax")
+    if not (c.tma_stores and c.align_bytes == TMA_ALIGN and is_box and has_output):
         return 0
-    if c.gate in ("qk", "softmax"):
-        return 0  # there is no output
-    panel = 64 if c.head_dim_v % 64 == 0 else 32
+    panel = panel_cols(c.head_dim_v)
     room = (_HOPPER_SMEM - _sm90_loaded(c)) // (ITEMSIZE[c.dtype] * c.tile.block_m)
     return max(0, min(c.head_dim_v, room // panel * panel))
 

@@ -254,8 +254,10 @@ def test_configurations_have_everything() -> None:
         assert sum(bool(getattr(case, name)) for case in cases) >= 10, name
     assert {case.gate for case in cases} == {None, "qk", "softmax", "pv"}
     assert {case.dtype for case in cases} == set(tiles.KERNELS[KERNEL].dtypes)
-    on_hopper = {(c.kernel, c.tile.block_m) for c in (compiled_for(x, "sm_90a") for x in cases)}
+    built = [compiled_for(case, "sm_90a") for case in cases]
+    on_hopper = {(c.kernel, c.tile.block_m) for c in built}
     assert on_hopper >= {("wgmma_sm90", 64), ("wgmma_sm90", 128), ("wgmma_sm90", 192)}
+    assert {c.packed for c in built if c.uses_tma and c.tile.pack_gqa} == {False, True}
     assert on_hopper >= {(KERNEL, 16), (KERNEL, 32), (KERNEL, 64), (KERNEL, 128)}
 
 

@@ -312,8 +312,8 @@ def test_tma(hopper: None, swizzle: int, rows: int, at: tuple, hint: int) -> Non
 def test_tma_store(hopper: None, swizzle: int, rows: int, at: tuple) -> None:
     import cupy
 
-    # What is not of the tensor, all around it, stays as it is. With a coordinate below 0 the unit
-    # stops with an illegal instruction, other than for loads.
+    # What is not of the tensor, all around it, stays as it is. Unlike a load, a store with a
+    # coordinate below 0 is an illegal instruction.
     expected = np.full((2, 3, 60, 96), np.nan, np.float16)
     inside = (slice(None), slice(None), slice(4, 54), slice(8, 88))
     on_gpu = cupy.asarray(expected)
