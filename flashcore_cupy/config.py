@@ -30,8 +30,10 @@ RULE_BITS = {
     "sink": 128,
     "bias_pairs": 256,
     "mask_pairs": 512,
-    "negative_scale": 1024,
+    "scale_first": 1024,
 }
+#: Of float32: scales from here on keep the order of the scores.
+_SMALLEST_SCALE = 2.0**-126
 _GATE_CODE = {None: 0, "qk": 1, "softmax": 2, "pv": 3}
 
 
@@ -254,5 +256,5 @@ def rules_of(problem: AttentionProblem) -> tuple[str, ...]:
         found += ["bias_pairs"] * rules.bias.pairs
     if rules.mask is not None:
         found += ["mask_pairs"] * rules.mask.pairs
-    found += ["negative_scale"] * (problem.softmax_scale < 0)
+    found += ["scale_first"] * (problem.softmax_scale < _SMALLEST_SCALE)
     return tuple(found)

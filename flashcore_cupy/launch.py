@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import cupy
 
 _LOG2_E = math.log2(math.e)
-_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 _MAX_GRID = 2**31 - 1
 _REGISTERS = 65536  # of a multiprocessor
 _DEFAULT_SMEM = 48 * 1024  # more than this has to be asked for, once per kernel
@@ -332,7 +331,8 @@ def _fixed_params(
         grids.section(problem, config, place.multiprocessors) if config.uses_tma else 1
     )
     _set_rules(params, problem.rules)
-    _set_scale(params, problem, config)
+    params["softmax_scale"] = problem.softmax_scale
+    params["scale_log2"] = problem.softmax_scale * _LOG2_E
     return params
 
 
@@ -344,19 +344,6 @@ def _set_rules(params: np.ndarray[Any, Any], rules: Rules) -> None:
             params[f"{name}_strides"] = array.strides
     params["softcap"] = rules.softcap
     params["inverse_softcap"] = 1 / rules.softcap if rules.softcap else 0
-
-
-def _set_scale(
-    params: np.ndarray[Any, Any], problem: AttentionProblem, config: KernelConfig
-) -> None:
-    scale = problem.softmax_scale
-    if config.source in ("fwd_sm80.cu", "fwd_sm90.cu") and 0 <= scale < _SMALLEST_SCALE:
-        # These kernels compare raw scores, for which the scale has to be positive. Instead of 0, or
-        # what float32 has not, the smallest number: every finite score times that is far below
-        # what exp2 can tell from 0.
-        scale = _SMALLEST_SCALE
-    params["softmax_scale"] = scale
-    params["scale_log2"] = scale * _LOG2_E
 
 
 def _resident(kernel: LoadedKernel, place: Place) -> int:

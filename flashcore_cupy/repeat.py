@@ -45,7 +45,6 @@ class _Known:
 
     def __init__(self, plan: Plan) -> None:
         problem, (step,) = plan.problem, plan.steps
-        self.device = int(plan.arrays["q"].data.device_id)
         self.output_shape, self.dtype = problem.output_shape, plan.arrays["o"].dtype
         self.lse_shape = problem.lse_shape
         self.geometry = (step.function, step.grid, 1, 1, step.block, 1, 1, step.smem_bytes)
@@ -65,7 +64,7 @@ class _Known:
             )
             self.split = split_bytes(config, query_blocks(problem, config), splits)
         # Taken and put back whole, so that threads never share one.
-        self.blocks: list[ParameterBlock] = []
+        self.launches: list[_Launch] = []
 
     def overlaps(self, q: int, k: int, v: int, o: int) -> bool:
         """Whether the output's span at address o meets that of an input."""
@@ -77,6 +76,23 @@ class _Known:
             or (k + k0 < end and first < k + k1)
             or (v + v0 < end and first < v + v1)
         )
+
+
+class _Launch:
+    """The parameters of one launch, and the addresses that they hold: of q, k, v, o, lse."""
+
+    __slots__ = ("addresses", "block")
+
+    def __init__(self, block: ParameterBlock) -> None:
+        self.block = block
+        self.addresses: tuple[int, ...] = ()
+
+    def move(self, addresses: tuple[int, int, int, int, int], maps: Maps | None) -> None:
+        """Have the parameters hold other addresses."""
+        _POINTERS.pack_into(self.block.words, 0, *addresses)
+        if maps is not None:
+            maps.move(self.block, *addresses[:4])
+        self.addresses = addresses
 
 
 def remember(plan: Plan, choices: tuple[Any, ...], *, out_given: bool) -> None:
@@ -92,7 +108,9 @@ def remember(plan: Plan, choices: tuple[Any, ...], *, out_given: bool) -> None:
         _current_stream = cupy.cuda.get_current_stream
         _launch = cupy.cuda.driver.launchKernel
     q, k, v, o = (plan.arrays[name] for name in "qkvo")
-    key = _key(q, k, v, o if out_given else None, "lse" in plan.arrays, choices)
+    addresses = q.data.ptr | k.data.ptr | v.data.ptr | (o.data.ptr if out_given else 0)
+    out, lse = o if out_given else None, "lse" in plan.arrays
+    key = _key(q, k, v, out, addresses, lse, q.data.device_id, choices)
     try:
         hash(key)
     except TypeError:  # a list as the window is legal, but keys nothing
@@ -111,51 +129,58 @@ def launch_again(
         return None
     if out is not None and out.__class__ is not _ndarray:
         return None
+    pq, pk, pv, po = q.data.ptr, k.data.ptr, v.data.ptr, 0 if out is None else out.data.ptr
+    device = _current_device()
     try:
-        known = _known.get(_key(q, k, v, out, return_lse, choices))
+        known = _known.get(_key(q, k, v, out, pq | pk | pv | po, return_lse, device, choices))
     except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
         return None
-    if known is None or _current_device() != known.device or _environment_changed():
+    if known is None or _environment_changed():
         return None
-    pq, pk, pv = q.data.ptr, k.data.ptr, v.data.ptr
     if out is None:
         out = _empty(known.output_shape, known.dtype)
         po = out.data.ptr
-    else:
-        po = out.data.ptr
-        if known.overlaps(pq, pk, pv, po):
-            return None  # the long way looks closer
     lse = _empty(known.lse_shape, _float32) if return_lse else None
-    block = known.blocks.pop() if known.blocks else known.params.copy()
-    _POINTERS.pack_into(block.words, 0, pq, pk, pv, po, 0 if lse is None else lse.data.ptr)
-    if known.maps is not None:
-        known.maps.move(block, pq, pk, pv, po)
+    addresses = (pq, pk, pv, po, 0 if lse is None else lse.data.ptr)
+    launch = known.launches.pop() if known.launches else _Launch(known.params.copy())
+    if launch.addresses != addresses:
+        if known.overlaps(pq, pk, pv, po) or not _all_on(device, q, k, v, out):
+            return None  # the long way looks closer, or says what is wrong
+        launch.move(addresses, known.maps)
     if known.split is not None:
         area = workspace(*known.split)
-        _SPLIT.pack_into(block.words, _SPLIT_OFFSET, area.partial, area.arrivals)
-    _launch(*known.geometry, _current_stream().ptr, block.address, 0)
-    known.blocks.append(block)
+        _SPLIT.pack_into(launch.block.words, _SPLIT_OFFSET, area.partial, area.arrivals)
+    _launch(*known.geometry, _current_stream().ptr, launch.block.address, 0)
+    known.launches.append(launch)
     return out if lse is None else (out, lse)
 
 
+def _all_on(device: int, *arrays: Any) -> bool:
+    return all(x.data.device_id == device for x in arrays)
+
+
 def _key(
-    q: Any, k: Any, v: Any, out: Any, return_lse: bool, choices: tuple[Any, ...]
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    addresses: int,
+    return_lse: bool,
+    device: int,
+    choices: tuple[Any, ...],
 ) -> tuple[Any, ...]:
-    """All that a launch depends on but the addresses themselves."""
-    dq, dk, dv = q.data, k.data, v.data
-    addresses = dq.ptr | dk.ptr | dv.ptr
-    if out is None:
-        rest = None
-    else:
-        do = out.data
-        addresses |= do.ptr
-        rest = (out.shape, out.strides, out.dtype, do.device_id)
+    """All that a launch depends on but the addresses themselves, of which it takes the union.
+
+    A tuple of sizes takes as long to make as all else here, and most arrays are contiguous. (That
+    is CuPy's own name for it; the public flags.c_contiguous takes longer than the strides.)
+    """
     return (
-        q.shape, q.strides, q.dtype, dq.device_id,
-        k.shape, k.strides, k.dtype, dk.device_id,
-        v.shape, v.strides, v.dtype, dv.device_id,
+        q.shape, q._c_contiguous or q.strides, q.dtype,
+        k.shape, k._c_contiguous or k.strides, k.dtype,
+        v.shape, v._c_contiguous or v.strides, v.dtype,
+        None if out is None else (out.shape, out._c_contiguous or out.strides, out.dtype),
         # The least aligned of them decides how wide loads and stores are.
-        addresses % MAX_ALIGN, return_lse, rest, choices,
+        addresses % MAX_ALIGN, return_lse, device, choices,
         # True and 1 are equal, but not the same argument.
         choices[1].__class__, choices[2].__class__, choices[4].__class__, choices[5].__class__,
         None if choices[3] is NO_WINDOW else tuple(map(type, choices[3])),

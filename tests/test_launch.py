@@ -133,22 +133,22 @@ def test_parameters_of_rules() -> None:
     assert p["seqlen_kv"] == 200, "keys that no query sees are not read"
 
 
-def test_scales_of_raw_scores_are_positive() -> None:
-    """fwd_sm80 takes maxima before it scales; a negative scale is a rule, and comes before them."""
+def test_scales_come_after_the_maximum_only_if_they_keep_the_order() -> None:
+    """fwd_sm80 takes maxima of raw scores; a scale that is not positive is a rule before them."""
     problem = contiguous_problem(1, 2, 200, 64)
-    smallest = np.finfo(np.float32).tiny
-    for scale in (0.3, 1e30, 0.0, 1e-42, 1e-60):
-        p = fixed(replace(problem, softmax_scale=scale))
-        assert p["softmax_scale"] == max(np.float32(scale), smallest)
-        assert p["scale_log2"] == pytest.approx(p["softmax_scale"] * math.log2(math.e))
-        p = fixed(replace(problem, softmax_scale=scale), kernel="scalar")
-        assert p["softmax_scale"] == np.float32(scale)
-    for scale, negative in ((-0.3, True), (0.0, False), (0.3, False)):
+    smallest = float(np.finfo(np.float32).tiny)
+    for scale, first in (
+        *((-0.3, True), (0.0, True), (1e-60, True), (1e-42, True), (smallest / 2, True)),
+        *((smallest, False), (0.3, False), (1e30, False)),
+    ):
         found = tiles.select(replace(problem, softmax_scale=scale), HERE.arch)
         assert found.kernel.name == "mma_sm80"
-        assert ("negative_scale" in found.config.rules) == negative
-        assert bool(found.config.defines()["FC_RULES"]) == negative
-    assert fixed(replace(problem, softmax_scale=-0.3))["softmax_scale"] == np.float32(-0.3)
+        assert ("scale_first" in found.config.rules) == first
+        assert bool(found.config.defines()["FC_RULES"]) == first
+        for kernel in ("mma_sm80", "scalar"):
+            p = fixed(replace(problem, softmax_scale=scale), kernel=kernel)
+            assert p["softmax_scale"] == np.float32(scale)
+            assert p["scale_log2"] == pytest.approx(np.float32(scale) * math.log2(math.e))
 
 
 # --- which keys, and how many ---------------------------------------------------------------------
@@ -382,12 +382,17 @@ class _Data(NamedTuple):
     device_id: int = 0
 
 
+def _looked_at(x: np.ndarray[Any, Any]) -> dict[str, Any]:
+    contiguous = x.flags.c_contiguous
+    return {"shape": x.shape, "strides": x.strides, "dtype": x.dtype, "_c_contiguous": contiguous}
+
+
 class _Array(SimpleNamespace):
     """A CuPy array, as far as a repeated call looks at it."""
 
     @classmethod
-    def like(cls, x: Any) -> _Array:
-        return cls(shape=x.shape, strides=x.strides, dtype=x.dtype, data=_Data(0))
+    def like(cls, x: Any, address: int = 0, device: int = 0) -> _Array:
+        return cls(**_looked_at(x), data=_Data(address, device))
 
 
 def plan_of(*operands: Any) -> Any:
@@ -411,7 +416,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     fakes = {
         "_known": {},
         "_ndarray": _Array,
-        "_empty": lambda shape, dtype: _Array.like(np.empty(shape, dtype)),
+        "_empty": lambda shape, dtype: _Array.like(np.empty(shape, dtype), 2**30),
         "_current_device": lambda: 0,
         "_current_stream": lambda: SimpleNamespace(ptr=7),
         "_launch": lambda *arguments: calls.append(arguments),
@@ -455,6 +460,35 @@ def test_what_cannot_be_hashed_is_launched_but_not_remembered(
     assert (result is not None) == (len(launched) == 1) == remembered
 
 
+def test_addresses_are_looked_at_only_where_they_are_new(
+    launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output must not meet an input, and all be on the current device."""
+    plan = plan_of(*[np.empty((1, 2, 3, 8), np.float16)] * 4)
+    choices = ("bhsd", 0.5, True, repeat.NO_WINDOW, 0.0, False, "auto")
+    repeat.remember(plan, choices, out_given=True)
+    looked: list[tuple[int, ...]] = []
+    overlaps = repeat._Known.overlaps
+    monkeypatch.setattr(
+        repeat._Known, "overlaps", lambda self, *at: looked.append(at) or overlaps(self, *at)
+    )
+
+    def call(*addresses: int, device_of_v: int = 0) -> Any:
+        x = np.empty((1, 2, 3, 8), np.float16)
+        devices = (0, 0, device_of_v, 0)
+        q, k, v, o = (_Array.like(x, *at) for at in zip(addresses, devices, strict=True))
+        return repeat.launch_again(q, k, v, o, False, choices)
+
+    here, there = (0, 512, 1024, 1536), (0, 512, 1024, 2048)
+    for place in (here, here, there, there, here):
+        assert call(*place) is not None
+    assert looked == [here, there, here] and len(launched) == 5
+    assert call(0, 512, 1024, 1040) is None, "o meets v"
+    assert call(0, 512, 4096, 1536, device_of_v=1) is None
+    assert len(launched) == 5
+    assert call(*here) is not None
+
+
 @repeatable
 @given(st.lists(st.integers(0, 60), min_size=4, max_size=4), st.booleans(), st.integers(1, 3))
 def test_overlaps_of_spans(places: list[int], backwards: bool, rows: int) -> None:
@@ -479,16 +513,13 @@ def test_spans_reach_from_the_first_byte_to_the_last() -> None:
 def test_keys_of_repeated_calls_tell_arguments_apart() -> None:
     """1 and True are equal and hash alike, but are not the same argument."""
 
-    def key(*, scale: Any = 1.0, causal: Any = True, address: int = 256, **of_q: Any) -> Any:
-        x = SimpleNamespace(
-            shape=(1, 2, 3, 4),
-            strides=(48, 24, 8, 2),
-            dtype=np.dtype(np.float16),
-            data=_Data(address),
-        )
+    def key(
+        scale: Any = 1.0, causal: Any = True, address: int = 256, device: int = 0, **of_q: Any
+    ) -> Any:
+        x = SimpleNamespace(**_looked_at(np.empty((1, 2, 3, 4), np.float16)))
         q = SimpleNamespace(**{**vars(x), **of_q})
         choices = ("bhsd", scale, causal, (-1, -1), 0.0, False, "auto")
-        return repeat._key(q, x, x, None, False, choices)
+        return repeat._key(q, x, x, None, address, False, device, choices)
 
     assert key() == key() == key(address=256 + 16)
     others = [
@@ -497,8 +528,10 @@ def test_keys_of_repeated_calls_tell_arguments_apart() -> None:
         key(causal=1),
         key(causal=False),
         key(address=258),
+        key(device=1),
         key(shape=(1, 2, 4, 3)),
-        key(strides=(48, 24, 8, 4)),
+        key(_c_contiguous=False),
+        key(_c_contiguous=False, strides=(48, 24, 8, 4)),
         key(dtype=np.dtype(np.int16)),
     ]
     assert len({key(), *others}) == 1 + len(others)

@@ -295,10 +295,10 @@ def test_split_tf32(probe_folder: Path) -> None:
     np.testing.assert_array_equal(hi[-6:], x[-6:])
     cut = (words[1] & 0xFFFFE000).view(np.float32)  # what the tensor cores read of lo
     np.testing.assert_array_equal(cut[same], 0)
-    np.testing.assert_array_equal(cut[-6:], 0)
+    assert np.isnan(cut[-6:]).all(), "lo counts only where hi is finite"
     x, hi, cut = (part[: normal.size].astype(np.float64) for part in (x, hi, cut))
     assert np.max(np.abs(hi + cut - x) / np.abs(x)) < 2.0**-22
-    assert np.max(np.abs(cut / x)) < 2.0**-10
+    assert np.max(np.abs(cut / x)) <= 2.0**-11
     assert abs(np.mean(cut / x)) < 2.0**-15, "of both signs"
 
 

@@ -378,7 +378,7 @@ def test_a_repeated_call_gets_the_maps_of_its_addresses(
         pass
 
     def array(address: int) -> Array:
-        return Array(data=SimpleNamespace(ptr=address))
+        return Array(data=SimpleNamespace(ptr=address, device_id=0))
 
     for name, fake in {
         "_ndarray": Array,
@@ -580,8 +580,9 @@ def test_it_has_every_rule_but_the_mask() -> None:
         assert config_of(ruled(problem, **rules)).rules == tuple(
             name for name in rules if name != "window"
         )
-    assert config_of(replace(problem, softmax_scale=-1.0)).rules == ("negative_scale",)
-    assert fixed(replace(problem, softmax_scale=0.0), KERNEL)["softmax_scale"] > 0
+    for scale in (-1.0, 0.0):
+        assert config_of(replace(problem, softmax_scale=scale)).rules == ("scale_first",)
+        assert fixed(replace(problem, softmax_scale=scale), KERNEL)["softmax_scale"] == scale
 
 
 def test_types_and_widths_that_it_has_not() -> None:

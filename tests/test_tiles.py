@@ -184,7 +184,7 @@ def test_rules_that_spill_get_another_row(name: str) -> None:
         problem = contiguous_problem(1, 16, 64, row.dims[0], head_dim_v=row.dims[1])
         problem = replace(problem, dtype=row.dtypes[0])
         assert row.takes_rules(problem)
-        for rules in (rules.split("+") for rules in row.spills_with if rules != "negative_scale"):
+        for rules in (rules.split("+") for rules in row.spills_with if rules != "scale_first"):
             together = {key: x for rule in rules for key, x in RULED[rule].items()}
             asked = ruled(problem, **together)
             assert not row.takes_rules(asked)
@@ -192,7 +192,7 @@ def test_rules_that_spill_get_another_row(name: str) -> None:
             for rule in rules if len(rules) > 1 else ():
                 assert row.takes_rules(ruled(problem, **RULED[rule])) or rule in row.spills_with
         negative = replace(problem, softmax_scale=-0.1)
-        assert row.takes_rules(negative) == ("negative_scale" not in row.spills_with)
+        assert row.takes_rules(negative) == ("scale_first" not in row.spills_with)
         # Whatever comes together has a row for all grids.
         assert any(
             other.dims == row.dims and other.dtypes == row.dtypes and not other.spills_with

@@ -127,14 +127,15 @@ __device__ __forceinline__ uint32 widen_e4m3x2<bfloat16_t>(uint16 packed) {
     return pack2<bfloat16_t>(to_float(half_t{uint16(two)}), to_float(half_t{uint16(two >> 16)}));
 }
 
-// x = hi + lo for tensor cores that multiply tf32, fp32 with 10 fraction bits: the others are zero
-// in hi; in lo the tensor cores ignore them, below 2^-22 of x. Cut alone, hi would be too small by
-// half a unit on average, and lo lo, which nobody multiplies, always positive for factors of one
-// sign; raising x first centres lo. (cvt.rna, which rounds, is four instructions on the chip.) A
-// tf32 is its own hi, and so are NaN and infinities, whose lo is next to nothing.
+// x = hi + lo for tensor cores that multiply tf32, fp32 with 10 fraction bits: hi is x rounded to
+// nearest, so that lo is centred and at most 2^-11 of x; the tensor cores ignore what of lo is below
+// 2^-22 of x. (cvt.rna, which rounds, is four instructions on the chip; half a unit, which is 2^-11
+// of x's power of two, and a cut are three, and keep NaN and infinities.) A tf32 is its own hi; the
+// lo of NaN and of infinities is NaN.
 __device__ __forceinline__ void split_tf32(float x, uint32& hi, uint32& lo) {
-    hi = __float_as_uint(x * 1.00034f) & 0xffffe000u;
-    lo = __float_as_uint(x - __uint_as_float(hi)) + 0x1000u;  // rounds what mma will truncate
+    const float power = __uint_as_float(__float_as_uint(x) & 0xff800000u);  // with x's sign
+    hi = __float_as_uint(fmaf(power, 1.0f / 2048, x)) & 0xffffe000u;
+    lo = __float_as_uint(x - __uint_as_float(hi));
 }
 
 // 1 / x, 1 ulp; 0 at infinity.

@@ -19,11 +19,11 @@ constexpr int RULE_MASK_MOD = 64;
 constexpr int RULE_SINK = 128;             // joins the softmax at the end, see softmax.cuh
 constexpr int RULE_BIAS_PAIRS = 256;       // two neighbouring keys of the bias in one aligned load
 constexpr int RULE_MASK_PAIRS = 512;       // the same of the mask
-constexpr int RULE_NEGATIVE_SCALE = 1024;  // a positive scale may be applied after the maximum
+constexpr int RULE_SCALE_FIRST = 1024;  // before the maximum, for it is not positive
 
 // Rules that change a score, rather than hide a key.
 constexpr int SCORE_RULES =
-    RULE_SOFTCAP | RULE_ALIBI | RULE_BIAS | RULE_BIAS_FP32 | RULE_SCORE_MOD | RULE_NEGATIVE_SCALE;
+    RULE_SOFTCAP | RULE_ALIBI | RULE_BIAS | RULE_BIAS_FP32 | RULE_SCORE_MOD | RULE_SCALE_FIRST;
 constexpr int HIDING_RULES = RULE_MASK | RULE_MASK_MOD;
 
 // tanh by one exponential: off by 1e-7 of the cap, where tanh.approx is off by 5e-4. For fp32
