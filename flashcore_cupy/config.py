@@ -63,6 +63,8 @@ class Tile:
     """mma_sm80, wgmma_sm90: the query heads that share a head of K and V are rows of one tile."""
     split_kv: bool = False
     """mma_sm80, wgmma_sm90: several thread blocks may share out the keys."""
+    cluster: int = 1
+    """wgmma_sm90: so many share them out, and merge through each other's shared memory."""
     min_blocks: int = 1
     """Thread blocks per multiprocessor that registers are kept free for."""
 
@@ -173,6 +175,7 @@ class KernelConfig:
             "FC_FP8": int(t.fp8),
             "FC_PACK_GQA": int(t.pack_gqa),
             "FC_SPLIT_KV": int(t.split_kv),
+            "FC_CLUSTER": t.cluster,
             "FC_CAUSAL": int(self.causal),
             "FC_WINDOW": int(self.window),
             "FC_RULES": sum(RULE_BITS[name] for name in self.rules),
@@ -206,6 +209,7 @@ class KernelConfig:
             parts.append(f"{t.num_stages} stages")
         switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
         parts += [name for name in switches if getattr(t, name)] + ["TMA"] * self.uses_tma
+        parts += [f"cluster of {t.cluster}"] * (t.cluster > 1)
         dims = {self.head_dim, self.head_dim_v}
         parts.append(f"head dim {'/'.join(map(str, sorted(dims)))}")
         parts += self.rules

@@ -242,14 +242,17 @@ def _plan_one_entry(
     Or ``most_blocks``, which then take work from a counter that is 0 between launches.
     """
     (name,) = plan.selection.kernel.entries
-    grid = grids.query_blocks(plan.problem, plan.selection.config)
-    splits = int(params["splits"])
-    if splits > 1 or grid * splits > most_blocks:
-        partial, arrivals = split_bytes(plan.selection.config, grid, splits)
-        area = (allocate if own_workspace else workspace)(partial, arrivals)
-        params["split_partial"], params["split_arrivals"] = area.partial, area.arrivals
-        plan.arrays["split"] = area
-    plan.steps += (_step(plan.kernels[-1], name, min(grid * splits, most_blocks), params),)
+    config = plan.selection.config
+    blocks, splits = grids.query_blocks(plan.problem, config), int(params["splits"])
+    grid = blocks * splits
+    if config.tile.cluster == 1:  # clusters need no memory, and each has one block of rows
+        if splits > 1 or grid > most_blocks:
+            partial, arrivals = split_bytes(config, blocks, splits)
+            area = (allocate if own_workspace else workspace)(partial, arrivals)
+            params["split_partial"], params["split_arrivals"] = area.partial, area.arrivals
+            plan.arrays["split"] = area
+        grid = min(grid, most_blocks)
+    plan.steps += (_step(plan.kernels[-1], name, grid, params),)
 
 
 def _plan_unfused(plan: Plan, params: np.ndarray[Any, Any]) -> None:
@@ -316,6 +319,7 @@ def _fixed_params(
         params[f"{operand.name}_strides"] = operand.strides
     params["batch"], params["heads_q"] = problem.batch, problem.heads_q
     params["heads_kv"] = problem.heads_kv
+    params["group"] = problem.heads_q // problem.heads_kv
     params["seqlen_q"], params["seqlen_kv"] = problem.seqlen_q, problem.visible_kv
     params["causal_offset"] = problem.causal_offset
     params["top_left"] = problem.causal == "top-left"

@@ -26,7 +26,7 @@ _POINTERS = [
 ]
 _MORE_POINTERS = ["cu_seqlens_q", "cu_seqlens_kv", "split_partial", "split_arrivals"]
 _INTEGERS = [
-    *("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_kv", "causal_offset"),
+    *("batch", "heads_q", "heads_kv", "group", "seqlen_q", "seqlen_kv", "causal_offset"),
     *("window_left", "window_right", "top_left", "m_blocks", "splits", "section"),
     *("gate_row", "gate_tiles", "rows_padded", "cols_padded"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flashcore_cupy.config import RULE_BITS, Tile, rules_of
@@ -29,6 +30,10 @@ class Row:
     """Only where a head of K and V meets at most this many rows: queries times grouped heads."""
     min_group: int = 1
     """Only where at least so many heads of q share a head of k and v."""
+    max_heads_kv: int | None = None
+    """Only for at most this many heads of k and v in all sequences, which are not packed ..."""
+    max_head_keys: int | None = None
+    """... and at most this many keys in all of them together."""
     above_blocks: int | None = None
     """The opposite of max_blocks: for auto, only grids of more than this."""
     above_rows: int | None = None
@@ -61,7 +66,8 @@ class Row:
         """
         rounds_of = None if self.round_cost is None else self.tile.block_m
         few = (self.max_blocks, self.max_keys, self.max_rows, self.min_group)
-        return (*few, self.above_blocks, self.above_rows, rounds_of)
+        heads = (self.max_heads_kv, self.max_head_keys)
+        return (*few, *heads, self.above_blocks, self.above_rows, rounds_of)
 
     def serves(self, problem: AttentionProblem) -> bool:
         """Whether the row is meant for a problem of this kind, and is not too large for it."""
@@ -76,7 +82,15 @@ class Row:
         few_blocks = self.max_blocks is None or _blocks(problem) <= self.max_blocks
         few_keys = self.max_keys is None or problem.seqlen_kv <= self.max_keys
         few_rows = self.max_rows is None or _rows(problem) <= self.max_rows
-        return few_blocks and few_keys and few_rows
+        return few_blocks and few_keys and few_rows and self._has_few_heads(problem)
+
+    def _has_few_heads(self, problem: AttentionProblem) -> bool:
+        if self.max_heads_kv is None:
+            return True
+        heads = problem.batch * problem.heads_kv
+        most_keys = self.max_head_keys or math.inf
+        few = heads <= self.max_heads_kv and heads * problem.seqlen_kv <= most_keys
+        return few and not problem.packed
 
     def takes_rules(self, problem: AttentionProblem) -> bool:
         """Whether the row's registers hold the problem's rules, too, and its rows share keys."""

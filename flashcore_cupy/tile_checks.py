@@ -26,7 +26,8 @@ def illegal(c: KernelConfig) -> list[str]:
     sizes = {
         n: getattr(t, n)
         for n in [
-            *("block_m", "block_n", "warps_m", "warps_n", "warps_d", "num_stages", "min_blocks")
+            *("block_m", "block_n", "warps_m", "warps_n", "warps_d", "num_stages", "min_blocks"),
+            "cluster",
         ]
     }
     reasons = [f"{name}={value} is not positive" for name, value in sizes.items() if value < 1]
@@ -36,6 +37,8 @@ def illegal(c: KernelConfig) -> list[str]:
         reasons.append(f"warps_m x warps_n = {c.num_warps} warps; a thread block holds at most 32")
     if source == "fwd_sm90.cu":
         return reasons + _illegal_sm90(c)
+    if t.cluster > 1:
+        reasons.append("cluster is wgmma_sm90's")
     if source != "fwd_sm80.cu" and (t.warps_d > 1 or t.pack_gqa or t.split_kv):
         reasons.append("warps_d, pack_gqa and split_kv are mma_sm80's")
     if source == "scalar.cu":
@@ -119,6 +122,8 @@ def _illegal_sm90(c: KernelConfig) -> list[str]:
     others += [name for name in switches if getattr(t, name)]
     if (t.pack_gqa or t.split_kv) and t.warps_m > WARPGROUP:
         reasons.append("wgmma_sm90 has pack_gqa and split_kv for one consumer warpgroup alone")
+    if t.cluster not in (1, 2, 4, 8) or (t.cluster > 1 and not t.split_kv):
+        reasons.append(f"cluster={t.cluster}; 2, 4 or 8 thread blocks, with split_kv")
     if others:
         reasons.append(f"wgmma_sm90 has no {', '.join(others)}")
     if c.head_dim % 32 or c.head_dim_v % 32:

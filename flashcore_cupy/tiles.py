@@ -53,7 +53,15 @@ _SOME_BLOCKS = 100
 # One query, or a few, per sequence: K and V are read once, by as many blocks as fill the GPU.
 _DECODE = Tile(16, 128, warps_m=1, warps_n=4, cp_async=True, pack_gqa=True, split_kv=True)
 _DECODE_ROWS = 16
-_PACKED_ROWS = 64  # of wgmma; heads that share nothing gain nothing by it
+# A tile of wgmma's; heads that share nothing gain nothing by it.
+_GROUPED: dict[str, Any] = {"max_rows": 64, "min_group": 2}
+# Thread blocks that merge in shared memory, 2 us sooner than in global memory. B=1, 32/8 heads,
+# D=128, 1024 keys: 6.1 us, 8.6 without. But only 64 of them find a place at once, in twos 128, and
+# 64 do not read as fast as all: 65536 keys 75 us, 69 without.
+_CLUSTERS: tuple[tuple[int, dict[str, Any]], ...] = tuple(
+    (size, {"max_rows": _DECODE_ROWS, "max_heads_kv": heads, "max_head_keys": 3 << 16})
+    for size, heads in ((8, 8), (4, 16), (2, 64))
+)
 _FP32 = Tile(64, 32, warps_m=4, cp_async=True)
 _FP32_DECODE = replace(_DECODE, block_n=64)
 _WGMMA = Tile(128, 128, warps_m=8, num_stages=2)
@@ -150,13 +158,10 @@ ROWS: tuple[Row, ...] = (
     # 4096 keys, D=128: 65 us, 151 unpacked.
     *(
         Row(
-            *("wgmma_sm90", d, _wgmma_decode(block_n, stages)),
-            head_dim_v=dv,
-            max_rows=rows,
-            min_group=group,
-            above_blocks=_TINY_BLOCKS,
+            *("wgmma_sm90", d, replace(_wgmma_decode(block_n, stages), cluster=cluster)),
+            **{"head_dim_v": dv, "above_blocks": _TINY_BLOCKS, **limits},
         )
-        for rows, group in ((_DECODE_ROWS, 1), (_PACKED_ROWS, 2))
+        for cluster, limits in (*_CLUSTERS, (1, {"max_rows": _DECODE_ROWS}), (1, _GROUPED))
         for d, dv, block_n, stages in (
             *((64, 64, 128, 4), (96, 96, 128, 4), (128, 128, 128, 3)),
             *((192, 128, 64, 4), (192, 192, 64, 4), (256, 256, 64, 3)),

@@ -337,7 +337,7 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, int ti
 
 __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
     const TileRange all =
-        tiles_seen<BLOCK_N, PACK_GQA, SPLIT_KV>(c.params, c.work, c.mask(), 0, BLOCK_M);
+        tiles_seen<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M, SPLIT_KV ? c.params.splits : 1);
     if (all.begin >= all.end) return;
     begin_walk(c, all);
 #pragma unroll 1
@@ -388,7 +388,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     extern __shared__ __align__(128) char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
     Work work;
-    if (!find_work<CAUSAL, VARLEN, PACK_GQA, SPLIT_KV>(params, BLOCK_M, work)) return;
+    const BlockPart part = SPLIT_KV ? block_part(blockIdx.x, gridDim.x / params.splits)
+                                    : BlockPart{int(blockIdx.x), 0};
+    if (!find_work<CAUSAL, VARLEN, PACK_GQA>(params, BLOCK_M, work, part)) return;
     if (threadIdx.x == 0) {
         smem.work = work;
         smem.gK = head_row<T>(params.k, params.k_strides, work.batch, work.head_kv, work.start_kv);

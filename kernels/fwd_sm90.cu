@@ -39,6 +39,7 @@
 #include <flashcore/split_merge.cuh>
 #include <flashcore/tma_pipeline.cuh>
 #include <flashcore/wgmma_tile.cuh>
+#include <flashcore/work_queue.cuh>
 
 namespace flashcore {
 
@@ -94,13 +95,8 @@ static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels
 
 using StagesQ = Ring<Q_STAGES>;
 using Stages = Ring<NUM_STAGES>;
-struct Item : Work {
-    int block;  // of rows, among all
-};
-using WorkQueue = Queue<Item>;
-using Parts = SplitRows<BLOCK_M, HEAD_DIM_V>;
-using WorkRing = Ring<WorkQueue::SIZE>;
-using ClaimRing = Ring<2>;
+using Dispatch = Dispatcher<BLOCK_M, CAUSAL, VARLEN, PACK_GQA, SPLIT_KV, CLUSTER>;
+using Parts = SplitRows<BLOCK_M, HEAD_DIM_V, CLUSTER>;
 
 // Of two tiles, for a warp may tell what it sees of one before another has read it of the other.
 struct alignas(HIDES_KEYS ? 1024 : 4) SeenInTurn {
@@ -114,20 +110,17 @@ struct alignas(1024) SharedStorage {
     T sO[CONSUMERS * 4][STAGED_COLS > 0 ? LayoutO::SIZE : 1];  // a tile per warp
     Places<Q_STAGES> q;
     Places<NUM_STAGES> k, v;
-    WorkQueue queue;   // the work lies here, too: in registers it would be a dozen in every thread
-    Places<2> claims;  // blocks that are taken and not all loaded
-    int is_last;       // of the parts of split rows
+    WorkQueue queue;  // the work lies here, too: in registers it would be a dozen in every thread
+    int is_last;      // of the parts of split rows
     SeenInTurn seen;
 };
+static_assert(Parts::SMEM_BYTES <= sizeof(SharedStorage::sK), "a part takes the place of K");
 static_assert(sizeof(SharedStorage) + 1024 == FC_SMEM_BYTES, "config.py computes the same size");
 static_assert(sizeof(HopperParams) == FC_PARAMS_BYTES, "launch.py packs the same struct");
 
 __device__ __forceinline__ PositionMask mask_of(const AttentionParams& p, const Work& w) {
     return {p, w.seqlen_kv, w.diagonal};
 }
-
-// Behind the last block of queries.
-__device__ __forceinline__ bool is_end(const Work& w) { return w.first_row < 0; }
 
 __device__ __forceinline__ int rows_of(const Work& w) {
     return PACK_GQA ? w.seqlen_q * w.group : w.seqlen_q;
@@ -137,8 +130,8 @@ __device__ __forceinline__ int rows_of(const Work& w) {
 __device__ __forceinline__ TileRange visible_tiles(const AttentionParams& p, const Work& w,
                                                    int first_row, int rows) {
     if (w.first_row + first_row >= rows_of(w)) return {0, 0};
-    const TileRange tiles =
-        tiles_seen<BLOCK_N, PACK_GQA, SPLIT_KV>(p, w, mask_of(p, w), first_row, first_row + rows);
+    const TileRange tiles = tiles_seen<BLOCK_N, PACK_GQA>(
+        w, mask_of(p, w), first_row, first_row + rows, parts_of_keys<SPLIT_KV, CLUSTER>(p));
     return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
 }
 
@@ -168,25 +161,6 @@ struct Boxes {
         return {&p.v_map, w.start_kv + tile * BLOCK_N - first_value, w.head_kv, batch};
     }
 };
-
-// One warp finds the blocks' work. What it has taken nobody else can do, so it takes no more than
-// one block beyond the one that is being loaded.
-__device__ __forceinline__ void dispatch(const HopperParams& p, SharedStorage& smem, int blocks) {
-    WorkRing queue;
-    ClaimRing claims;
-    claims.advance();  // the first block is there anyway
-    Item w;
-#pragma unroll 1
-    for (int block = blockIdx.x; block < blocks; block = take_block(p, blocks)) {
-        if (!find_work<CAUSAL, VARLEN, PACK_GQA, SPLIT_KV>(p, BLOCK_M, w, block, blocks)) continue;
-        if (SPLIT_KV) w.block = block % (blocks / p.splits);
-        put(smem.queue, queue, w);
-        claims.await_empty(smem.claims);
-        claims.advance();
-    }
-    w.first_row = -1;
-    put(smem.queue, queue, w);  // the end
-}
 
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
                                            const Work& w, StagesQ& q, Stages& at) {
@@ -223,7 +197,7 @@ __device__ __forceinline__ void load(const HopperParams& p, SharedStorage& smem)
         const Work& w = smem.queue.item[queue.stage];
         if (is_end(w)) return;
         load_block(p, smem, w, q, at);
-        claims.release(smem.claims);
+        claims.release(smem.queue.claims);
         claims.advance();
         warp_sync();  // all lanes have read the work
         queue.release(smem.queue.places);
@@ -501,26 +475,27 @@ struct Consumer {
         }
     }
 
-    // The same where the rows' keys are in parts: by the last of them to be done, for all.
+    // The same where the rows' keys are in parts, each of which leaves what it has found.
     __device__ __forceinline__ void finish_part() {
-        const Item& w = work();
-        const Parts parts(params, w.block);
+        const Parts parts(params, work().block, work().split, smem.sK);
+        if (CLUSTER > 1) named_barrier_sync(1 + index, WARPGROUP);  // all warps have read K
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             state[half].sum = group_sum<QUAD>(state[half].sum);
-            if (query_row<PACK_GQA>(w, row(half)).valid)
-                parts.leave(w.split, row(half), state[half],
+            if (query_row<PACK_GQA>(work(), row(half)).valid)
+                parts.leave(row(half), state[half],
                             [&](int n, int e) { return rO[4 * n + 2 * half + e]; });
         }
-        const int thread = thread_index_anew() % WARPGROUP, barrier = 1 + index;
-        if (!parts.is_last(w.block, smem.is_last, thread == 0, barrier, WARPGROUP)) return;
-        const int rows = min(rows_of(w) - w.first_row, BLOCK_M);
+        const int thread = thread_index_anew() % WARPGROUP;
+        if (!parts.await_others(smem.is_last, thread == 0, 1 + index, WARPGROUP)) return;
+        const int rows = min(rows_of(work()) - work().first_row, BLOCK_M);
         parts.merge(rows, thread, WARPGROUP, [&](int row, int col, RowState& all, float4 o) {
-            const QueryRow q = query_row<PACK_GQA>(w, row);
+            const QueryRow q = query_row<PACK_GQA>(work(), row);
             const float factor = finish_row(all, q, col == 0);
             if constexpr (WRITES_OUTPUT<GATE>)
                 store_four<ALIGN_BYTES>(output_row(q) + col, DIM_V - col, o, factor);
         });
+        parts.end();
     }
 
     __device__ __forceinline__ void run() {
@@ -545,34 +520,33 @@ struct Consumer {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
     fwd_sm90(const __grid_constant__ HopperParams params) {
     extern __shared__ char smem_raw[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
-    if (threadIdx.x == WARP_SIZE) {  // another warp, meanwhile
-        prefetch_tensormap(&params.k_map);
-        prefetch_tensormap(&params.q_map);
-        prefetch_tensormap(&params.v_map);
-    }
+    const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
+    Dispatch dispatcher(params);
     if (threadIdx.x == 0) {
         smem.q.init(CONSUMERS * 4);  // warps
         smem.k.init(CONSUMERS * 4);
         smem.v.init(CONSUMERS * 4);
-        smem.claims.init(1);
+        smem.queue.claims.init(1);
         smem.queue.places.init(CONSUMERS * 4 + 1);  // and the warp that loads
         fence_mbarrier_init();
     }
+    if (warp == 1) dispatcher.find();  // others, meanwhile
+    if (threadIdx.x == 2 * WARP_SIZE) {
+        prefetch_tensormap(&params.k_map);
+        prefetch_tensormap(&params.q_map);
+        prefetch_tensormap(&params.v_map);
+    }
     block_sync();  // the barriers are there
-    const int heads = PACK_GQA ? params.heads_kv : params.heads_q;
-    const int blocks =
-        (VARLEN ? 1 : params.batch) * heads * params.m_blocks * (SPLIT_KV ? params.splits : 1);
-    const int warpgroup = shfl(int(threadIdx.x / WARPGROUP), 0);
+    const int warpgroup = warp / (WARPGROUP / WARP_SIZE);
     if (warpgroup == 0) {
         registers_dec<PRODUCER_REGISTERS>();
-        const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
         if (warp == 0) load(params, smem);
-        if (warp == 1) dispatch(params, smem, blocks);
+        if (warp == 1) dispatcher.run(smem.queue);
     } else {
         registers_inc<CONSUMER_REGISTERS>();
         Consumer consumer = {params, smem, warpgroup - 1};

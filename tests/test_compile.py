@@ -97,7 +97,9 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
                 for i, rules in enumerate(_rules_of(kernel))
             ]
             taken = [problem for problem in ruled if row.takes_rules(problem)]
-            problems += taken if kernel.tma else [taken[turn % len(taken)]]
+            # Rows of clusters differ in the merge alone.
+            in_turns = not kernel.tma or row.tile.cluster > 1
+            problems += [taken[turn % len(taken)]] if in_turns else taken
     found = [_fits(row, problem, arch) for problem in problems]
     if arch == MAIN_TARGET and any(found):
         shared = min(len(STAGES), len(rows))

@@ -35,14 +35,20 @@ KINDS = ("normal", "outliers", "constant", "onehot")
 # in all batches, the fewest and the most queries, the most keys.
 GRIDS = {
     "decode": (12, 1, 16, 3000),  # and at most 16 rows: queries times grouped heads
-    "full decode": (48, 1, 16, 500),
+    "pairs": (48, 1, 16, 500),  # the same, by clusters of 2, 4 and 8 where they are not packed
+    "fours": (48, 1, 16, 500),
+    "eights": (48, 1, 16, 500),
+    "grouped": (48, 3, 8, 500),  # 17 to 64 rows
     "few": (4, 17, 384, 700),
     "some": (48, 17, 128, 200),
     "enough": (104, 65, 128, 130),
     "invariant": (12, 1, 200, 300),
 }
-OF_ANY_LENGTHS = ("decode", "full decode", "few", "invariant")
-FULL = ("full decode", "some", "enough")  # thread blocks are counted: all of the heads, always
+# Of q, of k and v: how many there are of the latter decides the cluster.
+HEADS = {"pairs": ((8, 8), (4, 2)), "fours": ((8, 2),), "eights": ((8, 1),), "grouped": ((8, 1),)}
+CLUSTERED = ("pairs", "fours", "eights")
+OF_ANY_LENGTHS = ("decode", *CLUSTERED, "few", "invariant")
+FULL = (*HEADS, "some", "enough")  # thread blocks are counted: all of the heads, always
 SETTINGS = settings(
     deadline=None,
     database=None,
@@ -99,9 +105,10 @@ def configuration(seed: int) -> Case:
 
 def at_smallest(case: Case, packs: bool) -> Case:
     most_heads, fewest, _, _ = GRIDS[case.group]
-    most = 16 if packs and case.group in FULL else 8
-    heads = {"heads": min(most, most_heads), "heads_kv": min(most, most_heads)}
-    batch = most_heads // heads["heads"] if case.group in FULL else 1
+    most = min(16 if packs and case.group in FULL else 8, most_heads)
+    of_q, of_kv = (most, most) if packs else HEADS.get(case.group, ((most, most),))[0]
+    heads = {"heads": of_q, "heads_kv": of_kv}
+    batch = most_heads // of_q if case.group in FULL else 1
     fewest = max(fewest, 2)
     if packs:
         return packed(replace(case, **heads), ((fewest, case.seqlen_kv),))
@@ -153,14 +160,14 @@ def draw_sizes(draw: Any, case: Case) -> Case:
     most_heads, fewest, most, most_keys = GRIDS[case.group]
     batch = 1
     if case.group in FULL:
-        heads = draw(st.sampled_from([(8, 8), (8, 2), (8, 1), (4, 2)]))
+        heads = draw(st.sampled_from(HEADS.get(case.group, ((8, 8), (8, 2), (8, 1), (4, 2)))))
         sizes = {"heads": heads[0], "heads_kv": heads[1]}
         batch = most_heads // heads[0]
     else:
         sizes = draw_heads(draw, case, min(8, most_heads))
         batch = draw(st.integers(1, min(3, most_heads // sizes["heads"])))
     group = sizes["heads"] // sizes["heads_kv"]
-    if case.group in ("decode", "full decode"):
+    if case.group in ("decode", *CLUSTERED):
         most = 16 // group
     elif case.group == "some" and group > 1:  # fewer are packed
         fewest = max(fewest, 64 // group + 1)
@@ -179,22 +186,22 @@ def draw_keys(draw: Any, case: Case, most: int) -> int:
 
 def draw_packed(draw: Any, case: Case) -> Case:
     count = draw(st.integers(1, 5))
-    if case.group == "full decode":
+    if case.group in CLUSTERED:
         count, group = min(count, 2), draw(st.sampled_from([1, 2, 4, 8]))
         heads = {"heads": 16, "heads_kv": 16 // group}
     else:
         heads = draw_heads(draw, case, 4 if case.group == "few" else 8)
-    decodes = case.group in ("decode", "full decode")
+    decodes = case.group in ("decode", *CLUSTERED)
     most = 16 // (heads["heads"] // heads["heads_kv"]) if decodes else 150
     if case.group == "few":
         most = GRIDS["few"][2] // count - 17
-    if case.group == "full decode":
+    if case.group in CLUSTERED:
         most -= 1
     queries = [draw(st.integers(0, most)) for _ in range(count)]
     keys = [draw(st.integers(0, 400)) for _ in range(count)]
     if case.group == "few":  # the mean decides, for only the device knows the lengths
         queries[-1] += 17 * count
-    if case.group == "full decode":  # without queries there are no blocks
+    if case.group in CLUSTERED:  # without queries there are no blocks
         queries[-1] += 1
     keys[0] += 2 * is_padded(case)
     return packed(replace(case, **heads), tuple(zip(queries, keys, strict=True)))
@@ -258,6 +265,7 @@ def test_configurations_have_everything() -> None:
     on_hopper = {(c.kernel, c.tile.block_m) for c in built}
     assert on_hopper >= {("wgmma_sm90", 64), ("wgmma_sm90", 128), ("wgmma_sm90", 192)}
     assert {c.packed for c in built if c.uses_tma and c.tile.pack_gqa} == {False, True}
+    assert {c.tile.cluster for c in built} == {1, 2, 4, 8}
     assert on_hopper >= {(KERNEL, 16), (KERNEL, 32), (KERNEL, 64), (KERNEL, 128)}
 
 

@@ -539,9 +539,9 @@ def test_keys_of_repeated_calls_tell_arguments_apart() -> None:
 
 def test_parts_of_the_keys_on_hopper() -> None:
     """As split_merge.cuh lays them out; the first counter is of the blocks that are taken."""
-    problem = contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=8192)
+    problem = contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=65536)
     chosen = tiles.select(problem, "sm_90a").config
-    assert chosen.kernel == "wgmma_sm90" and chosen.tile.split_kv
+    assert chosen.kernel == "wgmma_sm90" and chosen.tile.split_kv and chosen.tile.cluster == 1
     rows = chosen.tile.block_m
     assert workspace.split_bytes(chosen, 8, 4) == (8 * 4 * rows * (128 + 2) * 4, 4 * (1 + 8))
     assert workspace.split_bytes(chosen, 8, 1) == (0, 4)
@@ -551,9 +551,28 @@ def test_parts_of_the_keys_on_hopper() -> None:
         one = replace(contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=seqlen_kv))
         parts = grids.splits(one, chosen, 132)
         assert 1 <= parts <= max(1, math.ceil(seqlen_kv / chosen.tile.block_n))
-    assert grids.splits(problem, chosen, 132) * 8 in range(64, 133), "one round, and memory is busy"
+    assert grids.splits(problem, chosen, 132) == 16, "one round; of equals the most"
     many = contiguous_problem(128, 32, 1, 128, heads_kv=8, seqlen_kv=8192)
     assert grids.splits(many, chosen, 132) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads_kv", "keys", "cluster"),
+    [
+        *((1, 8, 1, 8), (1, 8, 24_576, 8), (1, 8, 24_577, 1), (8, 1, 24_576, 8), (2, 8, 1000, 4)),
+        *((3, 3, 1000, 4), (4, 8, 6144, 2), (4, 8, 6145, 1), (8, 8, 3072, 2), (5, 13, 1000, 1)),
+    ],
+)
+def test_clusters_share_out_the_keys_of_a_few_heads(
+    batch: int, heads_kv: int, keys: int, cluster: int
+) -> None:
+    problem = contiguous_problem(batch, 4 * heads_kv, 1, 128, heads_kv=heads_kv, seqlen_kv=keys)
+    chosen = tiles.select(problem, "sm_90a").config
+    assert chosen.kernel == "wgmma_sm90" and chosen.tile.cluster == cluster
+    if cluster > 1:
+        assert grids.splits(problem, chosen, 132) == cluster
+        invariant = tiles.select(replace(problem, batch_invariant=True), "sm_90a").config
+        assert invariant.tile.cluster == 1, "which would depend on the batch"
 
 
 # --- workspaces -----------------------------------------------------------------------------------

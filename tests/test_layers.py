@@ -95,6 +95,7 @@ DEVICE_LAYERS = (
         "shared_layout",
         "smem_tile",
         "tma_pipeline",
+        "work_queue",
         "wgmma_tile",
         "mma_tile",
         "mma_sync_tile",

@@ -41,16 +41,18 @@ SHARED = 1024 + 64 * 128 * 2 + 256 * 128 * 2
 
 
 class Probe:
-    """Launches one block of a probe's kernels."""
+    """Launches a probe's kernels, one block unless told."""
 
     def __init__(self, name: str) -> None:
         self.module = jit.load(jit.compile_kernel(f"probe_{name}.cu", {}, "sm_90a"))
 
-    def launch(self, kernel: str, threads: int, arguments: Iterable, shared: int = 0) -> None:
+    def launch(
+        self, kernel: str, threads: int, arguments: Iterable, shared: int = 0, blocks: int = 1
+    ) -> None:
         function = self.module.get_function(kernel)
         if shared:
             function.max_dynamic_shared_size_bytes = shared
-        function((1,), (threads,), tuple(arguments), shared_mem=shared)
+        function((blocks,), (threads,), tuple(arguments), shared_mem=shared)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def hopper(probe_folder: object) -> None:
         pytest.skip(f"needs a GPU of capability 9.0, this one has {capability}")
 
 
-@pytest.mark.parametrize("name", ["mbarrier", "tma", "wgmma"])
+@pytest.mark.parametrize("name", ["cluster", "mbarrier", "tma", "wgmma"])
 def test_the_compiler_has_nothing_to_object(probe_folder: object, name: str) -> None:
     """Such as wgmma serialized for want of a fence, setmaxnreg ignored, or spills."""
     compiled = jit.compile_kernel(f"probe_{name}.cu", {}, "sm_90a")
@@ -343,3 +345,24 @@ def test_stmatrix(hopper: None) -> None:
             pair = got[block, lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2]
             np.testing.assert_array_equal(pair, registers[lane, block])
     np.testing.assert_array_equal(got[:, :, 8:], 0xABAB)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", range(-1, 4))
+def test_clusters_read_each_others_memory(hopper: None, late: int) -> None:
+    """Whoever of four is late; two rounds in the same place, and a warp that has ended."""
+    import cupy
+
+    blocks, size, threads = 12, 4, 64
+    x = np.arange(blocks * threads, dtype=np.float32).reshape(blocks, threads)
+    rank = cupy.full(blocks, -1, "i4")
+    four = cupy.full((2, blocks, size, threads, 4), np.nan, "f4")
+    two = cupy.full((2, blocks, size, threads, 2), np.nan, "f4")
+    arguments = [cupy.asarray(x), np.int32(late), rank, four, two]
+    Probe("cluster").launch("exchange", threads, arguments, blocks=blocks)
+    np.testing.assert_array_equal(rank.get(), np.arange(blocks) % size)
+    for number in range(2):
+        for block in range(blocks):
+            peers = x[block // size * size :][:size, :, None] + 1000.0 * number
+            np.testing.assert_array_equal(four.get()[number, block], peers + np.arange(4) / 4)
+            np.testing.assert_array_equal(two.get()[number, block], peers * [-1.0, 1.0])

@@ -27,8 +27,8 @@
 #if !defined(FC_SMEM_BYTES) || !defined(FC_PARAMS_BYTES) || !defined(FC_MIN_BLOCKS)
 #error "define FC_SMEM_BYTES, FC_PARAMS_BYTES and FC_MIN_BLOCKS"
 #endif
-#if !defined(FC_STAGED_COLS)
-#error "define FC_STAGED_COLS"
+#if !defined(FC_STAGED_COLS) || !defined(FC_CLUSTER)
+#error "define FC_STAGED_COLS and FC_CLUSTER"
 #endif
 
 namespace flashcore {
@@ -68,6 +68,12 @@ constexpr int RULES = FC_RULES;         // bits of score.cuh
 constexpr bool VARLEN = FC_VARLEN;      // packed sequences, see schedule.cuh
 constexpr bool PACK_GQA = FC_PACK_GQA;  // the query heads of a group share a tile
 constexpr bool SPLIT_KV = FC_SPLIT_KV;  // several thread blocks share out a row's keys
+constexpr int CLUSTER = FC_CLUSTER;     // of them that merge in each other's shared memory
+#if FC_CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(FC_CLUSTER, 1, 1)
+#else
+#define CLUSTER_DIMS
+#endif
 constexpr int GATE = FC_GATE;
 constexpr int ALIGN_BYTES = FC_ALIGN_BYTES;  // every row of q, k, v, o starts and ends on this
 constexpr int STAGED_COLS = FC_STAGED_COLS;  // columns of O that leave through shared memory

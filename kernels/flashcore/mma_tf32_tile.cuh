@@ -118,8 +118,7 @@ __device__ __forceinline__ void multiply_qk_f32(AccumulatorTile<FRAGMENTS_M, TIL
                     mma_split(rSum.x[m][0], rSmall.x[m][n], rQ[m][step], rK);
             }
 #pragma unroll
-            for (int m = 0; m < FRAGMENTS_M; ++m)
-                add(rS.x[m][n], rSmall.x[m][n], rSum.x[m][0]);
+            for (int m = 0; m < FRAGMENTS_M; ++m) add(rS.x[m][n], rSmall.x[m][n], rSum.x[m][0]);
         }
     }
 #pragma unroll

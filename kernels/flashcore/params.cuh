@@ -55,6 +55,7 @@ struct AttentionParams {
     int batch;
     int heads_q;
     int heads_kv;
+    int group;          // heads of q that share a head of k and v
     int seqlen_q;       // packed batches: all rows of q
     int seqlen_kv;      // keys that at least one query may see; packed batches: all rows of k
     int causal_offset;  // the key at query 0's own position: query i stands at i + this
@@ -96,7 +97,7 @@ __device__ __forceinline__ int64 head_index(const AttentionParams& p, const Tile
 }
 
 __device__ __forceinline__ int kv_head(const AttentionParams& p, int head) {
-    return head / (p.heads_q / p.heads_kv);
+    return head / p.group;
 }
 
 // First element of a head.

@@ -128,10 +128,10 @@ __device__ __forceinline__ uint32 widen_e4m3x2<bfloat16_t>(uint16 packed) {
 }
 
 // x = hi + lo for tensor cores that multiply tf32, fp32 with 10 fraction bits: hi is x rounded to
-// nearest, so that lo is centred and at most 2^-11 of x; the tensor cores ignore what of lo is below
-// 2^-22 of x. (cvt.rna, which rounds, is four instructions on the chip; half a unit, which is 2^-11
-// of x's power of two, and a cut are three, and keep NaN and infinities.) A tf32 is its own hi; the
-// lo of NaN and of infinities is NaN.
+// nearest, so that lo is centred and at most 2^-11 of x; of lo the tensor cores ignore what is
+// below 2^-22 of x. (cvt.rna, which rounds, is four instructions on the chip; to add half a unit,
+// 2^-11 of x's power of two, and to cut takes three, and keeps NaN and infinities.) A tf32 is its
+// own hi; the lo of NaN and of infinities is NaN.
 __device__ __forceinline__ void split_tf32(float x, uint32& hi, uint32& lo) {
     const float power = __uint_as_float(__float_as_uint(x) & 0xff800000u);  // with x's sign
     hi = __float_as_uint(fmaf(power, 1.0f / 2048, x)) & 0xffffe000u;

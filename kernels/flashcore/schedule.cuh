@@ -96,44 +96,52 @@ struct TileRange {
     int begin, end;
 };
 
-// The tiles of BLOCK_N keys that some row of [first_row, end_row) of the block sees, or this part
-// of them; none if end is not above begin.
-template <int BLOCK_N, bool PACK_GQA, bool SPLIT_KV, typename Mask>
-__device__ __forceinline__ TileRange tiles_seen(const AttentionParams& p, const Work& w,
-                                                const Mask& mask, int first_row, int end_row) {
+// The tiles of BLOCK_N keys that some row of [first_row, end_row) of the block sees, or the work's
+// part of them, of `parts`; none if end is not above begin.
+template <int BLOCK_N, bool PACK_GQA, typename Mask>
+__device__ __forceinline__ TileRange tiles_seen(const Work& w, const Mask& mask, int first_row,
+                                                int end_row, int parts) {
     const int first_query = query_of<PACK_GQA>(w, first_row);
     const int last_query = last_query_of<PACK_GQA>(w, end_row);
     TileRange tiles = {mask.row_begin(first_query) / BLOCK_N,
                        div_up(max(mask.row_end(last_query), 0), BLOCK_N)};
-    if constexpr (SPLIT_KV) {
-        const int part = div_up(max(tiles.end - tiles.begin, 0), p.splits);
+    if (parts > 1) {
+        const int part = div_up(max(tiles.end - tiles.begin, 0), parts);
         tiles.begin += w.split * part;
         tiles.end = min(tiles.end, tiles.begin + part);
     }
     return tiles;
 }
 
-// The work of a thread block, its own unless told: number `index` of `items`; false if there is
-// none, which only happens in packed batches.
-template <bool LAST_FIRST, bool VARLEN, bool PACK_GQA, bool SPLIT_KV>
+// A block of rows, and a part of the keys.
+struct BlockPart {
+    int block, split;
+};
+
+// Number `index` of the parts of `blocks` blocks of rows: all first parts, then all second ones.
+// The last parts of the rows are the shortest, and this way no multiprocessor gets only long ones.
+__device__ __forceinline__ BlockPart block_part(int index, int blocks) {
+    const int split = index / blocks;
+    return {index - split * blocks, split};
+}
+
+// The work on a part of a block of rows; false if there is none, which only happens in packed
+// batches.
+template <bool LAST_FIRST, bool VARLEN, bool PACK_GQA>
 __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m, Work& w,
-                                          int index = blockIdx.x, int items = gridDim.x) {
-    w.split = 0;
-    if constexpr (SPLIT_KV) {
-        // All first parts, then all second ones: the last parts of the rows are the shortest, and
-        // this way no multiprocessor gets only long ones.
-        const int rows_of_blocks = items / p.splits;
-        w.split = index / rows_of_blocks;
-        index -= w.split * rows_of_blocks;
-    }
+                                          BlockPart part) {
+    w.split = part.split;
     const int heads = PACK_GQA ? p.heads_kv : p.heads_q;
-    int head_index = index / p.m_blocks;
-    int nth_block = index - head_index * p.m_blocks;
-    if (LAST_FIRST && p.section > 1) take_turns<VARLEN>(p, heads, index, head_index, nth_block);
+    // A division takes a tenth of a microsecond, and a short call begins with these.
+    int head_index = p.m_blocks == 1 ? part.block : part.block / p.m_blocks;
+    int nth_block = part.block - head_index * p.m_blocks;
+    if (LAST_FIRST && p.section > 1)
+        take_turns<VARLEN>(p, heads, part.block, head_index, nth_block);
     int m_block = LAST_FIRST ? p.m_blocks - 1 - nth_block : nth_block;
-    w.group = PACK_GQA ? p.heads_q / p.heads_kv : 1;
-    w.head = head_index % heads;
-    w.head_kv = PACK_GQA ? w.head : kv_head(p, w.head);
+    w.group = PACK_GQA ? p.group : 1;
+    w.batch = VARLEN || p.batch == 1 ? 0 : head_index / heads;
+    w.head = head_index - w.batch * heads;
+    w.head_kv = PACK_GQA || p.group == 1 ? w.head : kv_head(p, w.head);
     if constexpr (VARLEN) {
         const PackedBatch q = {p.cu_seqlens_q, p.seqlen_q, w.group, block_m};
         const PackedBatch kv = {p.cu_seqlens_kv, p.seqlen_kv, 1, 1};
@@ -145,7 +153,6 @@ __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m,
         w.seqlen_kv = kv.length(w.batch);
         w.diagonal = p.top_left ? 0 : w.seqlen_kv - w.seqlen_q;
     } else {
-        w.batch = head_index / heads;
         w.start_q = w.start_kv = 0;
         w.seqlen_q = p.seqlen_q;
         w.seqlen_kv = p.seqlen_kv;

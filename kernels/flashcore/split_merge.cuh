@@ -1,42 +1,125 @@
 // split_merge.cuh - thread blocks that share out the keys of the same rows. Each leaves what it has
-// found in global memory: O as far as it has been summed up, m and l. The last one to arrive adds
-// all parts up, in the order of the keys, whoever came when: the same bits every time.
+// found where the others can read it: O as far as it has been summed up, m and l. Then all parts
+// are added up, in the order of the keys, whoever came when: the same bits every time.
+//
+// Thread blocks of a cluster leave it in their shared memory, wait for each other, and merge some
+// columns each. Others leave it in global memory, and the last one to arrive merges all.
 #pragma once
 #include <flashcore/params.cuh>
+#include <flashcore/ptx_cluster.cuh>
+#include <flashcore/ptx_cp_async.cuh>
 #include <flashcore/ptx_global.cuh>
 #include <flashcore/ptx_warp.cuh>
 #include <flashcore/softmax.cuh>
 
 namespace flashcore {
 
-// All parts of a block of ROWS rows of COLS columns; workspace.py reserves the place.
-template <int ROWS, int COLS>
+// Four columns of a row, of all parts that have been added.
+struct MergedColumns {
+    RowState row;
+    float4 o{};
+
+    __device__ __forceinline__ void add(float2 found, const float4& part) {  // found: m, l
+        const MergeFactors by(row.max, found.x);
+        row.max = by.max;
+        row.sum = row.sum * by.a + found.y * by.b;
+        o.x = o.x * by.a + part.x * by.b;
+        o.y = o.y * by.a + part.y * by.b;
+        o.z = o.z * by.a + part.z * by.b;
+        o.w = o.w * by.a + part.w * by.b;
+    }
+};
+
+// A row of a part's, by the four lanes that share it as a wgmma leaves it: o(n, e) is this lane's
+// e-th of columns 8 n to 8 n + 7. Its l is complete.
+template <int COLS, typename Output>
+__device__ __forceinline__ void leave_row(float* to, float2* state, const RowState& found,
+                                          Output o) {
+    const int lane = threadIdx.x % 4;
+    if (lane == 0) *state = {found.max, found.sum};
+#pragma unroll
+    for (int n = 0; n < COLS / 8; ++n)
+        *reinterpret_cast<float2*>(to + n * 8 + lane * 2) = {o(n, 0), o(n, 1)};
+}
+
+// All parts of a block of ROWS rows of COLS columns: PARTS of them, of a cluster; or, if PARTS is
+// 1, params.splits, in global memory, where workspace.py reserves the place.
+//   leave(row, m and l, o)        what this part has found, see leave_row
+//   await_others(...)             whether this thread block merges; by all threads
+//   merge(rows, thread, ...)      of each row's columns col to col + 3 one thread gets O, and with
+//                                 it m and l: use(row, col, m and l, O)
+//   end()
+template <int ROWS, int COLS, int PARTS>
 struct SplitRows {
+    static constexpr int SMEM_BYTES = ROWS * (COLS + 8 + 2) * 4;
+    float* mine;  // in shared memory, at the same place in all thread blocks of the cluster
+
+    __device__ __forceinline__ SplitRows(const AttentionParams&, int, int, void* shared)
+        : mine(static_cast<float*>(shared)) {}
+
+    template <typename Output>
+    __device__ __forceinline__ void leave(int row, const RowState& found, Output o) const {
+        leave_row<COLS>(output(row), state(row), found, o);
+    }
+    __device__ __forceinline__ bool await_others(int&, bool, int, int) const {
+        cluster_sync();
+        return true;
+    }
+    template <typename Use>
+    __device__ __forceinline__ void merge(int rows, int thread, int threads, Use use) const {
+        constexpr int PIECES = COLS / 4;
+#pragma unroll 1
+        for (int i = cluster_rank() * threads + thread; i < rows * PIECES; i += PARTS * threads) {
+            const int row = i / PIECES, col = i % PIECES * 4;
+            float4 part[PARTS];
+            float2 found[PARTS];
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p) {
+                load_peer(part[p], peer_address(shared_address(output(row) + col), p));
+                load_peer(found[p], peer_address(shared_address(state(row)), p));
+            }
+            MergedColumns all;
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p) all.add(found[p], part[p]);
+            use(row, col, all.row, all.o);
+        }
+    }
+    __device__ __forceinline__ void end() const { cluster_meet(); }  // nobody reads this any longer
+
+  private:
+    __device__ __forceinline__ float* output(int row) const {
+        return mine + row * (COLS + 8);  // 8 banks further than the row before
+    }
+    __device__ __forceinline__ float2* state(int row) const {
+        return reinterpret_cast<float2*>(mine + ROWS * (COLS + 8)) + row;
+    }
+};
+
+template <int ROWS, int COLS>
+struct SplitRows<ROWS, COLS, 1> {
+    static constexpr int SMEM_BYTES = 0;
     static constexpr int PART = ROWS * (COLS + 2);  // floats of a part: O, then m and l
     static constexpr int AT_A_TIME = 8;             // parts on their way
     const AttentionParams& params;
+    int block, mine;
     float* base;
 
-    __device__ __forceinline__ SplitRows(const AttentionParams& p, int block)
-        : params(p), base(p.split_partial + int64(block) * p.splits * PART) {}
+    __device__ __forceinline__ SplitRows(const AttentionParams& p, int block, int split, void*)
+        : params(p),
+          block(block),
+          mine(split),
+          base(p.split_partial + int64(block) * p.splits * PART) {}
 
-    // A row of a part's, by the four lanes that share it as a wgmma leaves it: o(n, e) is this
-    // lane's e-th of columns 8 n to 8 n + 7. Its l is complete.
     template <typename Output>
-    __device__ __forceinline__ void leave(int split, int row, const RowState& found,
-                                          Output o) const {
-        const int lane = threadIdx.x % 4;
-        if (lane == 0) *state(split, row) = {found.max, found.sum};
-#pragma unroll
-        for (int n = 0; n < COLS / 8; ++n)
-            *reinterpret_cast<float2*>(output(split, row) + n * 8 + lane * 2) = {o(n, 0), o(n, 1)};
+    __device__ __forceinline__ void leave(int row, const RowState& found, Output o) const {
+        leave_row<COLS>(output(mine, row), state(mine, row), found, o);
     }
 
-    // Says that this part is there; whether it is the last. By `threads` threads, whole warps, that
-    // meet at `barrier` and share `last`, one of which speaks for all; the counters are 0 between
+    // The last one to say that its part is there merges. `threads` threads, whole warps, meet at
+    // `barrier` and share `last`, and one of them speaks for all; the counters are 0 between
     // launches, and the first one of them is not a block's, see take_block.
-    __device__ __forceinline__ bool is_last(int block, int& last, bool speaks, int barrier,
-                                            int threads) const {
+    __device__ __forceinline__ bool await_others(int& last, bool speaks, int barrier,
+                                                 int threads) const {
         named_barrier_sync(barrier, threads);  // all findings are on their way
         if (speaks) {
             fence_gpu();  // the findings first, then the news of them
@@ -49,22 +132,20 @@ struct SplitRows {
         return last;
     }
 
-    // Adds all parts up; of each row's columns col to col + 3 one thread gets O, and with it m and
-    // l: use(row, col, m and l, O).
     template <typename Use>
     __device__ __forceinline__ void merge(int rows, int thread, int threads, Use use) const {
         constexpr int PIECES = COLS / 4;
 #pragma unroll 1
         for (int i = thread; i < rows * PIECES; i += threads) {
             const int row = i / PIECES, col = i % PIECES * 4;
-            RowState all;
-            float4 o{};
+            MergedColumns all;
 #pragma unroll 1
             for (int first = 0; first < params.splits; first += AT_A_TIME)
-                add(all, o, row, col, first);
-            use(row, col, all, o);
+                add(all, row, col, first);
+            use(row, col, all.row, all.o);
         }
     }
+    __device__ __forceinline__ void end() const {}
 
   private:
     __device__ __forceinline__ float* output(int split, int row) const {
@@ -75,8 +156,7 @@ struct SplitRows {
     }
 
     // Parts first, first + 1, ...: all asked for before the first is waited for.
-    __device__ __forceinline__ void add(RowState& all, float4& o, int row, int col,
-                                        int first) const {
+    __device__ __forceinline__ void add(MergedColumns& all, int row, int col, int first) const {
         float4 part[AT_A_TIME];
         float2 found[AT_A_TIME];
 #pragma unroll
@@ -88,13 +168,7 @@ struct SplitRows {
 #pragma unroll
         for (int i = 0; i < AT_A_TIME; ++i) {
             if (first + i >= params.splits) break;
-            const MergeFactors by(all.max, found[i].x);
-            all.max = by.max;
-            all.sum = all.sum * by.a + found[i].y * by.b;
-            o.x = o.x * by.a + part[i].x * by.b;
-            o.y = o.y * by.a + part[i].y * by.b;
-            o.z = o.z * by.a + part[i].z * by.b;
-            o.w = o.w * by.a + part[i].w * by.b;
+            all.add(found[i], part[i]);
         }
     }
 };

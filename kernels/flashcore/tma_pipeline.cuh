@@ -1,9 +1,7 @@
 // tma_pipeline.cuh - between a warp that starts copies and the warps that use what arrives: places
 // in shared memory that are filled and emptied in turn, each guarded by a barrier per direction
-// (see ptx_mbarrier.cuh), and a queue of what there is to do.
+// (see ptx_mbarrier.cuh).
 #pragma once
-#include <flashcore/params.cuh>
-#include <flashcore/ptx_global.cuh>
 #include <flashcore/ptx_mbarrier.cuh>
 #include <flashcore/ptx_tma.cuh>
 #include <flashcore/ptx_warp.cuh>
@@ -85,41 +83,6 @@ __device__ __forceinline__ void store_tile_tma(const T* sTile, const TileBox& bo
 __device__ __forceinline__ void await_stored() {
     if (elect_one()) tma_store_wait();
     warp_sync();
-}
-
-// Items on their way from the warp that hands them out to the warps that work on them: one is being
-// worked on, one loaded for, and one is known ahead.
-template <typename Item>
-struct Queue {
-    static constexpr int SIZE = 3;
-    Places<SIZE> places;
-    Item item[SIZE];
-};
-
-// By one warp, all of whose lanes have the item.
-template <typename Item>
-__device__ __forceinline__ void put(Queue<Item>& queue, Ring<Queue<Item>::SIZE>& at,
-                                    const Item& item) {
-    at.await_empty(queue.places);
-    if (elect_one()) {
-        queue.item[at.stage] = item;
-        mbarrier_arrive(&queue.places.full[at.stage]);
-    }
-    at.advance();
-}
-
-// The next block after those that are taken, by whomever; `blocks` if there is none. The first
-// gridDim.x are everyone's own, and where that is all, nobody asks. All thread blocks together ask
-// `blocks` times, once per block that they have had, so the one who gets the last answer sets the
-// counter back for the next launch. By one warp.
-__device__ __forceinline__ int take_block(const AttentionParams& p, int blocks) {
-    if (gridDim.x >= blocks) return blocks;
-    int taken = 0;
-    if (threadIdx.x % WARP_SIZE == 0) {
-        taken = atomic_add(p.split_arrivals, 1);
-        if (taken == blocks - 1) *p.split_arrivals = 0;
-    }
-    return min(int(gridDim.x) + shfl(taken, 0), blocks);
 }
 
 }  // namespace flashcore

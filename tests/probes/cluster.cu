@@ -1,0 +1,50 @@
+// Probe of ptx_cluster.cuh: clusters of four thread blocks of 64 threads.
+#include <flashcore/ptx_cluster.cuh>
+#include <flashcore/ptx_cp_async.cuh>
+#include <flashcore/ptx_warp.cuh>
+
+using namespace flashcore;
+
+#if __CUDA_ARCH__ >= 900
+
+constexpr int BLOCKS = 4, THREADS = 64;
+
+// Each thread block leaves x of its own, late where `late` says so, and reads everyone's:
+// four (blocks in all, BLOCKS, 64, 4), two (..., 2), rank (blocks in all). Warp 1 of thread block 3
+// has ended before; its part is left by warp 0. Then all leave something else and go again.
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1)
+    exchange(const float* x, int late, int* rank, float* four, float* two) {
+    __shared__ float4 sFour[THREADS];
+    __shared__ float2 sTwo[THREADS];
+    const int block = blockIdx.x, thread = threadIdx.x, own = cluster_rank();
+    const bool leaves_early = own == 3;
+    if (leaves_early && thread >= 32) return;
+    if (thread == 0) rank[block] = own;
+    for (int round = 0; round < 2; ++round) {
+        if (own == late) __nanosleep(20000);
+        for (int t = thread; t < THREADS; t += leaves_early ? 32 : THREADS) {
+            const float value = x[block * THREADS + t] + 1000.0f * round;
+            sFour[t] = {value, value + 0.25f, value + 0.5f, value + 0.75f};
+            sTwo[t] = {-value, value};
+        }
+        warp_sync();
+        cluster_sync();  // all is there
+        for (int t = thread; t < THREADS; t += leaves_early ? 32 : THREADS) {
+            for (int peer = 0; peer < BLOCKS; ++peer) {
+                float4 a;
+                float2 b;
+                load_peer(a, peer_address(shared_address(&sFour[t]), peer));
+                load_peer(b, peer_address(shared_address(&sTwo[t]), peer));
+                const int64 i = ((int64(round) * gridDim.x + block) * BLOCKS + peer) * THREADS + t;
+                reinterpret_cast<float4*>(four)[i] = a;
+                reinterpret_cast<float2*>(two)[i] = b;
+            }
+        }
+        warp_sync();
+        cluster_meet();  // all has been read
+    }
+}
+
+#else
+extern "C" __global__ void nothing() {}
+#endif
