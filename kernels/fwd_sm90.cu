@@ -95,7 +95,8 @@ static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels
 
 using StagesQ = Ring<Q_STAGES>;
 using Stages = Ring<NUM_STAGES>;
-using Dispatch = Dispatcher<BLOCK_M, CAUSAL, VARLEN, PACK_GQA, SPLIT_KV, CLUSTER>;
+using Dispatch =
+    Dispatcher<BLOCK_M, BLOCK_N, PositionMask, CAUSAL, VARLEN, PACK_GQA, SPLIT_KV, CLUSTER>;
 using Parts = SplitRows<BLOCK_M, HEAD_DIM_V, CLUSTER>;
 
 // Of two tiles, for a warp may tell what it sees of one before another has read it of the other.
@@ -126,13 +127,12 @@ __device__ __forceinline__ int rows_of(const Work& w) {
     return PACK_GQA ? w.seqlen_q * w.group : w.seqlen_q;
 }
 
-// The tiles of keys that some of these rows of the block see, or this part of them.
-__device__ __forceinline__ TileRange visible_tiles(const AttentionParams& p, const Work& w,
-                                                   int first_row, int rows) {
+// Of the block's tiles of keys those that some row of a consumer's sees.
+__device__ __forceinline__ TileRange tiles_of(const AttentionParams& p, const Item& w, int index) {
+    if (CONSUMERS == 1) return w.tiles;
+    const int first_row = index * ROWS;
     if (w.first_row + first_row >= rows_of(w)) return {0, 0};
-    const TileRange tiles = tiles_seen<BLOCK_N, PACK_GQA>(
-        w, mask_of(p, w), first_row, first_row + rows, parts_of_keys<SPLIT_KV, CLUSTER>(p));
-    return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
+    return tiles_seen<BLOCK_N, PACK_GQA>(w, mask_of(p, w), first_row, first_row + ROWS, 1);
 }
 
 // ---- the producers -----------------------------------------------------------------------------
@@ -140,16 +140,16 @@ __device__ __forceinline__ TileRange visible_tiles(const AttentionParams& p, con
 // Which boxes of q, k, v some work needs, in the coordinates of their maps.
 struct Boxes {
     const HopperParams& p;
-    const Work& w;
+    const Item& w;
     int batch, first_value;
 
-    __device__ __forceinline__ Boxes(const HopperParams& p, const Work& w)
+    __device__ __forceinline__ Boxes(const HopperParams& p, const Item& w)
         : p(p),
           w(w),
           batch(VARLEN ? 0 : w.batch),
           first_value(VARLEN ? 0 : mask_of(p, w).row_begin(0)) {}  // row 0 of v_map
     __device__ __forceinline__ TileBox q() const {
-        const int query = w.start_q + query_of<PACK_GQA>(w, 0);
+        const int query = w.start_q + w.first_query;
         // Of a packed group all rows of a query come one after the other: heads before queries.
         if (PACK_GQA) return {&p.q_map, w.head * w.group, query, batch};
         return {&p.q_map, query, w.head, batch};
@@ -163,8 +163,8 @@ struct Boxes {
 };
 
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
-                                           const Work& w, StagesQ& q, Stages& at) {
-    const TileRange tiles = visible_tiles(p, w, 0, BLOCK_M);
+                                           const Item& w, StagesQ& q, Stages& at) {
+    const TileRange tiles = w.tiles;
     const Boxes boxes(p, w);
 #pragma unroll 1
     for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
@@ -193,8 +193,7 @@ __device__ __forceinline__ void load(const HopperParams& p, SharedStorage& smem)
     ClaimRing claims;
 #pragma unroll 1
     while (true) {
-        queue.await_full(smem.queue.places);
-        const Work& w = smem.queue.item[queue.stage];
+        const Item& w = smem.queue.item[queue.stage];
         if (is_end(w)) return;
         load_block(p, smem, w, q, at);
         claims.release(smem.queue.claims);
@@ -202,6 +201,7 @@ __device__ __forceinline__ void load(const HopperParams& p, SharedStorage& smem)
         warp_sync();  // all lanes have read the work
         queue.release(smem.queue.places);
         queue.advance();
+        queue.await_full(smem.queue.places);
     }
 }
 
@@ -420,8 +420,7 @@ struct Consumer {
 
     // A block of queries.
     __device__ __forceinline__ void attend() {
-        const TileRange all = visible_tiles(params, work(), 0, BLOCK_M);
-        const TileRange mine = visible_tiles(params, work(), index * ROWS, ROWS);
+        const TileRange all = work().tiles, mine = tiles_of(params, work(), index);
         takes_turns = all.end - all.begin > SHORT;
         state[0] = state[1] = RowState();
 #pragma unroll
@@ -503,9 +502,7 @@ struct Consumer {
         meetings = 0;
         if (index == CONSUMERS - 1) pass_turn();  // the first one begins
 #pragma unroll 1
-        while (true) {
-            queue.await_full(smem.queue.places);
-            if (is_end(work())) break;
+        while (!is_end(work())) {
             attend();
             if (SPLIT_KV && params.splits > 1) {
                 finish_part();
@@ -515,6 +512,7 @@ struct Consumer {
             warp_sync();  // all lanes have read the work
             queue.release(smem.queue.places);
             queue.advance();
+            queue.await_full(smem.queue.places);
         }
         if (STAGED_COLS > 0) await_stored();
     }
@@ -527,7 +525,9 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROU
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
     const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
     Dispatch dispatcher(params);
-    if (threadIdx.x == 0) {
+    // Each of these takes half a microsecond.
+    if (warp == 1) dispatcher.begin(smem.queue);
+    if (threadIdx.x == 2 * WARP_SIZE) {
         smem.q.init(CONSUMERS * 4);  // warps
         smem.k.init(CONSUMERS * 4);
         smem.v.init(CONSUMERS * 4);
@@ -535,13 +535,12 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROU
         smem.queue.places.init(CONSUMERS * 4 + 1);  // and the warp that loads
         fence_mbarrier_init();
     }
-    if (warp == 1) dispatcher.find();  // others, meanwhile
-    if (threadIdx.x == 2 * WARP_SIZE) {
+    if (threadIdx.x == 3 * WARP_SIZE) {
         prefetch_tensormap(&params.k_map);
         prefetch_tensormap(&params.q_map);
         prefetch_tensormap(&params.v_map);
     }
-    block_sync();  // the barriers are there
+    block_sync();  // the barriers are there, and the first item
     const int warpgroup = warp / (WARPGROUP / WARP_SIZE);
     if (warpgroup == 0) {
         registers_dec<PRODUCER_REGISTERS>();

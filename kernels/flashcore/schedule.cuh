@@ -97,7 +97,7 @@ struct TileRange {
 };
 
 // The tiles of BLOCK_N keys that some row of [first_row, end_row) of the block sees, or the work's
-// part of them, of `parts`; none if end is not above begin.
+// part of them, of `parts`; {0, 0} if there are none.
 template <int BLOCK_N, bool PACK_GQA, typename Mask>
 __device__ __forceinline__ TileRange tiles_seen(const Work& w, const Mask& mask, int first_row,
                                                 int end_row, int parts) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ TileRange tiles_seen(const Work& w, const Mask& mask,
         tiles.begin += w.split * part;
         tiles.end = min(tiles.end, tiles.begin + part);
     }
-    return tiles;
+    return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
 }
 
 // A block of rows, and a part of the keys.

@@ -9,7 +9,9 @@
 namespace flashcore {
 
 struct Item : Work {
-    int block;  // of rows, among all
+    int block;        // of rows, among all
+    int first_query;  // that row 0 belongs to
+    TileRange tiles;  // of keys, that some row sees
 };
 
 // Behind the last block of rows.
@@ -55,9 +57,10 @@ __device__ __forceinline__ int parts_of_keys(const AttentionParams& p) {
     return CLUSTER > 1 ? CLUSTER : SPLIT_KV ? p.splits : 1;
 }
 
-// One warp finds the work, the first of it while the barriers are made. What it has taken nobody
-// else can do, so it takes no more than one block beyond the one that is being loaded.
-template <int BLOCK_M, bool LAST_FIRST, bool VARLEN, bool PACK_GQA, bool SPLIT_KV, int CLUSTER>
+// One warp finds the work. What it has taken nobody else can do, so it takes no more than one block
+// beyond the one that is being loaded.
+template <int BLOCK_M, int BLOCK_N, typename Mask, bool LAST_FIRST, bool VARLEN, bool PACK_GQA,
+          bool SPLIT_KV, int CLUSTER>
 struct Dispatcher {
     const AttentionParams& params;
     int blocks;  // of rows, times the parts of their keys
@@ -70,32 +73,44 @@ struct Dispatcher {
                  parts_of_keys<SPLIT_KV, CLUSTER>(p)),
           taken(blockIdx.x) {}
 
+    // While the barriers are made. Nobody waits for the first item at one of them.
+    __device__ __forceinline__ void begin(WorkQueue& queue) {
+        find();
+        if (elect_one()) queue.item[0] = next;
+    }
+
+    __device__ __forceinline__ void run(WorkQueue& queue) {
+        WorkRing at;
+        ClaimRing claims;
+        if (elect_one()) mbarrier_arrive(&queue.places.full[0]);
+        at.advance();
+        claims.advance();
+#pragma unroll 1
+        while (!is_end(next)) {
+            claims.await_empty(queue.claims);
+            claims.advance();
+            taken = take_block(params, blocks);
+            find();
+            put(queue, at, next);
+        }
+    }
+
+  private:
     __device__ __forceinline__ void find() {
         for (; taken < blocks; taken = take_block(params, blocks)) {
             // A cluster has the parts of the same rows.
             const BlockPart part = CLUSTER > 1 ? BlockPart{taken / CLUSTER, taken % CLUSTER}
                                    : SPLIT_KV  ? block_part(taken, blocks / params.splits)
                                                : BlockPart{taken, 0};
+            if (!find_work<LAST_FIRST, VARLEN, PACK_GQA>(params, BLOCK_M, next, part)) continue;
+            const Mask mask(params, next.seqlen_kv, next.diagonal);
             next.block = part.block;
-            if (find_work<LAST_FIRST, VARLEN, PACK_GQA>(params, BLOCK_M, next, part)) return;
+            next.first_query = query_of<PACK_GQA>(next, 0);
+            next.tiles = tiles_seen<BLOCK_N, PACK_GQA>(next, mask, 0, BLOCK_M,
+                                                       parts_of_keys<SPLIT_KV, CLUSTER>(params));
+            return;
         }
         next.first_row = -1;
-    }
-
-    // From the first work on, which has been found.
-    __device__ __forceinline__ void run(WorkQueue& queue) {
-        WorkRing at;
-        ClaimRing claims;
-        claims.advance();  // the first block is there anyway
-#pragma unroll 1
-        while (true) {
-            put(queue, at, next);
-            if (is_end(next)) return;
-            claims.await_empty(queue.claims);
-            claims.advance();
-            taken = take_block(params, blocks);
-            find();
-        }
     }
 };
 
