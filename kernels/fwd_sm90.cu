@@ -63,9 +63,11 @@ constexpr int STEPS = BLOCK_N / 16;
 constexpr int QUAD = 4;  // lanes that share a row
 // Named barriers: one per consumer, one per turn, one for all consumers.
 constexpr int TURN = 1 + CONSUMERS, MEETING = TURN + CONSUMERS;
-// All 64K registers of a multiprocessor: what the producer does not need goes to the consumers.
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 56 : CONSUMERS == 2 ? 24 : 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 256 : CONSUMERS == 2 ? 240 : 160;
+// All 64K registers of a multiprocessor: what the producer does not need goes to the consumers. One
+// has as many as a thread can have anyway.
+constexpr bool MOVES_REGISTERS = CONSUMERS > 1;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 constexpr int LOOKUPS = HEAD_DIM_V > 192 ? 2 : 4;  // of a mask_mod at a time, for want of registers
 using SeenHere = SeenByWarp<HIDES_KEYS, BLOCK_N>;
@@ -543,11 +545,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROU
     block_sync();  // the barriers are there, and the first item
     const int warpgroup = warp / (WARPGROUP / WARP_SIZE);
     if (warpgroup == 0) {
-        registers_dec<PRODUCER_REGISTERS>();
+        if constexpr (MOVES_REGISTERS) registers_dec<PRODUCER_REGISTERS>();
         if (warp == 0) load(params, smem);
         if (warp == 1) dispatcher.run(smem.queue);
     } else {
-        registers_inc<CONSUMER_REGISTERS>();
+        if constexpr (MOVES_REGISTERS) registers_inc<CONSUMER_REGISTERS>();
         Consumer consumer = {params, smem, warpgroup - 1};
         consumer.run();
     }

@@ -39,6 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["FLASHCORE_CACHE_DIR"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         config.add_cleanup(lambda: os.environ.pop("FLASHCORE_CACHE_DIR", None))
+    # So do NumPy's threads: every worker would start one per core.
+    if workers := getattr(config.option, "numprocesses", None):
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
