@@ -183,6 +183,9 @@ def _decode(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
     causal = itertools.cycle((True, False, "top-left"))
     sizes = [_size(1, 8, kv, q, 9000 + q) for q, kv in itertools.product((1, 2, 3, 4), (2, 1))]
     sizes += [_size(2, 16, 4, 16, 1001), _size(1, 16, 2, 5, 3000), _size(5, 16, 8, 20, 300)]
+    # Clusters of eight, most of which have no keys, of four and of two; parts in global memory.
+    sizes += [_size(1, 8, 2, 1, 33), _size(3, 16, 4, 2, 700), _size(5, 16, 8, 1, 130)]
+    sizes += [_size(1, 8, 2, 2, 100_000)]
     for size, dim in itertools.product(sizes, (64, 128)):
         dims = {"head_dim": dim, "head_dim_v": dim}
         rest = {"dtype": next(which), "causal": next(causal)}
