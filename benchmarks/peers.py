@@ -18,6 +18,7 @@ from side_by_side.timing import Gpu
 
 from flashcore_cupy import builds, jit
 from flashcore_cupy._render import console, progress
+from flashcore_cupy.tiles import KERNELS
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,6 +29,9 @@ from flashcore_cupy._render import console, progress
 @click.option("--plots", "folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
 @click.option(
+    "--kernel", type=click.Choice(("auto", *KERNELS)), default="auto", help="Ours by this kernel."
+)
+@click.option(
     "--from",
     "source",
     metavar="FILE",
@@ -35,7 +39,12 @@ from flashcore_cupy._render import console, progress
     help="Show this result instead of measuring.",
 )
 def main(
-    group: str, json_path: Path | None, folder: Path | None, rounds: int, source: Path | None
+    group: str,
+    json_path: Path | None,
+    folder: Path | None,
+    rounds: int,
+    kernel: str,
+    source: Path | None,
 ) -> None:
     """Compare with torch's attention backends, cell by cell.
 
@@ -44,7 +53,7 @@ def main(
     groups = cells.GROUPS if group == "all" else (group,)
     try:
         if source is None:
-            report = _measure(groups, rounds, json_path)
+            report = _measure(groups, rounds, kernel, json_path)
         else:
             report = Report.load(source)
             report.rows = [row for row in report.rows if row.cell.group in groups]
@@ -58,7 +67,7 @@ def main(
         raise click.exceptions.Exit(1)
 
 
-def _measure(groups: tuple[str, ...], rounds: int, json_path: Path | None) -> Report:
+def _measure(groups: tuple[str, ...], rounds: int, kernel: str, json_path: Path | None) -> Report:
     """Measure all cells of some groups; the JSON is up to date after every cell."""
     torch = require_torch()
     wanted = [cell for group in groups for cell in cells.cells(group)]
@@ -69,11 +78,11 @@ def _measure(groups: tuple[str, ...], rounds: int, json_path: Path | None) -> Re
         def on_done(done: jit.CompiledKernel | Exception) -> None:
             bar.update(task, advance=1, last=builds.what(done))
 
-        compile_ahead(map(call_of, wanted), on_done)
+        compile_ahead([call_of(cell, kernel) for cell in wanted], on_done)
         gpu = Gpu(torch)
         methods = {group: METHODS[group] for group in groups}
         report = Report(gpu.machine(), gpu.ceilings(), methods)
-        bench_ = Bench(gpu, [Ours(torch), *(Torch(torch, name) for name in PEERS)], rounds)
+        bench_ = Bench(gpu, [Ours(torch, kernel), *(Torch(torch, name) for name in PEERS)], rounds)
         bar.reset(task, description="measuring", total=len(wanted))
         for cell in wanted:
             bar.update(task, last=f"{cell.group} {cell.name}")

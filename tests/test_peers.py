@@ -588,3 +588,16 @@ def test_the_error_table(tmp_path: Path) -> None:
 
 def test_error_results_are_kept_by_gpu() -> None:
     assert errors.default_path("NVIDIA H200") == ROOT / "benchmarks/results/h200/errors.json"
+
+
+@pytest.mark.parametrize(("kernel", "built"), [("auto", "wgmma_sm90"), ("mma_sm80", "mma_sm80")])
+def test_what_is_compiled_ahead_is_of_the_kernel_that_is_measured(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, built: str
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(backends.jit, "device_arch", lambda: "sm_90a")
+    monkeypatch.setattr(backends.builds, "build_each", lambda jobs, on_done: asked.extend(jobs))
+    wanted = cells.cells("grid")
+    backends.compile_ahead([backends.call_of(cell, kernel) for cell in wanted])
+    assert asked and {config.kernel for config, _ in asked} == {built}
+    assert {arch for _, arch in asked} == {"sm_90a"}

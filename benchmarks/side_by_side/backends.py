@@ -121,17 +121,19 @@ class Backend(Protocol):
 
 
 class Ours:
-    """This package, by a plan that is built ahead."""
+    """This package, by a plan that is built ahead; ``kernel`` is a rung's name or "auto"."""
 
-    def __init__(self, torch: Any) -> None:
+    def __init__(self, torch: Any, kernel: str = "auto") -> None:
         self.name = OURS
         self._torch = torch
+        self._kernel = kernel
         self._note = ""
 
     def bind(self, cell: Cell, inputs: Inputs) -> Run:
         """Build the plan, its output a tensor's memory."""
         arrays, out = self._arrays(inputs)
-        bound = plan(*arrays, layout="bshd", out=as_cupy(self._torch, out), **cell.rules)
+        chosen = {"layout": "bshd", "kernel": self._kernel, **cell.rules}
+        bound = plan(*arrays, out=as_cupy(self._torch, out), **chosen)
         selection = bound.selection
         self._note = f"{selection.kernel.name}: {selection.config.describe()}"
         result = out.transpose(1, 2)
@@ -145,8 +147,10 @@ class Ours:
     def public_call(self, cell: Cell, inputs: Inputs) -> Run:
         """``attention(..., out=...)``, every check of its arguments included."""
         arrays, out = self._arrays(inputs)
-        rules = {"layout": "bshd", "out": as_cupy(self._torch, out), **cell.rules}
-        return functools.partial(attend, *arrays, **rules)
+        chosen: dict[str, Any] = {"layout": "bshd", **cell.rules}
+        if self._kernel != "auto":
+            chosen["kernel"] = self._kernel
+        return functools.partial(attend, *arrays, out=as_cupy(self._torch, out), **chosen)
 
     def capture(self, runs: Sequence[Run]) -> Callable[[], Any]:
         """Capture by CuPy; the replay goes to the current stream."""
@@ -248,6 +252,7 @@ class Call(NamedTuple):
     k: ArraySpec
     v: ArraySpec
     rules: Mapping[str, Any]
+    kernel: str = "auto"
 
 
 def dense(shape: Sequence[int], dtype: DTypeLike) -> ArraySpec:
@@ -255,10 +260,10 @@ def dense(shape: Sequence[int], dtype: DTypeLike) -> ArraySpec:
     return spec_of_copy(ArraySpec(tuple(shape), (), np.dtype(dtype), 0))
 
 
-def call_of(cell: Cell) -> Call:
-    """The call that a cell makes."""
+def call_of(cell: Cell, kernel: str = "auto") -> Call:
+    """The call that a cell makes of a kernel."""
     q, kv = (dense(shape, ml_dtypes.bfloat16) for shape in (cell.q_shape, cell.kv_shape))
-    return Call(q, kv, kv, {"layout": "bshd", **cell.rules})
+    return Call(q, kv, kv, {"layout": "bshd", **cell.rules}, kernel)
 
 
 def compile_ahead(calls: Iterable[Call], on_done: builds.OnDone | None = None) -> None:
@@ -272,5 +277,6 @@ def compile_ahead(calls: Iterable[Call], on_done: builds.OnDone | None = None) -
     for call in calls:
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             problem = describe(*call[:3], **call.rules)
-            wanted |= dict.fromkeys(tiles.configs_of(tiles.select(problem, arch)))
+            chosen = tiles.select(problem, arch, kernel=call.kernel)
+            wanted |= dict.fromkeys(tiles.configs_of(chosen))
     builds.build_each([(config, arch) for config in wanted], on_done)
