@@ -9,6 +9,7 @@ namespace flashcore {
 __device__ __forceinline__ int thread_index_anew() {
     int index;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    __builtin_assume(index >= 0 && index < 1024);  // so that / and % are shifts and masks
     return index;
 }
 

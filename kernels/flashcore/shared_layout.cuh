@@ -27,10 +27,10 @@ struct SharedLayout {
     // Rows that many apart have their chunks in the same places.
     static constexpr int PERIOD = SWIZZLED ? 8 : 1;
 
-    // Element (row, col), from the tile's first one.
-    __device__ static __forceinline__ int element(int row, int col) {
+    // Element (row, col), from the tile's first one. Unsigned: / and % are shifts and masks.
+    __device__ static __forceinline__ uint32 element(uint32 row, uint32 col) {
         if constexpr (SWIZZLED) {
-            const int chunk = col % PANEL / CHUNK ^ row / (64 / PANEL) % (PANEL / CHUNK);
+            const uint32 chunk = col % PANEL / CHUNK ^ row / (64 / PANEL) % (PANEL / CHUNK);
             return (col / PANEL * ROWS + row) * LD + chunk * CHUNK + col % CHUNK;
         } else {
             return row * LD + col;
