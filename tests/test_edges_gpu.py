@@ -183,10 +183,12 @@ def test_good_boundaries_on_the_device_are_taken_as_they_are() -> None:
 
 # ---- graphs, streams, threads --------------------------------------------------------------------
 
-#: A query and a few, whose keys are split over thread blocks, and rules that go the long way.
+#: A query and a few, whose keys are split over thread blocks, and rules that go the long way. On
+#: Hopper parts of up to four queries, 16 rows with their groups of four, are merged by clusters.
 DECODE: tuple[tuple[int, dict[str, Any]], ...] = (
     (1, {}),
     (3, {"causal": True}),
+    (5, {"causal": True}),
     (2, {"window": (3000, -1), "alibi_slopes": np.linspace(0, 0.01, 8, dtype=np.float32)}),
 )
 
@@ -206,7 +208,12 @@ def on_gpu(rules: dict[str, Any]) -> dict[str, Any]:
 
 def test_these_calls_split_their_keys() -> None:
     for queries, rules in DECODE:
-        assert "split" in plan(*decode(queries), **on_gpu(rules)).arrays
+        found = plan(*decode(queries), **on_gpu(rules))
+        config, in_memory = found.selection.config, "split" in found.arrays
+        if queries * 4 <= 16:
+            assert in_memory != (config.tile.cluster > 1)
+        else:
+            assert in_memory or not config.uses_tma
 
 
 @pytest.mark.parametrize(("queries", "rules"), DECODE, ids=str)
@@ -232,8 +239,8 @@ def test_a_captured_call_reads_what_its_arrays_hold_by_then(queries: int, rules:
         out.fill(np.nan)
         cupy.cuda.Device().synchronize()
         graph.launch(stream)
-        other = decode(1, seed=9, keys=20_000)  # a call beside the graph, with splits of its own
-        flashcore_cupy.attention(*other)
+        for others in (1, 6):  # calls beside the graph, with splits of their own
+            flashcore_cupy.attention(*decode(others, seed=9, keys=20_000))
         stream.synchronize()
         assert out.tobytes() == expected.tobytes()
 
@@ -272,8 +279,8 @@ def test_threads_at_once(streams: str) -> None:
     """Each with decode calls of its own size, whose parts must not mix."""
     import cupy
 
-    lengths = (3000, 9000, 5001, 700)
-    inputs = [decode(1 + n % 3, seed=n, keys=keys) for n, keys in enumerate(lengths)]
+    sizes = ((1, 3000), (2, 9000), (3, 5001), (1, 700), (5, 4000), (7, 6001))
+    inputs = [decode(queries, seed=n, keys=keys) for n, (queries, keys) in enumerate(sizes)]
     expected = [flashcore_cupy.attention(*x, causal=True).tobytes() for x in inputs]
     shared = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
@@ -305,10 +312,11 @@ def test_threads_at_once(streams: str) -> None:
     assert not wrong
 
 
-def test_two_streams_at_once() -> None:
+@pytest.mark.parametrize("queries", [(1, 3), (5, 7)], ids=str)
+def test_two_streams_at_once(queries: tuple[int, int]) -> None:
     import cupy
 
-    first, second = decode(1, keys=20_000), decode(3, seed=1, keys=20_000)
+    first, second = (decode(n, seed=n, keys=20_000) for n in queries)
     expected = [flashcore_cupy.attention(*x).tobytes() for x in (first, second)]
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
     cupy.cuda.Device().synchronize()
