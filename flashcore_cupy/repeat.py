@@ -145,6 +145,7 @@ def launch_again(
     launch = known.launches.pop() if known.launches else _Launch(known.params.copy())
     if launch.addresses != addresses:
         if known.overlaps(pq, pk, pv, po) or not _all_on(device, q, k, v, out):
+            known.launches.append(launch)
             return None  # the long way looks closer, or says what is wrong
         launch.move(addresses, known.maps)
     if known.split is not None:

@@ -124,6 +124,9 @@ def _illegal_sm90(c: KernelConfig) -> list[str]:
         reasons.append("wgmma_sm90 has pack_gqa and split_kv for one consumer warpgroup alone")
     if t.cluster not in (1, 2, 4, 8) or (t.cluster > 1 and not t.split_kv):
         reasons.append(f"cluster={t.cluster}; 2, 4 or 8 thread blocks, with split_kv")
+    part = 4 * t.block_m * (c.head_dim_v + 8 + 2)  # O, padded, and m and l: see split_merge.cuh
+    if t.cluster > 1 and part > ITEMSIZE[c.dtype] * t.num_stages * t.block_n * c.head_dim:
+        reasons.append(f"cluster={t.cluster}: a part does not fit over K for the merge")
     if others:
         reasons.append(f"wgmma_sm90 has no {', '.join(others)}")
     if c.head_dim % 32 or c.head_dim_v % 32:

@@ -575,6 +575,20 @@ def test_clusters_share_out_the_keys_of_a_few_heads(
         assert invariant.tile.cluster == 1, "which would depend on the batch"
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "changes"),
+    [(128, {"num_stages": 1}), (128, {"block_n": 32}), (256, {"num_stages": 2})],
+)
+def test_tiles_whose_parts_do_not_fit_over_k_have_no_cluster(
+    head_dim: int, changes: dict[str, int]
+) -> None:
+    problem = contiguous_problem(1, 32, 1, head_dim, heads_kv=8, seqlen_kv=1024)
+    chosen = tiles.select(problem, "sm_90a", kernel="wgmma_sm90", overrides=changes).config
+    assert chosen.tile.split_kv and chosen.tile.cluster == 1
+    with pytest.raises(ValueError, match="cluster=8: a part does not fit"):
+        tiles.select(problem, "sm_90a", kernel="wgmma_sm90", overrides=changes | {"cluster": 8})
+
+
 # --- workspaces -----------------------------------------------------------------------------------
 
 
