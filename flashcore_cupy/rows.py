@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from flashcore_cupy.config import RULE_BITS, Tile, rules_of
@@ -75,7 +74,8 @@ class Row:
             return False
         if problem.heads_q // problem.heads_kv < self.min_group:
             return False
-        if self.max_blocks is None and self.max_rows is None and self.max_keys is None:
+        limits = (self.max_blocks, self.max_keys, self.max_rows)
+        if all(limit is None for limit in (*limits, self.max_heads_kv, self.max_head_keys)):
             return True
         if problem.batch_invariant:  # the same tile, whatever else is in the batch
             return False
@@ -85,12 +85,12 @@ class Row:
         return few_blocks and few_keys and few_rows and self._has_few_heads(problem)
 
     def _has_few_heads(self, problem: AttentionProblem) -> bool:
-        if self.max_heads_kv is None:
+        if self.max_heads_kv is None and self.max_head_keys is None:
             return True
         heads = problem.batch * problem.heads_kv
-        most_keys = self.max_head_keys or math.inf
-        few = heads <= self.max_heads_kv and heads * problem.seqlen_kv <= most_keys
-        return few and not problem.packed
+        few_heads = self.max_heads_kv is None or heads <= self.max_heads_kv
+        few_keys = self.max_head_keys is None or heads * problem.seqlen_kv <= self.max_head_keys
+        return few_heads and few_keys and not problem.packed
 
     def takes_rules(self, problem: AttentionProblem) -> bool:
         """Whether the row's registers hold the problem's rules, too, and its rows share keys."""

@@ -126,14 +126,15 @@ class Ours:
     def __init__(self, torch: Any, kernel: str = "auto") -> None:
         self.name = OURS
         self._torch = torch
-        self._kernel = kernel
+        # The call that a user writes does not say "auto".
+        self._chosen: dict[str, Any] = {} if kernel == "auto" else {"kernel": kernel}
         self._note = ""
 
     def bind(self, cell: Cell, inputs: Inputs) -> Run:
         """Build the plan, its output a tensor's memory."""
         arrays, out = self._arrays(inputs)
-        chosen = {"layout": "bshd", "kernel": self._kernel, **cell.rules}
-        bound = plan(*arrays, out=as_cupy(self._torch, out), **chosen)
+        rules = {"layout": "bshd", **self._chosen, **cell.rules}
+        bound = plan(*arrays, out=as_cupy(self._torch, out), **rules)
         selection = bound.selection
         self._note = f"{selection.kernel.name}: {selection.config.describe()}"
         result = out.transpose(1, 2)
@@ -147,10 +148,8 @@ class Ours:
     def public_call(self, cell: Cell, inputs: Inputs) -> Run:
         """``attention(..., out=...)``, every check of its arguments included."""
         arrays, out = self._arrays(inputs)
-        chosen: dict[str, Any] = {"layout": "bshd", **cell.rules}
-        if self._kernel != "auto":
-            chosen["kernel"] = self._kernel
-        return functools.partial(attend, *arrays, out=as_cupy(self._torch, out), **chosen)
+        rules = {"layout": "bshd", **self._chosen, **cell.rules}
+        return functools.partial(attend, *arrays, out=as_cupy(self._torch, out), **rules)
 
     def capture(self, runs: Sequence[Run]) -> Callable[[], Any]:
         """Capture by CuPy; the replay goes to the current stream."""
