@@ -18,6 +18,7 @@ _MAX_BOX = 256  # rows that TMA copies at once
 TMA_ALIGN = 16
 """Bytes that rows which TMA copies start and end on."""
 _MAX_STAGES = 4
+_NAMED_BARRIERS = 15
 
 
 def illegal(c: KernelConfig) -> list[str]:
@@ -92,9 +93,24 @@ def _illegal_sm80(c: KernelConfig) -> list[str]:
         reasons.append("mma_sm80 has cp_async and neither warp_softmax nor fp8")
     if t.block_n % (WMMA * t.warps_n * t.warps_d) or c.head_dim_v % (WMMA * t.warps_d):
         reasons.append(f"warps_d={t.warps_d}: keys and columns do not divide into steps of 16")
+    if t.warps_d > 1 and t.warps_m > _NAMED_BARRIERS:
+        reasons.append(f"warps_m={t.warps_m}: at most {_NAMED_BARRIERS} where warps share rows")
     alone = t.warps_n == 1 and t.num_stages == 1 and not t.split_kv and size == 2
     if t.warps_d > 1 and not alone:
         reasons.append("warps_d: with 16-bit inputs, one stage, and neither warps_n nor split_kv")
+    if t.warps_d > 1:
+        panel, panel_p = panel_cols(c.head_dim_v), panel_cols(t.block_n)
+        keys = t.block_n // t.warps_d
+        if c.head_dim_v % 32 == 0 and c.head_dim_v // t.warps_d % panel:
+            reasons.append(
+                f"warps_d={t.warps_d}: each warp needs whole panels of {panel} of the "
+                f"{c.head_dim_v} columns"
+            )
+        if t.block_n % 32 == 0 and keys % panel_p and panel_p % keys:
+            reasons.append(
+                f"block_n={t.block_n}, warps_d={t.warps_d}: a warp's {keys} keys are neither whole "
+                f"panels of {panel_p} nor an equal part of one"
+            )
     if size == 4 and t.block_n // t.warps_n > 64:
         reasons.append(f"block_n={t.block_n}: a warp takes at most 64 keys of float32")
     merged = (t.warps_n - 1) * 32 * (t.block_m // 16) * (4 + c.head_dim_v // t.warps_d // 2) * 4
@@ -174,8 +190,8 @@ def _row_bytes(c: KernelConfig, columns: int) -> int:
     return columns * ITEMSIZE[c.dtype] + (0 if swizzled else 16)
 
 
-_WORK_BYTES = 64
-"""``Work`` in ``schedule.cuh``, and two pointers."""
+_WORK_BYTES = 96
+"""``Work`` in ``schedule.cuh``, a counter, two pointers, and the barriers of K and V."""
 
 
 def _sm80_smem(c: KernelConfig) -> int:

@@ -34,8 +34,6 @@ _FEWEST_ROWS = 16
 _E4M3_MAX = np.float32(448)
 _POSITION_RULES = ("softmax_scale", "causal", "window", "mask", "mask_mod", "mod_args")
 _SMALLEST_MAX = np.float32(1e-30)  # fp8_quantize.cu leaves a head below as it is
-#: Rounding of a probability to the inputs' dtype, relative.
-_UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 0.0}
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def _expect(
     elif problem.gate == "softmax":
         values = reference.gate_probabilities(q, k, v, rows=rows, **rules)
         expected_by_naive = values
-        relative = 2 * _UNIT_ROUNDOFF[problem.dtype] + 2 * limit + 2.0**-18
+        relative = reference.EPSILON.get(problem.dtype, 0.0) + 2 * limit + 2.0**-18
         allowed = float(values.max(initial=0.0)) * relative + 2.0**-24
     elif problem.gate == "pv":
         values = reference.gate_uniform(q, k, v, rows=rows, **rules)

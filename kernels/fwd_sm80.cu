@@ -10,8 +10,11 @@
 //   m, l, p = exp2(S - m)             on the fragments: a row sits in four neighbouring lanes
 //   O = O * exp2(m_old - m) + P V_j   the accumulator layout of S is the operand layout of P
 //
-// NUM_STAGES = 1: V_j arrives while S is computed, K_{j+1} during softmax and P V.
-// NUM_STAGES = 2: K_{j+1} and V_{j+1} arrive while tile j is used; one barrier per tile, not two.
+// Without masks, the warps of a block need not be at the same tile: whoever comes first to what is
+// still being copied, or to a place that a slower warp still reads, waits there for that alone
+// (places.cuh).
+// NUM_STAGES = 1: V_j is asked for before S = Q K_j^T, K_{j+1} before P V_j.
+// NUM_STAGES = 2: K_{j+1} and V_{j+1}, before P V_j.
 //
 // Warps: WARPS_M along the rows, FRAGMENTS_M * 16 rows each. Those that share rows either
 //   WARPS_N  own different keys of every tile and have m, l, O of their own, merged at the end: for
@@ -30,6 +33,7 @@
 #include <flashcore/mma_sync_tile.cuh>
 #include <flashcore/mma_tf32_tile.cuh>
 #include <flashcore/params.cuh>
+#include <flashcore/places.cuh>
 #include <flashcore/ptx_warp.cuh>
 #include <flashcore/row_sharing.cuh>
 #include <flashcore/rows.cuh>
@@ -55,6 +59,12 @@ constexpr int QUAD = 4;                     // lanes that share a row
 constexpr bool SHARES_ROWS = WARPS_D > 1;
 // Few tiles per block: the first V is worth asking for before the first K is there.
 constexpr bool EARLY_V = NUM_STAGES == 1 && SPLIT_KV;
+// What a thread finds once and keeps from tile to tile: where its copies and the edges of the mask
+// are, and the addresses of its operands. fp32 and blocks of 512 threads have no registers for it;
+// for the operands there are enough from sm_90 on, with up to 256 threads per multiprocessor.
+constexpr bool KEEPS_WALK = sizeof(T) == 2 && NUM_THREADS <= 256;
+constexpr bool KEEPS_OPERANDS =
+    KEEPS_WALK && NUM_THREADS * MIN_BLOCKS <= 256 && __CUDA_ARCH__ >= 900;
 constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
 
 using Products = TileProducts<T, FRAGMENTS_M, TILES_N, TILES_D, LayoutQ, LayoutK, LayoutV>;
@@ -69,6 +79,11 @@ static_assert(BLOCK_M % (16 * WARPS_M) == 0, "warps own whole 16-row fragments o
 static_assert(BLOCK_N % (16 * WARPS_N * WARPS_D) == 0, "warps own whole 16-key steps of the tile");
 static_assert(HEAD_DIM % 16 == 0 && COLS_PER_WARP % 16 == 0, "the head dims are whole steps");
 static_assert(CP_ASYNC && !WARP_SOFTMAX && !FP8 && NUM_STAGES <= 2, "cp.async, up to two stages");
+static_assert(!LayoutV::SWIZZLED || WARPS_D == 1 || COLS_PER_WARP % LayoutV::PANEL == 0,
+              "a warp's columns begin with a panel: its addresses reckon with it");
+constexpr int PANEL_P = Sharing::LayoutP::PANEL;
+static_assert(!SHARES_ROWS || KEYS_PER_WARP % PANEL_P == 0 || PANEL_P % KEYS_PER_WARP == 0,
+              "a warp's part of P: whole panels, or an equal part of one");
 static_assert(!SHARES_ROWS || (WARPS_N == 1 && !SPLIT_KV && NUM_STAGES == 1),
               "warps that share rows have one stage, and nothing to merge");
 
@@ -79,6 +94,7 @@ struct Tiles {
 };
 // The block's work lies here rather than in each thread: the main loop needs every register.
 struct alignas(128) SharedStorage : Tiles, Sharing, Seen {
+    Places<2> places;  // one stage: that of K and that of V; two stages, of K and V each
     Work work;
     int arrived;       // parts of a split row of blocks that have finished
     const T *gK, *gV;  // the sequence's first rows of the head
@@ -102,6 +118,8 @@ struct Context {
     int lane;
 
     __device__ __forceinline__ int first_row() const { return warp_m * ROWS_PER_WARP; }
+    // Where the warps that share rows meet; 0 is block_sync's.
+    __device__ __forceinline__ int rows_barrier() const { return 1 + warp_m; }
     // Row of the block's tile: row `half` (0 or 1) of fragment m.
     __device__ __forceinline__ int row(int m, int half) const {
         return first_row() + m * 16 + half * 8 + lane / QUAD;
@@ -127,6 +145,17 @@ struct Context {
     }
 };
 
+// This lane's addresses of its warp's first operands; those of K and V in the first stage.
+struct Operands {
+    uint32 q, k, v, p;
+
+    __device__ __forceinline__ explicit Operands(const Context& c)
+        : q(Products::lane_q(c.smem.sQ, c.first_row())),
+          k(Products::lane_k(c.smem.sK[0], (c.warp_n + c.warp_d) * KEYS_PER_WARP)),
+          v(Products::lane_v(c.smem.sV[0], c.warp_n * KEYS_PER_WARP, c.warp_d * COLS_PER_WARP)),
+          p(c.smem.operand(c.first_row())) {}
+};
+
 // ---- loads -------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_q(const Context& c) {
@@ -145,58 +174,118 @@ __device__ __forceinline__ void load_q(const Context& c) {
     }
 }
 
-__device__ __forceinline__ void load_k(const Context& c, int tile) {
+using CopyK = TileCopy<LayoutK, DIM_QK, ALIGN_BYTES, NUM_THREADS>;
+using CopyV = TileCopy<LayoutV, DIM_V, ALIGN_BYTES, NUM_THREADS>;
+
+// The walk over the keys: which tiles, and what this thread keeps from one to the next.
+struct Walk {
+    TileRange all;
+    TileRange kept_whole;
+    // Of the tiles that are asked for next, where this thread's first piece comes from; and where
+    // it goes in K's first stage. It goes as far from V's start in V's.
+    const T *next_k, *next_v;
+    uint32 place;
+    static_assert(!KEEPS_WALK || !CopyV::BY_PIECES ||
+                      (LayoutK::PANEL == LayoutV::PANEL && LayoutK::LD == LayoutV::LD),
+                  "K and V are copied alike");
+
+    __device__ __forceinline__ Walk(const Context& c, const TileRange& all)
+        : all(all),
+          kept_whole(whole_of(c)),
+          next_k(CopyK::first_piece(c.smem.gK, c.params.k_strides.row, all.begin * BLOCK_N)),
+          next_v(CopyV::first_piece(c.smem.gV, c.params.v_strides.row, all.begin * BLOCK_N)),
+          place(CopyK::first_place(c.smem.sK[0])) {}
+
+    // Tiles of which every row of the block sees every key.
+    __device__ __forceinline__ TileRange whole(const Context& c) const {
+        return KEEPS_WALK ? kept_whole : whole_of(c);
+    }
+    __device__ static __forceinline__ TileRange whole_of(const Context& c) {
+        return tiles_whole<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M);
+    }
+
+    // Where K and V of a tile have their turn: in which stage, guarded as which places, in the
+    // round of which parity.
+    struct Turn {
+        int stage, place_k, place_v;
+        uint32 parity;
+    };
+    __device__ __forceinline__ Turn turn(int tile) const {
+        const uint32 nth = tile - all.begin;
+        const int stage = nth % NUM_STAGES;
+        return {stage, stage, NUM_STAGES == 1 ? 1 : stage, nth / NUM_STAGES % 2};
+    }
+
+    // The last tile may have keys that do not exist or that no query sees, with a window on the
+    // left the first one, too.
+    __device__ __forceinline__ bool has_all_keys(int tile) const {
+        return tile > all.begin && tile + 1 < all.end;
+    }
+};
+
+__device__ __forceinline__ void load_k(const Context& c, Walk& walk, int tile, int stage) {
     const int64 row_stride = c.params.k_strides.row;
     const int first_key = tile * BLOCK_N;
-    TileCopy<LayoutK, DIM_QK, ALIGN_BYTES, NUM_THREADS>::load(
-        c.smem.sK[tile % NUM_STAGES], c.smem.gK + first_key * row_stride, row_stride, 0,
-        c.mask().seqlen_kv - first_key);
+    if (KEEPS_WALK && CopyK::BY_PIECES && walk.has_all_keys(tile)) {
+        CopyK::load_all(walk.place + stage * LayoutK::BYTES, walk.next_k, row_stride);
+    } else {
+        CopyK::load(c.smem.sK[stage], c.smem.gK + first_key * row_stride, row_stride, 0,
+                    c.mask().seqlen_kv - first_key);
+    }
+    walk.next_k += BLOCK_N * row_stride;
 }
 
 // Values that no query of the sequence sees become zeros: their probability is 0, but 0 * NaN is
 // not.
-__device__ __forceinline__ void load_v(const Context& c, int tile) {
+__device__ __forceinline__ void load_v(const Context& c, Walk& walk, int tile, int stage) {
     const int64 row_stride = c.params.v_strides.row;
     const int first_key = tile * BLOCK_N;
-    TileCopy<LayoutV, DIM_V, ALIGN_BYTES, NUM_THREADS>::load(
-        c.smem.sV[tile % NUM_STAGES], c.smem.gV + first_key * row_stride, row_stride,
-        c.mask().row_begin(0) - first_key, c.mask().row_end(c.work.seqlen_q - 1) - first_key);
-}
-
-// Starts what the first tile needs.
-__device__ __forceinline__ void begin_walk(const Context& c, const TileRange& all) {
-    load_q(c);
-    load_k(c, all.begin);
-    if (EARLY_V) cp_async_commit();  // to be waited for without V
-    if (EARLY_V || NUM_STAGES == 2) load_v(c, all.begin);
-    cp_async_commit();
-}
-
-// Everyone's copies of K_tile (the first time: and of Q) are visible, and all are done with what
-// the copies that start here overwrite.
-__device__ __forceinline__ void begin_tile(const Context& c, int tile, const TileRange& all) {
-    const bool has_v = EARLY_V && tile == all.begin;
-    if (has_v) {
-        cp_async_wait<1>();
+    if (KEEPS_WALK && CopyV::BY_PIECES && walk.has_all_keys(tile)) {
+        CopyV::load_all(walk.place + NUM_STAGES * LayoutK::BYTES + stage * LayoutV::BYTES,
+                        walk.next_v, row_stride);
     } else {
-        cp_async_wait<0>();
+        CopyV::load(c.smem.sV[stage], c.smem.gV + first_key * row_stride, row_stride,
+                    c.mask().row_begin(0) - first_key,
+                    c.mask().row_end(c.work.seqlen_q - 1) - first_key);
     }
-    block_sync();
-    if (NUM_STAGES == 1 && !has_v) load_v(c, tile);
-    if (NUM_STAGES == 2 && tile + 1 < all.end) {
-        load_k(c, tile + 1);
-        load_v(c, tile + 1);
-    }
-    cp_async_commit();
+    walk.next_v += BLOCK_N * row_stride;
 }
 
-// Everyone's copies of V_tile are visible, and all are done with K_tile.
-__device__ __forceinline__ void begin_values(const Context& c, int tile, const TileRange& all) {
-    if (NUM_STAGES == 2) return;  // V came with K
-    cp_async_wait<0>();
-    block_sync();
-    if (tile + 1 < all.end) load_k(c, tile + 1);
-    cp_async_commit();
+// ---- who waits for what ------------------------------------------------------------------------
+// Every thread fills its part of a place and every thread leaves it: that one lane does so for its
+// warp is 1 % faster, but compute-sanitizer's racecheck cannot follow it.
+
+__device__ __forceinline__ void await_full(const Context& c, const Walk::Turn& turn, int place) {
+    mbarrier_wait(&c.smem.places.full[place], turn.parity);
+}
+// What this thread has asked for belongs to the place; others may read when all of it is there.
+__device__ __forceinline__ void tell_filled(const Context& c, int place) {
+    if (CopyK::ASYNC) {
+        mbarrier_arrive_copied(&c.smem.places.full[place]);
+    } else {
+        mbarrier_arrive(&c.smem.places.full[place]);  // it has passed through registers
+    }
+}
+__device__ __forceinline__ void await_empty(const Context& c, const Walk::Turn& turn, int place) {
+    mbarrier_wait(&c.smem.places.empty[place], turn.parity ^ 1);
+}
+__device__ __forceinline__ void leave(const Context& c, int place) {
+    mbarrier_arrive(&c.smem.places.empty[place]);
+}
+
+// Asks for K of a tile; with two stages for V, too, which shares its places.
+__device__ __forceinline__ void fill_k(const Context& c, Walk& walk, int tile) {
+    const Walk::Turn turn = walk.turn(tile);
+    await_empty(c, turn, turn.place_k);
+    load_k(c, walk, tile, turn.stage);
+    if (NUM_STAGES == 2) load_v(c, walk, tile, turn.stage);
+    tell_filled(c, turn.place_k);
+}
+__device__ __forceinline__ void fill_v(const Context& c, Walk& walk, int tile) {
+    const Walk::Turn turn = walk.turn(tile);
+    await_empty(c, turn, turn.place_v);
+    load_v(c, walk, tile, turn.stage);
+    tell_filled(c, turn.place_v);
 }
 
 // ---- softmax -----------------------------------------------------------------------------------
@@ -238,110 +327,144 @@ __device__ __forceinline__ void find_max(const Context& c, Scores& rS, int tile,
     }
 }
 
-// From scores to probabilities, given the tile's maxima; O is rescaled where they are too large for
-// the old m. Without score rules the scores are still raw products: their scale, which is positive
-// then, is part of the exponent's multiply-add.
-__device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const Scores& rS,
-                                             Probabilities& rP, int tile, int m,
-                                             const float (&tile_max)[2]) {
-    const float scale = RULES & SCORE_RULES ? LOG2_E : c.params.scale_log2;
-    float max[2], factor[2];
+// The same for all fragments.
+template <bool MASKED>
+__device__ __forceinline__ void find_maxima(const Context& c, Scores& rS, int tile,
+                                            float (&max)[FRAGMENTS_M][2], SeenHere& seen_here) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        RowState& state = rows.state[m][half];
-        factor[half] = raise_max(state, tile_max[half] * scale);
-        c.gate_row(c.query(m, half)).tile_max(tile * WARPS_N + c.warp_n, state.max);
-        max[half] = finite_max(state.max);
-    }
-    float sum[4] = {};  // two chains per row
-#pragma unroll
-    for (int n = 0; n < TILES_N; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float p[2];
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                p[e] = exp2_approx(rS.x[m][n][2 * half + e] * scale - max[half]);
-                sum[2 * half + e] += p[e];
-                c.gate_row(c.query(m, half))
-                    .probability(c.key(tile, n) + e, to_float(from_float<T>(p[e])));
-            }
-            rP.set_pair(m, n, half, p[0], p[1]);
-        }
-    }
-    rows.state[m][0].sum += sum[0] + sum[1];
-    rows.state[m][1].sum += sum[2] + sum[3];
-    if (warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) rows.scale_output(m, factor);
+    for (int m = 0; m < FRAGMENTS_M; ++m) find_max<MASKED>(c, rS, tile, m, max[m], seen_here);
 }
 
-// From S to P. Warps that share rows have the others' maxima after the barrier in begin_values.
-template <bool MASKED>
-__device__ __forceinline__ void softmax(const Context& c, Rows& rows, Scores& rS, Probabilities& rP,
-                                        int tile, const TileRange& all) {
-    SeenHere seen_here;
-    float max[FRAGMENTS_M][2];
-    if (SHARES_ROWS) {
-#pragma unroll
-        for (int m = 0; m < FRAGMENTS_M; ++m) find_max<MASKED>(c, rS, tile, m, max[m], seen_here);
-        c.smem.tell(max, c.first_row(), c.warp_d);
-        begin_values(c, tile, all);
-        c.smem.hear(max, c.first_row(), fmaxf);
-    }
+// Without score rules the scores are still raw products: their scale, which is positive then, is
+// part of the exponent's multiply-add.
+__device__ __forceinline__ float exponent_scale(const Context& c) {
+    return RULES & SCORE_RULES ? LOG2_E : c.params.scale_log2;
+}
+
+// Given the tile's maxima: O is rescaled where they are too large for the old m. max becomes what
+// the exponents subtract.
+__device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int tile,
+                                             float (&max)[FRAGMENTS_M][2]) {
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
-        if (!SHARES_ROWS) find_max<MASKED>(c, rS, tile, m, max[m], seen_here);
-        exponentiate(c, rows, rS, rP, tile, m, max[m]);
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            RowState& state = rows.state[m][half];
+            factor[half] = raise_max(state, max[m][half] * exponent_scale(c));
+            c.gate_row(c.query(m, half)).tile_max(tile * WARPS_N + c.warp_n, state.max);
+            max[m][half] = finite_max(state.max);
+        }
+        if (warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) rows.scale_output(m, factor);
     }
-    c.smem.exchange(rP, c.first_row(), c.warp_d * KEYS_PER_WARP, 1 + c.warp_m);
-    c.smem.template clear_unseen<LayoutV>(c.smem.sV[tile % NUM_STAGES], seen_here,
-                                          int(threadIdx.x) / WARP_SIZE, [] { block_sync(); });
+}
+
+// The probabilities of step `step` of P V.
+__device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const Scores& rS,
+                                             Probabilities& rP, int tile, int step,
+                                             const float (&max)[FRAGMENTS_M][2]) {
+#pragma unroll
+    for (int i = 0; i < Products::STEP_TILES; ++i) {
+        const int n = step * Products::STEP_TILES + i;
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float p[2];
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float s = rS.x[m][n][2 * half + e];
+                    p[e] = exp2_approx(s * exponent_scale(c) - max[m][half]);
+                    c.gate_row(c.query(m, half))
+                        .probability(c.key(tile, n) + e, to_float(from_float<T>(p[e])));
+                }
+                rows.state[m][half].sum += p[0] + p[1];
+                rP.set_pair(m, i, half, p[0], p[1]);
+            }
+        }
+    }
+}
+
+// O += P V, a step of keys at a time: while the tensor cores multiply one, the next one's
+// exponentials are found.
+__device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
+                                                int tile, const float (&max)[FRAGMENTS_M][2],
+                                                uint32 v) {
+#pragma unroll
+    for (int step = 0; step < Products::STEPS; ++step) {
+        Probabilities rP;
+        exponentiate(c, rows, rS, rP, tile, step, max);
+        Products::output(rows.rO, rP, v, step);
+    }
+}
+
+// The same where the warps that share rows first put P together.
+__device__ __forceinline__ void multiply_values_shared(const Context& c, Rows& rows,
+                                                       const Scores& rS, int tile,
+                                                       const float (&max)[FRAGMENTS_M][2], uint32 p,
+                                                       uint32 v) {
+    const int first_pair = Sharing::first_pair(c.first_row(), c.warp_d * KEYS_PER_WARP);
+#pragma unroll
+    for (int step = 0; step < Products::STEPS; ++step) {
+        Probabilities rP;
+        exponentiate(c, rows, rS, rP, tile, step, max);
+        c.smem.put(rP, first_pair, step);
+    }
+    c.smem.meet(c.rows_barrier());
+    multiply_shared_pv<T, FRAGMENTS_M, BLOCK_N / 16, TILES_D, LayoutV, Sharing::LayoutP>(rows.rO, p,
+                                                                                         v);
 }
 
 // ---- the walk over the keys --------------------------------------------------------------------
 
-// This lane's addresses of its warp's first operands.
-struct Operands {
-    uint32 q, k, v, p;
+__device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& walk,
+                                            const Operands& kept, int tile) {
+    const Operands at = KEEPS_OPERANDS ? kept : Operands(c);
+    const Walk::Turn turn = walk.turn(tile);
+    const bool has_v = EARLY_V && tile == walk.all.begin;
+    if (NUM_STAGES == 1 && !has_v) fill_v(c, walk, tile);
 
-    __device__ __forceinline__ Operands(const Context& c, int stage) {
-        const int key = (c.warp_n + c.warp_d) * KEYS_PER_WARP;
-        const int value_key = c.warp_n * KEYS_PER_WARP, column = c.warp_d * COLS_PER_WARP;
-        q = Products::lane_q(c.smem.sQ, c.first_row());
-        k = Products::lane_k(c.smem.sK[stage], key);
-        v = Products::lane_v(c.smem.sV[stage], value_key, column);
-        p = c.smem.operand(c.first_row());
-    }
-};
-
-__device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, int tile,
-                                            const TileRange& all) {
-    const Operands at(c, tile % NUM_STAGES);
     Scores rS;
-    Probabilities rP;
-    begin_tile(c, tile, all);
-    Products::scores(rS, at.q, at.k);
-    if (!SHARES_ROWS) begin_values(c, tile, all);
-    if (c.mask().cuts(query_of<PACK_GQA>(c.work, 0), last_query_of<PACK_GQA>(c.work, BLOCK_M),
-                      tile * BLOCK_N, (tile + 1) * BLOCK_N)) {
-        softmax<true>(c, rows, rS, rP, tile, all);
+    await_full(c, turn, turn.place_k);
+    Products::scores(rS, at.q, at.k + turn.stage * LayoutK::BYTES);
+    if (NUM_STAGES == 1) leave(c, turn.place_k);
+
+    SeenHere seen_here;
+    float max[FRAGMENTS_M][2];
+    const TileRange whole = walk.whole(c);
+    if (tile >= whole.end || (WINDOW && tile < whole.begin)) {
+        find_maxima<true>(c, rS, tile, max, seen_here);
     } else {
-        softmax<false>(c, rows, rS, rP, tile, all);
+        find_maxima<false>(c, rS, tile, max, seen_here);
     }
+    c.smem.combine(max, c.first_row(), c.warp_d, c.rows_barrier(), fmaxf);
+    if (NUM_STAGES == 1) await_full(c, turn, turn.place_v);
+    c.smem.template clear_unseen<LayoutV>(c.smem.sV[turn.stage], seen_here,
+                                          int(threadIdx.x) / WARP_SIZE, [] { block_sync(); });
+    raise_maxima(c, rows, tile, max);
+    // Not sooner: slower warps still read what this overwrites (right after S: up to 8 % slower),
+    // and, with two stages, which keys are seen.
+    if (tile + 1 < walk.all.end) fill_k(c, walk, tile + 1);
+    const uint32 v = at.v + turn.stage * LayoutV::BYTES;
     if constexpr (SHARES_ROWS) {
-        multiply_shared_pv<T, FRAGMENTS_M, BLOCK_N / 16, TILES_D, LayoutV, Sharing::LayoutP>(
-            rows.rO, at.p, at.v);
+        multiply_values_shared(c, rows, rS, tile, max, at.p, v);
     } else {
-        Products::output(rows.rO, rP, at.v);
+        multiply_values(c, rows, rS, tile, max, v);
     }
+    leave(c, turn.place_v);
 }
 
 __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
     const TileRange all =
         tiles_seen<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M, SPLIT_KV ? c.params.splits : 1);
     if (all.begin >= all.end) return;
-    begin_walk(c, all);
+    Walk walk(c, all);
+    load_q(c);
+    fill_k(c, walk, all.begin);
+    if (EARLY_V) fill_v(c, walk, all.begin);
+    const Operands at(c);
 #pragma unroll 1
-    for (int tile = all.begin; tile < all.end; ++tile) attend_tile(c, rows, tile, all);
+    for (int tile = all.begin; tile < all.end; ++tile) attend_tile(c, rows, walk, at, tile);
 }
 
 // ---- the end -----------------------------------------------------------------------------------
@@ -349,8 +472,13 @@ __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
 // Normalises, writes the LSE, and sends O through the warp's own rows of sQ out to memory.
 __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
     const AttentionParams& p = c.params;
-    c.smem.finish_sums(rows, c.first_row(), c.warp_d);
-    if (HEAD_DIM != HEAD_DIM_V) block_sync();  // no warp reads Q any more: O's rows lie elsewhere
+    float sum[FRAGMENTS_M][2];
+    rows.quad_sums(sum);
+    c.smem.combine(sum, c.first_row(), c.warp_d, c.rows_barrier(),
+                   [](float a, float b) { return a + b; });
+    rows.set_sums(sum);
+    // A warp's rows of O lie over its own rows of Q; otherwise no warp may read Q any more.
+    if (LayoutO::PANEL != LayoutQ::PANEL || LayoutO::LD != LayoutQ::LD) block_sync();
     const int first_col = c.warp_d * COLS_PER_WARP;
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
@@ -392,11 +520,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
                                     : BlockPart{int(blockIdx.x), 0};
     if (!find_work<CAUSAL, VARLEN, PACK_GQA>(params, BLOCK_M, work, part)) return;
     if (threadIdx.x == 0) {
+        smem.places.init(NUM_THREADS, NUM_THREADS);
         smem.work = work;
         smem.gK = head_row<T>(params.k, params.k_strides, work.batch, work.head_kv, work.start_kv);
         smem.gV = head_row<T>(params.v, params.v_strides, work.batch, work.head_kv, work.start_kv);
     }
-    block_sync();  // the work is there
+    block_sync();  // the work and the barriers are there
     // Through a shuffle, which tells the compiler that a warp's lanes agree on it.
     const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
     const int column = warp / WARPS_M;

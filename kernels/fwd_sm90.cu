@@ -20,7 +20,8 @@
 // There are as many thread blocks as multiprocessors; each takes blocks of rows, the longest first,
 // until none is left, and loads for the next one while it finishes the last. A row is a query; with
 // PACK_GQA the query heads that share a head of K and V are rows side by side. With SPLIT_KV the
-// keys of a block of rows are in parts, each taken by itself; see split_merge.cuh.
+// keys of a block of rows are in parts, each taken by itself; see split_merge.cuh. (With CLUSTER
+// there is a thread block for every part, and those of a block of rows come and go together.)
 //
 // Shared memory, tiles as shared_layout.cuh has them, which is TMA's and wgmma's swizzle:
 //   | sQ, one or two | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | sO, or none | barriers, work |
@@ -129,9 +130,10 @@ __device__ __forceinline__ int rows_of(const Work& w) {
     return PACK_GQA ? w.seqlen_q * w.group : w.seqlen_q;
 }
 
-// Of the block's tiles of keys those that some row of a consumer's sees.
+// Of the block's tiles of keys those that some row of a consumer's sees. Where consumers meet for
+// every tile all of them walk over all tiles.
 __device__ __forceinline__ TileRange tiles_of(const AttentionParams& p, const Item& w, int index) {
-    if (CONSUMERS == 1) return w.tiles;
+    if (CONSUMERS == 1 || HIDES_KEYS) return w.tiles;
     const int first_row = index * ROWS;
     if (w.first_row + first_row >= rows_of(w)) return {0, 0};
     return tiles_seen<BLOCK_N, PACK_GQA>(w, mask_of(p, w), first_row, first_row + ROWS, 1);
@@ -385,10 +387,6 @@ struct Consumer {
             await_turn();
             pass_turn();
             at.await_full(smem.v);
-            if (HIDES_KEYS) {
-                seen_here = SeenHere();
-                meet(at.stage);
-            }
             at.release(smem.v);
             at.advance();
         }
@@ -530,11 +528,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROU
     // Each of these takes half a microsecond.
     if (warp == 1) dispatcher.begin(smem.queue);
     if (threadIdx.x == 2 * WARP_SIZE) {
-        smem.q.init(CONSUMERS * 4);  // warps
-        smem.k.init(CONSUMERS * 4);
-        smem.v.init(CONSUMERS * 4);
-        smem.queue.claims.init(1);
-        smem.queue.places.init(CONSUMERS * 4 + 1);  // and the warp that loads
+        smem.q.init(1, CONSUMERS * 4);  // warps
+        smem.k.init(1, CONSUMERS * 4);
+        smem.v.init(1, CONSUMERS * 4);
+        smem.queue.claims.init(1, 1);
+        smem.queue.places.init(1, CONSUMERS * 4 + 1);  // and the warp that loads
         fence_mbarrier_init();
     }
     if (threadIdx.x == 3 * WARP_SIZE) {

@@ -338,6 +338,24 @@ def test_illegal_tiles_say_why(kernel: str, changes: dict, message: str) -> None
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warps_d": 4}, "each warp needs whole panels of 64 of the 128 columns"),
+        ({"block_n": 96, "warps_d": 2}, "a warp's 48 keys are neither whole panels of 32"),
+        ({"block_m": 256, "warps_m": 16, "warps_d": 2}, "at most 15 where warps share rows"),
+    ],
+)
+def test_warps_that_share_rows_say_why_not(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiles.select(
+            problem.contiguous_problem(8, 16, 2048, 128),
+            "sm_90a",
+            kernel="mma_sm80",
+            overrides={"num_stages": 1, **changes},
+        )
+
+
 @pytest.mark.parametrize("kernel", [k for k in tiles.KERNELS if not tiles.KERNELS[k].has_rules])
 def test_kernels_without_rules_say_so(kernel: str) -> None:
     plain = problem.contiguous_problem(1, 2, 64, 64)

@@ -94,6 +94,7 @@ DEVICE_LAYERS = (
         "schedule",
         "shared_layout",
         "smem_tile",
+        "places",
         "tma_pipeline",
         "work_queue",
         "wgmma_tile",

@@ -247,6 +247,19 @@ def test_cp_async(probe_folder: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_copies_are_counted(probe_folder: Path) -> None:
+    """A barrier that every thread's copies arrive at is over when all of them are there."""
+    import cupy
+
+    rounds, threads = 11, 64
+    x = np.random.default_rng(5).integers(0, 256, (rounds, threads, 16), np.uint8)
+    y = cupy.zeros((rounds, threads, 16), "u1")
+    arguments = (cupy.asarray(x), np.int32(rounds), y)
+    Probe("cp_async").module.get_function("counted")((1,), (threads,), arguments)
+    np.testing.assert_array_equal(cupy.asnumpy(y), np.roll(x, -1, axis=1))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_wmma(probe_folder: Path, dtype: type) -> None:
     run = Probe("wmma")

@@ -631,6 +631,18 @@ def test_compare_allows_for_the_rounding_of_the_dtype() -> None:
     assert outcome.allowed_error == 2 * 2.0**-13
 
 
+def test_compare_allows_for_the_rounding_of_p_and_o() -> None:
+    """Two keys with scores 1 and 0: P normalised first comes out better, by luck."""
+    e = float(np.exp(-1.0))
+    p = float(ml_dtypes.bfloat16(e))  # as a fused kernel has it, before the sum is known
+    got = np.array([p / (1 + e)]).astype(ml_dtypes.bfloat16)
+    expected = np.array([e / (1 + e)])
+    naive_o = expected.astype(ml_dtypes.bfloat16)
+    assert abs(float(got[0]) - expected[0]) > 2 * abs(float(naive_o[0]) - expected[0])
+    assert compare(got, expected, naive_o).ok
+    assert not compare((got.astype(np.float64) * 0.99).astype(got.dtype), expected, naive_o).ok
+
+
 def test_compare_of_nothing_and_of_unequal_shapes() -> None:
     empty = np.empty((1, 2, 0, 8))
     assert compare(empty.astype(np.float16), empty, empty).ok

@@ -32,7 +32,7 @@ SMALL = tune.Space((64,), (32, 64), (1,), (16, 32))
 def search_of(
     kernel: str = "mma_sm80", dim: int = 64, space: tune.Space = SMALL, masks: Any = (False, True)
 ) -> tune.Search:
-    problems = tune.cells_of((dim, dim), "bfloat16", (512, 2048), masks)
+    problems = tune.cells_of((dim, dim), "bfloat16", (1024, 2048), masks)
     return tune.begin(kernel, problems, space, ARCH)
 
 
@@ -89,7 +89,7 @@ def test_given_values_restrict_the_space() -> None:
     space = tune.SPACES["wgmma_sm90"].restricted(block_m=(128,), block_n=(24, 112), num_stages=())
     found = search_of("wgmma_sm90", 128, space)
     assert len(found.candidates) == 1 + 2 * 4
-    assert found.candidates[0].row.tile == tiles.select(found.cells["512"], ARCH).config.tile
+    assert found.candidates[0].row.tile == tiles.select(found.cells["1024"], ARCH).config.tile
     kinds = kinds_of(found)
     assert kinds["128x24 s1"] == "illegal" and kinds["128x112 s2"] is None
     assert kinds["128x112 s4"] == "too large"
@@ -165,7 +165,7 @@ def test_the_current_row_may_be_slow_but_not_wrong() -> None:
     current = search_of().current
     current.drop("spills", "8 bytes")
     assert current.dropped is None
-    with pytest.raises(RuntimeError, match=r"the current row, 128x64.*: wrong: nan"):
+    with pytest.raises(RuntimeError, match=r"the current row, 128x128.*: wrong: nan"):
         current.drop("wrong", "nan")
 
 

@@ -71,38 +71,35 @@ __device__ __forceinline__ void multiply_qk(AccumulatorTile<FRAGMENTS_M, TILES_N
     }
 }
 
-// P as the A operand of P V: FRAGMENTS_M * 16 rows, STEPS * 16 keys, two values of T per register.
+// P as the A operand of a step of P V: FRAGMENTS_M * 16 rows, 16 keys, two values of T a register.
 // The accumulator layout of two neighbouring 8-key tiles of S is the operand layout of one 16-key
 // step, so a probability stays in the lane that computed it.
-template <typename T, int FRAGMENTS_M, int STEPS>
+template <typename T, int FRAGMENTS_M>
 struct ProbabilityTile {
-    uint32 x[FRAGMENTS_M][STEPS][4];
+    uint32 x[FRAGMENTS_M][4];
 
-    // The pair of keys that a lane holds of 8-key tile n, in row `half` of fragment m.
+    // The pair of keys that a lane holds of 8-key tile n (0 or 1), in row `half` of fragment m.
     __device__ __forceinline__ void set_pair(int m, int n, int half, float lo, float hi) {
-        x[m][n / 2][n % 2 * 2 + half] = pack2<T>(lo, hi);
+        x[m][2 * n + half] = pack2<T>(lo, hi);
     }
     __device__ __forceinline__ uint32 pair(int m, int n, int half) const {
-        return x[m][n / 2][n % 2 * 2 + half];
+        return x[m][2 * n + half];
     }
 };
 
-// O += P V. v: this lane's ldmatrix address of the first key.
-template <typename T, int FRAGMENTS_M, int STEPS, int TILES_D, typename LayoutV>
+// O += P V for 16 keys, the step-th of v: this lane's ldmatrix address of the first key.
+template <typename T, int FRAGMENTS_M, int TILES_D, typename LayoutV>
 __device__ __forceinline__ void multiply_pv(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
-                                            const ProbabilityTile<T, FRAGMENTS_M, STEPS>& rP,
-                                            uint32 v, int first_key = 0) {
+                                            const ProbabilityTile<T, FRAGMENTS_M>& rP, uint32 v,
+                                            int step) {
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
+    for (int d = 0; d < TILES_D; d += 2) {
+        uint32 rV[4];
+        ldmatrix_x4_trans(rV, LayoutV::step_bytes(v, step * 16, d * 8));
 #pragma unroll
-        for (int d = 0; d < TILES_D; d += 2) {
-            uint32 rV[4];
-            ldmatrix_x4_trans(rV, LayoutV::step_bytes(v, first_key + step * 16, d * 8));
-#pragma unroll
-            for (int m = 0; m < FRAGMENTS_M; ++m) {
-                mma_m16n8k16<T>(rO.x[m][d], rP.x[m][step], rV[0], rV[1]);
-                mma_m16n8k16<T>(rO.x[m][d + 1], rP.x[m][step], rV[2], rV[3]);
-            }
+        for (int m = 0; m < FRAGMENTS_M; ++m) {
+            mma_m16n8k16<T>(rO.x[m][d], rP.x[m], rV[0], rV[1]);
+            mma_m16n8k16<T>(rO.x[m][d + 1], rP.x[m], rV[2], rV[3]);
         }
     }
 }
@@ -114,11 +111,11 @@ __device__ __forceinline__ void multiply_shared_pv(AccumulatorTile<FRAGMENTS_M, 
                                                    uint32 p, uint32 v) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        ProbabilityTile<T, FRAGMENTS_M, 1> rP;
+        ProbabilityTile<T, FRAGMENTS_M> rP;
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m)
-            ldmatrix_x4(rP.x[m][0], LayoutP::step_bytes(p, m * 16, step * 16));
-        multiply_pv<T, FRAGMENTS_M, 1, TILES_D, LayoutV>(rO, rP, v, step * 16);
+            ldmatrix_x4(rP.x[m], LayoutP::step_bytes(p, m * 16, step * 16));
+        multiply_pv<T, FRAGMENTS_M, TILES_D, LayoutV>(rO, rP, v, step);
     }
 }
 
@@ -128,7 +125,8 @@ template <typename T, int FRAGMENTS_M, int TILES_N, int TILES_D, typename Layout
           typename LayoutV>
 struct TileProducts {
     using Scores = AccumulatorTile<FRAGMENTS_M, TILES_N>;
-    using Probabilities = ProbabilityTile<T, FRAGMENTS_M, TILES_N / 2>;
+    static constexpr int STEPS = TILES_N / 2, STEP_TILES = 2;  // P V goes by steps of 16 keys
+    using Probabilities = ProbabilityTile<T, FRAGMENTS_M>;
     using Output = AccumulatorTile<FRAGMENTS_M, TILES_D>;
 
     // This lane's addresses of the warp's first operands.
@@ -145,8 +143,9 @@ struct TileProducts {
     __device__ static __forceinline__ void scores(Scores& rS, uint32 q, uint32 k) {
         multiply_qk<T, FRAGMENTS_M, TILES_N, LayoutQ, LayoutK>(rS, q, k);
     }
-    __device__ static __forceinline__ void output(Output& rO, const Probabilities& rP, uint32 v) {
-        multiply_pv<T, FRAGMENTS_M, TILES_N / 2, TILES_D, LayoutV>(rO, rP, v);
+    __device__ static __forceinline__ void output(Output& rO, const Probabilities& rP, uint32 v,
+                                                  int step) {
+        multiply_pv<T, FRAGMENTS_M, TILES_D, LayoutV>(rO, rP, v, step);
     }
 };
 

@@ -176,6 +176,7 @@ template <int FRAGMENTS_M, int TILES_N, int TILES_D, typename LayoutQ, typename 
 struct TileProducts<float, FRAGMENTS_M, TILES_N, TILES_D, LayoutQ, LayoutK, LayoutV> {
     static constexpr int LD = LayoutQ::LD, LD_V = LayoutV::LD;
     using Scores = AccumulatorTile<FRAGMENTS_M, TILES_N>;
+    static constexpr int STEPS = 1, STEP_TILES = TILES_N;  // P V takes all keys at once
     using Probabilities = Scores;
     using Output = AccumulatorTile<FRAGMENTS_M, TILES_D>;
 
@@ -192,7 +193,8 @@ struct TileProducts<float, FRAGMENTS_M, TILES_N, TILES_D, LayoutQ, LayoutK, Layo
     __device__ static __forceinline__ void scores(Scores& rS, uint32 q, uint32 k) {
         multiply_qk_f32<FRAGMENTS_M, TILES_N, LayoutQ::COLS, LD>(rS, q, k);
     }
-    __device__ static __forceinline__ void output(Output& rO, const Probabilities& rP, uint32 v) {
+    __device__ static __forceinline__ void output(Output& rO, const Probabilities& rP, uint32 v,
+                                                  int) {
         multiply_pv_f32<FRAGMENTS_M, TILES_N, TILES_D, LD_V>(rO, rP, v);
     }
 };

@@ -21,7 +21,8 @@ __device__ __forceinline__ void cluster_sync() {
             : "memory");
 }
 
-// The same where nothing that was written matters: what has been read before may go.
+// The same where nothing that was written matters: what has been read before may go. Read, that is,
+// and used: who has used a value has waited for its load.
 __device__ __forceinline__ void cluster_meet() {
     asm volatile(
         "barrier.cluster.arrive.relaxed.aligned;\n"

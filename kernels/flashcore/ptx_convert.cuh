@@ -131,7 +131,8 @@ __device__ __forceinline__ uint32 widen_e4m3x2<bfloat16_t>(uint16 packed) {
 // nearest, so that lo is centred and at most 2^-11 of x; of lo the tensor cores ignore what is
 // below 2^-22 of x. (cvt.rna, which rounds, is four instructions on the chip; to add half a unit,
 // 2^-11 of x's power of two, and to cut takes three, and keeps NaN and infinities.) A tf32 is its
-// own hi; the lo of NaN and of infinities is NaN.
+// own hi; the lo of NaN and infinities is NaN. Finite, but within 2^-11 of the largest number: hi
+// is infinite.
 __device__ __forceinline__ void split_tf32(float x, uint32& hi, uint32& lo) {
     const float power = __uint_as_float(__float_as_uint(x) & 0xff800000u);  // with x's sign
     hi = __float_as_uint(fmaf(power, 1.0f / 2048, x)) & 0xffffe000u;

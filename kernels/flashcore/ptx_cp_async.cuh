@@ -1,5 +1,6 @@
 // ptx_cp_async.cuh - copies from global to shared memory that pass no register and finish later
-// (sm_80 and later). A thread waits for its own copies; a block barrier then makes them visible.
+// (sm_80 and later). A thread waits for its own copies, and a barrier makes them
+// visible; or an mbarrier counts them (ptx_mbarrier.cuh).
 #pragma once
 #include <flashcore/types.cuh>
 
@@ -12,22 +13,21 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
 // Copies `valid` bytes and fills the rest of the 16, 8 or 4 with zeros; valid = 0 reads nothing.
 // Only the 16-byte form may bypass L1 (.cg), which is wanted here: a tile is used from shared
 // memory. The rest of the 128 bytes around will be asked for next.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int valid) {
-    asm volatile(
-        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-        "l"(global), "r"(valid)
-        : "memory");
-}
-
-__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
+__device__ __forceinline__ void cp_async_16(uint32 shared, const void* global, int valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
                  "l"(global), "r"(valid)
                  : "memory");
 }
 
-__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(valid)
+__device__ __forceinline__ void cp_async_8(uint32 shared, const void* global, int valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global),
+                 "r"(valid)
+                 : "memory");
+}
+
+__device__ __forceinline__ void cp_async_4(uint32 shared, const void* global, int valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
+                 "r"(valid)
                  : "memory");
 }
 

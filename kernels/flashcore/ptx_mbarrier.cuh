@@ -1,5 +1,6 @@
-// ptx_mbarrier.cuh - barriers in shared memory that count arrivals and bytes, and what orders plain
-// stores with the asynchronous units that read shared memory on their own (sm_90 and later).
+// ptx_mbarrier.cuh - barriers in shared memory that count arrivals, from sm_80 on, and bytes, and
+// what orders plain stores with the asynchronous units that read shared memory on their own (sm_90
+// and later).
 //
 // A barrier is a uint64. Its phase is over when `count` arrivals and all expected bytes have come;
 // the next one then begins by itself. Phases have parity 0, 1, 0, ...; a wait names the parity of
@@ -13,7 +14,8 @@
 
 namespace flashcore {
 
-// One thread does this, once; then fence_mbarrier_init, then a block barrier.
+// One thread does this, once; then fence_mbarrier_init, if TMA will arrive; then a
+// block barrier.
 __device__ __forceinline__ void mbarrier_init(uint64* barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                  "r"(count)
@@ -31,6 +33,14 @@ __device__ __forceinline__ void mbarrier_arrive(uint64* barrier) {
                  : "memory");
 }
 
+// Arrives when all cp.async that this thread has started before have finished; plain stores are not
+// waited for. The barrier counts such arrivals as all others.
+__device__ __forceinline__ void mbarrier_arrive_copied(uint64* barrier) {
+    asm volatile(
+        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+        : "memory");
+}
+
 // Arrives, and makes the phase wait for so many bytes of copies too. Before they are started: a
 // copy may be quicker than the thread.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64* barrier, uint32 bytes) {
@@ -40,14 +50,18 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64* barrier, uint3
         : "memory");
 }
 
-// Whether the phase of this parity is over; the hardware may let the thread sleep a while
-// before it says no.
+// Whether the phase of this parity is over; from sm_90 on the hardware may let the thread sleep a
+// while before it says no.
 __device__ __forceinline__ bool mbarrier_try_wait(uint64* barrier, uint32 parity) {
     uint32 done;
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
+#if __CUDA_ARCH__ >= 900
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+#else
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+#endif
         "selp.u32 %0, 1, 0, done;\n"
         "}"
         : "=r"(done)

@@ -1,11 +1,11 @@
-// row_sharing.cuh - for heads too wide for one warp's registers: WARPS_D warps have the same rows.
+// row_sharing.cuh - for heads that are too wide for one warp's registers, or leave one warp only 16
+// rows, which take twice the reads of 32 from shared memory: WARPS_D warps have the same rows.
 // Each computes the scores of its part of the keys and the output of its part of the columns, so
 // they tell each other the rows' maxima and all of P, through shared memory.
 #pragma once
 #include <flashcore/mma_sync_tile.cuh>
 #include <flashcore/ptx_warp.cuh>
-#include <flashcore/rows.cuh>
-#include <flashcore/smem_tile.cuh>
+#include <flashcore/shared_layout.cuh>
 
 namespace flashcore {
 
@@ -20,21 +20,24 @@ struct RowSharing {
         return first_row + m * 16 + half * 8 + threadIdx.x % WARP_SIZE / 4;
     }
 
-    // Barriers come from outside: one before sRow is written again, one before it is read.
-    template <int FRAGMENTS_M>
-    __device__ __forceinline__ void tell(const float (&x)[FRAGMENTS_M][2], int first_row,
-                                         int warp_d) {
-        if (threadIdx.x % 4 > 0) return;
-#pragma unroll
-        for (int m = 0; m < FRAGMENTS_M; ++m)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) sRow[warp_d][row(first_row, m, half)] = x[m][half];
+    // Returns when all warps that share the rows are here.
+    __device__ __forceinline__ void meet(int barrier) const {
+        named_barrier_sync(barrier, WARPS_D * WARP_SIZE);
     }
 
-    // combine(a, b) over what all warps told.
-    template <int FRAGMENTS_M, typename Combine>
-    __device__ __forceinline__ void hear(float (&x)[FRAGMENTS_M][2], int first_row,
-                                         Combine combine) const {
+    // x = op over all their x, a number per row. They meet in between, and have met since the last
+    // call: everyone has read what is overwritten.
+    template <int FRAGMENTS_M, typename Op>
+    __device__ __forceinline__ void combine(float (&x)[FRAGMENTS_M][2], int first_row, int warp_d,
+                                            int barrier, Op op) {
+        if (threadIdx.x % 4 == 0) {
+#pragma unroll
+            for (int m = 0; m < FRAGMENTS_M; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    sRow[warp_d][row(first_row, m, half)] = x[m][half];
+        }
+        meet(barrier);
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m) {
 #pragma unroll
@@ -42,38 +45,28 @@ struct RowSharing {
                 const int r = row(first_row, m, half);
                 x[m][half] = sRow[0][r];
 #pragma unroll
-                for (int d = 1; d < WARPS_D; ++d) x[m][half] = combine(x[m][half], sRow[d][r]);
+                for (int d = 1; d < WARPS_D; ++d) x[m][half] = op(x[m][half], sRow[d][r]);
             }
         }
     }
 
-    // The sum of a row: its quad's lanes, and the warps that share it, have summed different keys.
-    template <int FRAGMENTS_M, int TILES_D>
-    __device__ __forceinline__ void finish_sums(WarpRows<FRAGMENTS_M, TILES_D>& rows, int first_row,
-                                                int warp_d) {
-        float sum[FRAGMENTS_M][2];
-        rows.quad_sums(sum);
-        block_sync();  // the last tile's maxima have been heard
-        tell(sum, first_row, warp_d);
-        block_sync();  // the others' sums are there
-        hear(sum, first_row, [](float a, float b) { return a + b; });
-        rows.set_sums(sum);
+    // Where this lane's first pair of P belongs that its warp finds: from first_key on.
+    __device__ static __forceinline__ int first_pair(int first_row, int first_key) {
+        return LayoutP::element(row(first_row, 0, 0), first_key) + threadIdx.x % 4 * 2;
     }
-
-    // P of this warp's keys, from first_key on; returns when the others' is there, too.
-    template <int FRAGMENTS_M, int STEPS>
-    __device__ __forceinline__ void exchange(const ProbabilityTile<T, FRAGMENTS_M, STEPS>& rP,
-                                             int first_row, int first_key, int barrier) {
+    // P of the step-th 16 of these keys.
+    template <int FRAGMENTS_M>
+    __device__ __forceinline__ void put(const ProbabilityTile<T, FRAGMENTS_M>& rP, int first_pair,
+                                        int step) {
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m)
 #pragma unroll
-            for (int n = 0; n < 2 * STEPS; ++n)
+            for (int n = 0; n < 2; ++n)
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                     *reinterpret_cast<uint32*>(
-                        sP + LayoutP::element(row(first_row, m, half), first_key + n * 8) +
-                        threadIdx.x % 4 * 2) = rP.pair(m, n, half);
-        named_barrier_sync(barrier, WARPS_D * WARP_SIZE);
+                        sP + LayoutP::step(first_pair, m * 16 + half * 8, step * 16 + n * 8)) =
+                        rP.pair(m, n, half);
     }
 
     // This lane's ldmatrix address of the warp's first row of P.
@@ -86,18 +79,12 @@ struct RowSharing {
 template <typename T, int BLOCK_M, int BLOCK_N>
 struct RowSharing<T, 1, BLOCK_M, BLOCK_N> {
     using LayoutP = SharedLayout<T, BLOCK_M, BLOCK_N>;
-    template <int FRAGMENTS_M>
-    __device__ __forceinline__ void tell(const float (&)[FRAGMENTS_M][2], int, int) {}
-    template <int FRAGMENTS_M, typename Combine>
-    __device__ __forceinline__ void hear(float (&)[FRAGMENTS_M][2], int, Combine) const {}
+    __device__ __forceinline__ void meet(int) const {}
+    template <int FRAGMENTS_M, typename Op>
+    __device__ __forceinline__ void combine(float (&)[FRAGMENTS_M][2], int, int, int, Op) {}
+    __device__ static __forceinline__ int first_pair(int, int) { return 0; }
     template <typename P>
-    __device__ __forceinline__ void exchange(const P&, int, int, int) {}
-    template <int FRAGMENTS_M, int TILES_D>
-    __device__ __forceinline__ void finish_sums(WarpRows<FRAGMENTS_M, TILES_D>& rows, int, int) {
-        float sum[FRAGMENTS_M][2];
-        rows.quad_sums(sum);
-        rows.set_sums(sum);
-    }
+    __device__ __forceinline__ void put(const P&, int, int) {}
     __device__ __forceinline__ uint32 operand(int) const { return 0; }
 };
 

@@ -113,6 +113,15 @@ __device__ __forceinline__ TileRange tiles_seen(const Work& w, const Mask& mask,
     return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
 }
 
+// Those of which every row of [first_row, end_row) that exists sees every key: what needs no
+// comparison of positions.
+template <int BLOCK_N, bool PACK_GQA, typename Mask>
+__device__ __forceinline__ TileRange tiles_whole(const Work& w, const Mask& mask, int first_row,
+                                                 int end_row) {
+    return {div_up(mask.row_begin(last_query_of<PACK_GQA>(w, end_row)), BLOCK_N),
+            max(mask.row_end(query_of<PACK_GQA>(w, first_row)), 0) / BLOCK_N};
+}
+
 // A block of rows, and a part of the keys.
 struct BlockPart {
     int block, split;

@@ -19,7 +19,7 @@ constexpr int RULE_MASK_MOD = 64;
 constexpr int RULE_SINK = 128;          // joins the softmax at the end, see softmax.cuh
 constexpr int RULE_BIAS_PAIRS = 256;    // two neighbouring keys of the bias in one aligned load
 constexpr int RULE_MASK_PAIRS = 512;    // the same of the mask
-constexpr int RULE_SCALE_FIRST = 1024;  // before the maximum, for it is not positive
+constexpr int RULE_SCALE_FIRST = 1024;  // before the maximum: it is below 2^-126
 
 // Rules that change a score, rather than hide a key.
 constexpr int SCORE_RULES =

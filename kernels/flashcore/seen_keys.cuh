@@ -53,7 +53,8 @@ struct VisiblePairs {
     }
 };
 
-// The place in shared memory where the warps put this together.
+// The place in shared memory where the warps put this together. Where no key is unseen they meet
+// once, so that a fast warp must not come again before all have read: the caller sees to it.
 template <bool HIDES_KEYS, int WARPS_M, int COLUMNS, int KEYS_PER_WARP>
 struct SeenKeys {
     static constexpr int WORDS = div_up(KEYS_PER_WARP, 32);

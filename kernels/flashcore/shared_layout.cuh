@@ -24,6 +24,7 @@ struct SharedLayout {
     static constexpr int PANEL = !SWIZZLED ? COLS : COLS % 64 == 0 ? 64 : 32;  // columns
     static constexpr int LD = SWIZZLED ? PANEL : COLS + CHUNK;                 // from row to row
     static constexpr int SIZE = COLS / PANEL * ROWS * LD;
+    static constexpr int BYTES = SIZE * int(sizeof(T));
     // Rows that many apart have their chunks in the same places.
     static constexpr int PERIOD = SWIZZLED ? 8 : 1;
 

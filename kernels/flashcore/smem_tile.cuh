@@ -15,7 +15,7 @@ namespace flashcore {
 __host__ __device__ constexpr int padded_row(int cols) { return cols + 8; }
 
 template <int BYTES>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+__device__ __forceinline__ void copy_async(uint32 shared, const void* global, bool valid) {
     const int bytes = valid ? BYTES : 0;
     if constexpr (BYTES == 16) cp_async_16(shared, global, bytes);
     if constexpr (BYTES == 8) cp_async_8(shared, global, bytes);
@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_tile(T* sTile, const T* gTile, int64 row_st
         const T* source = valid ? gTile + row * row_stride + col : gTile;
         T* target = sTile + row * padded_row(COLS) + col;
         if constexpr (ASYNC && BYTES >= 4) {
-            copy_async<BYTES>(target, source, valid);
+            copy_async<BYTES>(shared_address(target), source, valid);
         } else {
             copy_sync<BYTES>(target, source, valid);
         }
@@ -78,6 +78,7 @@ struct TileCopy {
     static constexpr bool STEPS = ROWS_PER_PASS % Layout::PERIOD == 0 &&
                                   (!Layout::SWIZZLED || COLS_PER_PASS % Layout::PANEL == 0);
     static_assert(VALID_COLS % VEC == 0, "a copy is all inside or all outside");
+    static constexpr bool ASYNC = BYTES >= 4;  // otherwise through registers
 
     // Starts copying rows [first_valid, end_valid) from gTile; other rows and columns become zeros,
     // as in load_tile.
@@ -87,6 +88,37 @@ struct TileCopy {
             passes<true>(sTile, gTile, row_stride, first_valid, end_valid);
         } else {
             passes<false>(sTile, gTile, row_stride, first_valid, end_valid);
+        }
+    }
+
+    // Whether a thread reaches all its pieces from the first one: see load_all.
+    static constexpr bool BY_PIECES = STEPS && ROWS % ROWS_PER_PASS == 0 && BYTES >= 8;
+
+    // This thread's first piece, of the tile that begins at row first_row of gRows, and its place.
+    __device__ static __forceinline__ const T* first_piece(const T* gRows, int64 row_stride,
+                                                           int first_row) {
+        const int thread = thread_index_anew();
+        return gRows + (first_row + thread / THREADS_PER_ROW) * row_stride +
+               thread % THREADS_PER_ROW * VEC;
+    }
+    __device__ static __forceinline__ uint32 first_place(const T* sTile) {
+        const int thread = thread_index_anew();
+        return shared_address(
+            sTile + Layout::element(thread / THREADS_PER_ROW, thread % THREADS_PER_ROW * VEC));
+    }
+    // The tile whose first piece lies at `source` and belongs at `place`; all its rows are valid.
+    __device__ static __forceinline__ void load_all(uint32 place, const T* source,
+                                                    int64 row_stride) {
+        const int first_col = thread_index_anew() % THREADS_PER_ROW * VEC;
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) {
+#pragma unroll
+            for (int col = 0; col < COLS; col += COLS_PER_PASS) {
+                const bool valid = VALID_COLS == COLS || first_col + col < VALID_COLS;
+                copy_async<BYTES>(Layout::step_bytes(place, pass * ROWS_PER_PASS, col),
+                                  valid ? source + col : source, valid);
+            }
+            source += ROWS_PER_PASS * row_stride;
         }
     }
 
@@ -112,8 +144,8 @@ struct TileCopy {
                 const T* from = valid ? source + col : gTile;
                 T* to = STEPS ? target + Layout::step(0, pass * ROWS_PER_PASS, col)
                               : sTile + Layout::element(row, first_col + col);
-                if constexpr (BYTES >= 4) {
-                    copy_async<BYTES>(to, from, valid);
+                if constexpr (ASYNC) {
+                    copy_async<BYTES>(shared_address(to), from, valid);
                 } else {
                     copy_sync<BYTES>(to, from, valid);
                 }
@@ -139,7 +171,7 @@ __device__ __forceinline__ void gather_rows(T* sTile, RowOf row_of) {
         if (valid) source += col;
         T* target = sTile + Layout::element(row, col);
         if constexpr (BYTES >= 4) {
-            copy_async<BYTES>(target, source, valid);
+            copy_async<BYTES>(shared_address(target), source, valid);
         } else {
             copy_sync<BYTES>(target, source, valid);
         }

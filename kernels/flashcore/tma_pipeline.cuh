@@ -1,26 +1,12 @@
-// tma_pipeline.cuh - between a warp that starts copies and the warps that use what arrives: places
-// in shared memory that are filled and emptied in turn, each guarded by a barrier per direction
-// (see ptx_mbarrier.cuh).
+// tma_pipeline.cuh - between a warp that starts copies and the warps that use what arrives: going
+// round places (places.cuh), and whole tiles by TMA.
 #pragma once
-#include <flashcore/ptx_mbarrier.cuh>
+#include <flashcore/places.cuh>
 #include <flashcore/ptx_tma.cuh>
 #include <flashcore/ptx_warp.cuh>
 #include <flashcore/shared_layout.cuh>
 
 namespace flashcore {
-
-// Barriers of STAGES places. Full: the copy's bytes have arrived. Empty: every user has read them.
-template <int STAGES>
-struct Places {
-    uint64 full[STAGES], empty[STAGES];
-
-    __device__ __forceinline__ void init(int users) {
-        for (int s = 0; s < STAGES; ++s) {
-            mbarrier_init(&full[s], 1);
-            mbarrier_init(&empty[s], users);
-        }
-    }
-};
 
 // Where someone stands who goes round STAGES places; `parity` is that of his round.
 template <int STAGES>
