@@ -22,6 +22,8 @@ DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("bhsd", "bshd")
 GATES = (None, "qk", "softmax", "pv")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+#: From 1 to the next number, of 16-bit types; rounding takes up to half of it.
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 #: Times log2(e) it is still finite in float32.
 MAX_SCALE = 1e38

@@ -33,6 +33,7 @@ from flashcore_cupy.numpy_rules import (
     causal_offset,
     sizes_of,
 )
+from flashcore_cupy.problem import EPSILON
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,9 +58,6 @@ __all__ = [
 Float64Array: TypeAlias = NDArray[np.float64]
 InputKind: TypeAlias = Literal["normal", "outliers", "large", "constant", "onehot"]
 INPUT_KINDS: tuple[InputKind, ...] = get_args(InputKind)
-
-#: From 1 to the next number; rounding takes half of it.
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 # Elements of one block of scores: 32 MB in float64.
 _BLOCK_ELEMENTS = 1 << 22
@@ -280,12 +278,10 @@ def compare(got: Array, expected: Array, naive: Array) -> Comparison:
 
     NaN and infinities must stand in equal places, and elsewhere, with got's dtype,
     max|got - expected| <= 2 max|naive - expected| + 2 max|((expected + 0.3) - 0.3) - expected|,
-    the last evaluated in that dtype (flash-attention's rule). Where few outputs happen to come out
-    of ``naive`` almost exact, that is less than any fused kernel can promise: it rounds P before it
-    divides by the sum, and O after, each by up to half an epsilon. So an epsilon of the largest
-    value is always allowed. For float32 4 instead of 2, and one unit in the last place of the
-    largest value more: the two TF32 parts of a factor have 22 bits, and a value that is its row's
-    only one comes back with no more. Raises ValueError where shapes differ.
+    the last evaluated in that dtype; or, where ``naive`` happens to be better than a fused kernel,
+    which rounds P before it divides by the sum and O after: an epsilon of the largest. For float32
+    4, not 2, and a unit in the last place of the largest more: the two TF32 parts of a factor have
+    22 bits, and so has a value that is its row's only one. Raises ValueError where shapes differ.
     """
     if not got.shape == expected.shape == naive.shape:
         raise ValueError(
@@ -320,18 +316,15 @@ def compare(got: Array, expected: Array, naive: Array) -> Comparison:
 
 
 def _allowed_error(dtype: np.dtype[Any], ref: Float64Array, naive: Float64Array) -> float:
-    is_float32 = dtype == np.float32
-    factor = 4.0 if is_float32 else 2.0  # float32 tensor cores truncate
     rounded = ref.astype(dtype)
     largest = np.abs(rounded[np.isfinite(rounded)]).max(initial=0)
     shift = np.asarray(0.3, dtype)
     noise = np.abs((((rounded + shift) - shift) - rounded).astype(np.float64))
     naive_error = np.abs(naive - ref)
-    errors = (float(x[np.isfinite(x)].max(initial=0.0)) for x in (naive_error, noise))
-    allowed = factor * sum(errors)
-    if is_float32:
-        return allowed + float(np.spacing(largest))
-    return max(allowed, EPSILON[dtype.name] * float(largest))
+    errors = sum(float(x[np.isfinite(x)].max(initial=0.0)) for x in (naive_error, noise))
+    if dtype == np.float32:  # its tensor cores truncate
+        return 4.0 * errors + float(np.spacing(largest))
+    return max(2.0 * errors, EPSILON.get(dtype.name, 0.0) * float(largest))
 
 
 def _reason(

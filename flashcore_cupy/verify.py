@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from flashcore_cupy import reference
 from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import AttentionProblem
+from flashcore_cupy.problem import EPSILON, AttentionProblem
 from flashcore_cupy.reference import Comparison
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _expect(
     elif problem.gate == "softmax":
         values = reference.gate_probabilities(q, k, v, rows=rows, **rules)
         expected_by_naive = values
-        relative = reference.EPSILON.get(problem.dtype, 0.0) + 2 * limit + 2.0**-18
+        relative = EPSILON.get(problem.dtype, 0.0) + 2 * limit + 2.0**-18
         allowed = float(values.max(initial=0.0)) * relative + 2.0**-24
     elif problem.gate == "pv":
         values = reference.gate_uniform(q, k, v, rows=rows, **rules)
