@@ -18,7 +18,7 @@ _MAX_BOX = 256  # rows that TMA copies at once
 TMA_ALIGN = 16
 """Bytes that rows which TMA copies start and end on."""
 _MAX_STAGES = 4
-_NAMED_BARRIERS = 15
+_NAMED_BARRIERS = 15  # the sixteenth is __syncthreads's
 
 
 def illegal(c: KernelConfig) -> list[str]:
