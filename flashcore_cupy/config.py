@@ -31,6 +31,7 @@ RULE_BITS = {
     "bias_pairs": 256,
     "mask_pairs": 512,
     "scale_first": 1024,
+    "mask_chunks": 2048,
 }
 #: Of float32: scales from here on keep the order of the scores.
 _SMALLEST_SCALE = 2.0**-126
@@ -259,6 +260,6 @@ def rules_of(problem: AttentionProblem) -> tuple[str, ...]:
             found[found.index("bias")] = "bias_fp32"
         found += ["bias_pairs"] * rules.bias.pairs
     if rules.mask is not None:
-        found += ["mask_pairs"] * rules.mask.pairs
+        found += ["mask_chunks"] if rules.mask.chunks else ["mask_pairs"] * rules.mask.pairs
     found += ["scale_first"] * (problem.softmax_scale < _SMALLEST_SCALE)
     return tuple(found)

@@ -11,7 +11,8 @@ from flashcore_cupy.problem import AttentionProblem
 # machine without one builds the same kernels.
 _MULTIPROCESSORS = 132
 #: The rules that are evaluated score by score.
-PER_SCORE = tuple(name for name in RULE_BITS if name not in ("sink", "bias_pairs", "mask_pairs"))
+_NOT_PER_SCORE = ("sink", "bias_pairs", "mask_pairs", "mask_chunks")
+PER_SCORE = tuple(name for name in RULE_BITS if name not in _NOT_PER_SCORE)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Broadcast:
     """Elements; 0 along an axis that the array lacks."""
     pairs: bool
     """Two neighbouring keys can be loaded at once."""
+    chunks: bool = False
+    """Of a mask: 16 of them can."""
 
 
 @dataclass(frozen=True)
@@ -238,9 +240,14 @@ def _broadcast(name: str, x: Any, sizes: Scores) -> Broadcast:
     size = x.dtype.itemsize
     own = [0 if n == 1 else s // size for n, s in zip(shape, x.strides, strict=True)]
     strides = (*(0,) * lacking, *own)
-    even = x.address % (2 * size) == 0 and all(s % 2 == 0 for s in strides[:3])
-    pairs = even and strides[3] == 1 and sizes.seqlen_kv % 2 == 0
-    return Broadcast(x.dtype.name, strides, pairs)  # type: ignore[arg-type]
+
+
+    def loads(keys: int) -> bool:
+        aligned = x.address % (keys * size) == 0 and all(s % keys == 0 for s in strides[:3])
+        return aligned and strides[3] == 1 and sizes.seqlen_kv % keys == 0
+
+    chunks = size == 1 and loads(16)
+    return Broadcast(x.dtype.name, strides, loads(2), chunks)  # type: ignore[arg-type]
 
 
 def _sink(sink: Any, sizes: Scores) -> bool:

@@ -84,7 +84,6 @@ KERNELS: Mapping[str, Kernel] = {
             ("fwd_sm90",),
             "TMA and wgmma: a warp that loads, warpgroups that overlap softmax with products",
             has_rules=True,
-            lacks=("mask",),
             tma=True,
         ),
         Kernel(

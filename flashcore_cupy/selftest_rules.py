@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from flashcore_cupy import tiles
+from flashcore_cupy.config import round_up
 from flashcore_cupy.selftest_case import Case, View, packed
 
 _Choice = dict[str, Any]  # fields of Case
@@ -82,17 +83,20 @@ def _size(batch: int, heads: int, heads_kv: int, seqlen_q: int, seqlen_kv: int) 
 
 
 #: Sizes by the tile that they get: one kernel is compiled for all sizes of a line. All have an even
-#: number of keys.
+#: number of keys, which is no multiple of 16: see _MORE_KEYS.
 _GRIDS: tuple[tuple[_Choice, ...], ...] = (
-    (_size(2, 8, 2, 4, 256), _size(1, 8, 1, 2, 3000)),  # decode: the keys are split
+    (_size(2, 8, 2, 4, 254), _size(1, 8, 1, 2, 3000)),  # decode: the keys are split
     (_size(1, 2, 2, 77, 100), _size(2, 4, 1, 129, 190)),  # few blocks
-    (_size(2, 8, 2, 300, 130), _size(6, 8, 8, 65, 64)),  # some
-    (_size(9, 12, 4, 63, 130), _size(7, 16, 2, 127, 64)),  # enough
+    (_size(2, 8, 2, 300, 130), _size(6, 8, 8, 65, 62)),  # some
+    (_size(9, 12, 4, 63, 130), _size(7, 16, 2, 127, 62)),  # enough
     tuple(
         size | {"batch_invariant": True}
         for size in (_size(3, 4, 2, 77, 200), _size(2, 2, 1, 5, 300))
     ),
 )
+#: So many more keys, up to a multiple of the second number. How many there are decides how a bias
+#: and a mask are loaded: in pairs, key by key, 16 at a time.
+_MORE_KEYS = ((0, 1), (1, 1), (0, 16))
 _PACKED: tuple[tuple[_Choice, tuple[tuple[int, int], ...]], ...] = (
     ({"heads": 4, "heads_kv": 2}, ((0, 5), (77, 100), (130, 64), (1, 1), (33, 0), (0, 0))),
     ({"heads": 8, "heads_kv": 2}, ((1, 300), (1, 0), (1, 2000), (0, 40), (1, 77))),
@@ -127,15 +131,15 @@ def _pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
             "sink": _SINKS,
             "scale": _SCALES,
             "memory": _taken(kernel, _MEMORY),
-            "more keys": (0, 1),
+            "more keys": _MORE_KEYS,
         }
     )
     for row in chosen:
-        sizes, more = row.pop("grid"), row.pop("more keys")
+        sizes, (more, multiple) = row.pop("grid"), row.pop("more keys")
         rest = _in_dtype_taken(kernel, _merged(row.values()))
         for size in sizes:
-            keys = {"seqlen_kv": size["seqlen_kv"] + more}
-            yield Case("rules", kernel, **rest | size | keys, seed=8)
+            keys = {"seqlen_kv": round_up(size["seqlen_kv"] + more, multiple)}
+            yield Case("rules", kernel, **_for_tma(kernel, rest | size | keys), seed=8)
 
 
 def _packed_pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
@@ -174,7 +178,7 @@ def _gates(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
         }
     )
     for row in chosen:
-        yield Case("rules gate", kernel, **_merged(row.values()), seed=10)
+        yield Case("rules gate", kernel, **_for_tma(kernel, _merged(row.values())), seed=10)
 
 
 def _decode(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
@@ -247,6 +251,13 @@ def takes_dims(kernel: str, dtype: str, dims: tuple[int, int]) -> bool:
 def _in_dtype_taken(kernel: str, choice: _Choice) -> _Choice:
     dims = choice["head_dim"], choice["head_dim_v"]
     return choice if takes_dims(kernel, choice["dtype"], dims) else choice | {"dtype": "bfloat16"}
+
+
+def _for_tma(kernel: str, choice: _Choice) -> _Choice:
+    """With masks as kernels that load by TMA take them: 16 keys at a time."""
+    if not (tiles.KERNELS[kernel].tma and choice.get("mask")):
+        return choice
+    return choice | {"view": "contiguous", "seqlen_kv": round_up(choice["seqlen_kv"], 16)}
 
 
 def _merged(choices: Any) -> _Choice:

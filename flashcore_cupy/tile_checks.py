@@ -200,8 +200,8 @@ def _sm80_smem(c: KernelConfig) -> int:
     total = t.block_m * max(row, row_v) + t.num_stages * t.block_n * (row + row_v)
     if t.warps_d > 1:
         total += t.block_m * _row_bytes(c, t.block_n) + 4 * t.warps_d * t.block_m
-    if "mask" in c.rules or "mask_mod" in c.rules:
-        total += 4 * c.num_warps * -(-t.block_n // (t.warps_n * t.warps_d) // 32)
+    if t.warps_d > 1 and ("mask" in c.rules or "mask_mod" in c.rules):
+        total += 16 * c.num_warps * -(-t.block_n // t.warps_d // 128)  # which keys each warp sees
     return round_up(total + _WORK_BYTES, 128)
 
 
@@ -219,7 +219,7 @@ def _sm90_loaded(c: KernelConfig) -> int:
     t, size = c.tile, ITEMSIZE[c.dtype]
     q = size * t.block_m * c.head_dim
     total = t.num_stages * size * t.block_n * (c.head_dim + c.head_dim_v) + 2 * _HOPPER_BYTES
-    if "mask_mod" in c.rules:
+    if "mask" in c.rules or "mask_mod" in c.rules:
         total += _HOPPER_BYTES  # which keys each warp sees
     # The next block's Q has a place of its own where there is room.
     return total + (2 * q if total + 2 * q <= _HOPPER_SMEM else q)

@@ -10,7 +10,7 @@
 //   m, l, p = exp2(S - m)             on the fragments: a row sits in four neighbouring lanes
 //   O = O * exp2(m_old - m) + P V_j   the accumulator layout of S is the operand layout of P
 //
-// Without masks, the warps of a block need not be at the same tile: whoever comes first to what is
+// The warps of a block need not be at the same tile: whoever comes first to what is
 // still being copied, or to a place that a slower warp still reads, waits there for that alone
 // (places.cuh).
 // NUM_STAGES = 1: V_j is asked for before S = Q K_j^T, K_{j+1} before P V_j.
@@ -29,6 +29,7 @@
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
 #include <flashcore/finish_row.cuh>
+#include <flashcore/key_bits.cuh>
 #include <flashcore/mask.cuh>
 #include <flashcore/mma_sync_tile.cuh>
 #include <flashcore/mma_tf32_tile.cuh>
@@ -39,7 +40,6 @@
 #include <flashcore/rows.cuh>
 #include <flashcore/schedule.cuh>
 #include <flashcore/score.cuh>
-#include <flashcore/seen_keys.cuh>
 #include <flashcore/smem_tile.cuh>
 #include <flashcore/softmax.cuh>
 
@@ -66,14 +66,16 @@ constexpr bool KEEPS_WALK = sizeof(T) == 2 && NUM_THREADS <= 256;
 constexpr bool KEEPS_OPERANDS =
     KEEPS_WALK && NUM_THREADS * MIN_BLOCKS <= 256 && __CUDA_ARCH__ >= 900;
 constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
+// A gate asks for all scores, and warps that share rows do all tiles together.
+constexpr bool SKIPS_TILES = HIDES_KEYS && GATE == GATE_NONE && !SHARES_ROWS;
 
 using Products = TileProducts<T, FRAGMENTS_M, TILES_N, TILES_D, LayoutQ, LayoutK, LayoutV>;
 using Scores = Products::Scores;
 using Probabilities = Products::Probabilities;
 using Rows = WarpRows<FRAGMENTS_M, TILES_D>;
 using Sharing = RowSharing<T, WARPS_D, BLOCK_M, BLOCK_N>;
-using SeenHere = SeenByWarp<HIDES_KEYS, KEYS_PER_WARP>;
-using Seen = SeenKeys<HIDES_KEYS, WARPS_M, WARPS_N * WARPS_D, KEYS_PER_WARP>;
+using Bits = KeyBits<HIDES_KEYS, TILES_N>;
+using Seen = SeenTogether<HIDES_KEYS && SHARES_ROWS, WARPS_M, WARPS_D, TILES_N>;
 
 static_assert(BLOCK_M % (16 * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
 static_assert(BLOCK_N % (16 * WARPS_N * WARPS_D) == 0, "warps own whole 16-key steps of the tile");
@@ -290,17 +292,50 @@ __device__ __forceinline__ void fill_v(const Context& c, Walk& walk, int tile) {
 
 // ---- softmax -----------------------------------------------------------------------------------
 
+__device__ __forceinline__ RowRules<T, RULES> rules_for(const Context& c, const QueryRow& q) {
+    return {c.params,        c.work.batch,     q.head,         q.query,
+            c.work.seqlen_q, c.work.seqlen_kv, c.work.diagonal};
+}
+
+// Which keys masks leave to this lane's rows; where MASKED, positions, too.
+using Visible = Bits[FRAGMENTS_M][2];
+template <bool MASKED>
+__device__ __forceinline__ void look_up_keys(const Context& c, int tile, Visible& visible) {
+    if constexpr (HIDES_KEYS) {
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                visible[m][half] =
+                    rules_for(c, c.query(m, half))
+                        .template visible<MASKED, TILES_N, TILES_N>(c.mask(), c.key(tile, 0));
+    }
+}
+
+// Those of the warp's rows together.
+__device__ __forceinline__ Bits seen_keys(const Context& c, const Visible& visible) {
+    Bits seen;
+    if constexpr (HIDES_KEYS) {
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (c.query(m, half).valid) seen.add(visible[m][half]);
+        seen.add_rows();
+    }
+    return seen;
+}
+
 // Applies the rules, hides what is hidden, and finds the largest score that this lane's quad holds
 // of both rows of fragment m.
 template <bool MASKED>
 __device__ __forceinline__ void find_max(const Context& c, Scores& rS, int tile, int m,
-                                         float (&max)[2], SeenHere& seen_here) {
+                                         const Visible& visible, float (&max)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const QueryRow q = c.query(m, half);
         const GateRow<GATE> gate = c.gate_row(q);
-        const RowRules<T, RULES> rules(c.params, c.work.batch, q.head, q.query, c.work.seqlen_q,
-                                       c.work.seqlen_kv, c.work.diagonal);
+        const RowRules<T, RULES> rules = rules_for(c, q);
         // Relative to this lane's first key, so that each comparison is with a constant.
         const int first_key = c.key(tile, 0);
         const int begin = c.mask().row_begin(q.query) - first_key;
@@ -309,16 +344,14 @@ __device__ __forceinline__ void find_max(const Context& c, Scores& rS, int tile,
 #pragma unroll
         for (int n = 0; n < TILES_N; ++n) {
             float s[2] = {rS.x[m][n][2 * half], rS.x[m][n][2 * half + 1]};
-            bool seen[2] = {true, true};
             if constexpr (rules.CHANGES_SCORES) rules.template change<MASKED>(s, first_key + n * 8);
-            if constexpr (HIDES_KEYS) rules.template see<MASKED>(seen, first_key + n * 8);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int key = n * 8 + e;
-                if (MASKED) seen[e] = seen[e] && key < end && (!WINDOW || key >= begin);
-                gate.score(first_key + key, s[e], seen[e]);
-                s[e] = seen[e] ? gate.raw_score(s[e]) : NEG_INFINITY;
-                if (HIDES_KEYS && seen[e] && q.valid) seen_here.set(key);
+                bool seen = visible[m][half].has(n, e);
+                if (MASKED && !HIDES_KEYS) seen = key < end && (!WINDOW || key >= begin);
+                gate.score(first_key + key, s[e], seen);
+                s[e] = seen ? gate.raw_score(s[e]) : NEG_INFINITY;
                 chain[e] = fmaxf(chain[e], s[e]);
             }
             rS.set_pair(m, n, half, s[0], s[1]);
@@ -330,9 +363,9 @@ __device__ __forceinline__ void find_max(const Context& c, Scores& rS, int tile,
 // The same for all fragments.
 template <bool MASKED>
 __device__ __forceinline__ void find_maxima(const Context& c, Scores& rS, int tile,
-                                            float (&max)[FRAGMENTS_M][2], SeenHere& seen_here) {
+                                            const Visible& visible, float (&max)[FRAGMENTS_M][2]) {
 #pragma unroll
-    for (int m = 0; m < FRAGMENTS_M; ++m) find_max<MASKED>(c, rS, tile, m, max[m], seen_here);
+    for (int m = 0; m < FRAGMENTS_M; ++m) find_max<MASKED>(c, rS, tile, m, visible, max[m]);
 }
 
 // Without score rules the scores are still raw products: their scale, which is positive then, is
@@ -389,20 +422,20 @@ __device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const
 // exponentials are found.
 __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
                                                 int tile, const float (&max)[FRAGMENTS_M][2],
-                                                uint32 v) {
+                                                const Bits& seen, uint32 v) {
 #pragma unroll
     for (int step = 0; step < Products::STEPS; ++step) {
         Probabilities rP;
         exponentiate(c, rows, rS, rP, tile, step, max);
-        Products::output(rows.rO, rP, v, step);
+        Products::output(rows.rO, rP, v, step, seen);
     }
 }
 
 // The same where the warps that share rows first put P together.
 __device__ __forceinline__ void multiply_values_shared(const Context& c, Rows& rows,
                                                        const Scores& rS, int tile,
-                                                       const float (&max)[FRAGMENTS_M][2], uint32 p,
-                                                       uint32 v) {
+                                                       const float (&max)[FRAGMENTS_M][2],
+                                                       const Bits& seen, uint32 p, uint32 v) {
     const int first_pair = Sharing::first_pair(c.first_row(), c.warp_d * KEYS_PER_WARP);
 #pragma unroll
     for (int step = 0; step < Products::STEPS; ++step) {
@@ -410,12 +443,22 @@ __device__ __forceinline__ void multiply_values_shared(const Context& c, Rows& r
         exponentiate(c, rows, rS, rP, tile, step, max);
         c.smem.put(rP, first_pair, step);
     }
+    c.smem.tell(seen, c.warp_m, c.warp_d);
     c.smem.meet(c.rows_barrier());
-    multiply_shared_pv<T, FRAGMENTS_M, BLOCK_N / 16, TILES_D, LayoutV, Sharing::LayoutP>(rows.rO, p,
-                                                                                         v);
+    multiply_shared_pv<T, LayoutV, Sharing::LayoutP>(rows.rO, p, v, c.smem.all(c.warp_m));
 }
 
 // ---- the walk over the keys --------------------------------------------------------------------
+
+// A warp whose rows see no key of the tile takes its part in the copies alone.
+__device__ __forceinline__ void pass_tile(const Context& c, Walk& walk, const Walk::Turn& turn,
+                                          int tile) {
+    await_full(c, turn, turn.place_k);
+    if (NUM_STAGES == 1) leave(c, turn.place_k);
+    if (tile + 1 < walk.all.end) fill_k(c, walk, tile + 1);
+    if (NUM_STAGES == 1) await_full(c, turn, turn.place_v);
+    leave(c, turn.place_v);
+}
 
 __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& walk,
                                             const Operands& kept, int tile) {
@@ -424,32 +467,39 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     const bool has_v = EARLY_V && tile == walk.all.begin;
     if (NUM_STAGES == 1 && !has_v) fill_v(c, walk, tile);
 
+    // Before the scores: all that it takes to look keys up, and they, do not fit the registers.
+    const TileRange whole = walk.whole(c);
+    const bool cut = tile >= whole.end || (WINDOW && tile < whole.begin);
+    Visible visible;
+    if (cut) {
+        look_up_keys<true>(c, tile, visible);
+    } else {
+        look_up_keys<false>(c, tile, visible);
+    }
+    const Bits seen = seen_keys(c, visible);
+    if (SKIPS_TILES && !seen.any_in_warp()) return pass_tile(c, walk, turn, tile);
+
     Scores rS;
     await_full(c, turn, turn.place_k);
     Products::scores(rS, at.q, at.k + turn.stage * LayoutK::BYTES);
     if (NUM_STAGES == 1) leave(c, turn.place_k);
 
-    SeenHere seen_here;
     float max[FRAGMENTS_M][2];
-    const TileRange whole = walk.whole(c);
-    if (tile >= whole.end || (WINDOW && tile < whole.begin)) {
-        find_maxima<true>(c, rS, tile, max, seen_here);
+    if (cut && (!HIDES_KEYS || RULES & SCORE_RULES)) {
+        find_maxima<true>(c, rS, tile, visible, max);
     } else {
-        find_maxima<false>(c, rS, tile, max, seen_here);
+        find_maxima<false>(c, rS, tile, visible, max);
     }
     c.smem.combine(max, c.first_row(), c.warp_d, c.rows_barrier(), fmaxf);
     if (NUM_STAGES == 1) await_full(c, turn, turn.place_v);
-    c.smem.template clear_unseen<LayoutV>(c.smem.sV[turn.stage], seen_here,
-                                          int(threadIdx.x) / WARP_SIZE, [] { block_sync(); });
     raise_maxima(c, rows, tile, max);
-    // Not sooner: slower warps still read what this overwrites (right after S: up to 8 % slower),
-    // and, with two stages, which keys are seen.
+    // Not sooner: slower warps still read what this overwrites (right after S: up to 8 % slower).
     if (tile + 1 < walk.all.end) fill_k(c, walk, tile + 1);
     const uint32 v = at.v + turn.stage * LayoutV::BYTES;
     if constexpr (SHARES_ROWS) {
-        multiply_values_shared(c, rows, rS, tile, max, at.p, v);
+        multiply_values_shared(c, rows, rS, tile, max, seen, at.p, v);
     } else {
-        multiply_values(c, rows, rS, tile, max, v);
+        multiply_values(c, rows, rS, tile, max, seen, v);
     }
     leave(c, turn.place_v);
 }

@@ -29,6 +29,7 @@
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
 #include <flashcore/finish_row.cuh>
+#include <flashcore/key_bits.cuh>
 #include <flashcore/mask.cuh>
 #include <flashcore/params.cuh>
 #include <flashcore/ptx_warp.cuh>
@@ -70,8 +71,11 @@ constexpr bool MOVES_REGISTERS = CONSUMERS > 1;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
-constexpr int LOOKUPS = HEAD_DIM_V > 192 ? 2 : 4;  // of a mask_mod at a time, for want of registers
-using SeenHere = SeenByWarp<HIDES_KEYS, BLOCK_N>;
+// Steps of 16 keys that a mask_mod looks up at a time: all, where there are registers for it.
+constexpr int LOOKUPS = HEAD_DIM_V > 192                                               ? 1
+                        : HEAD_DIM_V > 128 || (HEAD_DIM_V > 64 && RULES & SCORE_RULES) ? 2
+                                                                                       : STEPS;
+using Bits = KeyBits<HIDES_KEYS, TILES_N>;
 // Other blocks need K and V, too; of a packed group none does.
 constexpr uint64 POLICY_KV = PACK_GQA ? EVICT_FIRST : EVICT_LAST;
 // Where there is room, the next block's Q comes while this one's is used.
@@ -95,6 +99,8 @@ static_assert(STAGED_COLS == 0 || !(VARLEN || PACK_GQA) && ALIGN_BYTES == 16 && 
               "boxes of O are rows side by side, of one head and sequence");
 static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for a few rows, which one consumer has");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
+static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,
+              "others are slower than fwd_sm80's");
 
 using StagesQ = Ring<Q_STAGES>;
 using Stages = Ring<NUM_STAGES>;
@@ -104,7 +110,7 @@ using Parts = SplitRows<BLOCK_M, HEAD_DIM_V, CLUSTER>;
 
 // Of two tiles, for a warp may tell what it sees of one before another has read it of the other.
 struct alignas(HIDES_KEYS ? 1024 : 4) SeenInTurn {
-    SeenKeys<HIDES_KEYS, CONSUMERS * 4, 1, BLOCK_N> of[2];
+    SeenKeys<HIDES_KEYS, CONSUMERS * 4, BLOCK_N> of[2];
 };
 
 struct alignas(1024) SharedStorage {
@@ -219,7 +225,8 @@ struct Consumer {
     StagesQ q;
     WorkRing queue;
     bool takes_turns;
-    SeenHere seen_here;  // keys of the tile of S
+    Bits visible[2];  // keys of the tile of S, by row
+    Bits seen;        // those of the warp's rows together
     int meetings;
     RowState state[2];      // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
     float rS[BLOCK_N / 2];  // element 4 n + 2 half + e: row `half`, key 8 n + 2 (lane % 4) + e
@@ -268,24 +275,58 @@ struct Consumer {
         of.release(smem.v);
     }
 
+    __device__ __forceinline__ RowRules<T, RULES> rules_for(const QueryRow& q) const {
+        const Work& w = work();
+        return {params, w.batch, q.head, q.query, w.seqlen_q, w.seqlen_kv, w.diagonal};
+    }
+    // Whether some row of the warpgroup's misses some key of the tile by its position.
+    __device__ __forceinline__ bool cuts(int tile) const {
+        const int first = query_of<PACK_GQA>(work(), index * ROWS);
+        const int last = last_query_of<PACK_GQA>(work(), (index + 1) * ROWS);
+        return mask().cuts(first, last, tile * BLOCK_N, (tile + 1) * BLOCK_N);
+    }
+    __device__ __forceinline__ static int first_key(int tile) {  // of this lane's
+        return tile * BLOCK_N + thread_index_anew() % QUAD * 2;
+    }
+
+    // Which keys masks leave to this lane's rows, looked up before the scores are there.
+    template <bool MASKED>
+    __device__ __forceinline__ void look_up_keys(int tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            visible[half] =
+                rules_for(query_row<PACK_GQA>(work(), row(half)))
+                    .template visible<MASKED, TILES_N, LOOKUPS>(mask(), first_key(tile));
+    }
+    __device__ __forceinline__ void look_up_keys_of(int tile) {
+        if constexpr (HIDES_KEYS) {
+            if (cuts(tile)) {
+                look_up_keys<true>(tile);
+            } else {
+                look_up_keys<false>(tile);
+            }
+            seen = Bits();
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (query_row<PACK_GQA>(work(), row(half)).valid) seen.add(visible[half]);
+            seen.add_rows();
+        }
+    }
+
     // Applies the rules, hides what is hidden, and goes from scores to probabilities, in place.
     // Returns the factors for O.
     template <bool MASKED>
     __device__ __forceinline__ void softmax(int tile, float (&factor)[2]) {
         const float scale = RULES & SCORE_RULES ? LOG2_E : params.scale_log2;
-        const int first_key = tile * BLOCK_N + thread_index_anew() % QUAD * 2;
+        const int first_key = this->first_key(tile);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const Work& w = work();
-            const QueryRow q = query_row<PACK_GQA>(w, row(half));
+            const QueryRow q = query_row<PACK_GQA>(work(), row(half));
             const GateRow<GATE> gate = gate_row(q);
-            const RowRules<T, RULES> rules(params, w.batch, q.head, q.query, w.seqlen_q,
-                                           w.seqlen_kv, w.diagonal);
+            const RowRules<T, RULES> rules = rules_for(q);
             // Relative to this lane's first key, so that each comparison is with a constant.
             const int begin = mask().row_begin(q.query) - first_key;
             const int end = mask().row_end(q.query) - first_key;
-            const auto visible =
-                VisiblePairs<TILES_N>::template find<HIDES_KEYS, MASKED, LOOKUPS>(rules, first_key);
             float chain[2] = {NEG_INFINITY, NEG_INFINITY};
 #pragma unroll
             for (int n = 0; n < TILES_N; ++n) {
@@ -295,11 +336,10 @@ struct Consumer {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int key = n * 8 + e;
-                    bool seen = !MASKED || (key < end && (!WINDOW || key >= begin));
-                    if (HIDES_KEYS) seen = seen && visible.has(n, e);
+                    bool seen = visible[half].has(n, e);
+                    if (MASKED && !HIDES_KEYS) seen = key < end && (!WINDOW || key >= begin);
                     gate.score(first_key + key, s[e], seen);
                     s[e] = seen ? gate.raw_score(s[e]) : NEG_INFINITY;
-                    if (HIDES_KEYS && seen && q.valid) seen_here.set(key);
                     chain[e] = fmaxf(chain[e], s[e]);
                     rS[4 * n + 2 * half + e] = s[e];
                 }
@@ -325,10 +365,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void softmax_of(int tile, float (&factor)[2]) {
-        seen_here = SeenHere();
-        const int first = query_of<PACK_GQA>(work(), index * ROWS);
-        const int last = last_query_of<PACK_GQA>(work(), (index + 1) * ROWS);
-        if (mask().cuts(first, last, tile * BLOCK_N, (tile + 1) * BLOCK_N)) {
+        if ((!HIDES_KEYS || RULES & SCORE_RULES) && cuts(tile)) {
             softmax<true>(tile, factor);
         } else {
             softmax<false>(tile, factor);
@@ -342,11 +379,10 @@ struct Consumer {
     }
 
     // What no query sees becomes zeros: its probability is 0, but 0 * NaN is not. TMA leaves out
-    // what lies outside of all sequences; but mask_mod may hide keys in between, which consumers
-    // find out together, and in packed batches the box of a sequence's last keys reaches into the
-    // next one. That every consumer sees to for itself; they all write the same.
+    // what lies outside of all sequences; but in packed batches the box of a sequence's last keys
+    // reaches into the next one. That every consumer sees to for itself; they all write the same.
+    // (What masks hide they find out together: attend_seen_tiles.)
     __device__ __forceinline__ void clear_unseen(int tile, int stage) {
-        if constexpr (HIDES_KEYS) return meet(stage);
         if constexpr (!VARLEN) return;
         const int begin = mask().row_begin(0) - tile * BLOCK_N;
         const int end = mask().row_end(work().seqlen_q - 1) - tile * BLOCK_N;
@@ -360,14 +396,19 @@ struct Consumer {
         named_barrier_sync(1 + index, WARPGROUP);
     }
 
-    // All consumers tell which keys of the tile they see, and clear what is left.
-    __device__ __forceinline__ void meet(int stage) {
-        const auto sync = [] {
-            fence_proxy_async();
-            named_barrier_sync(MEETING, NUM_THREADS);
-        };
-        smem.seen.of[meetings++ % 2].template clear_unseen<LayoutV>(smem.sV[stage], seen_here,
-                                                                    warp(), sync);
+    // All consumers tell which keys of the tile they see. Two places in turn: when one is used
+    // again, all have met once more, and read it before.
+    __device__ __forceinline__ auto& seen_in_turn() { return smem.seen.of[meetings % 2]; }
+    __device__ __forceinline__ auto meet() {
+        ++meetings;
+        seen_in_turn().tell(seen, warp());
+        named_barrier_sync(MEETING, NUM_THREADS);
+        return seen_in_turn().extent();
+    }
+    __device__ __forceinline__ void clear_unseen_together() {
+        seen_in_turn().template clear_unseen<LayoutV>(smem.sV[at.stage], warp());
+        fence_proxy_async();
+        named_barrier_sync(MEETING, NUM_THREADS);
     }
 
     __device__ __forceinline__ void await_turn() const {
@@ -418,6 +459,38 @@ struct Consumer {
         at.advance();
     }
 
+    // The same with masks. Which keys of the next tile they leave is looked up while P V runs; then
+    // all consumers tell each other what they see. A tile of which nobody sees anything is passed
+    // over; of others, values that nobody sees become zeros.
+    __device__ __forceinline__ void attend_seen_tiles(const TileRange& tiles) {
+        float factor[2];
+        look_up_keys_of(tiles.end - 1);
+#pragma unroll 1
+        for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+            const auto seen_keys = meet();
+            if (!seen_keys.some) {
+                at.await_full(smem.k);
+                at.release(smem.k);
+                at.await_full(smem.v);
+                at.release(smem.v);
+                if (tile > tiles.begin) look_up_keys_of(tile - 1);
+            } else {
+                begin_scores();
+                end_scores<0>();
+                softmax_of(tile, factor);
+                take_probabilities<T>(rP, rS);
+                scale_output(factor);
+                at.await_full(smem.v);
+                if (!seen_keys.all) clear_unseen_together();
+                start_output<LayoutV>(rO, rP, smem.sV[at.stage]);
+                if (tile > tiles.begin) look_up_keys_of(tile - 1);
+                end_output(at);
+            }
+            at.advance();
+        }
+        q.release(smem.q);
+    }
+
     // A block of queries.
     __device__ __forceinline__ void attend() {
         const TileRange all = work().tiles, mine = tiles_of(params, work(), index);
@@ -431,7 +504,11 @@ struct Consumer {
         } else {
             q.await_full(smem.q);
             skip_tiles(all.end - mine.end);
-            attend_tiles(mine);
+            if constexpr (HIDES_KEYS) {
+                attend_seen_tiles(mine);
+            } else {
+                attend_tiles(mine);
+            }
             skip_tiles(mine.begin - all.begin);
         }
         if (all.end > 0) q.advance();

@@ -400,6 +400,30 @@ def test_pairs_of_a_bias_are_taken_where_they_are(bias: np.ndarray, pairs: bool)
     assert rules.bias is not None and rules.bias.pairs == pairs
 
 
+@pytest.mark.parametrize(
+    ("shape", "view", "chunks"),
+    [
+        ((4, 32), np.s_[:, :], True),
+        ((32,), np.s_[:], True),
+        ((4, 48), np.s_[:, 16:], True),
+        ((4, 48), np.s_[:, 8:40], False),
+        ((4, 40), np.s_[:, :32], False),  # every other row begins in the middle of a chunk
+        ((4, 64), np.s_[:, ::2], False),
+        ((4, 1), np.s_[:, :], False),
+    ],
+)
+def test_chunks_of_a_mask_are_taken_where_they_are(shape: Any, view: Any, chunks: bool) -> None:
+    room = np.ones(math.prod(shape) + 15, bool)
+    room = room[-room.ctypes.data % 16 :][: math.prod(shape)].reshape(shape)
+    rules = describe_rules(Scores(1, 1, 4, 32), "float16", mask=spec_of(room[view]))
+    assert rules.mask is not None and rules.mask.chunks == chunks
+
+
+def test_a_length_that_is_no_multiple_of_16_has_no_chunks() -> None:
+    rules = describe_rules(Scores(1, 1, 4, 24), "float16", mask=spec_of(ones(24, dtype=bool)))
+    assert rules.mask is not None and rules.mask.pairs and not rules.mask.chunks
+
+
 def test_an_odd_number_of_keys_has_no_pairs() -> None:
     """The row's last pair would end in the next row, or outside."""
     rules = describe_rules(Scores(1, 1, 4, 7), "float16", mask=spec_of(ones(7, dtype=bool)))

@@ -31,19 +31,24 @@ def _scores(dtype: object, *shape: int) -> Any:
     return spec_of(np.empty(shape, dtype))
 
 
+# A mask whose rows begin on multiples of two bytes, and of one.
+PAIRS, LOOSE = (spec_of(np.empty((LENGTH, LENGTH + n), "?")[:, :LENGTH]) for n in (2, 1))
+
+
 # What fwd_sm80 has beyond causal masks, and fwd_sm90 in part; the second goes with every row.
 RULES: tuple[dict[str, Any], ...] = (
     {"window": (20, 5)},
     {"packed": True, "causal": True},
     {"softcap": 30.0, "alibi_slopes": _scores("f4", 1)},
     {"bias": _scores("f4", LENGTH, LENGTH), "mask": _scores("?", LENGTH, LENGTH)},
-    {"bias": _scores("f4", LENGTH, 1), "mask": _scores("?", LENGTH), "sink": _scores("f4", 1)},
+    {"bias": _scores("f4", LENGTH, 1), "mask": LOOSE, "sink": _scores("f4", 1)},
     {
         "score_mod": "score + 0.1f * x[kv_idx]",
         "mask_mod": "x[q_idx] <= x[kv_idx]",
         "mod_args": {"x": _scores("f2", LENGTH)},
     },
     {"softcap": 30.0, "window": (20, 0), "packed": True, "mask_mod": "kv_idx % 3 != b"},
+    {"alibi_slopes": _scores("f4", 1), "mask": PAIRS},
 )
 
 
@@ -114,8 +119,8 @@ def _rules_of(kernel: tiles.Kernel) -> list[dict[str, Any]]:
     """RULES without what the kernel lacks, or is passed over for."""
     fewer = [{n: x for n, x in rules.items() if n not in kernel.lacks} for rules in RULES]
     if kernel.tma:
-        paired = {"bias": _scores("f4", LENGTH, LENGTH)}
-        fewer = [rules | (paired if "bias" in rules else {}) for rules in fewer]
+        aligned = {name: _scores(t, LENGTH, LENGTH) for name, t in (("bias", "f4"), ("mask", "?"))}
+        fewer = [rules | {n: x for n, x in aligned.items() if n in rules} for rules in fewer]
     return [rules for rules in fewer if rules]
 
 

@@ -157,6 +157,14 @@ def test_bytes(probe_folder: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_bytes_in_turn(probe_folder: Path) -> None:
+    a, b = np.random.default_rng(16).integers(0, 2**32, (2, 256), np.uint32)
+    (y,) = Probe("convert")("interleave", 256, [a, b], [_zeros(256, "u4")])
+    taken = np.stack([a.view("u1").reshape(-1, 4)[:, :2], b.view("u1").reshape(-1, 4)[:, :2]], -1)
+    np.testing.assert_array_equal(y.view("u1"), taken.reshape(-1))
+
+
+@pytest.mark.gpu
 def test_warp(probe_folder: Path) -> None:
     run = Probe("warp")
     x = np.random.default_rng(2).integers(-1000, 1000, 256).astype(np.float32)
@@ -184,11 +192,35 @@ def test_integers_in_a_warp(probe_folder: Path) -> None:
     rng = np.random.default_rng(12)
     x = rng.integers(-(2**31), 2**31, 32, np.int32)
     bits = (np.uint32(1) << rng.integers(0, 32, 32, np.uint32)).astype(np.uint32)
-    outputs = [_zeros(32, "i4"), _zeros(32, "i4"), _zeros(32, "u4")]
-    from_five, negative, any_bit = Probe("warp")("integers", 32, [x, bits], outputs)
+    outputs = [_zeros(32, "i4"), _zeros(32, "i4"), _zeros(32, "u4"), _zeros(32, "u4")]
+    from_five, negative, from_six, partner = Probe("warp")("integers", 32, [x, bits], outputs)
     np.testing.assert_array_equal(from_five, np.full(32, x[5]))
     np.testing.assert_array_equal(negative, np.full(32, (x < 0).sum()))
-    np.testing.assert_array_equal(any_bit, np.full(32, np.bitwise_or.reduce(bits)))
+    np.testing.assert_array_equal(from_six, np.full(32, bits[6]))
+    np.testing.assert_array_equal(partner, bits[np.arange(32) ^ 12])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pairs", [2, 4, 6, 8, 10, 16])
+def test_bits_of_keys(probe_folder: Path, pairs: int) -> None:
+    """Lane l has keys 8 n + 2 (l % 4) and the next of row l / 4; any byte but 0 is true."""
+    keys = pairs * 8
+    rng = np.random.default_rng(pairs)
+    mask = rng.choice(np.array([0, 0, 1, 2, 0x80, 0xFF], np.uint8), (8, keys))
+    outputs = [
+        *(np.zeros((8, keys), np.uint8), np.zeros((8, keys // 2), np.uint32)),
+        *(np.zeros((8, keys), np.float32), np.zeros((8, keys), np.uint8)),
+        np.zeros((8, keys), np.uint8),
+    ]
+    seen, values, singles, kept, together = Probe("key_bits")(f"pairs_{pairs}", 32, [mask], outputs)
+    expected = mask != 0
+    np.testing.assert_array_equal(seen, expected)
+    halves = expected.reshape(8, -1, 2) * np.array([0x8765, 0x43210000], np.uint32)
+    np.testing.assert_array_equal(values, halves.sum(-1, dtype=np.uint32))
+    np.testing.assert_array_equal(np.isnan(singles), expected)
+    inside = (np.arange(keys) >= 5) & (np.arange(keys) < keys - 3)
+    np.testing.assert_array_equal(kept, expected & inside)
+    np.testing.assert_array_equal(together, np.broadcast_to(expected.any(0), (8, keys)))
 
 
 @pytest.mark.gpu

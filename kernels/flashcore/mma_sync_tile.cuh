@@ -2,6 +2,7 @@
 // P V with S, P and O in registers. A warp owns FRAGMENTS_M times 16 rows; every fragment of K or V
 // that it loads serves all of them.
 #pragma once
+#include <flashcore/key_bits.cuh>
 #include <flashcore/ptx_convert.cuh>
 #include <flashcore/ptx_cp_async.cuh>
 #include <flashcore/ptx_mma.cuh>
@@ -87,15 +88,18 @@ struct ProbabilityTile {
     }
 };
 
-// O += P V for 16 keys, the step-th of v: this lane's ldmatrix address of the first key.
-template <typename T, int FRAGMENTS_M, int TILES_D, typename LayoutV>
+// O += P V for 16 keys, the step-th of v: this lane's ldmatrix address of the first key. A lane
+// gets of V the keys that it has of S, two in a register; unseen ones count as zeros.
+template <typename LayoutV, typename T, int FRAGMENTS_M, int TILES_D, typename Seen>
 __device__ __forceinline__ void multiply_pv(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
                                             const ProbabilityTile<T, FRAGMENTS_M>& rP, uint32 v,
-                                            int step) {
+                                            int step, const Seen& seen) {
 #pragma unroll
     for (int d = 0; d < TILES_D; d += 2) {
         uint32 rV[4];
         ldmatrix_x4_trans(rV, LayoutV::step_bytes(v, step * 16, d * 8));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rV[i] = seen.select(step * 2 + i % 2, rV[i]);
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m) {
             mma_m16n8k16<T>(rO.x[m][d], rP.x[m], rV[0], rV[1]);
@@ -106,16 +110,17 @@ __device__ __forceinline__ void multiply_pv(AccumulatorTile<FRAGMENTS_M, TILES_D
 
 // The same with P in shared memory, for warps that share it; p: this lane's ldmatrix address of the
 // warp's first row.
-template <typename T, int FRAGMENTS_M, int STEPS, int TILES_D, typename LayoutV, typename LayoutP>
+template <typename T, typename LayoutV, typename LayoutP, int FRAGMENTS_M, int TILES_D,
+          typename Seen>
 __device__ __forceinline__ void multiply_shared_pv(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
-                                                   uint32 p, uint32 v) {
+                                                   uint32 p, uint32 v, const Seen& seen) {
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
+    for (int step = 0; step < LayoutP::COLS / 16; ++step) {
         ProbabilityTile<T, FRAGMENTS_M> rP;
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m)
             ldmatrix_x4(rP.x[m], LayoutP::step_bytes(p, m * 16, step * 16));
-        multiply_pv<T, FRAGMENTS_M, TILES_D, LayoutV>(rO, rP, v, step);
+        multiply_pv<LayoutV>(rO, rP, v, step, seen);
     }
 }
 
@@ -143,9 +148,10 @@ struct TileProducts {
     __device__ static __forceinline__ void scores(Scores& rS, uint32 q, uint32 k) {
         multiply_qk<T, FRAGMENTS_M, TILES_N, LayoutQ, LayoutK>(rS, q, k);
     }
+    template <typename Seen>
     __device__ static __forceinline__ void output(Output& rO, const Probabilities& rP, uint32 v,
-                                                  int step) {
-        multiply_pv<T, FRAGMENTS_M, TILES_D, LayoutV>(rO, rP, v, step);
+                                                  int step, const Seen& seen) {
+        multiply_pv<LayoutV>(rO, rP, v, step, seen);
     }
 };
 

@@ -130,11 +130,11 @@ __device__ __forceinline__ void multiply_qk_f32(AccumulatorTile<FRAGMENTS_M, TIL
 // O += P V. rP: probabilities in the accumulator layout of S. v: this lane's address of the first
 // key. A sum over keys may take them in any order, so P need not leave the lanes that computed it:
 // k = l%4 of the product stands for key 2(l%4) of an 8-key tile, k = l%4 + 4 for the key after it,
-// the two that lane l holds, and V is read to match.
-template <int FRAGMENTS_M, int TILES_N, int TILES_D, int LD>
+// the two that lane l holds, and V is read to match; unseen ones count as zeros.
+template <int LD, int FRAGMENTS_M, int TILES_N, int TILES_D, typename Seen>
 __device__ __forceinline__ void multiply_pv_f32(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
                                                 const AccumulatorTile<FRAGMENTS_M, TILES_N>& rP,
-                                                uint32 v) {
+                                                uint32 v, const Seen& seen) {
     static_assert(TILES_N <= 8 && LD % 16 == 4, "short chains; the banks reckon with this LD");
     SplitOperand<4> rA[FRAGMENTS_M][TILES_N];
 #pragma unroll
@@ -157,8 +157,10 @@ __device__ __forceinline__ void multiply_pv_f32(AccumulatorTile<FRAGMENTS_M, TIL
         for (int n = 0; n < TILES_N; ++n) {
             SplitOperand<2> rV;
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                split_tf32(load_shared(v + 4 * ((n * 8 + i) * LD + d * 8)), rV.hi[i], rV.lo[i]);
+            for (int i = 0; i < 2; ++i) {
+                const float x = load_shared(v + 4 * ((n * 8 + i) * LD + d * 8));
+                split_tf32(seen.select(n, i, x), rV.hi[i], rV.lo[i]);
+            }
 #pragma unroll
             for (int m = 0; m < FRAGMENTS_M; ++m)
                 mma_split(rSum.x[m][0], rSmall.x[m][0], rA[m][n], rV);
@@ -193,9 +195,10 @@ struct TileProducts<float, FRAGMENTS_M, TILES_N, TILES_D, LayoutQ, LayoutK, Layo
     __device__ static __forceinline__ void scores(Scores& rS, uint32 q, uint32 k) {
         multiply_qk_f32<FRAGMENTS_M, TILES_N, LayoutQ::COLS, LD>(rS, q, k);
     }
+    template <typename Seen>
     __device__ static __forceinline__ void output(Output& rO, const Probabilities& rP, uint32 v,
-                                                  int) {
-        multiply_pv_f32<FRAGMENTS_M, TILES_N, TILES_D, LD_V>(rO, rP, v);
+                                                  int, const Seen& seen) {
+        multiply_pv_f32<LD_V>(rO, rP, v, seen);
     }
 };
 

@@ -148,6 +148,11 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 
 __device__ __forceinline__ float to_float(uint8 x) { return float(x); }
 
+// The two lower bytes of `a` and `b` in turn, the lowest of `a` first.
+__device__ __forceinline__ uint32 interleave_bytes(uint32 a, uint32 b) {
+    return __byte_perm(a, b, 0x5140);
+}
+
 // exp2 on the special-function unit: 2 ulp, exact at 0, and 0 at -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;

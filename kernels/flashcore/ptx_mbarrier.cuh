@@ -14,8 +14,7 @@
 
 namespace flashcore {
 
-// One thread does this, once; then fence_mbarrier_init, if TMA will arrive; then a
-// block barrier.
+// One thread does this, once; then fence_mbarrier_init, if TMA will arrive; then a block barrier.
 __device__ __forceinline__ void mbarrier_init(uint64* barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                  "r"(count)

@@ -31,14 +31,8 @@ __device__ __forceinline__ int shfl(int x, int source_lane) {
     return __shfl_sync(FULL_WARP, x, source_lane);
 }
 
-// Bitwise or over the warp; every lane gets it. One instruction from sm_80 on.
-__device__ __forceinline__ uint32 warp_or(uint32 x) {
-#if __CUDA_ARCH__ >= 800
-    return __reduce_or_sync(FULL_WARP, x);
-#else
-    for (int mask = WARP_SIZE / 2; mask > 0; mask /= 2) x |= __shfl_xor_sync(FULL_WARP, x, mask);
-    return x;
-#endif
+__device__ __forceinline__ uint32 shfl(uint32 x, int source_lane) {
+    return __shfl_sync(FULL_WARP, x, source_lane);
 }
 
 // Orders shared memory among the 32 lanes of a warp.

@@ -75,6 +75,42 @@ struct RowSharing {
     }
 };
 
+// Which keys of a tile they see, each of its own ones (PAIRS to a lane); they all need all of V.
+template <bool USED, int WARPS_M, int WARPS_D, int PAIRS>
+struct SeenTogether {
+    using Bits = KeyBits<true, PAIRS>;
+    uint32 bits[WARPS_M][WARPS_D][4][Bits::WORDS];  // of the four lanes that share a row
+
+    // `mine`: all rows added. They have met since the last call, and meet again before all().
+    __device__ __forceinline__ void tell(const Bits& mine, int warp_m, int warp_d) {
+        const int lane = threadIdx.x % WARP_SIZE;
+        if (lane >= 4) return;
+#pragma unroll
+        for (int w = 0; w < Bits::WORDS; ++w) bits[warp_m][warp_d][lane][w] = mine.words[w];
+    }
+    struct All {
+        Bits of[WARPS_D];
+        __device__ __forceinline__ uint32 select(int n, uint32 values) const {
+            return of[n / PAIRS].select(n % PAIRS, values);
+        }
+    };
+    __device__ __forceinline__ All all(int warp_m) const {
+        All all;
+#pragma unroll
+        for (int d = 0; d < WARPS_D; ++d)
+#pragma unroll
+            for (int w = 0; w < Bits::WORDS; ++w)
+                all.of[d].words[w] = bits[warp_m][d][threadIdx.x % 4][w];
+        return all;
+    }
+};
+template <int WARPS_M, int WARPS_D, int PAIRS>
+struct SeenTogether<false, WARPS_M, WARPS_D, PAIRS> {
+    template <typename Bits>
+    __device__ __forceinline__ void tell(const Bits&, int, int) {}
+    __device__ __forceinline__ KeyBits<false, PAIRS> all(int) const { return {}; }
+};
+
 // A warp that has its rows to itself.
 template <typename T, int BLOCK_M, int BLOCK_N>
 struct RowSharing<T, 1, BLOCK_M, BLOCK_N> {

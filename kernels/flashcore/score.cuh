@@ -2,6 +2,7 @@
 // mask.cuh: softcap, ALiBi, additive bias, the user's score_mod; then the boolean mask and the
 // user's mask_mod. A compiled kernel has the rules of its problem and no others.
 #pragma once
+#include <flashcore/key_bits.cuh>
 #include <flashcore/mods.cuh>
 #include <flashcore/params.cuh>
 #include <flashcore/ptx_convert.cuh>
@@ -20,6 +21,7 @@ constexpr int RULE_SINK = 128;          // joins the softmax at the end, see sof
 constexpr int RULE_BIAS_PAIRS = 256;    // two neighbouring keys of the bias in one aligned load
 constexpr int RULE_MASK_PAIRS = 512;    // the same of the mask
 constexpr int RULE_SCALE_FIRST = 1024;  // before the maximum: it is below 2^-126
+constexpr int RULE_MASK_CHUNKS = 2048;  // 16 neighbouring keys of the mask in one aligned load
 
 // Rules that change a score, rather than hide a key.
 constexpr int SCORE_RULES =
@@ -93,11 +95,57 @@ struct RowRules {
         }
     }
 
-    // Whether the boolean mask and mask_mod let the query see keys `key` and key + 1.
+    // Which keys the boolean mask and mask_mod, and where MASKED the position, let the query see,
+    // of a lane's pairs of keys from `key` on. UNROLL steps of 16 keys are looked up at a time. All
+    // lanes take part.
+    template <bool MASKED, int PAIRS, int UNROLL, typename PositionMask>
+    __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> visible(const PositionMask& mask,
+                                                                  int key) const {
+        KeyBits<HIDES_KEYS, PAIRS> bits;
+        if constexpr (LOOKS_UP_KEYS) {
+#pragma unroll(UNROLL)
+            for (int step = 0; step < PAIRS / 2; ++step) {
+                // Where the step's first bit is; the others are as far from it in every step.
+                const int first = 8 * (step / 2 % 2) + 4 * (step / 4 % 2) + step % 2;
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    bool seen[2];
+                    see<MASKED>(seen, key + step * 16 + n * 8);
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        if (seen[e]) bits.words[step / 8] |= 1u << bits.bit(n, e) << first;
+                }
+            }
+        }
+        if constexpr (RULES & RULE_MASK_CHUNKS) {
+            const int quad = threadIdx.x % 4;
+#pragma unroll
+            for (int w = 0; w < div_up(PAIRS, 16); ++w) {
+                const int first_key = key - 2 * quad + w * 128;
+                const auto read = [&](int chunk) {
+                    const int k = first_key + chunk * MASK_CHUNK;
+                    return *reinterpret_cast<const uint4*>(
+                        gMask + (MASKED ? min(k, last_key & -MASK_CHUNK) : k));
+                };
+                const uint32 word = mask_chunks(quad, min(PAIRS - w * 16, 16), read);
+                bits.words[w] = LOOKS_UP_KEYS ? bits.words[w] & word : word;
+            }
+        }
+        if constexpr (HIDES_KEYS && MASKED)
+            bits.keep(mask.row_begin(query) - key, mask.row_end(query) - key);
+        return bits;
+    }
+
+  private:
+    // Key by key, or in pairs.
+    static constexpr bool LOOKS_UP_KEYS =
+        (RULES & RULE_MASK_MOD) != 0 || ((RULES & RULE_MASK) != 0 && !(RULES & RULE_MASK_CHUNKS));
+
+    // Whether the query sees keys `key` and key + 1.
     template <bool MASKED>
     __device__ __forceinline__ void see(bool (&visible)[2], int key) const {
         float seen[2] = {1.0f, 1.0f};
-        if constexpr (RULES & RULE_MASK)
+        if constexpr ((RULES & RULE_MASK) && !(RULES & RULE_MASK_CHUNKS))
             load_two<MASKED, (RULES & RULE_MASK_PAIRS) != 0>(seen, gMask, params.mask_strides, key);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -108,7 +156,6 @@ struct RowRules {
         }
     }
 
-  private:
     template <bool MASKED>
     __device__ __forceinline__ int inside(int key) const {
         return MASKED ? min(key, last_key) : key;

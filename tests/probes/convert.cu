@@ -61,6 +61,11 @@ extern "C" __global__ void widen_bytes(const uint8* bytes, float* y) {
     y[i] = to_float(bytes[i]);
 }
 
+extern "C" __global__ void interleave(const uint32* a, const uint32* b, uint32* y) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = interleave_bytes(a[i], b[i]);
+}
+
 extern "C" __global__ void split(const float* x, uint32* hi, uint32* lo) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     split_tf32(x[i], hi[i], lo[i]);

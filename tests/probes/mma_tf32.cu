@@ -65,8 +65,8 @@ __device__ void products(const float* q, const float* k, const float* p, const f
             shared_address(sK) + lane_offset_k_f32<LD>());
         for_each(rS, [&](float x, int row, int key) { s[row * keys + first + key] = x; });
         for_each(rP, [&](float& x, int row, int key) { x = p[row * keys + first + key]; });
-        multiply_pv_f32<FRAGMENTS_M, TILES_N, DEPTH / 8, LD>(
-            rO, rP, shared_address(sV) + lane_offset_v_f32<LD>());
+        multiply_pv_f32<LD>(rO, rP, shared_address(sV) + lane_offset_v_f32<LD>(),
+                            KeyBits<false, TILES_N>{});
     }
     for_each(rO, [&](float x, int row, int col) { o[row * DEPTH + col] = x; });
 }

@@ -18,11 +18,12 @@ extern "C" __global__ void shuffles(const float* x, float* partner, float* from_
 
 // 32 threads.
 extern "C" __global__ void integers(const int* x, const uint32* bits, int* from_five, int* negative,
-                                    uint32* any_bit) {
+                                    uint32* from_six, uint32* partner) {
     const int lane = threadIdx.x;
     from_five[lane] = shfl(x[lane], 5);
     negative[lane] = warp_count(x[lane] < 0);
-    any_bit[lane] = warp_or(bits[lane]);
+    from_six[lane] = shfl(bits[lane], 6);
+    partner[lane] = shfl_xor(bits[lane], 12);
 }
 
 // 32 threads: x and y are (32, 4), a row for each lane.
