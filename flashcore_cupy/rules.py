@@ -241,7 +241,6 @@ def _broadcast(name: str, x: Any, sizes: Scores) -> Broadcast:
     own = [0 if n == 1 else s // size for n, s in zip(shape, x.strides, strict=True)]
     strides = (*(0,) * lacking, *own)
 
-
     def loads(keys: int) -> bool:
         aligned = x.address % (keys * size) == 0 and all(s % keys == 0 for s in strides[:3])
         return aligned and strides[3] == 1 and sizes.seqlen_kv % keys == 0

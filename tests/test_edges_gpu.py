@@ -163,6 +163,47 @@ def test_warps_that_share_rows_in_other_tiles(block_n: int, warps_d: int) -> Non
     assert np.abs(cupy.asnumpy(bound.arrays["o"]) - expected).max() < 2e-3
 
 
+@pytest.mark.parametrize("form", ["mask", "mask_mod"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "head_dim"),
+    [
+        *(("wgmma_sm90", "float16", n) for n in (64, 128, 256)),
+        *(("mma_sm80", "float16", n) for n in (64, 128, 256, 512)),
+        ("mma_sm80", "float32", 64),
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_of_other_documents_may_hold_anything(
+    kernel: str, dtype: str, head_dim: int, form: str, causal: bool
+) -> None:
+    """Queries of document n see every other document of the keys: n of 150 queries, 2 n of 70 keys.
+
+    So some tiles are hidden from all rows of a block, some from some, some in part.
+    """
+    import cupy
+
+    if not runs_here(kernel):
+        pytest.skip("needs wgmma")
+    rng = np.random.default_rng(head_dim)
+    q = rng.standard_normal((1, 2, 600, head_dim)).astype(dtype)
+    k, v = (rng.standard_normal((1, 2, 624, head_dim)).astype(dtype) for _ in "kv")
+    i, j = np.arange(600)[:, None], np.arange(624)
+    seen = j // 70 == i // 150 * 2
+    rule = {"mask": cupy.asarray(seen)}
+    if form == "mask_mod":
+        rule = {"mask_mod": "kv_idx / 70 == q_idx / 150 * 2"}
+    if causal:
+        seen = seen & (j <= i + 24)
+    expected, _ = reference.oracle(q, k, v, mask=seen)
+    hidden = ~seen.any(0)
+    assert hidden.sum() > 300
+    k[:, :, hidden], v[:, :, hidden] = np.nan, np.inf
+    bound = plan(*(cupy.asarray(x) for x in (q, k, v)), kernel=kernel, causal=causal, **rule)
+    bound.launch()
+    tolerance = 4e-3 if dtype == "float16" else 5e-6
+    assert np.abs(cupy.asnumpy(bound.arrays["o"]) - expected).max() < tolerance
+
+
 # ---- boundaries that nobody has checked ----------------------------------------------------------
 
 
