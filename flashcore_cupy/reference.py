@@ -280,8 +280,8 @@ def compare(got: Array, expected: Array, naive: Array) -> Comparison:
     max|got - expected| <= 2 max|naive - expected| + 2 max|((expected + 0.3) - 0.3) - expected|,
     the last evaluated in that dtype; or, where ``naive`` happens to be better than a fused kernel,
     which rounds P before it divides by the sum and O after: an epsilon of the largest. For float32
-    4, not 2, and a unit in the last place of the largest more: the two TF32 parts of a factor have
-    22 bits, and so has a value that is its row's only one. Raises ValueError where shapes differ.
+    4, not 2, or 3 x 2^-22 of the largest, and a unit in its last place more: two TF32 parts of p or
+    v have 22 bits, and the product of their small parts is left out. ValueError: shapes differ.
     """
     if not got.shape == expected.shape == naive.shape:
         raise ValueError(
@@ -323,7 +323,7 @@ def _allowed_error(dtype: np.dtype[Any], ref: Float64Array, naive: Float64Array)
     naive_error = np.abs(naive - ref)
     errors = sum(float(x[np.isfinite(x)].max(initial=0.0)) for x in (naive_error, noise))
     if dtype == np.float32:  # its tensor cores truncate
-        return 4.0 * errors + float(np.spacing(largest))
+        return max(4.0 * errors, 3.0 * 2.0**-22 * float(largest)) + float(np.spacing(largest))
     return max(2.0 * errors, EPSILON.get(dtype.name, 0.0) * float(largest))
 
 
