@@ -6,6 +6,7 @@ allocates nothing. One function per kernel fills it.
 
 from __future__ import annotations
 
+import array as arrays
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,6 @@ _LOG2_E = math.log2(math.e)
 _MAX_GRID = 2**31 - 1
 _REGISTERS = 65536  # of a multiprocessor
 _DEFAULT_SMEM = 48 * 1024  # more than this has to be asked for, once per kernel
-_ALIGN = 64  # bytes, of parameters
 
 
 class Place(NamedTuple):
@@ -63,13 +63,10 @@ class ParameterBlock:
     """A kernel's argument, its one struct, where the driver reads it at a launch."""
 
     def __init__(self, params: np.ndarray[Any, Any]) -> None:
-        # Aligned as the struct is, though the driver copies it.
-        room = np.empty(params.nbytes + _ALIGN, np.uint8)
-        start = -room.ctypes.data % _ALIGN
-        self.bytes: Any = room[start : start + params.nbytes]
-        self.bytes[:] = np.frombuffer(params.tobytes(), np.uint8)
-        #: The same, 8 bytes at a time, which is quicker to write to.
-        self.words = self.bytes.data.cast("Q")
+        #: 8 bytes at a time; an array's are written more than twice as fast as a memoryview's.
+        self.words = arrays.array("Q", params.tobytes())
+        #: The same memory.
+        self.bytes: Any = np.frombuffer(self.words, np.uint8)
         self._pointers = np.array([self.bytes.ctypes.data], np.uint64)
         self.address = int(self._pointers.ctypes.data)
 

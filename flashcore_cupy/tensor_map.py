@@ -157,15 +157,15 @@ class Maps:
 
     def move(self, block: ParameterBlock, q: int, k: int, v: int, o: int) -> None:
         """Write the maps of arrays at these addresses where the parameters have others."""
-        k, v = _address(k, q), _address(v, q)
         if self.movable:
             words = block.words
             words[_Q_MAP] = q
-            words[_K_MAP] = k + self._offset_k
-            words[_V_MAP] = v + self._offset_v
+            words[_K_MAP] = (k or q) + self._offset_k  # as _address has it
+            words[_V_MAP] = (v or q) + self._offset_v
             words[_O_MAP] = o  # which a kernel that stores directly does not look at
         else:
-            for view, address in zip(self._views, (q, k, v, o), strict=False):
+            addresses = (q, _address(k, q), _address(v, q), o)
+            for view, address in zip(self._views, addresses, strict=False):
                 first = _FIELDS[f"{view.name}_map"][1]
                 block.bytes[first : first + _MAP_BYTES] = encode(address, view).view("u1")
 

@@ -255,6 +255,8 @@ def test_explain_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     bias = np.zeros((2048, 2048), x.dtype)
     text = _explained(monkeypatch, "sm_90a", x, x, x, bias=bias)
     assert text.startswith(f"{taken}, bias, ") and "\n" not in text
+    text = _explained(monkeypatch, "sm_90a", x, x, x, mask=bias == 0)
+    assert text.startswith(f"{taken}, mask, mask_chunks, ") and "\n" not in text
     text = _explained(monkeypatch, "sm_90a", x[:, :, :1], x, x)
     assert text.startswith("wgmma_sm90 on sm_90a: ") and "pack_gqa, split_kv, TMA" in text
     for operands, rules, reason in (
@@ -262,7 +264,7 @@ def test_explain_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ((tiny, tiny, tiny), {}, "is for larger grids"),
         ((x.astype(np.float32),) * 3, {}, "takes float16 and bfloat16, not float32"),
         ((x, x, x), {"bias": bias[:, :1]}, "is slower with a bias that cannot be read two keys.*"),
-        ((x, x, x), {"mask": bias == 0}, "has no mask"),
+        ((x, x, x), {"mask": bias[:, :1] == 0}, "reads a mask 16 keys at a time: .*"),
     ):
         first, second = _explained(monkeypatch, "sm_90a", *operands, **rules).splitlines()
         assert first.startswith("mma_sm80 on sm_90a: ")
