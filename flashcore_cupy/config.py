@@ -6,7 +6,7 @@ are not in it, so no kernel is compiled again because one of them changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from flashcore_cupy.params import params_of
@@ -242,13 +242,12 @@ def quantize_config(config: KernelConfig) -> KernelConfig:
     )
 
 
-def check_rules(problem: AttentionProblem, *, has_rules: bool, lacks: Sequence[str] = ()) -> None:
-    """Raise ``ValueError`` that names what a kernel without rules, or some, lacks for a problem."""
+def check_no_rules(problem: AttentionProblem) -> None:
+    """Raise ``ValueError`` that names what a kernel without rules lacks for a problem."""
     asked = [*problem.rules.names]
     asked += ["window"] * (problem.rules.window != (-1, -1)) + ["cu_seqlens"] * problem.packed
-    missing = [name for name in asked if not has_rules or name in lacks]
-    if missing:
-        raise ValueError(f"has no {', '.join(missing)}")
+    if asked:
+        raise ValueError(f"has no {', '.join(asked)}")
 
 
 def rules_of(problem: AttentionProblem) -> tuple[str, ...]:

@@ -23,8 +23,6 @@ class Kernel:
     """Rounds its inputs to fp8 first, so ``auto`` never takes it."""
     has_rules: bool = False
     """Windows, score rules, masks, sinks, packed batches; the others are causal or not."""
-    lacks: tuple[str, ...] = ()
-    """Rules that it has not, nevertheless."""
     tma: bool = False
     """Loads by TMA and multiplies by wgmma: for ``HOPPER`` alone."""
 

@@ -228,16 +228,9 @@ def takes_views(kernel: str) -> tuple[View, ...]:
 
 
 def _taken(kernel: str, choices: Sequence[_Choice]) -> list[_Choice]:
-    """Without rules that the kernel lacks, and without memory that it cannot read."""
-    lacks, views = tiles.KERNELS[kernel].lacks, takes_views(kernel)
-    if "bias" in lacks:
-        lacks += ("bias_fp32",)
-    taken = [(choice, {k: v for k, v in choice.items() if k not in lacks}) for choice in choices]
-    return [
-        rest
-        for choice, rest in taken
-        if (rest or not choice) and rest.get("view", views[0]) in views
-    ]
+    """Without memory that the kernel cannot read."""
+    views = takes_views(kernel)
+    return [choice for choice in choices if choice.get("view", views[0]) in views]
 
 
 def takes_dims(kernel: str, dtype: str, dims: tuple[int, int]) -> bool:

@@ -116,12 +116,11 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
 
 
 def _rules_of(kernel: tiles.Kernel) -> list[dict[str, Any]]:
-    """RULES without what the kernel lacks, or is passed over for."""
-    fewer = [{n: x for n, x in rules.items() if n not in kernel.lacks} for rules in RULES]
-    if kernel.tma:
-        aligned = {name: _scores(t, LENGTH, LENGTH) for name, t in (("bias", "f4"), ("mask", "?"))}
-        fewer = [rules | {n: x for n, x in aligned.items() if n in rules} for rules in fewer]
-    return [rules for rules in fewer if rules]
+    """RULES as the kernel takes them, and is not passed over for."""
+    if not kernel.tma:
+        return list(RULES)
+    aligned = {name: _scores(t, LENGTH, LENGTH) for name, t in (("bias", "f4"), ("mask", "?"))}
+    return [rules | {n: x for n, x in aligned.items() if n in rules} for rules in RULES]
 
 
 def _other_rows(row: tiles.Row, config: KernelConfig | None, *, narrow: bool) -> KernelConfig:

@@ -204,6 +204,36 @@ def test_keys_of_other_documents_may_hold_anything(
     assert np.abs(cupy.asnumpy(bound.arrays["o"]) - expected).max() < tolerance
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("kernel", "heads", "queries", "keys"),
+    [
+        ("wgmma_sm90", (8, 2), 1, 3008),  # clusters, most of whose parts see nothing
+        ("wgmma_sm90", (32, 8), 3, 30_000),  # parts in global memory
+        ("mma_sm80", (8, 2), 1, 3008),
+        ("mma_sm80", (8, 8), 4, 3008),
+    ],
+)
+def test_parts_of_split_keys_may_see_nothing(
+    kernel: str, heads: tuple[int, int], queries: int, keys: int, head_dim: int
+) -> None:
+    import cupy
+
+    if not runs_here(kernel):
+        pytest.skip("needs wgmma")
+    rng = np.random.default_rng(keys)
+    q = rng.standard_normal((1, heads[0], queries, head_dim)).astype(np.float16)
+    k, v = (rng.standard_normal((1, heads[1], keys, head_dim)).astype("f2") for _ in "kv")
+    seen = (np.arange(keys) >= 1000) & (np.arange(keys) < 1103)
+    expected, _ = reference.oracle(q, k, v, mask=seen)
+    k[:, :, ~seen], v[:, :, ~seen] = np.nan, np.inf
+    arrays = [cupy.asarray(x) for x in (q, k, v)]
+    bound = plan(*arrays, kernel=kernel, mask=cupy.asarray(seen))
+    assert bound.selection.config.tile.split_kv
+    bound.launch()
+    assert np.abs(cupy.asnumpy(bound.arrays["o"]) - expected).max() < 2e-3
+
+
 # ---- boundaries that nobody has checked ----------------------------------------------------------
 
 
