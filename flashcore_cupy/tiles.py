@@ -168,8 +168,10 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("mma_sm80", 512, replace(_MMA, block_m=32, block_n=32, warps_m=2, warps_d=2)),
     *(Row("mma_sm80", d, _FP32_DECODE, max_rows=_DECODE_ROWS, dtypes=FP32) for d in WMMA_HEAD_DIMS),
-    *(Row("mma_sm80", d, _FP32, dtypes=FP32) for d in WMMA_HEAD_DIMS),
-    # Which of two tiles fits the registers without spilling depends on the target.
+    *(Row("mma_sm80", d, _FP32, dtypes=FP32) for d in WMMA_HEAD_DIMS[:-1]),
+    # Which tile fits the registers without spilling depends on the target.
+    Row("mma_sm80", 128, _FP32, max_arch=100, dtypes=FP32),
+    Row("mma_sm80", 128, _FP32_WIDE, min_arch=120, dtypes=FP32),
     *(Row("mma_sm80", d, _FP32_WIDE, max_arch=90, dtypes=FP32) for d in (192, 256)),
     *(Row("mma_sm80", d, _FP32_TALL, min_arch=100, max_arch=100, dtypes=FP32) for d in (192, 256)),
     Row("mma_sm80", 192, _FP32_WIDE, min_arch=120, dtypes=FP32),

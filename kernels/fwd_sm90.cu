@@ -72,9 +72,10 @@ constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 // Steps of 16 keys that a mask_mod looks up at a time: all, where there are registers for it.
-constexpr int LOOKUPS = HEAD_DIM_V > 192                                               ? 1
-                        : HEAD_DIM_V > 128 || (HEAD_DIM_V > 64 && RULES & SCORE_RULES) ? 2
-                                                                                       : STEPS;
+[[maybe_unused]] constexpr int LOOKUPS =
+    HEAD_DIM_V > 192                                               ? 1
+    : HEAD_DIM_V > 128 || (HEAD_DIM_V > 64 && RULES & SCORE_RULES) ? 2
+                                                                   : STEPS;
 using Bits = KeyBits<HIDES_KEYS, TILES_N>;
 // Other blocks need K and V, too; of a packed group none does.
 constexpr uint64 POLICY_KV = PACK_GQA ? EVICT_FIRST : EVICT_LAST;
