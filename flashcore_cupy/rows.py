@@ -10,8 +10,8 @@ from flashcore_cupy.problem import AttentionProblem
 # Of an H100 or H200 with SXM. A row is chosen for a target, whichever GPU of it there is, so that a
 # machine without one builds the same kernels.
 _MULTIPROCESSORS = 132
-#: The rules that are evaluated score by score.
 _NOT_PER_SCORE = ("sink", "bias_pairs", "mask_pairs", "mask_chunks")
+#: The rules that are evaluated score by score.
 PER_SCORE = tuple(name for name in RULE_BITS if name not in _NOT_PER_SCORE)
 
 

@@ -68,18 +68,13 @@ def cost(row: Row, problem: AttentionProblem) -> float:
     return row.round_cost * -(-blocks // MULTIPROCESSORS)
 
 
-def first_rows(dim: int) -> list[Row]:
-    """Of rows for the same sizes, those without rules; the others are for rules that spill."""
-    return list({row.sizes: row for row in reversed(ROWS) if row.dims == (dim, dim)}.values())
-
-
 @repeatable
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(17, 3000), st.sampled_from((64, 96, 128))
 )
 def test_no_other_row_takes_less_time(batch: int, heads: int, seqlen: int, dim: int) -> None:
     problem = contiguous_problem(batch, heads, seqlen, dim, dtype="bfloat16")
-    rows = first_rows(dim)
+    rows = [row for row in ROWS if row.dims == (dim, dim)]
     assert len({row.tile.block_m for row in rows}) == len(rows) >= 2
     by_tile = {row.tile: cost(row, problem) for row in rows}
     if tiles.select(problem, HOPPER).kernel.name == KERNEL:
@@ -94,7 +89,7 @@ def test_every_row_without_other_limits_has_a_grid() -> None:
             for batch in (1, 2, 3, 4, 8, 16)
             for seqlen in (128, 192, 256, 512, 1024, 2048, 4096)
         }
-        assert found == {row.tile for row in first_rows(dim)}
+        assert found == {row.tile for row in ROWS if row.dims == (dim, dim)}
 
 
 def test_warmup_builds_every_tile_that_a_plain_problem_may_get() -> None:
