@@ -2,19 +2,19 @@
 
 An entry is ``<cache>/<key>/`` with ``kernel.cubin`` and ``entry.json``. It is built in a temporary
 folder beside its final place and renamed, so it is whole or absent; of several processes that build
-the same key, one wins and the others use its entry. A damaged entry reads as absent.
+the same key, one wins and its entry stays. A damaged entry reads as absent. What cannot be written
+stays in the memory of this process.
 """
 
 from __future__ import annotations
 
-import atexit
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashcore_cupy.settings import settings
+from flashcore_cupy.settings import absolute, settings
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _PARTIAL_PREFIX = ".partial-"
@@ -30,9 +30,7 @@ _PARTIAL_SECONDS = 3600.0  # an older partial folder belongs to a process that d
 _CUBIN = "kernel.cubin"
 _META = "entry.json"
 
-_lock = threading.Lock()  # for the two names below
-_private_dir: Path | None = None
-_warned = False
+_unwritten: dict[str, tuple[bytes, dict[str, Any]]] = {}
 
 
 @dataclass(frozen=True)
@@ -61,37 +59,42 @@ class CacheEntry:
 
 
 def cache_dir() -> Path:
-    """Return the cache folder: ``FLASHCORE_CACHE_DIR``, else the platform's. It may not exist."""
+    """Return the cache folder: ``FLASHCORE_CACHE_DIR``, else the platform's.
+
+    It may not exist. If it is not absolute, no home or working folder is known for it, and it
+    counts as a folder that cannot be written.
+    """
     configured = settings().cache_dir
     if configured is not None:
         return configured
     import platformdirs
 
-    return Path(platformdirs.user_cache_path("flashcore-cupy", False))
+    return absolute(platformdirs.user_cache_path("flashcore-cupy", False))
 
 
-def find(key: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the cubin's path and the metadata stored under ``key``, or None if none is sound."""
-    folders = [cache_dir()] if _private_dir is None else [cache_dir(), _private_dir]
-    for folder in folders:
-        meta = _read(folder / key)
-        if meta is not None:
-            return folder / key / _CUBIN, meta
-    return None
+def find(key: str) -> tuple[bytes, dict[str, Any]] | None:
+    """Return the cubin and the metadata stored under ``key``, or None if none is sound."""
+    return _read(cache_dir() / key) or _unwritten.get(key)
 
 
-def store(key: str, cubin: bytes, meta: Mapping[str, Any]) -> Path:
-    """Keep ``cubin`` and ``meta`` (JSON-able) under ``key``; return the path of the cubin.
+def store(key: str, cubin: bytes, meta: Mapping[str, Any]) -> None:
+    """Keep ``cubin`` and ``meta`` (JSON-able) under ``key``.
 
-    Where the cache folder cannot be written, one warning is given and a temporary folder of this
-    process serves instead.
+    Where the cache folder cannot be written, this process keeps them in memory, with one warning.
     """
-    record = dict(meta) | {"key": key}
-    record["sha256"] = _checksum(cubin, record)
     try:
-        return _publish(cache_dir(), key, cubin, record)
+        _publish(cache_dir(), key, cubin, dict(meta))
     except OSError as error:
-        return _publish(_use_private_dir(error), key, cubin, record)
+        first = not _unwritten
+        _unwritten[key] = cubin, dict(meta)
+        if first:
+            warnings.warn(
+                f"the kernel cache {cache_dir()} cannot be written ({error}): kernels stay in "
+                "memory, and every process compiles them anew. Set FLASHCORE_CACHE_DIR to a "
+                "folder that can be written",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def probe_writable() -> None:
@@ -100,29 +103,9 @@ def probe_writable() -> None:
     Raises:
         OSError: it cannot be made or written.
     """
-    _make(cache_dir())
-    Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=cache_dir())).rmdir()
-
-
-def ensure_writable() -> Path | None:
-    """Find out now whether the cache folder can be written.
-
-    Returns:
-        None if it can; else the temporary folder that serves instead (one warning was given), for
-        :func:`adopt_private_dir` in worker processes, so that what they store outlives them.
-    """
-    try:
-        probe_writable()
-    except OSError as error:
-        return _use_private_dir(error)
-    return None
-
-
-def adopt_private_dir(folder: Path | None) -> None:
-    """Let this process use the temporary folder that its parent fell back to."""
-    global _private_dir, _warned
-    _private_dir = folder
-    _warned = folder is not None
+    folder = cache_dir()
+    _make(folder)
+    Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=folder)).rmdir()
 
 
 def cache_entries() -> list[CacheEntry]:
@@ -147,25 +130,27 @@ def clear_cache() -> int:
     return removed
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return an entry's metadata if its cubin is the one that was stored under this key."""
+def _read(path: Path) -> tuple[bytes, dict[str, Any]] | None:
+    """Return an entry's cubin and metadata if they are what was stored under this key."""
+    if not path.is_absolute():
+        return None
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         cubin = (path / _CUBIN).read_bytes()
     except (OSError, ValueError):
         return None
-    if not isinstance(meta, dict) or meta.get("key") != path.name:
+    if not isinstance(meta, dict) or meta.pop("key", None) != path.name:
         return None
-    stored = meta.pop("sha256", None)
-    return meta if stored == _checksum(cubin, meta) else None
+    return (cubin, meta) if meta.pop("sha256", None) == _checksum(path.name, cubin, meta) else None
 
 
-def _checksum(cubin: bytes, record: Mapping[str, Any]) -> str:
-    text = json.dumps(record, sort_keys=True)
+def _checksum(key: str, cubin: bytes, meta: Mapping[str, Any]) -> str:
+    text = json.dumps({**meta, "key": key}, sort_keys=True)
     return hashlib.sha256(cubin + text.encode()).hexdigest()
 
 
-def _publish(folder: Path, key: str, cubin: bytes, record: Mapping[str, Any]) -> Path:
+def _publish(folder: Path, key: str, cubin: bytes, meta: dict[str, Any]) -> None:
+    record = meta | {"key": key, "sha256": _checksum(key, cubin, meta)}
     _make(folder)
     partial = Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=folder))
     try:
@@ -174,7 +159,6 @@ def _publish(folder: Path, key: str, cubin: bytes, record: Mapping[str, Any]) ->
         _rename_into_place(partial, folder / key)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder / key / _CUBIN
 
 
 def _rename_into_place(partial: Path, final: Path) -> None:
@@ -198,31 +182,16 @@ def _rename_into_place(partial: Path, final: Path) -> None:
     raise OSError(f"{final} keeps coming back damaged")
 
 
-def _use_private_dir(error: OSError) -> Path:
-    global _private_dir, _warned
-    with _lock:
-        if _private_dir is None:
-            _private_dir = Path(tempfile.mkdtemp(prefix="flashcore-"))
-            atexit.register(shutil.rmtree, _private_dir, ignore_errors=True)
-        if not _warned:
-            _warned = True
-            warnings.warn(
-                f"the kernel cache {cache_dir()} cannot be written ({error}): compiled kernels "
-                "are kept for this process only. Set FLASHCORE_CACHE_DIR to a folder of yours",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return _private_dir
-
-
 def _make(folder: Path) -> None:
+    if not folder.is_absolute():
+        raise FileNotFoundError(errno.ENOENT, "no home or working folder is known", str(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _children(folder: Path) -> list[Path]:
     try:
-        return list(folder.iterdir())
+        return list(folder.iterdir()) if folder.is_absolute() else []
     except OSError:
         return []
 
@@ -232,18 +201,18 @@ def _entry_paths() -> Iterator[Path]:
 
 
 def _describe(path: Path) -> CacheEntry:
-    meta = _read(path)
-    files = [path] if path.is_file() else _children(path)
-    sound = meta or {}
+    found = _read(path)
+    sound = found[1] if found else {}
+    files = [path] if os.path.isfile(path) else _children(path)
     return CacheEntry(
         key=path.name,
         path=path,
         source=str(sound.get("source", "")),
         arch=str(sound.get("arch", "")),
         defines=dict(sound.get("defines", {})),
-        size_bytes=sum(file.stat().st_size for file in files if file.is_file()),
-        created=path.stat().st_mtime,
-        damaged=meta is None,
+        size_bytes=sum(_size_and_time(file)[0] for file in files),
+        created=_size_and_time(path)[1],
+        damaged=found is None,
     )
 
 
@@ -255,7 +224,13 @@ def _remove(path: Path) -> None:
 
 
 def _age(path: Path) -> float:
+    return time.time() - _size_and_time(path)[1]
+
+
+def _size_and_time(path: Path) -> tuple[int, float]:
+    """Bytes, and seconds since the epoch; of what is gone or hidden, none and now."""
     try:
-        return time.time() - path.stat().st_mtime
+        status = path.stat()
     except OSError:
-        return 0.0
+        return 0, time.time()
+    return status.st_size, status.st_mtime

@@ -1,21 +1,25 @@
 """From source, defines and target to a loaded kernel: NVRTC → cubin → disk cache → CuPy module.
 
+A cubin is bytes all along: no path of this machine reaches the compiler or the driver.
+
 The target is explicit, so a machine without a GPU compiles for any GPU, and sm_90a (which CuPy
 alone never asks for) is available. The kernels include no CUDA header: NVRTC is all it takes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import json
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore_cupy import cache, nvrtc
 from flashcore_cupy._version import __version__
@@ -33,6 +37,8 @@ from flashcore_cupy.settings import arch_override
 from flashcore_cupy.sources import kernels_digest, kernels_dir
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     import cupy
 
 __all__ = [
@@ -41,6 +47,7 @@ __all__ = [
     "CompiledKernel",
     "EntryResources",
     "UnknownArchError",
+    "allow_shared_memory",
     "cache_dir",
     "cache_entries",
     "clear_cache",
@@ -60,13 +67,13 @@ Job = tuple[str, Defines, str] | tuple[str, Defines, str, Headers]
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel compiled for one target, as a file.
+    """A kernel compiled for one target.
 
     Attributes:
         source: file relative to ``kernels/``.
         arch: target, such as ``"sm_90a"``.
         defines: preprocessor defines.
-        cubin: the file to load.
+        cubin: what the driver loads.
         from_cache: no compiler ran for this one.
         compile_seconds: how long the compiler took, then or now.
         entries: resources by entry point's name.
@@ -77,7 +84,7 @@ class CompiledKernel:
     source: str
     arch: str
     defines: Defines
-    cubin: Path
+    cubin: bytes = field(repr=False)
     from_cache: bool
     compile_seconds: float
     entries: Mapping[str, EntryResources]
@@ -98,18 +105,8 @@ def compile_kernel(
         FileNotFoundError: there is no such source.
         RuntimeError: CuPy or NVRTC is missing.
     """
-    key, identity = _identify(source, defines, arch, headers)
-    found = _from_cache(key)
-    if found is not None:
-        return found
-    start = time.perf_counter()
-    cubin, log = nvrtc.compile_source(kernels_dir(), source, defines, arch, headers)
-    meta = identity | {
-        "compile_seconds": time.perf_counter() - start,
-        "entries": {name: asdict(entry) for name, entry in nvrtc.parse_resources(log).items()},
-        "log": log,
-    }
-    return _describe(cache.store(key, cubin, meta), meta, from_cache=False)
+    job = source, defines, arch, headers
+    return _look_up(job) or _keep(_build(job))
 
 
 def compile_many(
@@ -146,24 +143,33 @@ def compile_each(
         raise ValueError(f"workers must be at least 1, got {workers}")
     results: dict[int, CompiledKernel | Exception] = {}
 
-    def done(index: int, result: CompiledKernel | Exception) -> None:
-        results[index] = result
-        if on_done is not None:
-            on_done(result)
+    def done(indices: Sequence[int], result: CompiledKernel | Exception) -> None:
+        for index in indices:
+            results[index] = result
+            if on_done is not None:
+                on_done(result)
 
-    missing = []
+    missing: dict[str, list[int]] = {}  # by key: a job that is there twice is compiled once
     for index, job in enumerate(jobs):
-        found = _look_up(job)
+        try:
+            key, _ = _identify(*job)
+            found = _from_cache(key)
+        except Exception as error:
+            done([index], error)
+            continue
         if found is None:
-            missing.append(index)
+            missing.setdefault(key, []).append(index)
         else:
-            done(index, found)
-    workers = min(workers or _usable_cores(), len(missing))
-    if workers <= 1:
-        for index in missing:
-            done(index, _compile_job(jobs[index]))
-    else:
-        _compile_in_processes(jobs, missing, workers, done)
+            done([index], found)
+    left = {indices[0]: indices for indices in missing.values()}
+    workers = min(workers or _usable_cores(), len(left))
+    if workers > 1:
+        todo = {index: jobs[index] for index in left}
+        with contextlib.closing(_build_in_processes(todo, workers)) as built:
+            for index, result in built:
+                done(left.pop(index), _kept(result))
+    for index, indices in left.items():
+        done(indices, _kept(_try_build(jobs[index])))
     return [results[index] for index in range(len(jobs))]
 
 
@@ -218,20 +224,24 @@ def no_gpu_reason() -> str | None:
     return None if count else "there is no CUDA device"
 
 
-def load(compiled: CompiledKernel) -> cupy.RawModule:
+def load(compiled: CompiledKernel) -> cupy.cuda.Module:
     """Load a kernel on the current device; the same module again for the same kernel and device."""
     cupy = importlib.import_module("cupy")
-    cubin = compiled.cubin
-    if not cubin.is_file():  # somebody cleared the cache meanwhile
-        cubin = compile_kernel(
-            compiled.source, compiled.defines, compiled.arch, compiled.headers
-        ).cubin
-    return _load(str(cubin), cupy.cuda.Device().id)
+    return _load(compiled.cubin, cupy.cuda.Device().id)
 
 
 @functools.cache
-def _load(cubin: str, device: int) -> cupy.RawModule:
-    return importlib.import_module("cupy").RawModule(path=cubin)
+def _load(cubin: bytes, device: int) -> cupy.cuda.Module:
+    module = importlib.import_module("cupy").cuda.Module()
+    module.load(cubin)
+    return module
+
+
+def allow_shared_memory(function: cupy.cuda.Function, size: int) -> None:
+    """Let launches of ``function`` take ``size`` bytes of dynamic shared memory, above 48 KiB."""
+    driver = importlib.import_module("cupy").cuda.driver
+    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    driver.funcSetAttribute(function.ptr, attribute, size)
 
 
 def _identify(
@@ -255,12 +265,16 @@ def _identify(
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32], identity
 
 
+def _look_up(job: Job) -> CompiledKernel | None:
+    return _from_cache(_identify(*job)[0])
+
+
 def _from_cache(key: str) -> CompiledKernel | None:
     found = cache.find(key)
     return None if found is None else _describe(*found, from_cache=True)
 
 
-def _describe(cubin: Path, meta: Mapping[str, Any], *, from_cache: bool) -> CompiledKernel:
+def _describe(cubin: bytes, meta: Mapping[str, Any], *, from_cache: bool) -> CompiledKernel:
     return CompiledKernel(
         source=meta["source"],
         arch=meta["arch"],
@@ -274,47 +288,82 @@ def _describe(cubin: Path, meta: Mapping[str, Any], *, from_cache: bool) -> Comp
     )
 
 
-def _look_up(job: Job) -> CompiledKernel | Exception | None:
+class _Built(NamedTuple):
+    """What the cache takes."""
+
+    key: str
+    cubin: bytes
+    meta: dict[str, Any]
+
+
+def _build(job: Job) -> _Built:
+    key, identity = _identify(*job)
+    start = time.perf_counter()
+    cubin, log = nvrtc.compile_source(kernels_dir(), *job)
+    meta = identity | {
+        "compile_seconds": time.perf_counter() - start,
+        "entries": {name: asdict(entry) for name, entry in nvrtc.parse_resources(log).items()},
+        "log": log,
+    }
+    return _Built(key, cubin, meta)
+
+
+def _try_build(job: Job) -> _Built | Exception:
     try:
-        return _from_cache(_identify(*job)[0])
+        return _build(job)
     except Exception as error:
         return error
 
 
-def _compile_job(job: Job) -> CompiledKernel | Exception:
+def _keep(built: _Built) -> CompiledKernel:
+    cache.store(*built)
+    return _describe(built.cubin, built.meta, from_cache=False)
+
+
+def _kept(result: _Built | Exception) -> CompiledKernel | Exception:
+    return result if isinstance(result, Exception) else _keep(result)
+
+
+def _build_in_processes(
+    jobs: Mapping[int, Job], workers: int
+) -> Generator[tuple[int, _Built | Exception], None, None]:
+    """Yield what worker processes make of the jobs, as they finish.
+
+    Not every job, or none, where processes cannot be started or come to an end: in an exit
+    handler, in a process that may have no children, when the system kills one for its memory.
+    """
     try:
-        return compile_kernel(*job)
-    except Exception as error:
-        return error
+        # Imported here: a process that only looks kernels up in the cache starts without them.
+        # And after the main thread's end it cannot be imported.
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor, as_completed
+
+        # Spawned, because a forked child must not use the parent's CUDA context.
+        context = multiprocessing.get_context("spawn")
+        theirs, ours = context.Pipe(duplex=False)
+        with theirs, ours, ProcessPoolExecutor(workers, context, _end_with, (theirs,)) as pool:
+            try:
+                futures = {pool.submit(_try_build, job): index for index, job in jobs.items()}
+                for future in as_completed(futures):
+                    if future.exception() is None:
+                        yield futures[future], future.result()
+            except BaseException:
+                ours.close()  # ends the workers: who is interrupted does not wait for compilers
+                raise
+    except Exception:
+        return
 
 
-def _compile_in_processes(
-    jobs: Sequence[Job],
-    missing: Sequence[int],
-    workers: int,
-    done: Callable[[int, CompiledKernel | Exception], None],
-) -> None:
-    # Imported here: a process that only looks kernels up in the cache starts without them.
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+def _end_with(parent: Connection) -> None:
+    """Let this worker process end when its parent does, whatever ends it, or closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers for all
 
-    # Spawned, because a forked child must not use the parent's CUDA context.
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        initializer=cache.adopt_private_dir,
-        initargs=(cache.ensure_writable(),),
-    )
-    with pool:
-        futures = {pool.submit(_compile_job, jobs[index]): index for index in missing}
-        try:
-            for future in as_completed(futures):
-                failure = future.exception()
-                result = failure if isinstance(failure, Exception) else future.result()
-                done(futures[future], result)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    def wait_for_the_end() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            parent.recv_bytes()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
 
 
 def _value(result: CompiledKernel | Exception) -> CompiledKernel:

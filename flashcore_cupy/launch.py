@@ -48,7 +48,7 @@ class LoadedKernel:
 
     config: KernelConfig
     compiled: jit.CompiledKernel
-    entries: Mapping[str, cupy.RawKernel]
+    entries: Mapping[str, cupy.cuda.Function]
 
     def blocks_per_multiprocessor(self, arch: str) -> int:
         """Thread blocks that registers and shared memory let run side by side."""
@@ -215,7 +215,7 @@ def load_kernel(config: KernelConfig, place: Place) -> LoadedKernel:
     entries = {name: module.get_function(name) for name in compiled.entries}
     if config.smem_bytes > _DEFAULT_SMEM:
         for entry in entries.values():
-            entry.max_dynamic_shared_size_bytes = config.smem_bytes
+            jit.allow_shared_memory(entry, config.smem_bytes)
     return LoadedKernel(config, compiled, entries)
 
 
@@ -356,5 +356,5 @@ def _step(kernel: LoadedKernel, entry: str, grid: int, params: np.ndarray[Any, A
     if grid > _MAX_GRID:
         raise ValueError(f"q: needs {grid} thread blocks, a launch has at most 2**31 - 1")
     config = kernel.config
-    function = kernel.entries[entry].kernel.ptr
+    function = kernel.entries[entry].ptr
     return Step(function, grid, config.threads, config.smem_bytes, ParameterBlock(params))

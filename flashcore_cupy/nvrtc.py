@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flashcore_cupy.sources import source_files
 
 Defines = Mapping[str, int | str]
 Headers = Sequence[tuple[str, str]]
@@ -159,22 +162,56 @@ def unknown_arch(arch: str) -> UnknownArchError:
 def compile_source(
     root: Path, source: str, defines: Defines, arch: str, headers: Headers = ()
 ) -> tuple[bytes, str]:
-    """Return the cubin and the compiler's report. ``headers`` stand in for files of ``root``."""
+    """Return the cubin and the compiler's report. ``headers`` stand in for files of ``root``.
+
+    The compiler gets texts and their names relative to ``root``, and no path: ``root`` may have
+    any name, also one that cannot be encoded.
+    """
+    text = (root / source).read_text(encoding="utf-8")
+    files = {name: path.read_bytes() for name, path in _header_files(root).items()}
+    generated = {name: header.encode() for name, header in headers}
+    try:
+        return compile_text(text, source, defines, arch, files | generated)
+    except CompileError as error:
+        log = _with_paths(error.log, root, {source, *files} - generated.keys())
+        raise CompileError(str(root / source), arch, defines, log, headers) from error.__cause__
+
+
+def compile_text(
+    text: str, label: str, defines: Defines, arch: str, headers: Mapping[str, bytes] | None = None
+) -> tuple[bytes, str]:
+    """Return the cubin and the compiler's report of a text, which the report calls ``label``.
+
+    ``headers``: texts by their names, as ``#include <name>`` has them.
+
+    Raises:
+        CompileError: the compiler rejects it.
+    """
     nvrtc = _nvrtc()
     macros = [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    options = (f"-arch={arch}", f"-I{root}", *OPTIONS, *_no_cache(), *macros)
-    text = (root / source).read_text(encoding="utf-8")
-    # The program bears the file's own path, so that messages name a file that can be opened.
-    names, texts = (tuple(header[i].encode() for header in headers) for i in (0, 1))
-    program = nvrtc.createProgram(text, str(root / source), texts, names)
+    options = (f"-arch={arch}", *OPTIONS, *_no_cache(), *macros)
+    headers = headers or {}
+    names = tuple(map(os.fsencode, headers))
+    program = nvrtc.createProgram(text, label, tuple(headers.values()), names)
     try:
         nvrtc.compileProgram(program, options)
         return _whole(bytes(nvrtc.getCUBIN(program))), _log(nvrtc, program)
     except nvrtc.NVRTCError as error:
-        log = _log(nvrtc, program) or str(error)
-        raise CompileError(str(root / source), arch, defines, log, headers) from error
+        raise CompileError(label, arch, defines, _log(nvrtc, program) or str(error)) from error
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _header_files(root: Path) -> dict[str, Path]:
+    paths = (path for path in source_files(root) if path.suffix == ".cuh")
+    return {path.relative_to(root).as_posix(): path for path in paths}
+
+
+def _with_paths(log: str, root: Path, labels: Set[str]) -> str:
+    """Put files that can be opened where the compiler's report has labels."""
+    label = "|".join(map(re.escape, labels))
+    place = re.compile(rf'(?:^|(?<= of )|(?<= of "))(?:{label})(?=\(\d+\):|"|$)', re.MULTILINE)
+    return place.sub(lambda found: str(root / found[0]), log)
 
 
 def _whole(cubin: bytes) -> bytes:

@@ -41,6 +41,14 @@ def arch_override() -> str | None:
     return os.environ.get("FLASHCORE_ARCH") or None
 
 
+def absolute(path: Path) -> Path:
+    """Return the path from the root on, its ``~`` expanded; as it is where that cannot be known."""
+    try:
+        return path.expanduser().absolute()
+    except (RuntimeError, OSError):  # there is no home folder, or no working folder
+        return path
+
+
 def _path(name: str) -> Path | None:
     text = os.environ.get(name)
-    return Path(text).expanduser().absolute() if text else None
+    return absolute(Path(text)) if text else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from flashcore_cupy.settings import settings
@@ -39,7 +40,7 @@ def kernels_dir() -> Path:
 def source_files(root: Path) -> list[Path]:
     """Return every ``.cu`` and ``.cuh`` under ``root`` in the order of their relative paths."""
     files = [path for path in root.rglob("*.cu*") if path.suffix in (".cu", ".cuh")]
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+    return sorted(files, key=lambda path: os.fsencode(path.relative_to(root).as_posix()))
 
 
 def kernels_digest(root: Path | None = None) -> str:
@@ -51,7 +52,7 @@ def kernels_digest(root: Path | None = None) -> str:
     folder = kernels_dir() if root is None else root
     digest = hashlib.sha256()
     for path in source_files(folder):
-        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(os.fsencode(path.relative_to(folder).as_posix()))
         digest.update(b"\0")
         digest.update(path.read_bytes())
         digest.update(b"\0")

@@ -50,14 +50,19 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
     monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
-    monkeypatch.setattr(cache, "_private_dir", None)
-    monkeypatch.setattr(cache, "_warned", False)
+    monkeypatch.setattr(cache, "_unwritten", {})
     return folder
 
 
 def compile_demo(**changes: object) -> jit.CompiledKernel:
     job: dict[str, object] = {"source": "demo.cu", "defines": DEFINES, "arch": ARCH} | changes
     return jit.compile_kernel(**job)  # type: ignore[arg-type]
+
+
+def entry_of(compiled: jit.CompiledKernel) -> Path:
+    """Where the cache has it."""
+    identity = compiled.source, compiled.defines, compiled.arch, compiled.headers
+    return jit.cache_dir() / jit._identify(*identity)[0]
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -97,7 +102,9 @@ def test_wrong_kernels_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_second_compile_comes_from_the_cache(kernels: Path) -> None:
     first, second = compile_demo(), compile_demo()
     assert (first.from_cache, second.from_cache) == (False, True)
-    assert second.cubin == first.cubin and second.cubin.read_bytes().startswith(b"\x7fELF")
+    assert second.cubin == first.cubin and second.cubin.startswith(b"\x7fELF")
+    assert (entry_of(first) / "kernel.cubin").read_bytes() == first.cubin
+    assert "ELF" not in repr(first)
     assert (second.entries, second.log) == (first.entries, first.log)
     assert second.compile_seconds == first.compile_seconds > 0
     assert (second.source, second.arch, dict(second.defines)) == ("demo.cu", ARCH, DEFINES)
@@ -105,12 +112,13 @@ def test_second_compile_comes_from_the_cache(kernels: Path) -> None:
 
 def test_edit_in_a_header_makes_a_new_key(kernels: Path) -> None:
     first = compile_demo()
+    before = entry_of(first)
     header = kernels / "flashcore" / "part.cuh"
     header.write_text(HEADER.replace("FC_STEP", "FC_STEP + 1"))
     second = compile_demo()
     assert not second.from_cache
+    assert entry_of(second) != before
     assert second.cubin != first.cubin
-    assert second.cubin.read_bytes() != first.cubin.read_bytes()
     header.write_text(HEADER)
     assert compile_demo().from_cache
 
@@ -131,7 +139,7 @@ def test_defines_target_and_versions_make_new_keys(
     monkeypatch.setattr(jit, "__version__", "99.1")
     compiled.append(compile_demo())
     assert [kernel.from_cache for kernel in compiled] == [False] * len(compiled)
-    assert len({kernel.cubin for kernel in compiled}) == len(compiled)
+    assert len(jit.cache_entries()) == len(compiled)
 
 
 def test_generated_headers_stand_in_for_files_and_make_new_keys(kernels: Path) -> None:
@@ -139,14 +147,13 @@ def test_generated_headers_stand_in_for_files_and_make_new_keys(kernels: Path) -
     with_two = ((name, "#pragma once\nconstexpr int STEP = 2;\n"),)
     other = compile_demo(headers=with_two)
     assert not other.from_cache and other.cubin != plain.cubin
-    assert other.cubin.read_bytes() != plain.cubin.read_bytes()
     again = compile_demo(headers=with_two)
     assert again.from_cache and again.cubin == other.cubin and again.headers == with_two
     three = ((name, "#pragma once\nconstexpr int STEP = 3;\n"),)
     assert not compile_demo(headers=three).from_cache
     beside = compile_demo(headers=(("flashcore/other.cuh", ""),))
-    assert not beside.from_cache and beside.cubin.read_bytes() == plain.cubin.read_bytes()
-    assert compile_demo().cubin == plain.cubin and compile_demo().headers == ()
+    assert not beside.from_cache and beside.cubin == plain.cubin
+    assert compile_demo().from_cache and compile_demo().headers == ()
 
 
 def test_an_error_in_a_generated_header_shows_its_line(kernels: Path) -> None:
@@ -162,7 +169,7 @@ def test_an_error_in_a_generated_header_shows_its_line(kernels: Path) -> None:
 def test_compile_many_takes_headers(kernels: Path, workers: int) -> None:
     jobs: list[jit.Job] = [
         ("demo.cu", {}, ARCH, (("flashcore/part.cuh", f"constexpr int STEP = {n};\n"),))
-        for n in (1, 2)
+        for n in (2, 3)
     ]
     jobs.append(("demo.cu", DEFINES, ARCH))
     compiled = jit.compile_many(jobs, workers=workers)
@@ -244,17 +251,15 @@ def _empty_folder(entry: Path, other: Path) -> None:
 )
 def test_damaged_entry_is_rebuilt(kernels: Path, damage: object) -> None:
     good, other = compile_demo(), compile_demo(defines={"FC_STEP": 2})
-    expected = good.cubin.read_bytes()
-    damage(good.cubin.parent, other.cubin.parent)  # type: ignore[operator]
+    damage(entry_of(good), entry_of(other))  # type: ignore[operator]
     assert [entry.damaged for entry in jit.cache_entries()].count(True) == 1
 
     rebuilt = compile_demo()
     assert not rebuilt.from_cache
-    assert rebuilt.cubin == good.cubin and rebuilt.cubin.read_bytes() == expected
-    assert rebuilt.entries == good.entries
+    assert rebuilt.cubin == good.cubin and rebuilt.entries == good.entries
     assert compile_demo().from_cache
     names = sorted(path.name for path in jit.cache_dir().iterdir())
-    assert names == sorted([good.cubin.parent.name, other.cubin.parent.name])
+    assert names == sorted([entry_of(good).name, entry_of(other).name])
 
 
 # --- folders that cannot be written, races ------------------------------------------------------
@@ -277,8 +282,7 @@ def test_impossible_cache_folder_works_with_one_warning(
         again = compile_demo()
     (message,) = _runtime_warnings(caught)
     assert str(folder) in message and "FLASHCORE_CACHE_DIR" in message
-    assert again.from_cache and again.cubin == first.cubin and first.cubin.is_file()
-    assert stat.S_IMODE(first.cubin.parent.parent.stat().st_mode) == 0o700
+    assert again.from_cache and again.cubin == first.cubin
     assert jit.cache_entries() == [] and jit.clear_cache() == 0
 
 
@@ -298,25 +302,27 @@ def test_read_only_cache_serves_what_it_has(kernels: Path, monkeypatch: pytest.M
         assert not _runtime_warnings(caught)
         elsewhere = [compile_demo(defines={"FC_STEP": step}) for step in (2, 3)]
     assert len(_runtime_warnings(caught)) == 1
-    assert all(jit.cache_dir() not in kernel.cubin.parents for kernel in elsewhere)
+    assert [compile_demo(defines=kernel.defines).from_cache for kernel in elsewhere] == [True] * 2
+    assert [entry.path for entry in jit.cache_entries()] == [entry_of(stored)]
 
 
-def test_workers_of_an_unwritable_cache_leave_their_results(
+def test_what_workers_compile_is_kept_by_their_parent(
     kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    jobs: list[jit.Job] = [("demo.cu", {"FC_STEP": i}, ARCH) for i in (1, 2)]
     with pytest.warns(RuntimeWarning) as caught:
-        compiled = jit.compile_many([("demo.cu", {"FC_STEP": i}, ARCH) for i in (1, 2)], workers=2)
+        jit.compile_many(jobs, workers=2)
     assert len(caught) == 1
-    assert all(kernel.cubin.is_file() for kernel in compiled)
+    assert all(kernel.from_cache for kernel in jit.compile_many(jobs))
 
 
 def _compile_at_once(barrier: object, queue: object) -> None:
     jit.nvrtc_version()  # loads the library, so that the compiles overlap
     barrier.wait(timeout=120)  # type: ignore[attr-defined]
     kernel = compile_demo()
-    queue.put((str(kernel.cubin), kernel.cubin.read_bytes()))  # type: ignore[attr-defined]
+    queue.put(kernel.cubin)  # type: ignore[attr-defined]
 
 
 def test_eight_processes_at_once_leave_one_entry(kernels: Path) -> None:
@@ -340,10 +346,11 @@ def test_eight_processes_at_once_leave_one_entry(kernels: Path) -> None:
 
 def test_loser_of_the_race_takes_the_winners_entry(kernels: Path) -> None:
     winner = compile_demo()
-    meta = json.loads((winner.cubin.parent / "entry.json").read_text())
-    before = winner.cubin.stat().st_ino
-    cubin = cache.store(winner.cubin.parent.name, b"the loser's", meta)
-    assert cubin == winner.cubin and cubin.stat().st_ino == before
+    file = entry_of(winner) / "kernel.cubin"
+    before = file.stat().st_ino
+    cache.store(entry_of(winner).name, b"the loser's", {})
+    assert compile_demo().from_cache and compile_demo().cubin == winner.cubin
+    assert file.stat().st_ino == before
 
 
 # --- many at once -------------------------------------------------------------------------------
@@ -553,7 +560,7 @@ def test_entries_are_listed_and_cleared_and_nothing_else(kernels: Path) -> None:
         assert dict(entry.defines) == DEFINES and not entry.damaged
     assert jit.clear_cache() == 2
     assert [path.name for path in jit.cache_dir().iterdir()] == ["keep.txt"]
-    assert not any(kernel.cubin.exists() for kernel in compiled)
+    assert not any(entry_of(kernel).exists() for kernel in compiled)
 
 
 def test_remains_of_a_killed_process_go_after_an_hour(kernels: Path) -> None:

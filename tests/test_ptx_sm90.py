@@ -51,7 +51,7 @@ class Probe:
     ) -> None:
         function = self.module.get_function(kernel)
         if shared:
-            function.max_dynamic_shared_size_bytes = shared
+            jit.allow_shared_memory(function, shared)
         function((blocks,), (threads,), tuple(arguments), shared_mem=shared)
 
 
