@@ -8,6 +8,7 @@ stays in the memory of this process.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -69,7 +70,10 @@ def cache_dir() -> Path:
         return configured
     import platformdirs
 
-    return absolute(platformdirs.user_cache_path("flashcore-cupy", False))
+    try:
+        return absolute(platformdirs.user_cache_path("flashcore-cupy", False))
+    except RuntimeError:  # what newer releases say where there is no home folder
+        return Path("~/.cache/flashcore-cupy")
 
 
 def find(key: str) -> tuple[bytes, dict[str, Any]] | None:
@@ -103,9 +107,8 @@ def probe_writable() -> None:
     Raises:
         OSError: it cannot be made or written.
     """
-    folder = cache_dir()
-    _make(folder)
-    Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=folder)).rmdir()
+    with _partial(cache_dir()) as folder:
+        (folder / _CUBIN).write_bytes(bytes(4096))  # on a full disk folders can still be made
 
 
 def cache_entries() -> list[CacheEntry]:
@@ -151,12 +154,22 @@ def _checksum(key: str, cubin: bytes, meta: Mapping[str, Any]) -> str:
 
 def _publish(folder: Path, key: str, cubin: bytes, meta: dict[str, Any]) -> None:
     record = meta | {"key": key, "sha256": _checksum(key, cubin, meta)}
-    _make(folder)
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=folder))
-    try:
+    with _partial(folder) as partial:
         (partial / _CUBIN).write_bytes(cubin)
         (partial / _META).write_text(json.dumps(record, indent=1), encoding="utf-8")
         _rename_into_place(partial, folder / key)
+
+
+@contextlib.contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """Make a temporary folder in the cache folder, which is made if need be."""
+    if not folder.is_absolute():
+        raise FileNotFoundError(errno.ENOENT, "no home or working folder is known", str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=folder)
+    try:
+        yield Path(partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -172,21 +185,10 @@ def _rename_into_place(partial: Path, final: Path) -> None:
                 return
             if not os.path.lexists(final):
                 raise
-        aside = Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=final.parent))
-        try:
+        # Another process may move it first.
+        with _partial(final.parent) as aside, contextlib.suppress(FileNotFoundError):
             os.rename(final, aside / "damaged")
-        except FileNotFoundError:
-            pass  # another process moved it first
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     raise OSError(f"{final} keeps coming back damaged")
-
-
-def _make(folder: Path) -> None:
-    if not folder.is_absolute():
-        raise FileNotFoundError(errno.ENOENT, "no home or working folder is known", str(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _children(folder: Path) -> list[Path]:

@@ -9,7 +9,6 @@ import platform
 import re
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -241,7 +240,7 @@ def _cache_folder() -> Finding:
     try:
         cache.probe_writable()
     except OSError as error:
-        cure = "Kernels are compiled anew in every process: set FLASHCORE_CACHE_DIR to your folder."
+        cure = "Every process compiles its kernels anew: set FLASHCORE_CACHE_DIR to your folder."
         return Finding("cache", f"{value}; cannot be written: {error}", "problem", cure)
     if os.name == "posix" and folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         cure = f"Others may put kernels there that run as you: chmod 700 {folder}."
@@ -267,10 +266,8 @@ def _kernels_folder() -> Finding:
 def _compile() -> Finding:
     try:
         arch = settings().arch or (jit.device_arch() if _has_gpu() else _fallback_arch())
-        with tempfile.TemporaryDirectory(prefix="flashcore-") as folder:
-            (Path(folder) / "tiny.cu").write_text(_TINY, encoding="utf-8")
-            start = time.perf_counter()
-            nvrtc.compile_source(Path(folder), "tiny.cu", {}, arch)
+        start = time.perf_counter()
+        nvrtc.compile_text(_TINY, "tiny.cu", {}, arch)
     except Exception as error:
         cure = "Cure what is said of CuPy, NVRTC and the target first."
         return Finding("a tiny compile", _one_line(error), _severity(), cure)
@@ -314,7 +311,7 @@ def _severity() -> State:
 def _loaded_library(name: str) -> str | None:
     """Return the path of the library that this process has loaded, where the system tells."""
     try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return None
     found = re.search(rf"\S*/lib{name}\.so\S*", maps)

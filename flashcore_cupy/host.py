@@ -17,6 +17,11 @@ _RULES = ("softcap", "alibi_slopes", "bias", "sink", "score_mod", *_POSITION_RUL
 
 def attend(request: Request, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
     """Return the output, or what the gate asks for, and the log-sum-exp; None with such a gate."""
+    with np.errstate(all="ignore"):  # NaN, infinity and underflow are data here, as on a GPU
+        return _attend(request, q, k, v, out)
+
+
+def _attend(request: Request, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
     request = request.taken(cpu=True)
     problem, sequences = request.describe(q, k, v)
     q, k, v = (usable(x, np) for x in (q, k, v))

@@ -11,10 +11,12 @@ that also makes the result independent of the number of threads of either kind.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import threading
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -128,15 +130,45 @@ def _tasks(sizes: Sizes, workers: int) -> Iterator[_Task]:
 
 
 def _run(problem: _Problem) -> None:
+    """Run all tasks, in this thread and in as many more as there are cores, or can be started.
+
+    No pool of threads: one refuses work in an exit handler, and in a thread that outlives the
+    main one. Raises what the first task that failed raised.
+    """
     workers = _workers()
-    tasks = list(_tasks(problem.rules.sizes, workers))
-    if min(workers, len(tasks)) < 2:
-        for task in tasks:
-            _run_task(problem, task)
-        return
-    with ThreadPoolExecutor(min(workers, len(tasks))) as pool:
-        for _ in pool.map(lambda task: _run_task(problem, task), tasks):
-            pass  # raises what a worker raised
+    tasks = deque(enumerate(_tasks(problem.rules.sizes, workers)))
+    failures: dict[int, BaseException] = {}
+
+    def work() -> None:
+        while tasks:
+            try:
+                number, task = tasks.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                _run_task(problem, task)
+            except BaseException as error:
+                failures[number] = error
+                tasks.clear()
+
+    helpers: list[threading.Thread] = []
+    try:
+        # A system at its limits and an interpreter that shuts down start no more threads.
+        with contextlib.suppress(RuntimeError):
+            for _ in range(min(workers, len(tasks)) - 1):
+                helper = threading.Thread(target=work)
+                helper.start()
+                helpers.append(helper)
+        work()
+    finally:
+        tasks.clear()  # for the helpers of a call that is interrupted
+        for helper in helpers:
+            helper.join()
+    if failures:
+        try:
+            raise failures[min(failures)]
+        finally:
+            failures.clear()  # else the error, whose traceback has this frame, keeps all arrays
 
 
 def _run_task(problem: _Problem, task: _Task) -> None:

@@ -158,9 +158,10 @@ def test_cache_that_others_write_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_damaged_entries_are_noted() -> None:
-    cubin = cache.store("0" * 32, b"cubin", {})
+    cache.store("0" * 32, b"cubin", {})
     assert finding("cache").state == "ok"
-    cubin.write_bytes(b"other")
+    (entry,) = jit.cache_entries()
+    (entry.path / "kernel.cubin").write_bytes(b"other")
     found = finding("cache")
     assert found.state == "note" and "1 damaged" in found.value
 
