@@ -5,12 +5,31 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def _test_what_is_installed() -> None:
+    """Let ``python -m pytest`` test what plain ``pytest`` tests: the installed package.
+
+    It puts the working folder first on the path. Where nothing is installed, or PYTHONPATH names
+    the checkout, the checkout's package is tested.
+    """
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if ROOT in (Path(folder).resolve() for folder in named if folder):
+        return
+    path = sys.path[:]
+    sys.path[:] = [folder for folder in path if Path(folder).resolve() != ROOT]
+    if importlib.util.find_spec("flashcore_cupy") is None:
+        sys.path[:] = path
+
+
+_test_what_is_installed()
 
 
 def gpu_skip_reason() -> str | None:

@@ -20,6 +20,7 @@ from flashcore_cupy.arrays import spec_of
 from flashcore_cupy.config import KernelConfig
 from flashcore_cupy.problem import contiguous_problem
 from flashcore_cupy.rules import MAX_MOD_ARGS, MOD_TYPES, Scores, describe_rules
+from flashcore_cupy.sources import kernels_dir
 
 pytestmark = pytest.mark.skipif(
     compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
@@ -109,7 +110,7 @@ def test_an_error_elsewhere_shows_no_expression() -> None:
     with pytest.raises(jit.CompileError) as caught:
         jit.compile_kernel(source, {**defines, "FC_SMEM_BYTES": 7}, arch, headers)
     assert caught.value.text is None
-    assert caught.value.path == str(ROOT / "kernels" / source)
+    assert caught.value.path == str(kernels_dir() / source)
 
 
 def test_an_unclosed_bracket_is_an_error_of_the_mods() -> None:

@@ -191,6 +191,44 @@ def test_editable_install_sees_edits_at_once(checkout: Path, tmp_path: Path) -> 
     assert after == kernels_digest(source / "kernels") != before
 
 
+# --- what the README says ------------------------------------------------------------------------
+
+SEEN = "import flashcore_cupy\n\ndef test_place():\n    print('seen:', flashcore_cupy.__file__)\n"
+
+
+@pytest.mark.parametrize("way", ["pytest", "python -m pytest"])
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_pytest_tests_the_installed_package(
+    checkout: Path, site: Path, tmp_path: Path, way: str, is_installed: bool
+) -> None:
+    """From a checkout, too, unless PYTHONPATH names the checkout."""
+    script = Path(sys.executable).with_name("pytest")
+    if way == "pytest" and not script.is_file():
+        pytest.skip("this environment has no script named pytest")
+    command = [script] if way == "pytest" else ["-m", "pytest"]
+    source = tmp_path / "source"
+    shutil.copytree(checkout, source, ignore=NOT_SOURCES)
+    (source / "tests" / "test_place.py").write_text(SEEN)
+    tested = site if is_installed else source
+    run = subprocess.run(
+        [sys.executable, *command, "-s", "-p", "no:cacheprovider", "tests/test_place.py"],
+        cwd=source,
+        env=os.environ | {"PYTHONPATH": str(tested)},
+        capture_output=True,
+        text=True,
+    )
+    assert f"seen: {tested / 'flashcore_cupy' / '__init__.py'}" in run.stdout, run.stdout
+
+
+def test_the_readme_has_two_lines_to_type() -> None:
+    """`.ci/run` types them, whatever they are; these are what people expect them to be."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.partition("\n## Two commands\n")[2].split("```")[1]
+    install, test = block.strip().splitlines()
+    assert install.startswith("pip install . && flashcore-cupy run ")
+    assert test == "pip install '.[test]' && pytest"
+
+
 # --- the import ---------------------------------------------------------------------------------
 
 
