@@ -213,7 +213,7 @@ def test_pytest_tests_the_installed_package(
     run = subprocess.run(
         [sys.executable, *command, "-s", "-p", "no:cacheprovider", "tests/test_place.py"],
         cwd=source,
-        env=os.environ | {"PYTHONPATH": str(tested)},
+        env=os.environ | {"PYTHONPATH": str(tested), "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
     )
