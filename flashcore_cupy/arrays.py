@@ -5,11 +5,12 @@ Nothing here reads an element, or imports CuPy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashcore_cupy.problem import MAX_ALIGN, AttentionProblem
+from flashcore_cupy.problem import MAX_ALIGN, AttentionProblem, dtype_beside
 
 # NumPy 1.25 moved it.
 _TooHardError = getattr(np, "exceptions", np).TooHardError
@@ -86,11 +87,13 @@ def check_out(problem: AttentionProblem, out: Any, inputs: tuple[Any, ...], xp: 
     """Raise ``TypeError`` or ``ValueError`` unless ``out`` can take the output of ``inputs``."""
     q, k, v = inputs
     if not isinstance(out, xp.ndarray):
-        raise TypeError(f"out: got {type(out).__name__}; use a {xp.__name__} array like q")
+        got = f"{type(out).__module__.partition('.')[0]}.{type(out).__name__}"
+        raise TypeError(f"out: got {got}; use a {xp.__name__} array like q")
     if out.shape != problem.output_shape:
         raise ValueError(f"out: got shape {out.shape}; this problem's is {problem.output_shape}")
     if out.dtype != q.dtype:
-        raise TypeError(f"out: got dtype {out.dtype.name}; q's is {q.dtype.name}")
+        own, wanted = dtype_beside(out.dtype, q.dtype), dtype_beside(q.dtype, out.dtype)
+        raise TypeError(f"out: got dtype {own}; q's is {wanted}")
     if xp is not np and out.device != q.device:
         raise ValueError(f"out: on GPU {out.device.id}, but q is on GPU {q.device.id}")
     if reason := why_copied(out):
@@ -99,7 +102,12 @@ def check_out(problem: AttentionProblem, out: Any, inputs: tuple[Any, ...], xp: 
         raise ValueError("out: is read-only; use an array of your own")
     if _overlaps_itself(out):
         raise ValueError("out: its elements share memory, as a broadcast view's; use a real array")
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    check_overlaps(out, {"q": q, "k": k, "v": v})
+
+
+def check_overlaps(out: Any, arrays: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if ``out`` shares memory with one of these, given by their names."""
+    for name, x in arrays.items():
         if _share_memory(out, x):
             raise ValueError(f"out: overlaps {name} in memory; use another array")
 

@@ -6,10 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flashcore_cupy import interop, launch, repeat
-from flashcore_cupy.problem import GATES, Causal, Gate, Layout, check_choice
-from flashcore_cupy.request import Request, bind, entered, refuse_gpu_arguments, select_for
+from flashcore_cupy.problem import Causal, Gate, Layout
+from flashcore_cupy.request import (
+    ARGUMENTS,
+    Request,
+    bind,
+    check_on_host,
+    check_results,
+    entered,
+    refuse_gpu_arguments,
+    select_for,
+)
+from flashcore_cupy.tracing import leave_dynamo, untraced
+from flashcore_cupy.values import check_names
 
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     import cupy
 
 __all__ = ["attention", "explain", "plan"]
@@ -17,6 +30,7 @@ __all__ = ["attention", "explain", "plan"]
 Mod = str | Callable[..., Any]
 
 
+@untraced
 def attention(
     q: Any,
     k: Any,
@@ -43,13 +57,17 @@ def attention(
     gate: Gate | None = None,
     out: Any = None,
     stream: Any = None,
+    **unknown: NoReturn,
 ) -> Any:
     """Scaled-dot-product attention, ``softmax(rules(softmax_scale * q @ k.T)) @ v``.
 
     By default one fused kernel, FlashAttention's algorithm (Dao et al. 2022, arXiv 2205.14135,
     algorithm 1): nothing of size Sq x Skv is stored. CuPy arrays run on their GPU, NumPy arrays on
     the CPU; so does anything that exports its memory by DLPack or ``__cuda_array_interface__``,
-    and the result is of q's kind (CuPy, NumPy, torch, JAX, Numba). Forward only.
+    and the result is of q's kind (CuPy, NumPy, torch, JAX, Numba).
+
+    Forward only: tensors that require a gradient are refused while gradients are enabled, and so is
+    what torch.func and JAX trace. Under torch.compile a call is a graph break.
 
     A score goes through scale, softcap, ALiBi, bias, score_mod, in this order; then causal, window,
     mask and mask_mod hide keys. off is Skv - Sq, or 0 with causal="top-left".
@@ -64,22 +82,23 @@ def attention(
     layout : "bhsd" or "bshd"
         The order of the axes of q, k, v and the output: (B, H, S, D) or (B, S, H, D).
     softmax_scale : float, optional
-        Multiplies the scores; 1/sqrt(D) by default.
+        Multiplies the scores; 1/sqrt(D) by default. This and softcap may be 0-d arrays; one on a
+        GPU is waited for.
     causal : bool or "top-left"
         True: query i sees key j <= i + Skv - Sq (bottom-right aligned). "top-left": j <= i.
     window : (left, right)
         Query i sees i + off - left <= j <= i + off + right; -1 is no bound (Beltagy et al. 2020).
     softcap : float
-        s becomes softcap * tanh(s / softcap); 0 is none (Gemma 2).
-    alibi_slopes : array, (Hq,) or (B, Hq), float32
-        s becomes s - slope * abs(i + off - j) (Press et al. 2022).
+        s becomes softcap * tanh(s / softcap); 0 or infinity is none (Gemma 2).
+    alibi_slopes : array or list, (Hq,) or (B, Hq)
+        s becomes s - slope * abs(i + off - j) (Press et al. 2022). Real numbers, taken as float32.
     bias : array, broadcastable to (B, Hq, Sq, Skv)
         Added to the scores; q's dtype or float32. The broadcast is not made.
     mask : array of bool, broadcastable to (B, Hq, Sq, Skv)
         True where a query attends.
-    sink : array, (Hq,), float32
+    sink : array or list, (Hq,)
         A logit per query head that joins the softmax's denominator, and so the LSE, without a value
-        (gpt-oss).
+        (gpt-oss). Real numbers, taken as float32.
     score_mod, mask_mod : str, or on NumPy arrays a callable
         CUDA expressions of ``b, h, q_idx, kv_idx`` and, for score_mod, ``score``, evaluated per
         element inside the kernel: ``score_mod="score + 0.1f * (kv_idx - q_idx)"``,
@@ -109,9 +128,11 @@ def attention(
         as 0, which is the mean of the v rows that the query sees.
     out : array, optional
         Written in place and returned; the output's shape and dtype, last axis contiguous, no
-        element in common with q, k or v. Not with the gates "qk" and "softmax".
+        element in common with an input. Not with the gates "qk" and "softmax".
     stream : optional
         A CuPy stream, or anything with ``__cuda_stream__``; CuPy's current stream by default.
+    **unknown
+        No other name is taken; the error tells which one is meant.
 
     Returns:
     -------
@@ -132,19 +153,21 @@ def attention(
     plain = (
         alibi_slopes is None and bias is None and mask is None and sink is None
         and score_mod is None and mask_mod is None and mod_args is None
-        and cu_seqlens_q is None and cu_seqlens_k is None
-        and config is None and gate is None and stream is None
+        and cu_seqlens_q is None and cu_seqlens_k is None and not unknown
+        and config is None and gate is None and stream is None and return_lse.__class__ is bool
     )  # fmt: skip
     if plain:
         choices = (layout, softmax_scale, causal, window, softcap, batch_invariant, kernel)
         done = repeat.launch_again(q, k, v, out, return_lse, choices)
         if done is not None:
             return done
+    leave_dynamo()
+    check_names("attention", unknown, ARGUMENTS)
     request = Request(
         layout, softmax_scale, causal, window, softcap, alibi_slopes, bias, mask, sink, score_mod,
         mask_mod, mod_args, cu_seqlens_q, cu_seqlens_k, batch_invariant, kernel, config, gate,
     )  # fmt: skip
-    _check_gate(gate, return_lse, out)
+    return_lse = check_results(gate, return_lse, out)
     gpu = interop.gpu_of("q", q)
     if gpu is None:
         return _on_host(request, q, k, v, out, stream, return_lse)
@@ -161,6 +184,7 @@ def attention(
         return (o, interop.returned(bound.arrays["lse"], kind)) if return_lse else o
 
 
+@untraced
 def plan(
     q: cupy.ndarray,
     k: cupy.ndarray,
@@ -178,35 +202,49 @@ def plan(
     """
     import cupy
 
+    leave_dynamo()
+    check_names("plan", arguments, set(ARGUMENTS) - {"stream"})
+    request = Request(**arguments)
+    return_lse = check_results(request.gate, return_lse, out)
     q, k, v, _ = interop.taken_together(q, k, v)
     if not isinstance(q, cupy.ndarray):
         raise TypeError("q: a plan is for arrays on a GPU; attention() takes NumPy arrays")
     if q.device != cupy.cuda.Device():
         raise ValueError(f"q: on GPU {q.device.id}, which is not the current device")
-    return bind(Request(**arguments), q, k, v, out, want_lse=return_lse, own_workspace=True)
+    return bind(request, q, k, v, out, want_lse=return_lse, own_workspace=True)
 
 
-def explain(q: Any, k: Any, v: Any, **arguments: Any) -> str:
+@untraced
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    return_lse: bool = False,
+    out: Any = None,
+    stream: Any = None,
+    **arguments: Any,
+) -> str:
     """Tell which kernel a call takes, why faster ones were passed over, and what is copied.
 
-    Builds and launches nothing. Takes ``attention``'s arguments, as far as they decide that:
-    neither ``return_lse``, nor ``out``, nor ``stream``.
+    Takes all of ``attention``'s arguments, and refuses what it refuses. Builds, launches and writes
+    nothing.
     """
+    leave_dynamo()
+    check_names("explain", arguments, ARGUMENTS)
     request = Request(**arguments)
-    q, k, v, _ = interop.taken_together(q, k, v)
-    if interop.gpu_of("q", q) is None:
-        request.describe(q, k, v)
-        refuse_gpu_arguments(request, None)
+    check_results(request.gate, return_lse, out)
+    gpu = interop.gpu_of("q", q)
+    if gpu is None:
+        q, k, v, _ = interop.taken_together(q, k, v)
+        target = None if out is None else interop.taken_out(out)[0]
+        refuse_gpu_arguments(request, stream)
+        check_on_host(request, q, k, v, target)
         return "NumPy arrays: tiled online-softmax attention on the CPU, fp32 accumulation"
-    with entered(q.device.id, None):
-        return select_for(request, q, k, v)
-
-
-def _check_gate(gate: Any, return_lse: bool, out: Any) -> None:
-    check_choice("gate", gate, GATES)
-    if gate in ("qk", "softmax") and (return_lse or out is not None):
-        name = "return_lse" if return_lse else "out"
-        raise ValueError(f"{name}: gate {gate!r} stops before the output; leave one of them out")
+    with entered(gpu, stream):
+        q, k, v, _ = interop.taken_together(q, k, v)
+        target = None if out is None else interop.taken_out(out)[0]
+        return select_for(request, q, k, v, target)
 
 
 def _on_host(
@@ -217,6 +255,9 @@ def _on_host(
     q, k, v, kind = interop.taken_together(q, k, v)
     target, out_kind = (None, kind) if out is None else interop.taken_out(out)
     refuse_gpu_arguments(request, stream)
+    request = request.taken(cpu=True)
+    if target is not None:
+        request.check_apart(target)
     o, lse = attend(request, q, k, v, target)
     o = interop.returned(o, out_kind, out)
     return (o, interop.returned(lse, kind)) if return_lse else o

@@ -5,7 +5,7 @@ DLPack (Python array API standard, ``__dlpack__``), else ``__cuda_array_interfac
 ``__array_interface__``. Kinds that results are turned back into: torch, JAX and Numba; callers with
 anything else get CuPy or NumPy arrays. Nothing is imported for that but CuPy, for a GPU's arrays.
 
-The forward only: autograd records nothing, and a torch tensor that requires grad is read detached.
+The forward only: what requires a gradient, or is traced, is refused (``tracing``).
 """
 
 from __future__ import annotations
@@ -14,19 +14,28 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
+from numbers import Number
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
-Kind = Literal["numpy", "cupy", "torch", "jax", "numba", "other"]
+from flashcore_cupy.problem import check_dtype
+from flashcore_cupy.tracing import check_concrete
+
+Kind = Literal[
+    "numpy", "cupy", "torch", "jax", "numba", "other", "masked", "jax tracer", "torch proxy"
+]
 
 # What a class is called that makes its instances arrays of a kind; package first, name second.
 _CLASSES: dict[tuple[str, str], Kind] = {
+    ("numpy", "MaskedArray"): "masked",
     ("numpy", "ndarray"): "numpy",
     ("cupy", "ndarray"): "cupy",
     ("torch", "Tensor"): "torch",
+    ("torch", "Proxy"): "torch proxy",
     ("jaxlib", "ArrayImpl"): "jax",
+    ("jax", "Tracer"): "jax tracer",
     ("numba", "DeviceNDArrayBase"): "numba",
     ("numba_cuda", "DeviceNDArrayBase"): "numba",
 }
@@ -40,7 +49,8 @@ def taken(name: str, x: Any) -> tuple[Any, Kind]:
 
     CuPy and NumPy arrays pass as they are. CuPy's current stream waits for what the producer has
     enqueued: enter device and stream before (``gpu_of`` tells which GPU). Raises ``TypeError`` for
-    what is no array, lies on neither a CUDA GPU nor the host, or does not export its memory.
+    what is no array, lies on neither a CUDA GPU nor the host, or does not export its memory, and
+    what ``check_concrete`` raises.
     """
     kind = _kind_of(x.__class__)
     if kind == "cupy" or kind == "numpy":
@@ -61,10 +71,12 @@ def taken(name: str, x: Any) -> tuple[Any, Kind]:
 def taken_together(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any, Kind]:
     """``taken`` for q, k and v, and the kind that a result gets: q's.
 
-    Kinds may differ, but ``TypeError`` is raised where some are on a GPU and others on the CPU.
+    Kinds may differ, but ``TypeError`` is raised where some are on a GPU and others on the CPU, and
+    for a dtype that is none of attention's.
     """
-    q, kind = taken("q", q)
-    k, v = taken("k", k)[0], taken("v", v)[0]
+    (q, kind), (k, kind_k), (v, kind_v) = taken("q", q), taken("k", k), taken("v", v)
+    for name, x, own in (("q", q, kind), ("k", k, kind_k), ("v", v, kind_v)):
+        check_dtype(name, x.dtype, own)
     on_host = isinstance(q, np.ndarray) + isinstance(k, np.ndarray) + isinstance(v, np.ndarray)
     if 0 < on_host < 3:
         host = [name for name, x in zip("qkv", (q, k, v), strict=True) if isinstance(x, np.ndarray)]
@@ -80,11 +92,8 @@ def taken_out(out: Any) -> tuple[Any, Kind]:
 
     What was written is the caller's only after ``returned(array, kind, out)``.
     """
-    kind = _kind_of(out.__class__)
-    if kind == "jax":
+    if _kind_of(out.__class__) == "jax":
         raise TypeError("out: got a JAX array, which is immutable; leave it out, use the result")
-    if kind == "torch" and out.requires_grad:
-        raise ValueError("out: requires grad, which writing in place bypasses; use out.detach()")
     array, kind = taken("out", out)
     if kind in ("numpy", "cupy"):
         return array, kind
@@ -108,19 +117,26 @@ def returned(array: Any, kind: Kind, out: Any = None) -> Any:
     """
     convert = _CONVERTERS.get(kind)
     result = array if convert is None else convert(array)
-    return result if out is None else out
+    if out is None:
+        return result
+    if kind == "torch" and not out.is_inference():  # a backward pass that saved it has to know
+        sys.modules["torch"].autograd.graph.increment_version(out)
+    return out
 
 
 def gpu_of(name: str, x: Any) -> int | None:
     """Number of the GPU that holds ``x``, None for the host; nothing is exported, no stream waits.
 
-    Raises ``TypeError`` for what is no array, or lies elsewhere.
+    Raises ``TypeError`` for what is no array or lies elsewhere, and what ``check_concrete`` raises.
     """
     kind = _kind_of(x.__class__)
     if kind == "cupy":
         return int(x.device.id)
     if kind == "numpy":
         return None
+    check_concrete(name, x, kind)
+    if isinstance(x, type):
+        raise _no_array(name, x)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         try:
             device_type, number = (int(part) for part in x.__dlpack_device__())
@@ -138,10 +154,25 @@ def gpu_of(name: str, x: Any) -> int | None:
         return int(_gpu_view(x).device.id)
     if hasattr(x, "__array_interface__"):
         return None
-    raise TypeError(
-        f"{name}: got {type(x).__name__}; use a CuPy array (GPU) or a NumPy array (CPU), or one "
-        f"with __dlpack__ or __cuda_array_interface__, for example cupy.asarray({name})"
-    )
+    raise _no_array(name, x)
+
+
+def plain_number(name: str, x: Any) -> Any:
+    """Return the number that a 0-d array or a NumPy scalar holds; anything else as it is.
+
+    One on a GPU is waited for.
+    """
+    if isinstance(x, int | float) or getattr(x, "ndim", None) != 0:
+        return x
+    kind = _kind_of(x.__class__)
+    if kind not in ("numpy", "cupy"):
+        check_concrete(name, x, kind)
+    try:
+        value = x.item()
+    except Exception as error:  # of another library, about one without a value
+        raise TypeError(f"{name}: got {type(x).__name__} without a value: {error}") from error
+    # NumPy has no Python number for some dtypes of others, such as float8.
+    return float(value) if isinstance(value, np.generic) and value.dtype.kind == "V" else value
 
 
 @functools.cache
@@ -174,9 +205,22 @@ def _host_view(x: Any, kind: Kind) -> Any:
     return np.from_dlpack(x)
 
 
+def _no_array(name: str, x: Any) -> TypeError:
+    converts = isinstance(x, list | tuple | Number) or (
+        hasattr(x, "__array__") and not isinstance(x, type)
+    )
+    hint = f", for example cupy.asarray({name}) or numpy.asarray({name})"
+    return TypeError(
+        f"{name}: got {type(x).__name__}; use a CuPy array (GPU) or a NumPy array (CPU), or one "
+        f"with __dlpack__ or __cuda_array_interface__{hint if converts else ''}"
+    )
+
+
 def _not_exported(name: str, x: Any, error: Exception) -> TypeError:
     reason = str(error).partition("\n")[0]
-    return TypeError(f"{name}: this {type(x).__name__} does not export its memory: {reason}")
+    dtype = getattr(x, "dtype", None)
+    what = type(x).__name__ if dtype is None else f"{type(x).__name__} of {dtype}"
+    return TypeError(f"{name}: this {what} does not export its memory: {reason}")
 
 
 class _VersionedTensor(ctypes.Structure):

@@ -14,6 +14,7 @@ and then query i sees key j where causal, window, mask and mask_mod all let it.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashcore_cupy.problem import Causal
+from flashcore_cupy.rules import check_softcap
+from flashcore_cupy.values import shown
 
 Array: TypeAlias = NDArray[Any]
 BoolArray: TypeAlias = NDArray[np.bool_]
@@ -145,7 +148,7 @@ class Rules:
     window: tuple[int, int] = (-1, -1)
     """(left, right): i + offset - left <= j <= i + offset + right; -1 is no bound."""
     softcap: float = 0.0
-    """0 is none."""
+    """0 is none, and so is infinity."""
     alibi_slopes: Array | None = None
     """(Hq,) or (B, Hq)."""
     bias: Array | None = None
@@ -177,6 +180,11 @@ class Rules:
         return float(self.softmax_scale)
 
     @cached_property
+    def cap(self) -> float:
+        """The softcap as it is applied; 0 is none."""
+        return check_softcap(self.softcap)
+
+    @cached_property
     def offset(self) -> int:
         """Query i stands at key i + offset: there the causal diagonal, windows and ALiBi meet."""
         return 0 if self.causal == "top-left" else self.sizes.seqlen_kv - self.sizes.seqlen_q
@@ -196,10 +204,8 @@ class Rules:
         """Turn the products q.k of a block, (M, N), into its scores: in place, in their dtype."""
         number = scores.dtype.type
         scores *= number(self.scale)
-        if self.softcap:
-            scores /= number(self.softcap)
-            np.tanh(scores, out=scores)
-            scores *= number(self.softcap)
+        if self.cap:
+            _soften(scores, number(self.cap))
         if self.alibi_slopes is not None:
             distance = np.abs(at.q_idx + self.offset - at.kv_idx).astype(scores.dtype)
             scores -= number(self._slope(at)) * distance
@@ -207,9 +213,8 @@ class Rules:
             scores += self._cut(self.bias, at).astype(scores.dtype)
         if self.score_mod is not None:
             given = self._number(at.batch), at.head, at.q_idx, at.kv_idx
-            scores[...] = _fitted(
-                "score_mod", self.score_mod(scores, *given, **(self.mod_args or {})), scores.shape
-            )
+            result = self.score_mod(scores, *given, **(self.mod_args or {}))
+            scores[...] = _fitted("score_mod", _numbers(result), scores.shape)
 
     def visible(self, at: Block) -> BoolArray:
         """Return where the queries of a block see its keys, (M, N)."""
@@ -261,19 +266,76 @@ class Rules:
         return cut
 
 
+def _soften(scores: Array, cap: Any) -> None:
+    """Turn scores into cap tanh(score / cap), in place."""
+    with np.errstate(all="ignore"):
+        ratio = scores / cap
+        # There tanh(x) is x to the last bit; and x, if subnormal, has lost bits of the score.
+        same = np.abs(ratio) < math.sqrt(np.finfo(scores.dtype).eps)
+        np.tanh(ratio, out=ratio)
+        ratio *= cap
+    np.copyto(scores, ratio, where=~same)
+
+
+def _numbers(result: Any) -> Array:
+    """What a score_mod returned; ``TypeError`` unless that is numbers, or an array of them."""
+    return _returned("score_mod", result, "the block's new scores, real numbers", _is_real)
+
+
 def _flags(result: Any, shape: tuple[int, ...]) -> BoolArray:
-    flags = np.asarray(result)
-    if flags.dtype != np.bool_:
-        raise TypeError(f"mask_mod: returned {flags.dtype.name}; return booleans")
+    flags = _returned("mask_mod", result, "booleans, True where a query attends", _is_bool)
     return _fitted("mask_mod", flags, shape)
 
 
-def _fitted(name: str, result: Any, shape: tuple[int, ...]) -> Array:
+def _is_real(dtype: np.dtype[Any]) -> bool:
+    # The float types that NumPy does not know itself, such as bfloat16, are of kind V, as records.
+    return dtype.kind in "iuf" or (dtype.kind == "V" and "float" in dtype.name)
+
+
+def _is_bool(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "b"
+
+
+def _returned(
+    name: str, result: Any, wanted: str, is_right: Callable[[np.dtype[Any]], bool]
+) -> Array:
+    try:
+        # A masked array loses its mask like this.
+        array = None if isinstance(result, np.ma.MaskedArray) else np.asarray(result)
+    except Exception as error:  # of whatever the user returned: a ragged list, a traced array
+        raise TypeError(f"{name}: returned {shown(result)}; return {wanted}") from error
+    if array is None or not is_right(array.dtype):
+        kind = "" if array is None or array.dtype == object else f", dtype {array.dtype.name}"
+        raise TypeError(f"{name}: returned {shown(result)}{kind}; return {wanted}")
+    return array
+
+
+def _fitted(name: str, result: Array, shape: tuple[int, ...]) -> Array:
     try:
         return np.broadcast_to(result, shape)
     except ValueError:
-        got = np.shape(result)
+        got = result.shape
         raise ValueError(f"{name}: returned shape {got}; return the block's, {shape}") from None
+
+
+def check_mods(score_mod: Any, mask_mod: Any, mod_args: Mapping[str, Any] | None) -> None:
+    """Raise ``TypeError`` unless these are None, or callables that take what they will be given."""
+    for name, mod, first in (("score_mod", score_mod, "score, "), ("mask_mod", mask_mod, "")):
+        if mod is None:
+            continue
+        call = f"{name}({first}b, h, q_idx, kv_idx, **mod_args)"
+        if not callable(mod):
+            raise TypeError(
+                f"{name}: got {type(mod).__name__}; on NumPy arrays pass a callable, {call}"
+            )
+        try:
+            signature = inspect.signature(mod)
+        except (TypeError, ValueError):  # a function of C need not tell
+            continue
+        try:
+            signature.bind(*[None] * (4 + len(first.split())), **(mod_args or {}))
+        except TypeError as error:
+            raise TypeError(f"{name}: cannot be called as {call}: {error}") from None
 
 
 def _check(rules: Rules) -> None:
@@ -287,20 +349,13 @@ def _check(rules: Rules) -> None:
         raise ValueError(
             f"window: got {window!r}; use (left, right), integers from 0, or -1 for no bound"
         )
-    if not 0 <= rules.softcap < math.inf:  # so written that NaN fails
-        raise ValueError(f"softcap: got {rules.softcap}; use a positive number, or 0 for none")
+    check_softcap(rules.softcap)
     if rules.sequence is not None and sizes.batch != 1:
         raise ValueError(f"sequence: got operands with B = {sizes.batch}; one sequence has B = 1")
     _check_shapes(rules)
     if rules.mask is not None and rules.mask.dtype != np.bool_:
         raise TypeError(f"mask: got dtype {rules.mask.dtype.name}; use booleans, True = attend")
-    for name, first in (("score_mod", "score, "), ("mask_mod", "")):
-        mod = getattr(rules, name)
-        if mod is not None and not callable(mod):
-            raise TypeError(
-                f"{name}: got {type(mod).__name__}; on NumPy arrays pass a callable, "
-                f"{name}({first}b, h, q_idx, kv_idx, **mod_args)"
-            )
+    check_mods(rules.score_mod, rules.mask_mod, rules.mod_args)
 
 
 def _check_shapes(rules: Rules) -> None:

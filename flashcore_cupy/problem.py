@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from flashcore_cupy.rules import NO_RULES, Rules
+from flashcore_cupy.values import check_flag, check_number, shown
 
 Causal = bool | Literal["top-left"]
 Layout = Literal["bhsd", "bshd"]
@@ -190,13 +189,14 @@ def describe(
     check_choice("layout", layout, LAYOUTS)
     check_choice("gate", gate, GATES)
     if not (isinstance(causal, bool) or (isinstance(causal, str) and causal == "top-left")):
-        raise ValueError(f"causal: got {causal!r}; use False, True (bottom-right) or 'top-left'")
+        raise ValueError(
+            f"causal: got {shown(causal)}; use False, True (bottom-right) or 'top-left'"
+        )
     for name, array in (("q", q), ("k", k), ("v", v)):
-        _check_array(name, array, layout, packed=sequences is not None)
+        check_dimensions(name, array, layout, packed=sequences is not None)
     if sequences is not None and gate is not None:
         raise ValueError(f"gate: got {gate!r} with cu_seqlens; stop at a stage without packing")
-    if not isinstance(batch_invariant, bool):
-        raise TypeError(f"batch_invariant: got {batch_invariant!r}; use True or False")
+    batch_invariant = check_flag("batch_invariant", batch_invariant)
     _check_dtypes(q, k, v)
     operands = [
         operand(name, array, layout if sequences is None else "packed", address)
@@ -270,7 +270,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless ``value``, a string or None, is one of ``choices``."""
     if not (value is None or isinstance(value, str)) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}: got {value!r}; choose one of {listed}")
+        raise ValueError(f"{name}: got {shown(value)}; choose one of {listed}")
 
 
 def _align_bytes(address: int, strides: Sequence[int], columns: int, itemsize: int) -> int:
@@ -280,29 +280,52 @@ def _align_bytes(address: int, strides: Sequence[int], columns: int, itemsize: i
     return align
 
 
-def _check_array(name: str, array: Any, layout: str, *, packed: bool) -> None:
+def check_dimensions(name: str, array: Any, layout: str, *, packed: bool) -> None:
+    """Raise ``ValueError`` unless an array has the axes of its layout, or of a packed batch."""
     axes, what = ("(B, H, S, D)" if layout == "bhsd" else "(B, S, H, D)"), f"layout {layout!r}"
     if packed:
-        axes, what = "(total, H, D)", "a packed batch"
+        axes, what = "(total, H, D)", "a packed batch (cu_seqlens)"
     dimensions = axes.count(",") + 1
     if array.ndim != dimensions:
         raise ValueError(
             f"{name}: got {array.ndim} dimensions, shape {tuple(array.shape)}; "
             f"{what} takes {dimensions}: {axes}"
         )
-    if array.dtype.name not in DTYPES:
-        raise TypeError(
-            f"{name}: got dtype {array.dtype.name}; use one of {', '.join(DTYPES)}, "
-            f"for example {name}.astype('float16')"
-        )
+
+
+# How to cast, in the words of the library that an array came from.
+_CASTS = {
+    "torch": "{name}.to(torch.{dtype})",
+    "jax": "{name}.astype(jax.numpy.{dtype})",
+}
+
+
+def check_dtype(name: str, dtype: Any, kind: str = "numpy") -> None:
+    """Raise ``TypeError`` unless this is a dtype of q, k and v; ``kind``: the array's library."""
+    if dtype.name in DTYPES:
+        return
+    hint = ""
+    if dtype.kind in "iuf":
+        wanted = "float16" if dtype.kind != "f" else "float32"
+        cast = _CASTS.get(kind, "{name}.astype('{dtype}')").format(name=name, dtype=wanted)
+        hint = f", for example {cast}"
+    raise TypeError(f"{name}: got dtype {dtype.name}; use one of {', '.join(DTYPES)}{hint}")
+
+
+def dtype_beside(dtype: Any, other: Any) -> str:
+    """What tells a dtype from another one: its name, or its byte order."""
+    return str(dtype.str if dtype.name == other.name else dtype.name)
 
 
 def _check_dtypes(q: Any, k: Any, v: Any) -> None:
-    for name, array in (("k", k), ("v", v)):
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        check_dtype(name, array.dtype)
         if array.dtype != q.dtype:
+            own, wanted = array.dtype, q.dtype
             raise TypeError(
-                f"{name}: got dtype {array.dtype.name}, but q is {q.dtype.name}; "
-                f"q, k and v take the same dtype"
+                f"{name}: got dtype {dtype_beside(own, wanted)}, but q is "
+                f"{dtype_beside(wanted, own)}; q, k and v take the same dtype"
+                + (" in the same byte order" if own.name == wanted.name else "")
             )
 
 
@@ -336,11 +359,9 @@ def _check_shapes(q: Operand, k: Operand, v: Operand) -> None:
 def _check_scale(softmax_scale: object, head_dim: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float | np.floating):
-        raise TypeError(
-            f"softmax_scale: got {type(softmax_scale).__name__}; use a number, "
-            f"or None for 1/sqrt(head dim)"
+    scale = check_number("softmax_scale", softmax_scale, "None for 1/sqrt(head dim)")
+    if not abs(scale) <= MAX_SCALE:  # so written that NaN fails
+        raise ValueError(
+            f"softmax_scale: got {shown(scale)}; use a finite number, at most {MAX_SCALE:g}"
         )
-    if not abs(softmax_scale) <= MAX_SCALE:  # so written that NaN fails
-        raise ValueError(f"softmax_scale: got {softmax_scale}; use a finite number, at most 1e38")
-    return float(softmax_scale)
+    return float(scale)

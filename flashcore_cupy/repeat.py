@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from numbers import Number
 from typing import Any
 
 from flashcore_cupy.arrays import span_of
@@ -100,6 +101,9 @@ def remember(plan: Plan, choices: tuple[Any, ...], *, out_given: bool) -> None:
     global _ndarray, _empty, _float32, _current_device, _current_stream, _launch, _environment
     if len(plan.steps) != 1 or plan.problem.gate is not None or _overridden():
         return
+    _, softmax_scale, _, window, softcap, _, _ = choices
+    if not all(isinstance(x, Number | None) for x in (softmax_scale, softcap, *window)):
+        return  # a tensor can be hashed, but holds another number tomorrow
     if _ndarray is None:
         import cupy
 

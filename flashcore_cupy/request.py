@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,24 +15,30 @@ from flashcore_cupy.arrays import (
     ArraySpec,
     check_elements,
     check_out,
+    check_overlaps,
     spec_of,
     spec_of_copy,
     usable,
     why_copied,
 )
 from flashcore_cupy.config import check_overrides
+from flashcore_cupy.numpy_rules import check_mods
 from flashcore_cupy.problem import (
+    GATES,
     AttentionProblem,
     Causal,
     Gate,
     Layout,
     check_choice,
+    check_dimensions,
     describe,
     operand,
 )
+from flashcore_cupy.rule_arrays import few_numbers, rule_array
 from flashcore_cupy.rules import Scores, check_mod_args, describe_rules
 from flashcore_cupy.settings import kernels_override
 from flashcore_cupy.tiles import KERNELS, select
+from flashcore_cupy.values import check_flag, shown
 
 Boundaries = tuple[Any, Any] | None
 """Where packed sequences start in q, and in k and v; None if they are not packed."""
@@ -62,29 +68,40 @@ class Request:
     gate: Gate | None = None
 
     def taken(self, cpu: bool) -> Request:
-        """The same with the rules' arrays as CuPy has them, or on the CPU as NumPy has them."""
+        """The same with plain flags and numbers, its arrays as CuPy, or on the CPU NumPy, has them.
+
+        For a GPU: with q's device current.
+        """
         given = {} if self.mod_args is None else self.mod_args
         check_mod_args(given, self.score_mod, self.mask_mod)
-        mod_args = {name: _rule_array(f"mod_args[{name!r}]", x, cpu) for name, x in given.items()}
-        arrays = {
-            name: _rule_array(name, getattr(self, name), cpu)
-            for name in ("alibi_slopes", "bias", "mask", "sink")
+        mod_args = {name: rule_array(f"mod_args[{name!r}]", x, cpu) for name, x in given.items()}
+        arrays = {name: rule_array(name, getattr(self, name), cpu) for name in ("bias", "mask")}
+        for name in ("alibi_slopes", "sink"):
+            arrays[name] = few_numbers(name, getattr(self, name), cpu)
+        plain = {
+            name: interop.plain_number(name, getattr(self, name))
+            for name in ("softmax_scale", "softcap")
         }
-        return replace(self, mod_args=mod_args or None, **arrays)
+        for name in ("causal", "batch_invariant"):
+            flag = getattr(self, name)
+            plain[name] = bool(flag) if isinstance(flag, np.bool_) else flag
+        return replace(self, mod_args=mod_args or None, **arrays, **plain)
 
     def describe(self, q: Any, k: Any, v: Any) -> tuple[AttentionProblem, Boundaries]:
         """The problem, every argument checked, and the boundaries of packed sequences."""
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_elements(name, x)
         specs = [spec_of_copy(x) if why_copied(x) else spec_of(x) for x in (q, k, v)]
-        sequences = self._boundaries(q, k)
+        sequences = self._boundaries(q, k, v)
         count = None if sequences is None else len(sequences[0]) - 1
         rules = (self.softmax_scale, self.causal, self.gate, self.layout, count,
                  self.batch_invariant)  # fmt: skip
         problem = _described(*specs, *(_Exact.of(x) for x in rules))
         sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
         mods: dict[str, Any] = {}
-        if not isinstance(q, np.ndarray):  # there they are callables, which their own rules check
+        if isinstance(q, np.ndarray):  # there they are callables
+            check_mods(self.score_mod, self.mask_mod, self.mod_args)
+        else:
             mods = {"score_mod": self.score_mod, "mask_mod": self.mask_mod}
             mods["mod_args"] = {name: spec_of(x) for name, x in (self.mod_args or {}).items()}
         described = describe_rules(
@@ -101,14 +118,23 @@ class Request:
         )
         return replace(problem, rules=described), sequences
 
-    def _boundaries(self, q: Any, k: Any) -> Boundaries:
+    def _boundaries(self, q: Any, k: Any, v: Any) -> Boundaries:
         """Where packed sequences start, if they are packed."""
-        total_q, total_k = (x.shape[0] if x.ndim else 0 for x in (q, k))
-        sequences = packed.boundaries(self.cu_seqlens_q, self.cu_seqlens_k, total_q, total_k)
+        if self.cu_seqlens_q is None and self.cu_seqlens_k is None:
+            return None
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_dimensions(name, x, self.layout, packed=True)
+        sequences = packed.boundaries(self.cu_seqlens_q, self.cu_seqlens_k, len(q), len(k))
         for name, x in zip(("cu_seqlens_q", "cu_seqlens_k"), sequences or (), strict=False):
             if isinstance(q, np.ndarray) and not isinstance(x, np.ndarray):
                 raise TypeError(f"{name}: a CuPy array while q is a NumPy array; use NumPy's")
         return sequences
+
+    def check_apart(self, out: Any) -> None:
+        """Raise ``ValueError`` if ``out`` shares memory with an array that rules read."""
+        arrays = {name: getattr(self, name) for name in ("alibi_slopes", "bias", "mask", "sink")}
+        arrays |= {f"mod_args[{name!r}]": x for name, x in (self.mod_args or {}).items()}
+        check_overlaps(out, {name: x for name, x in arrays.items() if x is not None})
 
     def extras(self, sequences: Boundaries, cupy: Any) -> dict[str, Any]:
         """The rules' arrays on the GPU, by their names in ``AttentionParams``."""
@@ -122,6 +148,18 @@ class Request:
             names = ("cu_seqlens_q", "cu_seqlens_kv")
             arrays |= zip(names, map(packed.on_gpu, sequences), strict=True)
         return {name: array for name, array in arrays.items() if array is not None}
+
+
+#: All that attention() takes by name.
+ARGUMENTS = (
+    "q",
+    "k",
+    "v",
+    *(field.name for field in fields(Request)),
+    "return_lse",
+    "out",
+    "stream",
+)
 
 
 def bind(
@@ -138,6 +176,7 @@ def bind(
         out = cupy.empty(problem.output_shape, q.dtype)
     else:
         check_out(problem, out, (q, k, v), cupy)
+        request.check_apart(out)
     changes = check_overrides(request.config or {})
     check_choice("kernel", request.kernel, ("auto", *KERNELS))
     prepared = _prepare(
@@ -156,10 +195,16 @@ def bind(
     )
 
 
-def select_for(request: Request, q: Any, k: Any, v: Any) -> str:
+def select_for(request: Request, q: Any, k: Any, v: Any, out: Any = None) -> str:
     """What ``explain`` says of a call on CuPy arrays."""
     _check_gpu(q, k, v)
-    problem, _ = request.taken(cpu=False).describe(q, k, v)
+    request = request.taken(cpu=False)
+    problem, _ = request.describe(q, k, v)
+    if out is not None:
+        import cupy
+
+        check_out(problem, out, (q, k, v), cupy)
+        request.check_apart(out)
     arch = jit.device_arch(q.device.id)
     selection = select(problem, arch, kernel=request.kernel, overrides=request.config)
     lines = [f"{selection.kernel.name} on {arch}: {selection.config.describe()}"]
@@ -170,6 +215,25 @@ def select_for(request: Request, q: Any, k: Any, v: Any) -> str:
         if why_copied(x)
     ]
     return "\n".join(lines)
+
+
+def check_on_host(request: Request, q: Any, k: Any, v: Any, out: Any) -> None:
+    """Check a call on NumPy arrays as far as that goes without its work."""
+    request = request.taken(cpu=True)
+    problem, _ = request.describe(q, k, v)
+    if out is not None:
+        check_out(problem, out, (q, k, v), np)
+        request.check_apart(out)
+
+
+def check_results(gate: Any, return_lse: Any, out: Any) -> bool:
+    """Check what a call is to return; whether the log-sum-exp is part of it."""
+    want_lse = check_flag("return_lse", return_lse)
+    check_choice("gate", gate, GATES)
+    if gate in ("qk", "softmax") and (want_lse or out is not None):
+        name = "return_lse" if want_lse else "out"
+        raise ValueError(f"{name}: gate {gate!r} stops before the output; leave one of them out")
+    return want_lse
 
 
 def refuse_gpu_arguments(request: Request, stream: Any) -> None:
@@ -200,7 +264,7 @@ def entered(gpu: int, stream: Any) -> Iterator[None]:
         if not isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream):
             if not hasattr(stream, "__cuda_stream__"):
                 raise TypeError(
-                    f"stream: got {type(stream).__name__}; use a CuPy stream or an object with "
+                    f"stream: got {shown(stream)}; use a CuPy stream or an object with "
                     f"__cuda_stream__"
                 )
             stream = _stream_of(stream, cupy)
@@ -270,17 +334,6 @@ def _describe_once(q: ArraySpec, k: ArraySpec, v: ArraySpec, *rules: _Exact) -> 
         batch_invariant=batch_invariant,
         addresses=(q.address, k.address, v.address),
     )
-
-
-def _rule_array(name: str, x: Any, cpu: bool) -> Any:
-    if x is None:
-        return None
-    array, _ = interop.taken(name, x)
-    if isinstance(array, np.ndarray) != cpu:
-        here, there = ("NumPy", "CuPy") if cpu else ("CuPy", "NumPy")
-        raise TypeError(f"{name}: a {there} array while q is a {here} array; put both in one place")
-    check_elements(name, array)
-    return array
 
 
 def _spec(x: Any) -> ArraySpec | None:

@@ -9,11 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
+
+from flashcore_cupy.values import check_number, shown
 
 #: A window this wide hides nothing: sequences are not longer (problem.MAX_SEQLEN).
 UNBOUNDED_WINDOW = 2**30
+#: float32's largest number: a cap beyond it caps nothing.
+_FLOAT32_MAX = 3.4028234663852886e38
+#: A smaller cap makes no difference to a softmax, which it makes uniform; its inverse is finite.
+_LEAST_SOFTCAP = 1e-30
 #: Arrays that a score_mod and a mask_mod may use; mods.cuh has the same.
 MAX_MOD_ARGS = 8
 #: dtypes of mod_args, and what they are called in a kernel.
@@ -174,14 +179,16 @@ def describe_rules(
 
 def check_window(window: Any) -> tuple[int, int]:
     """Return (left, right), -1 for a side that hides nothing."""
-    wrong = f"window: got {window!r}; use (left, right), each an int from 0, or -1 for no bound"
+    wrong = (
+        f"window: got {shown(window)}; use (left, right), each an int from 0, or -1 for no bound"
+    )
     if not isinstance(window, tuple | list) or len(window) != 2:
         raise ValueError(wrong)
     sides = []
     for side in window:
         try:
             n = side.__index__()
-        except AttributeError:
+        except Exception:  # of no integer, or of an array of any library that is none
             raise ValueError(wrong) from None
         if isinstance(side, bool) or n < -1:
             raise ValueError(wrong)
@@ -190,13 +197,13 @@ def check_window(window: Any) -> tuple[int, int]:
 
 
 def check_softcap(softcap: Any) -> float:
-    """Return the cap as a float, 0 for none."""
-    if isinstance(softcap, bool) or not isinstance(softcap, Real):
-        raise TypeError(f"softcap: got {type(softcap).__name__}; use a number, 0 for none")
-    cap: Any = softcap  # which mypy cannot compare as a Real
-    if not (cap == 0 or 1e-30 <= cap <= 1e30):  # so written that NaN fails
-        raise ValueError(f"softcap: got {cap!r}; use a number from 1e-30 to 1e30, or 0 for none")
-    return float(cap)
+    """Return the cap as a float, 0 for none, which infinity is, too."""
+    cap = check_number("softcap", softcap, "0 for none")
+    if not cap >= 0:  # so written that NaN fails
+        raise ValueError(f"softcap: got {shown(cap)}; use a positive number, or 0 for none")
+    if cap == 0 or cap > _FLOAT32_MAX:
+        return 0.0
+    return max(float(cap), _LEAST_SOFTCAP)
 
 
 def _alibi(slopes: Any, sizes: Scores) -> tuple[int, int]:
@@ -214,7 +221,8 @@ def _alibi(slopes: Any, sizes: Scores) -> tuple[int, int]:
 
 def _bias(bias: Any, sizes: Scores, dtype: str) -> Broadcast:
     if bias.dtype.name not in (dtype, "float32"):
-        raise TypeError(f"bias: got dtype {bias.dtype.name}; use q's, {dtype}, or float32")
+        wanted = "q's, float32" if dtype == "float32" else f"q's, {dtype}, or float32"
+        raise TypeError(f"bias: got dtype {bias.dtype.name}; use {wanted}")
     return _broadcast("bias", bias, sizes)
 
 
@@ -261,7 +269,7 @@ def _mods(score_mod: Any, mask_mod: Any, mod_args: Mapping[str, Any]) -> Mods | 
     for name, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if mod is None or (isinstance(mod, str) and mod.strip()):
             continue
-        got = "a Python function" if callable(mod) else repr(mod)
+        got = "a Python function" if callable(mod) else shown(mod)
         raise TypeError(
             f"{name}: got {got}; on a GPU use a CUDA expression as a string, for example "
             + ("'score + 0.1f * (kv_idx - q_idx)'" if name == "score_mod" else "'kv_idx % 2 == 0'")
@@ -282,7 +290,7 @@ def check_mod_args(mod_args: Any, score_mod: Any, mask_mod: Any) -> None:
         raise ValueError("mod_args: given without a score_mod or a mask_mod that uses them")
     for name in mod_args:
         if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
-            raise ValueError(f"mod_args: got the name {name!r}; use an identifier of C++")
+            raise ValueError(f"mod_args: got the name {shown(name)}; use an identifier of C++")
         if name in _VARIABLES or name in _TAKEN_NAMES.split():
             raise ValueError(f"mod_args: the name {name!r} is taken; use another one")
 

@@ -241,7 +241,7 @@ class _OnGpu(np.ndarray):
 
 def _explained(monkeypatch: pytest.MonkeyPatch, arch: str, *operands: Any, **choices: Any) -> str:
     monkeypatch.setattr(request.jit, "device_arch", lambda device: arch)
-    monkeypatch.setattr(request, "_rule_array", lambda name, x, cpu: x)
+    monkeypatch.setattr(request, "rule_array", lambda name, x, cpu: x)
     return request.select_for(request.Request(**choices), *(x.view(_OnGpu) for x in operands))
 
 

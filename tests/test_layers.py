@@ -36,7 +36,10 @@ PYTHON_LAYERS = (
         "tensor_map",
         "tiles",
         "arrays",
+        "values",
+        "tracing",
         "interop",
+        "rule_arrays",
         "packed",
         "numpy_rules",
         "numpy_attention",
@@ -60,7 +63,7 @@ PYTHON_LAYERS = (
         "selftest_arrays",
         "doctor",
     },
-    {"_cli", "_options", "_plot", "_render"},
+    {"_cli", "_errors", "_options", "_plot", "_render", "_steps", "_terminal"},
     {"__init__", "__main__"},
 )
 # These describe and compute on the host alone, so they are testable anywhere.

@@ -487,7 +487,7 @@ def test_wrong_results_of_callables_are_named() -> None:
         (
             {"mask_mod": lambda b, h, i, j: i + j},
             TypeError,
-            "mask_mod: returned int64; return bool",
+            "mask_mod: returned ndarray of shape .*, dtype int64; return bool",
         ),
     ]
     for f in (tiled, oracle, naive):

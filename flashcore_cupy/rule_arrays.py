@@ -1,0 +1,61 @@
+"""The arrays that rules read, as kernels and the NumPy path take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashcore_cupy import interop
+from flashcore_cupy.arrays import check_elements
+
+
+def rule_array(name: str, x: Any, cpu: bool) -> Any:
+    """``interop.taken`` for a rule's array, or None; ``TypeError`` if it is not where q is."""
+    if x is None:
+        return None
+    array, _ = interop.taken(name, x)
+    if isinstance(array, np.ndarray) != cpu:
+        here, there = ("NumPy", "CuPy") if cpu else ("CuPy", "NumPy")
+        raise TypeError(f"{name}: a {there} array while q is a {here} array; put both in one place")
+    check_elements(name, array)
+    return array
+
+
+def few_numbers(name: str, x: Any, cpu: bool) -> Any:
+    """Numbers per head, of any real dtype or in a list, as a float32 array where q is; or None.
+
+    They are so few that a cast, or a copy to the GPU, costs next to nothing.
+    """
+    if isinstance(x, list | tuple):
+        values = _listed(name, x)
+        return values if cpu else host_values_on_gpu(values)
+    array = rule_array(name, x, cpu)
+    if array is None or array.dtype == np.float32:
+        return array
+    _check_real(name, array.dtype)
+    with np.errstate(all="ignore"):  # beyond float32's range it is infinity
+        return array.astype(np.float32)
+
+
+def host_values_on_gpu(values: NDArray[np.float32]) -> Any:
+    """Copy values of the host to the current GPU, which is q's."""
+    import cupy
+
+    return cupy.asarray(values)
+
+
+def _listed(name: str, x: Any) -> Any:
+    try:
+        array = np.asarray(x)
+    except Exception as error:  # of arrays in the list, for whatever reason they have
+        raise TypeError(f"{name}: got a {type(x).__name__} that is no array of numbers") from error
+    _check_real(name, array.dtype)
+    with np.errstate(all="ignore"):
+        return array.astype(np.float32)
+
+
+def _check_real(name: str, dtype: Any) -> None:
+    if dtype.kind not in "iuf" and dtype.name != "bfloat16":
+        raise TypeError(f"{name}: got dtype {dtype.name}; use float32")
