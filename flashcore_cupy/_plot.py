@@ -33,104 +33,124 @@ def picture(ladder: Ladder) -> Any:
     """The picture as a matplotlib Figure. Raises ``RuntimeError`` if nothing was built."""
     require_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     timed = [rung for rung in ladder.rungs if rung.latency_us]
     built = [rung for rung in ladder.rungs if rung.registers is not None]
     rungs = timed or built
     if not rungs:
         raise RuntimeError("nothing to draw: no rung was built")
-    figure = Figure(figsize=(9.0, 1.9 + 0.46 * len(rungs)), dpi=160, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.11)
+    figure = Figure(figsize=(9.0, 1.9 + 0.46 * len(rungs)), dpi=160, layout=layout)
     if timed:
         _draw_latency(figure.add_subplot(), ladder, timed)
     else:
         _draw_resources(figure.subplots(1, 2, sharey=True), built)
     gpu = ladder.machine.get("gpu") or f"built for {ladder.machine['arch']}"
-    figure.suptitle(f"FlashCore ladder · {gpu}", fontsize=14, fontweight="bold", x=0.012, ha="left")
+    title = f"FlashCore ladder · {gpu}\n"
+    figure.suptitle(title, fontsize=14, fontweight="bold", x=0.012, ha="left")
+    what = "kernel in a replayed CUDA graph" if timed else "what the kernels take"
+    subtitle = f"{describe_problem(ladder.problem)} · {what}"
+    figure.text(0.012, 1 - 0.52 / figure.get_figheight(), subtitle, fontsize=10, color="#444444")
     return figure
 
 
 def describe_problem(problem: Any) -> str:
-    """One line, such as "B=1 H=8 S=512 D=64 float16 causal"."""
+    """One line, such as "B=1 H=8 S=512 D=64 float16 causal"; older results lack some rules."""
     parts = [f"B={problem['B']}", f"H={problem['H']}"]
     if problem["Hkv"] != problem["H"]:
         parts.append(f"Hkv={problem['Hkv']}")
     parts.append(f"S={problem['S']}")
     if problem["Skv"] != problem["S"]:
         parts.append(f"Skv={problem['Skv']}")
-    parts += [f"D={problem['D']}", str(problem["dtype"])]
+    parts.append(f"D={problem['D']}")
+    plain = {"Dv": problem["D"], "window": [-1, -1], "softcap": 0, "layout": "bhsd"}
+    rules = {**plain, **problem}
+    if rules["Dv"] != problem["D"]:
+        parts.append(f"Dv={rules['Dv']}")
+    parts.append(str(problem["dtype"]))
     if problem["causal"]:
-        parts.append("causal")
+        parts.append("causal top-left" if problem["causal"] == "top-left" else "causal")
+    if list(rules["window"]) != [-1, -1]:
+        parts.append("window " + ",".join(map(str, rules["window"])))
+    if rules["softcap"]:
+        parts.append(f"softcap {rules['softcap']:g}")
+    if rules["layout"] != "bhsd":
+        parts.append(str(rules["layout"]))
     return " ".join(parts)
 
 
 def _draw_latency(axes: Any, ladder: Ladder, rungs: Sequence[Rung]) -> None:
+    """Dots, for a bar would start at a zero that a log axis has not; figures in a column beside."""
     latencies = [rung.latency_us or 0.0 for rung in rungs]
     shown = latencies + [baseline.us for baseline in ladder.baselines]
-    low, high = min(shown) / 2.2, max(shown) * 3.2  # room for the labels on the right
     places = range(len(rungs))
-    axes.barh(places, latencies, color=[_color(rung) for rung in rungs], height=0.62, zorder=2)
+    colors = [_color(rung) for rung in rungs]
+    axes.scatter(latencies, places, color=colors, s=90, zorder=4)
     for place, rung in zip(places, rungs, strict=True):
-        label = format_us(rung.latency_us or 0.0)
-        if rung.speedup is not None and place > 0:
-            label += f"   {rung.speedup:.3g}×"
+        _write_beside(axes, place, format_us(rung.latency_us or 0.0), 62)
         if rung.correct is False:
-            label += "   wrong"
-        # On a line of the baseline, the label still reads.
-        axes.annotate(
-            label,
-            (rung.latency_us, place),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.85},
-            zorder=4,
-        )
+            _write_beside(axes, place, "wrong", 112, _WRONG)
+        elif rung.speedup is not None:
+            _write_beside(axes, place, f"{_three_digits(rung.speedup)}×", 112)
     axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    _plain_ticks(axes.xaxis)
-    _draw_baselines(axes, ladder)
-    _explain(axes, rungs)
+    axes.set_xlim(min(shown) / 2, max(shown) * 2)
+    _plain_ticks(axes.xaxis, max(shown) / min(shown))
+    _explain(axes, ladder, rungs)
     _name_rungs(axes, rungs)
+    axes.grid(which="major", color="#dddddd", zorder=0)
     axes.set_xlabel("µs per call, log scale")
-    axes.set_title(
-        f"{describe_problem(ladder.problem)} · kernel in a replayed CUDA graph",
-        loc="left",
+
+
+def _write_beside(axes: Any, place: int, text: str, right: int, color: str = "black") -> None:
+    """Write a figure to the right of the axes, where no line runs; ``right``: its end, points."""
+    axes.annotate(
+        text,
+        (1.0, place),
+        xycoords=("axes fraction", "data"),
+        xytext=(right, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
         fontsize=10,
-        color="#444444",
+        color=color,
     )
 
 
-def _draw_baselines(axes: Any, ladder: Ladder) -> None:
+def _explain(axes: Any, ladder: Ladder, rungs: Sequence[Rung]) -> None:
+    """Draw the baselines, and name lines and colours outside the axes."""
+    from matplotlib.lines import Line2D
+
+    handles: dict[Any, str] = {}
     for number, baseline in enumerate(ladder.baselines):
-        axes.axvline(
+        line = axes.axvline(
             baseline.us,
             color=_BASELINES[number % len(_BASELINES)],
             linestyle=("--", ":", "-.")[number % 3],
             linewidth=1.6,
             zorder=3,
-            label=f"{baseline.name}, {format_us(baseline.us)}",
         )
-
-
-def _explain(axes: Any, rungs: Sequence[Rung]) -> None:
-    """The legend, outside the axes, where it can cover nothing."""
-    from matplotlib.patches import Patch
-
-    handles, _ = axes.get_legend_handles_labels()
+        name = baseline.name.replace("$", r"\$")  # which would begin a formula
+        handles[line] = f"{name}, {format_us(baseline.us)}"
     if any(_color(rung) == _OWN_RULE for rung in rungs):
-        handles.append(Patch(color=_OWN_RULE, label="checked against its quantised inputs"))
+        dot = Line2D([], [], color=_OWN_RULE, marker="o", markersize=9, linestyle="none")
+        handles[dot] = "checked against its quantised inputs"
     if handles:
         axes.figure.legend(
-            handles=handles, loc="outside lower right", ncols=2, fontsize=10, frameon=False
+            list(handles),
+            list(handles.values()),
+            loc="outside lower right",
+            ncols=2,
+            fontsize=10,
+            frameon=False,
         )
 
 
-def _plain_ticks(axis: Any) -> None:
-    """1, 2 and 5 of each decade, written out."""
+def _plain_ticks(axis: Any, span: float) -> None:
+    """1, 2 and 5 of each decade, written out; of very many decades 1 alone."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1e4 else (1,)))
     axis.set_major_formatter(FormatStrFormatter("%g"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -145,14 +165,14 @@ def _draw_resources(both: Any, rungs: Sequence[Rung]) -> None:
         bars = axes.barh(places, values, color=_COLOR, height=0.62, zorder=2)
         axes.bar_label(bars, [style.format(value) for value in values], padding=4, fontsize=10)
         axes.set_xlim(0, max(values) * 1.18 or 1)
-        axes.set_title(title, loc="left", fontsize=10, color="#444444")
+        axes.set_xlabel(title)
+        axes.locator_params(axis="x", nbins=4)
         _name_rungs(axes, rungs)
 
 
 def _name_rungs(axes: Any, rungs: Sequence[Rung]) -> None:
     axes.set_yticks(range(len(rungs)), [rung.kernel for rung in rungs], fontsize=11)
     axes.set_ylim(len(rungs) - 0.4, -0.6)  # the first rung on top
-    axes.grid(axis="x", which="major", color="#dddddd", zorder=0)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
@@ -165,4 +185,8 @@ def _color(rung: Rung) -> str:
 
 def format_us(us: float) -> str:
     """Microseconds with three significant digits, such as "12.3 µs" or "2480 µs"."""
-    return f"{us:.0f} µs" if us >= 100 else f"{us:.3g} µs"
+    return f"{_three_digits(us)} µs"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"

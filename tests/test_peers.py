@@ -468,6 +468,37 @@ def test_the_pictures_show_every_backend(saved: Path, tmp_path: Path) -> None:
             assert (seen > 200) == drawn, (path.name, name, seen)
 
 
+def test_no_line_runs_through_a_figure_of_the_pictures() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    report = made_up()
+    figure = plots._decode_figure(report, report.of_group("decode"))
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    bars = [bar.get_window_extent() for bar in axes.patches]
+    (ceiling,) = axes.lines
+    assert ceiling.get_zorder() < axes.patches[0].get_zorder()
+    assert len(axes.texts) == len(bars) > 20
+    for label in axes.texts:
+        box = label.get_window_extent()
+        held = [bar for bar in bars if bar.x0 <= box.x0 and box.x1 <= bar.x1 and box.y1 <= bar.y1]
+        behind = label.get_bbox_patch()
+        # Inside a bar, which hides the lines, or on white.
+        assert held or (behind is not None and behind.get_alpha() is None)
+
+
+def test_the_pictures_name_problem_and_dtype() -> None:
+    report = made_up()
+    rows = [row for row in report.of_group("grid") if row.cell.head_dim == 64]
+    figure = plots._grid_figure(report, rows)
+    assert "head dim 64, bfloat16" in figure.get_suptitle()
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles == ["32 heads, not causal", "32 heads, causal"]
+    figure = plots._decode_figure(report, report.of_group("decode"))
+    assert "bfloat16" in figure.get_suptitle()
+    assert "Hq=32 Hkv=8 D=128" in figure.axes[0].get_title("left")
+
+
 # --- the command lines ---------------------------------------------------------------------------
 
 

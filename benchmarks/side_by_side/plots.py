@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from flashcore_cupy._plot import require_matplotlib
+from side_by_side.cells import DTYPE
 from side_by_side.results import BACKENDS, Report, Row
 
 _COLORS = dict(zip(BACKENDS, ("#2f6f9f", "#b07a2e", "#7a3f8f", "#4f9d69"), strict=True))
 _LABELS = dict(zip(BACKENDS, ("FlashCore", *BACKENDS[1:]), strict=True))
 _MARKERS = dict(zip(BACKENDS, "os^v", strict=True))
 _SUBTITLE = {"loc": "left", "fontsize": 10, "color": "#444444"}
+_TALL = 0.25  # of the axis: a bar that holds its figure
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
@@ -45,7 +47,7 @@ def _figure(report: Report, title: str, width: float, height: float) -> Any:
 
 def _grid_figure(report: Report, rows: Sequence[Row]) -> Any:
     head_dim = rows[0].cell.head_dim
-    figure = _figure(report, f"Forward, head dim {head_dim}, bfloat16", 10.0, 4.6)
+    figure = _figure(report, f"Forward, head dim {head_dim}, {DTYPE}", 10.0, 4.6)
     both = figure.subplots(1, 2, sharey=True)
     for axes, causal in zip(both, (False, True), strict=True):
         some = [row for row in rows if row.cell.causal == causal]
@@ -58,7 +60,8 @@ def _grid_figure(report: Report, rows: Sequence[Row]) -> Any:
         lengths = sorted({row.cell.seqlen_q for row in some})
         axes.set_xticks(lengths, [str(n) for n in lengths])
         axes.set_xlabel("sequence length, 16384 tokens in all")
-        axes.set_title("causal" if causal else "not causal", **_SUBTITLE)
+        mask = "causal" if causal else "not causal"
+        axes.set_title(f"{rows[0].cell.heads} heads, {mask}", **_SUBTITLE)
         _plain(axes, "both")
     both[0].set_ylabel("TFLOP/s")
     both[0].set_ylim(bottom=0)
@@ -67,11 +70,12 @@ def _grid_figure(report: Report, rows: Sequence[Row]) -> Any:
 
 
 def _decode_figure(report: Report, rows: Sequence[Row]) -> Any:
-    figure = _figure(report, "Decode: one query per sequence, bfloat16", 10.0, 4.6)
+    figure = _figure(report, f"Decode: one query per sequence, {DTYPE}", 10.0, 4.6)
     axes = figure.add_subplot()
     names = [name for name in BACKENDS if _timed(rows, name)]
     width = 0.8 / max(1, len(names))
     place = {row.cell.name: i for i, row in enumerate(rows)}
+    top = 1.12 * max((row.cell.figure(us) for n in names for row, us in _timed(rows, n)), default=1)
     for number, name in enumerate(names):
         timed = _timed(rows, name)
         shift = (number - (len(names) - 1) / 2) * width
@@ -83,17 +87,13 @@ def _decode_figure(report: Report, rows: Sequence[Row]) -> Any:
             label=_LABELS[name],
             zorder=2,
         )
-        # On the line of the ceiling, the figure still reads.
-        on_white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
-        labels = axes.bar_label(bars, fmt="%.0f", fontsize=7, rotation=90, padding=3)
-        for label in labels:
-            label.set(bbox=on_white, zorder=4)
+        _write_figures(axes, bars, top)
     _mark_ceiling(
         axes, report.ceilings.get("copy_gbs"), "copy of 1 GiB, read and written, this run"
     )
     names_below = [f"B={row.cell.batch}\nSkv={row.cell.seqlen_kv}" for row in rows]
     axes.set_xticks(range(len(rows)), names_below)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.12)  # room for the figures on the bars
+    axes.set_ylim(0, top)
     axes.set_ylabel("GB/s of K and V")
     cell = rows[0].cell
     subtitle = f"Hq={cell.heads} Hkv={cell.heads_kv} D={cell.head_dim}, inputs not in the L2"
@@ -101,6 +101,26 @@ def _decode_figure(report: Report, rows: Sequence[Row]) -> Any:
     _plain(axes, "y")
     _legend(figure, axes)
     return figure
+
+
+def _write_figures(axes: Any, bars: Any, top: float) -> None:
+    """Write each bar's figure inside it, in front of the ceiling's line, or above a low one."""
+    for bar in bars:
+        value, inside = bar.get_height(), bar.get_height() > _TALL * top
+        axes.annotate(
+            f"{value:.0f}",
+            (bar.get_x() + bar.get_width() / 2, value),
+            xytext=(0, -4 if inside else 4),
+            textcoords="offset points",
+            ha="center",
+            va="top" if inside else "bottom",
+            rotation=90,
+            fontsize=7,
+            color="white" if inside else "black",
+            # Above a bar, lines of the grid end at the figure.
+            bbox=None if inside else {"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            zorder=4,
+        )
 
 
 def _timed(rows: Sequence[Row], name: str) -> list[tuple[Row, float]]:
