@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +12,28 @@ import click
 from rich.console import RenderableType
 
 from flashcore_cupy import _plot, _render, builds, doctor, jit, job, ladder, selftest, tiles
+from flashcore_cupy._errors import OneLineErrors
 from flashcore_cupy._options import (
     PICTURES,
     arch_option,
     bad_input,
     check_arch,
+    finite,
     json_option,
     missing_extra,
     overrides_of,
-    problem_of,
     problem_options,
+    refuse_beside,
+    selection_options,
     target_of,
     timing_options,
     writable,
 )
+from flashcore_cupy._steps import Steps, ended_with_workers
 from flashcore_cupy._version import __version__
-from flashcore_cupy.config import Tile
 
-
-class _Cli(click.Group):
-    """Turns what the library raises into one message and an exit code, never a traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except MemoryError as error:
-            raise click.ClickException(f"out of memory: {error}; try a smaller problem") from error
-        except (OSError, RuntimeError) as error:  # CompileError, CUDA's errors, a missing NVRTC
-            raise click.ClickException(str(error)) from error
+#: A call of more operations takes a CPU seconds, at the least.
+_LONG_FLOPS = 5e10
 
 
 #: \b keeps the lines below it as they are.
@@ -55,7 +47,9 @@ doctor                     what would make a first call fail
 Without a GPU, jobs run on NumPy arrays, and kernels are still compiled."""
 
 
-@click.group(cls=_Cli, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=OneLineErrors, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="flashcore-cupy")
 def main() -> None:
     """Fused attention for CuPy arrays: run, check and time its kernels."""
@@ -63,24 +57,7 @@ def main() -> None:
 
 @main.command("run")
 @problem_options
-@click.option(
-    "--kernel", type=click.Choice(("auto", *tiles.KERNELS)), default="auto", show_default=True
-)
-@click.option(
-    "--gate",
-    type=click.Choice(("none", "qk", "softmax", "pv")),
-    default="none",
-    show_default=True,
-    help="Stop after a stage and check that: scaled scores, probabilities, or P V with uniform P.",
-)
-@click.option(
-    "--set",
-    "changes",
-    metavar="FIELD=VALUE",
-    multiple=True,
-    help="Override a field of the kernel's configuration, such as block_n=32; may be repeated. "
-    f"Fields: {', '.join(f.name for f in fields(Tile))}.",
-)
+@selection_options
 @timing_options
 @click.option(
     "--graph/--no-graph",
@@ -92,7 +69,6 @@ def main() -> None:
 @json_option
 def run_command(
     kernel: str,
-    gate: str,
     changes: tuple[str, ...],
     seed: int,
     warmup: int,
@@ -100,7 +76,7 @@ def run_command(
     graph: bool,
     arch: str | None,
     as_json: bool,
-    **sizes: Any,
+    **asked: Any,
 ) -> None:
     """Run one kernel on random inputs, check it against float64, and time it.
 
@@ -109,13 +85,49 @@ def run_command(
     target = target_of(arch)
     options = job.Options(kernel, overrides_of(changes), seed, warmup, iters, graph)
     with bad_input():
-        problem = problem_of(sizes, gate=None if gate == "none" else gate)
+        problem = job.problem_of(**asked)
         selection = job.choose(problem, target, options)
+        job.check_memory(problem)
     _note_missing_gpu("the job runs on NumPy arrays")
-    result = job.run(problem, selection, target, options)
+    if jit.no_gpu_reason() is not None and problem.flops > _LONG_FLOPS:
+        tflop = f"{problem.flops / 1e12:.2g} TFLOP"
+        click.echo(f"one call is {tflop}, which takes a CPU seconds or minutes", err=True)
+    with Steps() as steps:
+        result = job.run(problem, selection, target, options, steps.phase)
     _report(as_json, result.to_json(), lambda _: _render.run_table(result))
     if not result.check.ok:
         raise click.exceptions.Exit(1)
+
+
+@main.command("explain")
+@problem_options
+@selection_options
+@click.option(
+    "--arch",
+    metavar="TARGET",
+    help=f"Target to choose for [the GPU's own, or {builds.DEFAULT_ARCH} without one].",
+)
+@json_option
+def explain_command(
+    kernel: str, changes: tuple[str, ...], arch: str | None, as_json: bool, **asked: Any
+) -> None:
+    """Tell which kernel a problem gets, and why the faster ones are passed over.
+
+    Builds and runs nothing. Exit code 2: no kernel can do it, or bad input.
+    """
+    target = target_of(arch, gpu_decides=arch is None)
+    options = job.Options(kernel, overrides_of(changes))
+    with bad_input():
+        problem = job.problem_of(**asked)
+        selection = job.choose(problem, target, options)
+    data = {
+        "problem": job.problem_json(problem),
+        "arch": target,
+        "kernel": selection.kernel.name,
+        "config": selection.config.describe(),
+        "passed_over": dict(selection.passed_over),
+    }
+    _report(as_json, data, lambda _: _render.explanation(selection, target))
 
 
 @main.command("ladder")
@@ -130,8 +142,9 @@ def run_command(
 )
 @click.option(
     "--baseline-us",
-    type=click.FloatRange(min=0, min_open=True),
+    type=float,
     multiple=True,
+    callback=finite,
     help="Latency of something else on the same problem, drawn as a line; may be repeated.",
 )
 @click.option("--baseline-name", multiple=True, help="Its name, one per --baseline-us.")
@@ -150,14 +163,17 @@ def ladder_command(
     source: Path | None,
     arch: str | None,
     as_json: bool,
-    **settings: Any,
+    **asked: Any,
 ) -> None:
     """Build, launch, check and time every kernel on one problem, side by side.
 
-    Without a GPU: what can be known there. Exit code 1: a kernel failed. 2: bad input.
+    A kernel that lacks a rule is shown with the reason. Without a GPU: what can be known there.
+    Exit code 1: a kernel failed. 2: bad input.
     """
     if len(baseline_name) > len(baseline_us):
         raise click.UsageError("--baseline-name: give a --baseline-us for each")
+    if source is not None:
+        refuse_beside("--from", ("source", "plot", "baseline_us", "baseline_name", "as_json"))
     if plot is not None:
         with missing_extra():
             _plot.require_matplotlib()
@@ -166,7 +182,7 @@ def ladder_command(
     if source is not None:
         result = _read_ladder(source, baselines)
     else:
-        result = _climb(settings, arch, baselines)
+        result = _climb(asked, arch, baselines)
     if plot is not None:
         _plot.draw(result, plot)
     _report(as_json, result.to_json(), lambda columns: _render.ladder_table(result, columns))
@@ -175,14 +191,16 @@ def ladder_command(
 
 
 def _climb(
-    settings: dict[str, Any], arch: str | None, baselines: tuple[ladder.Baseline, ...]
+    asked: dict[str, Any], arch: str | None, baselines: tuple[ladder.Baseline, ...]
 ) -> ladder.Ladder:
-    timing = {name: settings.pop(name) for name in ("seed", "iters", "warmup")}
+    timing = {name: asked.pop(name) for name in ("seed", "iters", "warmup")}
     target = target_of(arch)
     with bad_input():
-        problem = problem_of(settings)
+        problem = job.problem_of(**asked)
+        if jit.no_gpu_reason() is None:  # else no array is made
+            job.check_memory(problem)
     _note_missing_gpu("kernels are compiled, not run")
-    with _Steps() as steps:
+    with ended_with_workers(), Steps() as steps:
         return ladder.climb(
             problem,
             target,
@@ -219,7 +237,7 @@ def selftest_command(quick: bool, output: Path | None, as_json: bool) -> None:
     reason = jit.no_gpu_reason()
     if reason is not None:
         raise click.ClickException(f"selftest needs a GPU: {reason}")
-    with _Steps() as steps:
+    with ended_with_workers(), Steps() as steps:
         report = selftest.run_all(quick=quick, on_start=steps.start, on_step=steps.step)
     if output is not None:
         output.write_text(_as_json(report) + "\n", encoding="utf-8")
@@ -241,7 +259,22 @@ def doctor_command(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-@main.command("warmup")
+class _Warmup(click.Command):
+    """Its help says how many kernels there are: the table's rows are counted, not written down."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        counts = (
+            f"{len(list(builds.table_configs(tiles.KERNELS, arch)))} for {arch}"
+            for arch in tiles.TARGETS
+        )
+        formatter.write_paragraph()
+        formatter.write_text(
+            f"Kernels, of which each takes one core about a second: {', '.join(counts)}. Those "
+            "that are in the cache take no time."
+        )
+
+
+@main.command("warmup", cls=_Warmup)
 @click.option(
     "--arch",
     "archs",
@@ -266,19 +299,21 @@ def warmup_command(
 
     Rows that a target cannot run are left out.
     """
-    targets = archs or (tiles.TARGETS if everything else (target_of(None),))
+    targets = tuple(dict.fromkeys(archs or (tiles.TARGETS if everything else (target_of(None),))))
+    names = tuple(dict.fromkeys(kernels or tiles.KERNELS))
     for arch in targets:
         check_arch(arch)
-    wanted = [
-        (config, arch)
-        for arch in dict.fromkeys(targets)
-        for config in builds.table_configs(kernels or tiles.KERNELS, arch)
-    ]
-    with _Steps() as steps:
+    wanted = [(c, arch) for arch in targets for c in builds.table_configs(names, arch)]
+    pairs = ((name, arch, builds.why_none(name, arch)) for arch in targets for name in names)
+    without = [pair for pair in pairs if pair[2] is not None]
+    with ended_with_workers(), Steps() as steps:
         steps.start(len(wanted), "compiling")
         made = builds.build_all(wanted, lambda done: steps.step(builds.what(done)))
-    rows = [{"kernel": b.kernel, "arch": b.arch, **b.resources()} for b in made]
-    _report(as_json, {"kernels": rows}, lambda _: _render.warmup_table(made))
+    data = {
+        "kernels": [{"kernel": b.kernel, "arch": b.arch, **b.resources()} for b in made],
+        "left_out": [{"kernel": k, "arch": arch, "reason": why} for k, arch, why in without],
+    }
+    _report(as_json, data, lambda _: _render.warmup_table(made, without))
 
 
 @main.command("cache")
@@ -298,29 +333,6 @@ def cache_command(clear: bool, as_json: bool) -> None:
     if clear and not as_json:
         click.echo(f"removed {cleared} kernels")
     _report(as_json, data, lambda _: _render.cache_table(folder, entries))
-
-
-class _Steps:
-    """A progress bar on stderr, phase after phase."""
-
-    def __init__(self) -> None:
-        self._progress = _render.progress(_render.console(stderr=True))
-        self._task: Any = None
-
-    def __enter__(self) -> _Steps:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def start(self, steps: int, words: str) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(words, total=steps, last="")
-
-    def step(self, words: str) -> None:
-        self._progress.update(self._task, advance=1, last=words)
 
 
 def _note_missing_gpu(what: str) -> None:

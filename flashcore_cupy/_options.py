@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from flashcore_cupy import builds, jit, nvrtc, tiles
 from flashcore_cupy.config import Tile
-from flashcore_cupy.problem import DTYPES, AttentionProblem, contiguous_problem
+from flashcore_cupy.problem import DTYPES, LAYOUTS, MAX_HEAD_DIM, MAX_SEQLEN, Causal
 
 Command = TypeVar("Command", bound=Callable[..., None])
-POSITIVE = click.IntRange(min=1)
 PICTURES = (".pdf", ".png", ".svg")
+_CAUSAL: Mapping[str, Causal] = {"bottom-right": True, "top-left": "top-left"}
+_OLDEST_ARCH = min(map(tiles.capability, tiles.TARGETS))
+
+
+class Whole(click.types.IntParamType):
+    """A whole number, refused in words that say which ones there are."""
+
+    def __init__(self, least: int, most: int | None = None) -> None:
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        with contextlib.suppress(ValueError):
+            number = int(value)
+            if self._least <= number and (self._most is None or number <= self._most):
+                return number
+        up_to = "" if self._most is None else f" to {self._most}"
+        wanted = f"a whole number from {self._least}{up_to}"
+        self.fail(f"got {short(value)}; use {wanted}", param, ctx)
+
+
+def short(value: object) -> str:
+    """What was typed, as far as it fits a message."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 @contextlib.contextmanager
@@ -57,59 +84,81 @@ def json_option(command: Command) -> Command:
     )
 
 
+def _size(name: str, variable: str, help_text: str, **more: Any) -> Callable[[Any], Any]:
+    limit = MAX_HEAD_DIM if name.startswith("--D") else MAX_SEQLEN
+    return click.option(name, variable, type=Whole(1, limit), metavar="N", help=help_text, **more)
+
+
 def problem_options(command: Command) -> Command:
+    shown: dict[str, Any] = {"show_default": True}
     options = (
+        _size("--B", "batch", "Batch.", default=1, **shown),
+        _size("--H", "heads", "Query heads.", default=8, **shown),
+        _size("--S", "seqlen", "Queries per head.", default=512, **shown),
+        _size("--D", "head_dim", "Head dim of q and k.", default=64, **shown),
+        _size("--Hkv", "heads_kv", "Heads of k and v; H is a multiple. [H]"),
+        _size("--Skv", "seqlen_kv", "Keys per head. [S]"),
+        _size("--Dv", "head_dim_v", "Head dim of v and the output. [D]"),
+        click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], **shown),
         click.option(
-            "--B", "batch", type=POSITIVE, metavar="N", default=1, show_default=True, help="Batch."
+            "--causal",
+            type=click.Choice(tuple(_CAUSAL)),
+            is_flag=False,
+            flag_value="bottom-right",
+            callback=lambda ctx, param, value: _CAUSAL.get(value, False),
+            help="Query i sees keys j <= i + Skv - S (bottom-right, the same as --causal alone), "
+            "or j <= i.",
         ),
         click.option(
-            "--H",
-            "heads",
-            type=POSITIVE,
-            metavar="N",
-            default=8,
-            show_default=True,
-            help="Query heads.",
+            "--window",
+            type=(Whole(-1), Whole(-1)),
+            metavar="LEFT RIGHT",
+            help="Query i sees LEFT keys to the left and RIGHT to the right of key i + Skv - S "
+            "(of key i with --causal top-left); -1: no bound.",
         ),
         click.option(
-            "--S",
-            "seqlen",
-            type=POSITIVE,
-            metavar="N",
-            default=512,
-            show_default=True,
-            help="Queries per head.",
+            "--softcap", type=float, metavar="CAP", default=0.0, help="s becomes CAP tanh(s / CAP)."
         ),
         click.option(
-            "--D",
-            "head_dim",
-            type=POSITIVE,
-            metavar="N",
-            default=64,
-            show_default=True,
-            help="Head dim.",
+            "--layout",
+            type=click.Choice(LAYOUTS),
+            default=LAYOUTS[0],
+            help="Order of the axes: (B, H, S, D) or (B, S, H, D).",
+            **shown,
         ),
-        click.option(
-            "--Hkv",
-            "heads_kv",
-            type=POSITIVE,
-            metavar="N",
-            help="Heads of k and v; H is a multiple. [H]",
-        ),
-        click.option("--Skv", "seqlen_kv", type=POSITIVE, metavar="N", help="Keys per head. [S]"),
-        click.option("--dtype", type=click.Choice(DTYPES), default="float16", show_default=True),
-        click.option("--causal", is_flag=True, help="Query i sees keys j <= i + Skv - S."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     )
     for option in reversed(options):
         command = option(command)
     return command
 
 
+def selection_options(command: Command) -> Command:
+    names = ("auto", *tiles.KERNELS)
+    kernel = click.option("--kernel", type=click.Choice(names), default="auto", show_default=True)
+    gate = click.option(
+        "--gate",
+        type=click.Choice(("none", "qk", "softmax", "pv")),
+        default="none",
+        show_default=True,
+        callback=lambda ctx, param, value: None if value == "none" else value,
+        help="Stop after a stage: scores, probabilities, or P V with uniform P.",
+    )
+    changes = click.option(
+        "--set",
+        "changes",
+        metavar="FIELD=VALUE",
+        multiple=True,
+        help="Override a field of the kernel's configuration, such as block_n=32; may be repeated. "
+        f"Fields: {', '.join(f.name for f in fields(Tile))}.",
+    )
+    return kernel(gate(changes(command)))
+
+
 def timing_options(command: Command) -> Command:
+    seed = click.option("--seed", type=Whole(0), metavar="N", default=0, show_default=True)
     iters = click.option(
         "--iters",
-        type=POSITIVE,
+        type=Whole(1),
         metavar="N",
         default=100,
         show_default=True,
@@ -117,12 +166,13 @@ def timing_options(command: Command) -> Command:
     )
     warmup = click.option(
         "--warmup",
-        type=click.IntRange(min=0),
+        type=Whole(0),
+        metavar="N",
         default=10,
         show_default=True,
         help="Samples before the timed ones.",
     )
-    return iters(warmup(command))
+    return seed(iters(warmup(command)))
 
 
 arch_option = click.option(
@@ -133,18 +183,27 @@ arch_option = click.option(
 )
 
 
-def problem_of(sizes: Mapping[str, Any], gate: Any = None) -> AttentionProblem:
-    return contiguous_problem(
-        sizes["batch"],
-        sizes["heads"],
-        sizes["seqlen"],
-        sizes["head_dim"],
-        heads_kv=sizes["heads_kv"],
-        seqlen_kv=sizes["seqlen_kv"],
-        dtype=sizes["dtype"],
-        causal=sizes["causal"],
-        gate=gate,
-    )
+def finite(ctx: click.Context, param: click.Parameter, values: tuple[float, ...]) -> Any:
+    """Callback of an option for positive numbers, each finite."""
+    for value in values:
+        if not 0 < value < math.inf:  # so written that NaN fails
+            raise click.BadParameter(f"got {value:g}; use a finite number above 0")
+    return values
+
+
+def refuse_beside(source: str, allowed: Collection[str]) -> None:
+    """Refuse every option on the command line that means nothing beside ``source``."""
+    ctx = click.get_current_context()
+    given = [
+        option.opts[0]
+        for option in ctx.command.params
+        if option.name not in allowed
+        and ctx.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: not with {source}, which shows what was measured; leave it out"
+        )
 
 
 def overrides_of(changes: tuple[str, ...]) -> dict[str, object] | None:
@@ -172,8 +231,8 @@ def _value(change: str, text: str, kind: type) -> object:
     raise click.UsageError(f"--set: got {change!r}; its value is {wanted}")
 
 
-def target_of(arch: str | None) -> str:
-    on_gpu = jit.no_gpu_reason() is None
+def target_of(arch: str | None, *, gpu_decides: bool = True) -> str:
+    on_gpu = gpu_decides and jit.no_gpu_reason() is None
     if arch is not None:
         check_arch(arch)
         if on_gpu:
@@ -185,10 +244,15 @@ def target_of(arch: str | None) -> str:
 
 
 def check_arch(arch: str) -> None:
-    with bad_input():
-        tiles.capability(arch)
-        with contextlib.suppress(RuntimeError):  # without NVRTC, nothing will be compiled
-            nvrtc.check_arch(arch)
+    found = re.fullmatch("sm_([0-9]{2,4})[af]?", arch)
+    if found is None:
+        raise click.UsageError(f"arch: got {short(arch)}; use a target such as 'sm_90a'")
+    if int(found[1]) < _OLDEST_ARCH:
+        raise click.UsageError(
+            f"arch: got {arch!r}; kernels need sm_{_OLDEST_ARCH} or later, such as 'sm_90a'"
+        )
+    with bad_input(), contextlib.suppress(RuntimeError):  # without NVRTC, nothing will be compiled
+        nvrtc.check_arch(arch)
 
 
 @contextlib.contextmanager

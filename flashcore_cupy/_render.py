@@ -4,34 +4,55 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO, cast
 
 from rich import box
-from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group, JustifyMethod
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from flashcore_cupy._plot import describe_problem
+from flashcore_cupy._terminal import Output, columns_of
 from flashcore_cupy.bench import Machine, Timing
 from flashcore_cupy.builds import Build
 from flashcore_cupy.doctor import Report
 from flashcore_cupy.jit import CacheEntry
 from flashcore_cupy.job import Result, problem_json
 from flashcore_cupy.ladder import Ladder, Rung
-from flashcore_cupy.tiles import KERNELS
+from flashcore_cupy.tiles import KERNELS, Selection
 from flashcore_cupy.verify import Check
 
-_WIDE_LADDER = 100
-_PIPE_COLUMNS = 110  # where output goes to a file, nothing says how wide it may be
+_WIDE_LADDER, _SHORT_LADDER = 100, 80
+_LADDER_COLUMNS = {
+    **{name: name for name in ("rung", "builds", "launches", "correct", "error", "us")},
+    **{"speedup": "speed-up", "registers": "registers", "shared": "shared KiB", "spills": "spills"},
+}
+_SHORT_NAMES = {"speedup": "speed", "registers": "regs", "shared": "KiB"}
+_NARROW_LADDER = ("rung", "correct", "us", "speedup")
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console for results, or for progress and notes on stderr."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _PIPE_COLUMNS
-    return Console(stderr=stderr, width=width, highlight=False)
+    output = cast(TextIO, Output(stream))
+    return Console(file=output, width=columns_of(stream), highlight=False)
+
+
+class _Count(MofNCompleteColumn):
+    """Steps done of all, where their number is known."""
+
+    def render(self, task: Task) -> Text:
+        """Return nothing for a phase of which nothing tells how far it is."""
+        return Text() if task.total is None else super().render(task)
 
 
 def progress(shown: Console) -> Progress:
@@ -39,7 +60,7 @@ def progress(shown: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Count(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[last]}", style="dim"),
         console=shown,
@@ -149,6 +170,8 @@ def _place(check: Check) -> str:
 
 
 def _timing(timing: Timing, what: str) -> str:
+    if timing.samples == 1:
+        return f"{significant(timing.median_us)} us (1 x {timing.per_sample} calls): {what}"
     p10, p90 = timing.p10_us, timing.p90_us
     spread = f"p10 {significant(p10)}, p90 {significant(p90)}"
     count = f"{timing.samples} x {timing.per_sample}"
@@ -166,7 +189,7 @@ def _rate(result: Result) -> str:
 def ladder_table(ladder: Ladder, columns: int) -> Group:
     """What `ladder` prints: the table, and under it what went wrong or is told beside.
 
-    ``columns`` is the terminal's width; 80 are enough for every figure.
+    ``columns`` is the terminal's width; 80 are enough for every figure, fewer for the most needed.
     """
     wide = columns >= _WIDE_LADDER
     where = ladder.machine.get("gpu") or f"no GPU, built for {ladder.machine['arch']}"
@@ -178,32 +201,36 @@ def ladder_table(ladder: Ladder, columns: int) -> Group:
         pad_edge=False,
         show_edge=False,
     )
-    table.add_column("rung", no_wrap=True)
-    for name in ("builds", "launches", "correct"):
-        table.add_column(name, justify="center", no_wrap=True)
-    full = ("error", "us", "speed-up", "registers", "shared KiB", "spills")
-    short = ("error", "us", "speed", "regs", "KiB", "spills")
-    for name in full if wide else short:
-        table.add_column(name, justify="right", no_wrap=True)
+    names = _LADDER_COLUMNS if wide else _LADDER_COLUMNS | _SHORT_NAMES
+    chosen = [name for name in names if columns >= _SHORT_LADDER or name in _NARROW_LADDER]
+    for name in chosen:
+        table.add_column(names[name], justify=_justify(name), no_wrap=True)
     for rung in ladder.rungs:
-        table.add_row(*_rung_cells(rung), style="dim" if rung.refused else "")
+        cells = _rung_cells(rung)
+        table.add_row(*map(cells.__getitem__, chosen), style="dim" if rung.refused else "")
     notes = (Text(note, style=style) for note, style in _ladder_notes(ladder))
     return Group(table, "", *notes)
 
 
-def _rung_cells(rung: Rung) -> list[Text | str]:
-    return [
-        rung.kernel,
-        _yes(rung.builds),
-        _yes(rung.launches),
-        _yes(rung.correct),
-        figure(rung.max_error, ".1e"),
-        "-" if rung.latency_us is None else significant(rung.latency_us),
-        "-" if rung.speedup is None else f"{significant(rung.speedup)}x",
-        figure(rung.registers, "d"),
-        "-" if rung.shared_bytes is None else kib(rung.shared_bytes),
-        figure(rung.spill_bytes, "d"),
-    ]
+def _justify(column: str) -> JustifyMethod:
+    if column == "rung":
+        return "left"
+    return "center" if column in ("builds", "launches", "correct") else "right"
+
+
+def _rung_cells(rung: Rung) -> Mapping[str, Text | str]:
+    return {
+        "rung": rung.kernel,
+        "builds": _yes(rung.builds),
+        "launches": _yes(rung.launches),
+        "correct": _yes(rung.correct),
+        "error": figure(rung.max_error, ".1e"),
+        "us": "-" if rung.latency_us is None else significant(rung.latency_us),
+        "speedup": "-" if rung.speedup is None else f"{significant(rung.speedup)}x",
+        "registers": figure(rung.registers, "d"),
+        "shared": "-" if rung.shared_bytes is None else kib(rung.shared_bytes),
+        "spills": figure(rung.spill_bytes, "d"),
+    }
 
 
 def _ladder_notes(ladder: Ladder) -> Iterable[tuple[str, str]]:
@@ -275,8 +302,19 @@ def _share(row: Mapping[str, Any]) -> float:
     return error / allowed if allowed else 0.0
 
 
-def warmup_table(builds: Iterable[Build]) -> Group:
-    """What `warmup` prints: per kernel and target, how many builds and the most they take."""
+def warmup_table(
+    builds: Sequence[Build], without: Iterable[tuple[str, str, str | None]] = ()
+) -> Group:
+    """What `warmup` prints: per kernel and target, how many builds and the most they take.
+
+    ``without``: kernels and targets for which there are none, and why.
+    """
+    notes = [
+        Text(f"{kernel} for {arch}: nothing to compile, for it {reason}", style="dim")
+        for kernel, arch, reason in without
+    ]
+    if not builds:
+        return Group(*notes)
     groups: dict[tuple[str, str], list[Build]] = {}
     for build in builds:
         groups.setdefault((build.kernel, build.arch), []).append(build)
@@ -292,7 +330,15 @@ def warmup_table(builds: Iterable[Build]) -> Group:
         local = str(max(build.local_bytes for build in group))
         spills = str(sum(build.spill_bytes for build in group))
         table.add_row(kernel, arch, str(len(group)), cached, registers, shared, local, spills)
-    return Group(table, Text("registers, shared memory, stack: the most of any build", style="dim"))
+    most = Text("registers, shared memory, stack: the most of any build", style="dim")
+    return Group(table, most, *notes)
+
+
+def explanation(selection: Selection, arch: str) -> Group:
+    """What `explain` prints: as ``flashcore_cupy.explain`` says it of arrays on a GPU."""
+    lines = [f"{selection.kernel.name} on {arch}: {selection.config.describe()}"]
+    lines += [f"passed over {name}: {reason}" for name, reason in selection.passed_over]
+    return Group(*map(Text, lines))
 
 
 def cache_table(folder: str, entries: list[CacheEntry]) -> Group:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
+import os
 import re
 import time
 from collections.abc import Callable
@@ -29,6 +31,8 @@ _MOST_LAUNCHES = 500
 #: Sampling stops after this long, even if fewer samples than asked for were taken.
 _BUDGET_S = 4.0
 _FEWEST_SAMPLES = 3
+#: A call this long warms itself up, and its clock's jitter does not show: one sample will do.
+_LONG_US = 1e6
 
 #: Dense fp16 tensor-core FLOP per clock and SM, products accumulated in fp32, by capability (CUDA
 #: C++ Programming Guide and the architectures' white papers). GeForce boards of 8.6, 8.9 and 12.0
@@ -184,17 +188,19 @@ def _per_sample(once_us: float) -> int:
     return int(min(_MOST_LAUNCHES, max(1, np.ceil(_SAMPLE_US / max(once_us, 1e-3)))))
 
 
-def _sample(measure: Callable[[], float], iters: int, warmup: int) -> list[float]:
+def _sample(measure: Callable[[], float], iters: int, warmup: int, once_us: float) -> list[float]:
     """``iters`` measurements after ``warmup`` ones, or fewer of each where the time runs out."""
+    long = once_us >= _LONG_US
     start = time.perf_counter()
-    for _ in range(warmup):
+    for _ in range(0 if long else warmup):
         measure()
         if time.perf_counter() - start > _BUDGET_S / 4:
             break
     samples: list[float] = []
     while len(samples) < iters:
         samples.append(measure())
-        if len(samples) >= _FEWEST_SAMPLES and time.perf_counter() - start > _BUDGET_S:
+        enough = long or len(samples) >= _FEWEST_SAMPLES
+        if enough and time.perf_counter() - start > _BUDGET_S:
             break
     return samples
 
@@ -210,14 +216,16 @@ def time_graph(plan: Plan, *, iters: int = 100, warmup: int = 10) -> Timing:
     cupy.cuda.Device().synchronize()  # the inputs come from another stream
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        plan.launch()
-        _elapsed_us(plan.launch, stream)
-        launches = _per_sample(_elapsed_us(plan.launch, stream))
+        once = _elapsed_us(plan.launch, stream)
+        for _ in range(2 if once < _LONG_US else 0):
+            once = _elapsed_us(plan.launch, stream)
+        launches = _per_sample(once)
         stream.begin_capture()
         for _ in range(launches):
             plan.launch()
         graph = stream.end_capture()
-        samples = _sample(lambda: _elapsed_us(lambda: graph.launch(stream), stream), iters, warmup)
+        replay = lambda: _elapsed_us(lambda: graph.launch(stream), stream)  # noqa: E731
+        samples = _sample(replay, iters, warmup, once)
     cupy.cuda.Device().synchronize()
     return _summary(samples, launches)
 
@@ -239,10 +247,12 @@ def time_calls(
     synchronize: Callable[[], None] = lambda: None,
     iters: int = 100,
     warmup: int = 10,
+    first_us: float | None = None,
 ) -> Timing:
     """Time ``call()`` as Python sees it: batches of calls with one ``synchronize()`` at their end.
 
-    ``iters`` batches are timed after ``warmup`` others.
+    ``iters`` batches are timed after ``warmup`` others. ``first_us``: what the first call took, if
+    it was made before.
     """
 
     def batch(calls: int) -> float:
@@ -253,6 +263,21 @@ def time_calls(
         synchronize()
         return (time.perf_counter() - start) * 1e6
 
-    batch(1)  # whatever a first call does
-    calls = _per_sample(batch(1))
-    return _summary(_sample(lambda: batch(calls), iters, warmup), calls)
+    once = batch(1) if first_us is None else first_us
+    if once < _LONG_US:  # without whatever a first call does besides
+        once = batch(1)
+    calls = _per_sample(once)
+    return _summary(_sample(lambda: batch(calls), iters, warmup, once), calls)
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that this machine can still give, as far as it says; else None."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows has no sysconf
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError):
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+        limits += [int(kib) * 1024 for kib in re.findall(r"MemAvailable: *(\d+) kB", told)]
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(limits, default=None)

@@ -143,12 +143,8 @@ def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
                 meant_for = (row.dims, row.sizes)
                 if dtype not in row.dtypes or meant_for in served:
                     continue
-                dim, dim_v = row.dims
-                problem = contiguous_problem(
-                    1, 1, 1, dim, head_dim_v=dim_v, dtype=dtype, causal=causal
-                )
                 try:
-                    config = tiles.check_target(row, tiles.configure_row(row, problem), arch)
+                    config = _row_config(row, dtype, causal, arch)
                 except ValueError:
                     continue
                 served.add(meant_for)
@@ -156,6 +152,24 @@ def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
                     if c not in seen:
                         seen.add(c)
                         yield c
+
+
+def why_none(kernel: str, arch: str) -> str | None:
+    """Why ``table_configs`` has nothing of a kernel for a target; None if it has something."""
+    if next(table_configs([kernel], arch), None) is not None:
+        return None
+    row = tiles.rows_of(kernel)[0]
+    try:
+        _row_config(row, row.dtypes[0], False, arch)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _row_config(row: tiles.Row, dtype: str, causal: bool, arch: str) -> KernelConfig:
+    dim, dim_v = row.dims
+    problem = contiguous_problem(1, 1, 1, dim, head_dim_v=dim_v, dtype=dtype, causal=causal)
+    return tiles.check_target(row, tiles.configure_row(row, problem), arch)
 
 
 def target(arch: str | None, *, on_gpu: bool) -> str:

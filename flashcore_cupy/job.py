@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from flashcore_cupy import builds, jit, tiles, verify
+from flashcore_cupy.arrays import ArraySpec, spec_of_copy
 from flashcore_cupy.attention import attention, plan
 from flashcore_cupy.bench import (
     Machine,
     Peak,
     Timing,
+    free_memory,
     inputs,
     machine,
     peak,
@@ -21,7 +25,10 @@ from flashcore_cupy.bench import (
     time_graph,
 )
 from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import AttentionProblem
+from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, Causal, Gate, Layout, describe
+from flashcore_cupy.rules import Rules, check_softcap, check_window
+
+OnPhase = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,11 @@ class Result:
     peak: Peak | None
 
     @property
+    def ran(self) -> str | None:
+        """What was run, checked and timed: the kernel, or "numpy" where there is no GPU."""
+        return self.kernel if self.no_gpu is None else "numpy"
+
+    @property
     def tflops(self) -> float | None:
         """10^12 operations of the two products per second, without Python; None for a gate."""
         if self.problem.gate is not None:
@@ -74,6 +86,7 @@ class Result:
             "ok": self.check.ok,
             "machine": self.machine.to_json(),
             "no_gpu": self.no_gpu,
+            "ran": self.ran,
             "problem": problem_json(self.problem) | {"seed": self.seed},
             "kernel": self.kernel,
             "config": self.config,
@@ -98,10 +111,94 @@ def problem_json(problem: AttentionProblem) -> dict[str, Any]:
         "S": problem.seqlen_q,
         "Skv": problem.seqlen_kv,
         "D": problem.head_dim,
+        "Dv": problem.head_dim_v,
         "dtype": problem.dtype,
+        "layout": problem.layout,
         "causal": problem.causal,
+        "window": list(problem.rules.window),
+        "softcap": problem.rules.softcap,
         "gate": problem.gate,
     }
+
+
+def problem_of(
+    batch: int,
+    heads: int,
+    seqlen: int,
+    head_dim: int,
+    *,
+    heads_kv: int | None = None,
+    seqlen_kv: int | None = None,
+    head_dim_v: int | None = None,
+    dtype: str = "float16",
+    layout: Layout = "bhsd",
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    gate: Gate | None = None,
+) -> AttentionProblem:
+    """The problem of C-contiguous arrays in ``layout``; ``ValueError`` says what is wrong with it.
+
+    None stands for the same as q's, and for no window.
+    """
+    element = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+    def dense(h: int, s: int, d: int) -> ArraySpec:
+        shape = (batch, h, s, d) if layout == "bhsd" else (batch, s, h, d)
+        return spec_of_copy(ArraySpec(shape, (), element, 0))
+
+    heads_kv, seqlen_kv = heads_kv or heads, seqlen_kv or seqlen
+    q = dense(heads, seqlen, head_dim)
+    k, v = (dense(heads_kv, seqlen_kv, d) for d in (head_dim, head_dim_v or head_dim))
+    rules = Rules(window=check_window(window or (-1, -1)), softcap=check_softcap(softcap))
+    return replace(describe(q, k, v, causal=causal, gate=gate, layout=layout), rules=rules)
+
+
+def arguments_of(problem: AttentionProblem) -> dict[str, Any]:
+    """The arguments of ``attention`` that make this problem of the arrays that ``arrays`` gives."""
+    return {
+        "layout": problem.layout,
+        "causal": problem.causal,
+        "window": problem.rules.window,
+        "softcap": problem.rules.softcap,
+        "gate": problem.gate,
+    }
+
+
+def in_layout(problem: AttentionProblem, *canonical: Array) -> list[Array]:
+    """Arrays (B, H, S, D) as contiguous ones in the problem's layout."""
+    if problem.layout == "bhsd":
+        return list(canonical)
+    return [np.ascontiguousarray(x.transpose(0, 2, 1, 3)) for x in canonical]
+
+
+def check_memory(problem: AttentionProblem) -> None:
+    """Raise ``ValueError`` if this machine has not the memory to make the inputs and check them."""
+    free, needed = free_memory(), memory_needed(problem)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"the inputs and their check take {needed / 2**30:.3g} GiB of memory, and "
+            f"{free / 2**30:.3g} GiB are free; use fewer or shorter sequences, or fewer heads"
+        )
+
+
+def memory_needed(problem: AttentionProblem) -> int:
+    """Bytes on the host, roughly: the arrays, and what is computed in float32 and float64."""
+    heads = problem.batch * problem.heads_q
+    q, o = (heads * problem.seqlen_q * d for d in (problem.head_dim, problem.head_dim_v))
+    keys = problem.batch * problem.heads_kv * problem.seqlen_kv
+    k, v = keys * problem.head_dim, keys * problem.head_dim_v
+    item = ITEMSIZE[problem.dtype] * (1 if problem.layout == "bhsd" else 2)
+    made = 4 * (q + k + v)  # random numbers in float32, before they are rounded
+    rows = verify.sample_size(problem)
+    judged = 16 * max(q, k)  # the lengths of rows, in float64
+    if problem.gate in ("qk", "softmax"):
+        judged += 12 * heads * problem.seqlen_q * problem.seqlen_kv
+        judged += 32 * heads * rows * problem.seqlen_kv
+    else:
+        judged += 32 * heads * rows * problem.head_dim_v
+    judged += 32 * min(rows * problem.seqlen_kv, 2**22)  # the oracle's block of scores
+    return item * (q + k + v + o) + max(made, judged)
 
 
 def choose(problem: AttentionProblem, arch: str, options: Options) -> tiles.Selection:
@@ -110,16 +207,20 @@ def choose(problem: AttentionProblem, arch: str, options: Options) -> tiles.Sele
 
 
 def run(
-    problem: AttentionProblem, selection: tiles.Selection, arch: str, options: Options
+    problem: AttentionProblem,
+    selection: tiles.Selection,
+    arch: str,
+    options: Options,
+    on_phase: OnPhase = lambda words: None,
 ) -> Result:
-    """Run the job on the GPU, or without one on NumPy arrays.
+    """Run the job on the GPU, or without one on NumPy arrays; ``on_phase(words)`` tells of each.
 
     Raises ``jit.CompileError`` for a kernel that does not compile.
     """
     no_gpu = jit.no_gpu_reason()
     if no_gpu is None:
-        return _run_on_gpu(problem, arch, options)
-    return _run_on_cpu(problem, selection, arch, options, no_gpu)
+        return _run_on_gpu(problem, arch, options, on_phase)
+    return _run_on_cpu(problem, selection, arch, options, no_gpu, on_phase)
 
 
 def to_gpu(*arrays: Array) -> list[Any]:
@@ -129,24 +230,25 @@ def to_gpu(*arrays: Array) -> list[Any]:
     return [cupy.asarray(x) for x in arrays]
 
 
-def _run_on_gpu(problem: AttentionProblem, arch: str, options: Options) -> Result:
+def _run_on_gpu(
+    problem: AttentionProblem, arch: str, options: Options, on_phase: OnPhase
+) -> Result:
     import cupy
 
+    on_phase("making inputs")
     host = inputs(problem, options.seed)
-    q, k, v = to_gpu(*host)
-    rules: dict[str, Any] = {
-        "causal": problem.causal,
-        "gate": problem.gate,
-        "kernel": options.kernel,
-        "config": options.overrides,
-    }
+    q, k, v = to_gpu(*in_layout(problem, *host))
+    rules = arguments_of(problem) | {"kernel": options.kernel, "config": options.overrides}
     out = cupy.asarray(np.full(problem.output_shape, np.nan, host[0].dtype))
+    on_phase("compiling the kernel")
     bound = plan(q, k, v, out=out, return_lse=problem.gate is None, **rules)
     bound.launch()
     rules |= _target(problem, out)
+    on_phase("checking against float64")
     check = verify.check_plan(bound, *host)
     timing = {"iters": options.iters, "warmup": options.warmup}
     configs = tiles.configs_of(bound.selection)
+    on_phase("timing")
     return Result(
         machine=machine(arch),
         no_gpu=None,
@@ -179,16 +281,26 @@ def _run_on_cpu(
     arch: str,
     options: Options,
     no_gpu: str,
+    on_phase: OnPhase,
 ) -> Result:
+    on_phase("compiling the kernel")
     built, not_built = build_without_gpu(selection, arch)
-    q, k, v = host = inputs(problem, options.seed)
-    rules: dict[str, Any] = {"causal": problem.causal, "gate": problem.gate}
+    on_phase("making inputs")
+    host = inputs(problem, options.seed)
+    q, k, v = in_layout(problem, *host)
+    rules = arguments_of(problem)
     rules |= _target(problem, np.full(problem.output_shape, np.nan, q.dtype))
-    lse = None
-    if problem.gate is None:
-        got, lse = attention(q, k, v, return_lse=True, **rules)
-    else:
-        got = attention(q, k, v, **rules)
+    on_phase("attention on the CPU, once")
+    start = time.perf_counter()
+    wants_lse = problem.gate is None
+    made = attention(q, k, v, return_lse=wants_lse, **rules)
+    first_us = (time.perf_counter() - start) * 1e6
+    got, lse = made if wants_lse else (made, None)
+    if problem.layout == "bshd" and problem.gate not in ("qk", "softmax"):
+        got = got.transpose(0, 2, 1, 3)
+    on_phase("checking against float64")
+    check = verify.expect(problem, *host).judge(got, lse)
+    on_phase(f"timing calls of {first_us / 1e6:.1f} s" if first_us > 1e6 else "timing calls")
     return Result(
         machine=machine(arch),
         no_gpu=no_gpu,
@@ -199,12 +311,13 @@ def _run_on_cpu(
         passed_over=selection.passed_over,
         builds=built,
         not_built=not_built,
-        check=verify.expect(problem, *host).judge(got, lse),
+        check=check,
         graph=None,
         call=time_calls(
             lambda: attention(q, k, v, **rules),
             iters=options.iters,
             warmup=options.warmup,
+            first_us=first_us,
         ),
         peak=None,
     )

@@ -9,9 +9,17 @@ from typing import Any
 from flashcore_cupy import builds, jit, tiles, verify
 from flashcore_cupy.attention import plan
 from flashcore_cupy.bench import Timing, inputs, machine, time_graph
-from flashcore_cupy.job import problem_json, to_gpu
+from flashcore_cupy.job import arguments_of, in_layout, problem_json, to_gpu
 from flashcore_cupy.numpy_attention import Array
 from flashcore_cupy.problem import AttentionProblem
+
+#: What JSON has for the types of a rung's fields.
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -75,16 +83,26 @@ class Ladder:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Ladder:
         """Read what ``to_json`` gave. Raises ``ValueError`` for anything else."""
-        known = {field.name for field in fields(Rung)}
         try:
-            rungs = tuple(
-                Rung(**{name: value for name, value in rung.items() if name in known})
-                for rung in data["rungs"]
-            )
+            rungs = tuple(_rung_of(rung) for rung in data["rungs"])
             baselines = tuple(Baseline(str(b["name"]), float(b["us"])) for b in data["baselines"])
+            for name in ("B", "H", "Hkv", "S", "Skv", "D", "dtype", "causal"):
+                data["problem"][name]  # what a page cannot do without
+            data["machine"]["arch"]
             return cls(data["problem"], data["machine"], rungs, baselines, data["rows_checked"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _rung_of(data: Mapping[str, Any]) -> Rung:
+    """A row of the JSON, whatever else it holds; ``TypeError`` for a value of a wrong kind."""
+    values = {field.name: data[field.name] for field in fields(Rung) if field.name in data}
+    for field in fields(Rung):
+        kind, _, optional = str(field.type).partition(" | ")
+        value = values.get(field.name)
+        if not isinstance(value, _KINDS[kind]) and not (optional and value is None):
+            raise TypeError(f"{field.name} is {value!r}")
+    return Rung(**values)
 
 
 def climb(
@@ -100,7 +118,8 @@ def climb(
 ) -> Ladder:
     """Build every rung for ``arch`` in parallel, then check and time each on the GPU, if any.
 
-    ``on_start(steps, words)`` announces a phase, ``on_step(words)`` each of its steps.
+    ``on_start(steps, words)`` announces a phase (of 0 steps, if nothing tells how far it is),
+    ``on_step(words)`` each of its steps.
     """
     announce = on_start or (lambda steps, words: None)
     step = on_step or (lambda words: None)
@@ -108,8 +127,9 @@ def climb(
     rungs = _build(chosen, arch, announce, step)
     rows: int | None = None
     if jit.no_gpu_reason() is None:
-        announce(len(rungs), "checking and timing")
+        announce(0, "making inputs and what they should give, in float64")
         course = _Course.prepare(problem, seed)
+        announce(len(rungs), "checking and timing")
         rows = len(course.known.rows)
         rungs = [_measured(rung, course, iters, warmup, step) for rung in rungs]
         rungs = _with_speedup(rungs)
@@ -182,7 +202,7 @@ class _Course:
     @classmethod
     def prepare(cls, problem: AttentionProblem, seed: int) -> _Course:
         host = inputs(problem, seed)
-        return cls(host, to_gpu(*host), problem, verify.expect(problem, *host))
+        return cls(host, to_gpu(*in_layout(problem, *host)), problem, verify.expect(problem, *host))
 
 
 def _measured(
@@ -198,7 +218,8 @@ def _launched(rung: Rung, course: _Course, iters: int, warmup: int) -> Rung:
     import cupy
 
     try:
-        bound = plan(*course.gpu, kernel=rung.kernel, causal=course.problem.causal, return_lse=True)
+        rules = arguments_of(course.problem)
+        bound = plan(*course.gpu, kernel=rung.kernel, return_lse=True, **rules)
         bound.launch()
         cupy.cuda.get_current_stream().synchronize()
     except (cupy.cuda.runtime.CUDARuntimeError, MemoryError) as error:

@@ -175,15 +175,20 @@ def _lse_error(lse: Array, score_error: float) -> float:
     return score_error + 1e-5 + 2.0**-20 * float(finite.max(initial=0.0))
 
 
+def sample_size(problem: AttentionProblem, budget: int | None = None) -> int:
+    """How many query rows of each head ``sample_rows`` gives."""
+    per_row = max(1, problem.batch * problem.heads_q * problem.seqlen_kv)
+    affordable = (SCORE_BUDGET if budget is None else budget) // per_row
+    return min(problem.seqlen_q, max(_FEWEST_ROWS, affordable))
+
+
 def sample_rows(problem: AttentionProblem, tile: int, *, budget: int | None = None) -> Rows:
     """All query rows, or so many that the scores of all heads stay within ``budget``.
 
     The default is ``SCORE_BUDGET``. A sample has the first and last row, those beside boundaries
     of tiles, and others at random.
     """
-    total = problem.seqlen_q
-    per_row = max(1, problem.batch * problem.heads_q * problem.seqlen_kv)
-    count = max(_FEWEST_ROWS, (SCORE_BUDGET if budget is None else budget) // per_row)
+    total, count = problem.seqlen_q, sample_size(problem, budget)
     if count >= total:
         return np.arange(total)
     last, middle = (total - 1) // tile * tile, total // 2 // tile * tile

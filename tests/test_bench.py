@@ -11,8 +11,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashcore_cupy import attention, bench, builds, ladder, reference, selftest, tiles, verify
+from flashcore_cupy import (
+    attention,
+    bench,
+    builds,
+    job,
+    ladder,
+    reference,
+    selftest,
+    tiles,
+    verify,
+)
 from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
+from flashcore_cupy.rules import NO_RULES
 from flashcore_cupy.selftest import Case
 from flashcore_cupy.selftest_arrays import Placed, described, embed, set_up
 
@@ -51,6 +62,73 @@ def test_timing_stops_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(bench, "_BUDGET_S", 0.02)
     timing = bench.time_calls(lambda: time.sleep(0.005), iters=1000, warmup=1000)
     assert 3 <= timing.samples <= 10
+
+
+def test_a_call_of_seconds_is_made_once_more_and_no_oftener(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "_BUDGET_S", 0.02)
+    monkeypatch.setattr(bench, "_LONG_US", 1e4)
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.05)
+
+    timing = bench.time_calls(call, iters=100, warmup=10, first_us=5e4)
+    assert calls == timing.samples == timing.per_sample == 1
+    assert bench.time_calls(call, iters=100, warmup=10).samples == 1
+    assert calls == 3  # what the first call takes was not known
+
+
+def test_the_memory_of_a_job_is_what_it_takes() -> None:
+    import tracemalloc
+
+    for problem in (
+        job.problem_of(1, 4, 2048, 64),
+        job.problem_of(8, 64, 32, 256, seqlen_kv=128),
+        job.problem_of(2, 2, 512, 128, seqlen_kv=2048, dtype="float32", layout="bshd"),
+        job.problem_of(1, 2, 1024, 64, gate="softmax"),
+        job.problem_of(1, 2, 1024, 64, gate="qk", seqlen_kv=3000),
+    ):
+        tracemalloc.start()
+        host = bench.inputs(problem, 0)
+        got = attention(*job.in_layout(problem, *host), **job.arguments_of(problem))
+        if problem.layout == "bshd":
+            got = got.transpose(0, 2, 1, 3)
+        assert verify.expect(problem, *host).judge(got).ok
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert 0.5 < most / job.memory_needed(problem) < 2, (problem, most)
+
+
+def test_what_needs_more_memory_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = job.problem_of(1, 4, 2048, 64)
+    monkeypatch.setattr(job, "free_memory", lambda: job.memory_needed(problem))
+    job.check_memory(problem)
+    monkeypatch.setattr(job, "free_memory", lambda: 2**20)
+    with pytest.raises(ValueError, match=r"GiB of memory, and 0\.000977 GiB are free"):
+        job.check_memory(problem)
+    monkeypatch.setattr(job, "free_memory", lambda: None)
+    job.check_memory(problem)
+
+
+def test_a_machine_says_what_memory_is_free() -> None:
+    free = bench.free_memory()
+    assert free is None or 2**24 < free < 2**50
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_a_problem_is_that_of_its_arrays(layout: Any) -> None:
+    problem = job.problem_of(
+        2, 4, 40, 24, heads_kv=2, seqlen_kv=50, head_dim_v=8, dtype="bfloat16", layout=layout,
+        causal="top-left", window=(3, -1), softcap=2,
+    )  # fmt: skip
+    arrays = job.in_layout(problem, *bench.inputs(problem, 0))
+    rules = {"layout": layout, "causal": "top-left"}
+    assert dataclasses.replace(problem, rules=NO_RULES) == describe(*arrays, **rules)
+    assert attention(*arrays, **job.arguments_of(problem)).shape == problem.output_shape
 
 
 def test_peak_of_an_h200() -> None:
@@ -222,10 +300,19 @@ def test_speedups_are_over_the_first_timed_rung() -> None:
 def test_a_ladder_comes_back_from_its_json() -> None:
     rung = ladder.Rung("scalar", "idea", builds=True, latency_us=3.0, spill_bytes=0)
     baselines = (ladder.Baseline("other", 2.5),)
-    original = ladder.Ladder({"S": 8}, {"gpu": None}, (rung,), baselines, 8)
+    problem = {"B": 1, "H": 2, "Hkv": 1, "S": 8, "Skv": 9, "D": 4, "dtype": "x", "causal": False}
+    original = ladder.Ladder(problem, {"gpu": None, "arch": "sm_80"}, (rung,), baselines, 8)
     assert ladder.Ladder.from_json(original.to_json()) == original
-    with pytest.raises(ValueError, match="rungs"):
-        ladder.Ladder.from_json({"problem": {}})
+    for change, told in (
+        ({"rungs": None}, "NoneType"),
+        ({"problem": {}}, "'B'"),
+        ({"machine": {}}, "'arch'"),
+        ({"rungs": [{"kernel": "scalar", "idea": "", "latency_us": "3"}]}, "latency_us is '3'"),
+        ({"rungs": [{"kernel": "scalar"}]}, "idea"),
+        ({"baselines": [{"name": "other"}]}, "us"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ladder.Ladder.from_json(original.to_json() | change)
 
 
 def test_combined_resources_of_several_builds() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,37 @@ from click.testing import CliRunner, Result
 from conftest import ROOT, compiler_skip_reason, gpu_skip_reason
 from rich.console import Console
 
-from flashcore_cupy import __version__, _plot, _render, ladder, tiles, verify
+import flashcore_cupy
+from flashcore_cupy import (
+    __version__,
+    _cli,
+    _plot,
+    _render,
+    _steps,
+    _terminal,
+    builds,
+    job,
+    ladder,
+    tiles,
+    verify,
+)
 from flashcore_cupy._cli import main
 
 ON_GPU = gpu_skip_reason() is None
 SMALL = ("--B", "1", "--H", "2", "--S", "40", "--D", "32")
 FAST = ("--iters", "2", "--warmup", "0")
+COMMAND = (sys.executable, "-m", "flashcore_cupy")
 
 needs_compiler = pytest.mark.skipif(
     compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
 )
 without_gpu = pytest.mark.skipif(ON_GPU, reason="shows what happens without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def lines_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as they are by default: a worker of pytest inherits COLUMNS."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def invoke(*arguments: str, code: int = 0) -> Result:
@@ -78,9 +100,11 @@ def test_run_as_json() -> None:
     assert data["ok"] and data["check"]["ok"]
     assert data["check"]["max_error"] <= data["check"]["allowed_error"]
     assert data["problem"] == {
-        "B": 1, "H": 2, "Hkv": 1, "S": 40, "Skv": 50, "D": 32, "dtype": "float16",
-        "causal": True, "gate": None, "seed": 7,
+        "B": 1, "H": 2, "Hkv": 1, "S": 40, "Skv": 50, "D": 32, "Dv": 32, "dtype": "float16",
+        "layout": "bhsd", "causal": True, "window": [-1, -1], "softcap": 0.0, "gate": None,
+        "seed": 7,
     }  # fmt: skip
+    assert data["ran"] == (data["kernel"] if ON_GPU else "numpy")
     (build,) = data["builds"]
     assert build["arch"] == data["machine"]["arch"]
     assert build["registers"] > 16 and build["shared_bytes"] > 1000 and build["spill_bytes"] == 0
@@ -103,6 +127,53 @@ def test_the_second_run_takes_the_kernel_from_the_cache() -> None:
 def test_run_checks_a_gate(gate: str) -> None:
     data = json_of("run", *SMALL, *FAST, "--gate", gate, "--kernel", "wmma_fused_32")
     assert data["ok"] and data["problem"]["gate"] == gate and data["tflops"] is None
+
+
+RULES = {
+    "bottom-right": (("--causal", "--Skv", "50"), "causal", {"causal": True}),
+    "its name": (("--causal", "bottom-right"), "causal", {"causal": True}),
+    "top-left": (
+        ("--causal", "top-left", "--Skv", "50"),
+        "causal top-left",
+        {"causal": "top-left"},
+    ),
+    "window": (("--window", "7", "-1"), "window 7,-1", {"window": [7, -1]}),
+    "softcap": (("--softcap", "2.5"), "softcap 2.5", {"softcap": 2.5}),
+    "layout": (("--layout", "bshd"), "bshd", {"layout": "bshd"}),
+    "Dv": (("--Dv", "64"), "D=32 Dv=64 float16", {"Dv": 64}),
+    "together": (
+        ("--causal", "--window", "3", "0", "--softcap", "9", "--layout", "bshd", "--Dv", "16"),
+        "D=32 Dv=16 float16 causal window 3,0 softcap 9 bshd",
+        {"causal": True, "window": [3, 0], "softcap": 9.0, "layout": "bshd", "Dv": 16},
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("options", "line", "told"), RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("gate", ["none", "softmax", "pv"])
+def test_run_takes_rules_and_shows_them(
+    options: tuple[str, ...], line: str, told: dict[str, Any], gate: str
+) -> None:
+    job = ("run", *SMALL, *FAST, *options, "--gate", gate)
+    data = json_of(*job)
+    assert data["ok"] and told.items() <= data["problem"].items()
+    assert f"{line}, " in invoke(*job).stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize("rule", ["causal", "window", "softcap", "layout"])
+def test_run_computes_the_rule_that_it_names(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle, which takes its rules from the problem, finds a run without one of them wrong."""
+    arguments_of = job.arguments_of
+    monkeypatch.setattr(
+        job, "arguments_of", lambda p: {n: x for n, x in arguments_of(p).items() if n != rule}
+    )
+    options = ("--causal", "top-left", "--window", "5", "5", "--softcap", "0.5")
+    shape = ("--layout", "bshd", "--S", "32", "--H", "32", "--Skv", "40")
+    if rule == "layout":  # heads and rows change places, which other sizes would refuse
+        shape = ("--layout", "bshd", "--S", "32", "--H", "32")
+    invoke("run", "--D", "32", *FAST, *options, *shape, code=1)
 
 
 @needs_compiler
@@ -166,14 +237,45 @@ def test_run_without_cupy_still_runs_and_says_why_nothing_was_built() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert "compiled  nothing: " in done.stdout and "pip install cupy" in done.stdout
-    assert "ok  max error" in done.stdout
+    words = " ".join(done.stdout.split())  # lines are as long as COLUMNS says, if it is set
+    assert "compiled nothing: " in words and "pip install cupy" in words
+    assert "ok max error" in words
     assert done.stderr.startswith("no GPU (")
 
 
 # --- bad input ---------------------------------------------------------------------------------
 
-BAD_INPUT = {
+HUGE = {
+    f"{command} {option} {value[:6]}": ((command, option, value), option)
+    for command in ("run", "ladder", "explain")
+    for option in ("--B", "--H", "--S", "--D", "--Hkv", "--Skv", "--Dv")
+    for value in ("1e26", "10000000000000000000000", "9" * 5000)
+}
+BAD_INPUT = HUGE | {
+    "more than memory": (("run", "--B", "1000000", "--S", "1000000"), "GiB"),
+    "scores beyond memory": (("run", "--S", "2000000", "--D", "1", "--gate", "qk"), "GiB"),
+    "one long sequence": (("run", "--S", str(2**30), "--D", "512"), "GiB"),
+    "huge tile": (("run", "--set", "block_n=10000000000000000000000"), "block_n"),
+    "old target": (("run", "--arch", "sm_60"), "sm_75 or later"),
+    "old target to explain for": (("explain", "--arch", "sm_70"), "sm_75 or later"),
+    "old target to build for": (("warmup", "--arch", "sm_60"), "sm_75 or later"),
+    "no target": (("warmup", "--arch", "sm_" + "9" * 5000), "sm_90a"),
+    "causal": (("run", "--causal", "left"), "top-left"),
+    "half a window": (("run", "--window", "3"), "--window"),
+    "a window to the wrong side": (("run", "--window", "3", "-2"), "--window"),
+    "softcap": (("run", "--softcap", "nan"), "softcap"),
+    "negative softcap": (("ladder", "--softcap", "-1"), "softcap"),
+    "layout": (("run", "--layout", "sbhd"), "bshd"),
+    "rule of a kernel": (("run", "--kernel", "scalar", "--window", "3", "3"), "no window"),
+    "explain kernel": (("explain", "--D", "512", "--dtype", "float32"), "none can do"),
+    "from, and sizes": (("ladder", "--from", "other.json", "--B", "3"), "--B: not with --from"),
+    "from, and more": (
+        ("ladder", "--from", "other.json", "--iters", "3", "--causal"),
+        "--causal, --iters: not with --from",
+    ),
+    "half a ladder": (("ladder", "--from", "half.json"), "not the JSON of a ladder"),
+    "nan": (("ladder", "--baseline-us", "nan"), "--baseline-us"),
+    "infinity": (("ladder", "--baseline-us", "inf"), "--baseline-us"),
     "zero": (("run", "--B", "0"), "--B"),
     "negative": (("run", "--S", "-5"), "--S"),
     "not a number": (("run", "--H", "many"), "--H"),
@@ -219,14 +321,16 @@ def test_bad_input_is_one_message_and_exit_code_2(
 ) -> None:
     (tmp_path / "tests.png").mkdir()
     (tmp_path / "other.json").write_text('{"rows": []}')
+    half = {"problem": {}, "machine": {}, "rungs": [], "baselines": [], "rows_checked": None}
+    (tmp_path / "half.json").write_text(json.dumps(half))
     (tmp_path / "text.json").write_text("hello")
     monkeypatch.chdir(tmp_path)
     result = invoke(*arguments, code=2)
     assert result.stdout == ""
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1 and told in errors[0]
+    assert result.stderr.count("\n") == 1 and len(result.stderr) < 1000
+    assert result.stderr.startswith("Error: ") and told in result.stderr
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"tests.png", "other.json", "text.json"}
+    assert left == {"tests.png", "other.json", "half.json", "text.json"}
 
 
 @needs_compiler
@@ -363,7 +467,7 @@ def test_a_ladder_is_drawn_again_from_its_json(tmp_path: Path) -> None:
     assert 1200 <= width <= 2000 and 600 <= height <= 1400
 
 
-def test_labels_of_the_picture_do_not_overlap(tmp_path: Path) -> None:
+def test_nothing_runs_through_the_figures_of_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -371,14 +475,50 @@ def test_labels_of_the_picture_do_not_overlap(tmp_path: Path) -> None:
     figure = _plot.picture(ladder.Ladder.from_json(data))
     FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    assert not axes.patches  # bars would start at a zero that is nowhere
+    (dots,) = axes.collections
+    times = [rung["latency_us"] for rung in data["rungs"]]
+    assert np.allclose(dots.get_offsets()[:, 0], times)
     labels = axes.texts
-    assert len(labels) == len(tiles.KERNELS)
-    assert [label.get_text().split()[0] for label in labels[:2]] == ["2400", "960"]
+    written = [label.get_text() for label in labels]
+    assert written[:4] == ["2400 µs", "1.00×", "960 µs", "2.50×"] and "wrong" in written
     boxes = [label.get_window_extent() for label in labels]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert all(box.x1 <= axes.bbox.x1 for box in boxes)
-    assert axes.get_xscale() == "log"
-    assert len(axes.lines) == 1  # the baseline
+    whole = figure.bbox
+    assert all(axes.bbox.x1 < box.x0 and box.x1 <= whole.x1 for box in boxes)
+    assert len(axes.lines) == 1  # the baseline, inside the axes
+    names = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(whole.x0 <= name.x0 and name.x1 < axes.bbox.x0 for name in names)
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_picture_names_gpu_problem_and_dtype(tmp_path: Path, timed: bool) -> None:
+    pytest.importorskip("matplotlib")
+    data = json.loads(measured_ladder(tmp_path).read_text())
+    if not timed:
+        data["rungs"] = [rung | {"latency_us": None} for rung in data["rungs"]]
+    data["problem"] |= {"window": [127, 0], "dtype": "bfloat16"}
+    figure = _plot.picture(ladder.Ladder.from_json(data))
+    assert "Some GPU" in figure.get_suptitle()
+    (subtitle,) = (text.get_text() for text in figure.texts if "B=1" in text.get_text())
+    assert subtitle.startswith("B=1 H=8 S=512 D=64 bfloat16 window 127,0 ")
+    for axes in figure.axes:
+        assert axes.get_xlabel()
+        assert timed or not any(line.get_visible() for line in axes.get_xgridlines())
+
+
+def test_a_baseline_may_have_any_name(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    source, picture = measured_ladder(tmp_path), tmp_path / "ladder.png"
+    names = ("--baseline-us", "40", "--baseline-name", "_a $b^$", "--baseline-us", "50")
+    invoke("ladder", "--from", str(source), "--plot", str(picture), *names, code=1)
+    data = json.loads(source.read_text())
+    data["baselines"] = [{"name": "_a $b^$", "us": 40.0}, {"name": "other", "us": 5.0}]
+    figure = _plot.picture(ladder.Ladder.from_json(data))
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown[:2] == [r"_a \$b^\$, 40.0 µs", "other, 5.00 µs"]
 
 
 @without_gpu
@@ -411,7 +551,7 @@ def test_selftest_without_a_gpu_says_so() -> None:
 @needs_compiler
 def test_warmup_reports_resources() -> None:
     data = json_of("warmup", "--kernel", "wmma_fused_32", "--arch", "sm_80", "--arch", "sm_90a")
-    assert list(data) == ["kernels"]
+    assert list(data) == ["kernels", "left_out"] and data["left_out"] == []
     rows = list(tiles.rows_of("wmma_fused_32"))
     assert len(data["kernels"]) == 2 * 2 * 2 * len(rows)  # targets, dtypes, causal
     keys = {"kernel", "arch", "registers", "shared_bytes", "local_bytes", "spill_bytes"}
@@ -424,9 +564,80 @@ def test_warmup_reports_resources() -> None:
 
 
 @needs_compiler
-def test_warmup_leaves_out_what_a_target_cannot_run() -> None:
-    data = json_of("warmup", "--kernel", "wmma_cp_async", "--arch", "sm_75")
-    assert data == {"kernels": []}
+@pytest.mark.parametrize(
+    ("kernel", "arch", "why"),
+    [("wmma_cp_async", "sm_75", "needs cp.async"), ("wgmma_sm90", "sm_80", "needs wgmma")],
+)
+def test_warmup_says_why_there_is_nothing_to_compile(kernel: str, arch: str, why: str) -> None:
+    data = json_of("warmup", "--kernel", kernel, "--arch", arch)
+    (left_out,) = data["left_out"]
+    assert data["kernels"] == [] and (left_out["kernel"], left_out["arch"]) == (kernel, arch)
+    assert why in left_out["reason"]
+    text = invoke("warmup", "--kernel", kernel, "--arch", arch).stdout
+    assert text.startswith(f"{kernel} for {arch}: nothing to compile, for it {why}")
+
+
+def test_the_help_of_warmup_counts_the_kernels() -> None:
+    text = " ".join(invoke("warmup", "--help").stdout.split())
+    for arch in tiles.TARGETS:
+        count = len(list(builds.table_configs(tiles.KERNELS, arch)))
+        assert count > 20 and f"{count} for {arch}" in text
+
+
+def waits(monkeypatch: pytest.MonkeyPatch, first: float, every: float) -> None:
+    monkeypatch.setattr(_steps, "_FIRST_S", first)
+    monkeypatch.setattr(_steps, "_EVERY_S", every)
+
+
+@needs_compiler
+def test_warmup_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_all(wanted: Any, on_done: Any) -> list[Any]:
+        for number in range(3):
+            on_done(ValueError())
+            time.sleep(0.1 if number < 2 else 0.5)
+        return []
+
+    waits(monkeypatch, 0.15, 0.2)
+    monkeypatch.setattr(builds, "build_all", build_all)
+    result = invoke("warmup", "--kernel", "scalar", "--arch", "sm_80", "--json")
+    lines = result.stderr.splitlines()
+    assert lines[0] == "compiling: 2 of 12 (0 s)" and lines[1] == "compiling: 3 of 12 (0 s)"
+    assert json.loads(result.stdout)["kernels"] == []
+
+
+@without_gpu
+@needs_compiler
+def test_a_long_run_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = job.attention
+
+    def slow(*arguments: Any, **rules: Any) -> Any:
+        time.sleep(0.3)
+        return attention(*arguments, **rules)
+
+    waits(monkeypatch, 0.01, 0.1)
+    monkeypatch.setattr(job, "attention", slow)
+    monkeypatch.setattr(_cli, "_LONG_FLOPS", 1)
+    lines = invoke("run", *SMALL, *FAST).stderr.splitlines()
+    assert lines[0].startswith("no GPU (") and lines[1].startswith("one call is ")
+    told = " ".join(lines[2:])
+    assert "attention on the CPU, once (" in told and "timing calls (" in told
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
+def test_workers_end_with_warmup_on_sigterm(tmp_path: Path) -> None:
+    """Also those in the middle of a compilation: these kernels take seconds each."""
+    command = (*COMMAND, "warmup", "--arch", "sm_80", "--kernel", "mma_sm80")
+    environment = dict(os.environ, FLASHCORE_CACHE_DIR=str(tmp_path))
+    # The pipe stands open for as long as a worker holds it.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as started:
+        assert started.stderr is not None
+        assert started.stderr.readline().startswith("compiling: ")
+        began = time.monotonic()
+        started.terminate()
+        assert started.stderr.read().splitlines()[-1] == "stopped by SIGTERM"
+        assert started.wait(timeout=5) == 143
+    assert time.monotonic() - began < 5
 
 
 @needs_compiler
@@ -457,9 +668,10 @@ def test_doctor_lists_its_findings() -> None:
 def test_version_and_help() -> None:
     assert __version__ in invoke("--version").stdout
     text = invoke("--help").stdout
-    for command in ("run", "ladder", "selftest", "doctor", "warmup", "cache"):
-        assert command in text
-        assert "--json" in invoke(command, "--help").stdout
+    for command in ("run", "explain", "ladder", "selftest", "doctor", "warmup", "cache"):
+        assert command in text and text.isascii()
+        page = invoke(command, "--help").stdout
+        assert "--json" in page and page.isascii()
 
 
 def test_numbers_that_json_lacks_become_null() -> None:
@@ -486,6 +698,141 @@ def test_the_checkout_has_a_front_door() -> None:
     wrong = [sys.executable, "cli.py", "run", "--S", "0"]
     done = subprocess.run(wrong, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2 and "--S" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_python_m_is_the_command_line() -> None:
+    done = subprocess.run(
+        [*COMMAND, "cache", "--json"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0 and "entries" in json.loads(done.stdout)
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("Usage: python -m flashcore_cupy")
+
+
+# --- explain -----------------------------------------------------------------------------------
+
+
+def test_explain_says_what_a_problem_gets() -> None:
+    data = json_of("explain", "--arch", "sm_80", "--S", "4096", "--window", "127", "0")
+    assert data["kernel"] == "mma_sm80" and data["arch"] == "sm_80"
+    assert data["problem"]["window"] == [127, 0] and list(data["passed_over"]) == ["wgmma_sm90"]
+    lines = invoke("explain", "--arch", "sm_80", "--S", "4096", "--window", "127", "0").stdout
+    assert lines.startswith(f"mma_sm80 on sm_80: {data['config'][:20]}")
+    assert "\npassed over wgmma_sm90: needs wgmma" in lines
+    assert json_of("explain", "--arch", "sm_90a", "--S", "4096")["kernel"] == "wgmma_sm90"
+
+
+def test_explain_takes_a_kernel_and_changes_to_its_row() -> None:
+    data = json_of("explain", "--kernel", "wmma_fused_64", "--set", "block_m=32,warps_m=2")
+    assert data["kernel"] == "wmma_fused_64" and data["config"].startswith("32x64 tile")
+
+
+@pytest.mark.gpu
+def test_explain_is_the_librarys_own() -> None:
+    import cupy
+
+    q, k, v = cupy.zeros((3, 1, 512, 8, 64), cupy.float16)
+    said = flashcore_cupy.explain(q, k, v, layout="bshd", causal=True, window=(99, 0))
+    options = ("--layout", "bshd", "--causal", "--window", "99", "0")
+    shown = invoke("explain", *options).stdout
+    assert " ".join(shown.split()) == " ".join(said.split())
+
+
+# --- what a terminal can show --------------------------------------------------------------------
+
+
+def pages(folder: Path) -> dict[str, tuple[str, ...]]:
+    source = str(measured_ladder(folder))
+    return {
+        "run": ("run", *SMALL, *FAST),
+        "explain": ("explain", "--S", "4096"),
+        "ladder": ("ladder", "--from", source),
+        "doctor": ("doctor",),
+        "cache": ("cache",),
+        "warmup": ("warmup", "--kernel", "wmma_fused_32", "--arch", "sm_80"),
+    }
+
+
+@needs_compiler
+@pytest.mark.parametrize("page", ["run", "explain", "ladder", "doctor", "cache", "warmup"])
+def test_pages_keep_to_columns_and_leave_no_blanks(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = pages(tmp_path)[page]
+    widths = {}
+    for columns in (60, 85, 110, 240):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = CliRunner().invoke(main, arguments).stdout
+        lines = text.splitlines()
+        assert text and not [line for line in lines if line != line.rstrip()]
+        widths[columns] = max(map(len, lines))
+        assert widths[columns] <= columns
+    if page == "run":
+        assert widths[240] > 110  # not cut at what a file gets by default
+    monkeypatch.delenv("COLUMNS")
+    lines = CliRunner().invoke(main, arguments).stdout.splitlines()
+    assert max(map(len, lines)) == widths[110]
+
+
+@pytest.mark.parametrize("columns", ["", "0", "-5", "wide", "1e3", "9" * 5000])
+def test_columns_that_say_nothing_are_passed_over(columns: str, tmp_path: Path) -> None:
+    arguments = pages(tmp_path)["ladder"]
+    shown = CliRunner().invoke(main, arguments, env={"COLUMNS": columns})
+    assert shown.stdout == CliRunner().invoke(main, arguments, env={"COLUMNS": None}).stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize("page", ["run", "explain", "ladder", "doctor", "cache", "warmup"])
+def test_pages_are_plain_where_the_stream_is(page: str, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"  # no text in UTF-8
+    for encoding in ("ascii", "utf-8"):
+        environment = os.environb | {b"PYTHONIOENCODING": encoding.encode()}
+        if page in ("cache", "doctor"):
+            environment[b"FLASHCORE_CACHE_DIR"] = folder
+        command = [*COMMAND, *pages(tmp_path)[page]]
+        done = subprocess.run(command, capture_output=True, check=False, env=environment, cwd=ROOT)
+        assert done.returncode == (1 if page == "ladder" else 0), done.stderr
+        assert b"Traceback" not in done.stderr
+        text = done.stdout.decode(encoding)
+        if page in ("cache", "doctor"):
+            assert "caf\\xe9" in "".join(text.split())
+        if page == "ladder":
+            middle, rule = ("-", "-----") if encoding == "ascii" else ("·", "─────")
+            assert text.startswith(f"FlashCore ladder {middle} Some GPU {middle} B=1 H=8")
+            assert f"\n{rule}" in text
+
+
+def test_plain_text_is_readable() -> None:
+    assert _terminal.plain("3 µs · 2.5× ─ ≤ é \udce9 中", "ascii") == (
+        "3 us - 2.5x - <= \\xe9 \\xe9 \\u4e2d"
+    )
+    assert _terminal.plain("µ · 中 \udce9", "utf-8") == "µ · 中 \\xe9"
+    assert _terminal.plain("µ · 中", "latin-1") == "µ · \\u4e2d"
+
+
+def test_a_terminal_gets_a_bar_and_a_file_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    waits(monkeypatch, 0.01, 0.01)
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with _steps.Steps() as steps:
+        steps.start(4, "compiling")
+        steps.step("scalar.cu")
+        steps.phase("checking")
+        time.sleep(0.3)
+    assert "checking" in shown.getvalue() and "(0 s)" not in shown.getvalue()
+    monkeypatch.setenv("TERM", "dumb")
+    with _steps.Steps() as steps:
+        steps.start(4, "compiling")
+        steps.step("scalar.cu")
+        time.sleep(0.1)
+    assert "compiling: 1 of 4 (0 s)\n" in shown.getvalue()
 
 
 # --- on a GPU ----------------------------------------------------------------------------------
