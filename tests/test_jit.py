@@ -404,6 +404,18 @@ def test_syntax_error_names_the_real_file_and_line(kernels: Path, place: str) ->
     assert jit.cache_entries() == []
 
 
+def test_the_whole_report_names_files_that_can_be_opened(kernels: Path) -> None:
+    template = 'template <int N> struct Two { static_assert(N == 2, "two"); };\n'
+    (kernels / "flashcore" / "part.cuh").write_text(template)
+    (kernels / "demo.cu").write_text(ENTRY.replace("int tile[4]", "int tile[sizeof(Two<3>)]"))
+    with pytest.raises(jit.CompileError) as caught:
+        compile_demo()
+    log, header = caught.value.log, kernels / "flashcore" / "part.cuh"
+    assert f"{header}(1): error: static assertion failed" in log
+    assert f'of class "Two<N> [with N=3]" at line 4 of {kernels / "demo.cu"}\n' in log
+    assert not re.search(r"(?<![/\w])(demo\.cu|flashcore/part\.cuh)", log), log
+
+
 def test_error_of_the_assembler_names_the_file(kernels: Path) -> None:
     bad = 'extern "C" __global__ void demo() { asm volatile("no_such_thing;"); }\n'
     (kernels / "demo.cu").write_text(bad)
