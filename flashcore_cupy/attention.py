@@ -157,7 +157,10 @@ def attention(
         and config is None and gate is None and stream is None and return_lse.__class__ is bool
     )  # fmt: skip
     if plain:
-        choices = (layout, softmax_scale, causal, window, softcap, batch_invariant, kernel)
+        choices = (
+            window, layout, kernel, causal, causal.__class__, softcap, softcap.__class__,
+            softmax_scale, softmax_scale.__class__, batch_invariant, batch_invariant.__class__,
+        )  # fmt: skip
         done = repeat.launch_again(q, k, v, out, return_lse, choices)
         if done is not None:
             return done
@@ -171,17 +174,8 @@ def attention(
     gpu = interop.gpu_of("q", q)
     if gpu is None:
         return _on_host(request, q, k, v, out, stream, return_lse)
-    with entered(gpu, stream):
-        q, k, v, kind = interop.taken_together(q, k, v)
-        target, out_kind = (None, kind) if out is None else interop.taken_out(out)
-        bound = bind(request, q, k, v, target, want_lse=return_lse, own_workspace=False)
-        bound.launch()
-        if gate in ("qk", "softmax"):
-            return interop.returned(bound.gate_output(), kind)
-        if plain:
-            repeat.remember(bound, choices, out_given=out is not None)
-        o = interop.returned(bound.arrays["o"], out_kind, out)
-        return (o, interop.returned(bound.arrays["lse"], kind)) if return_lse else o
+    call = choices if plain else None
+    return _on_gpu(gpu, request, q, k, v, out, stream, return_lse, call)
 
 
 @untraced
@@ -261,3 +255,28 @@ def _on_host(
     o, lse = attend(request, q, k, v, target)
     o = interop.returned(o, out_kind, out)
     return (o, interop.returned(lse, kind)) if return_lse else o
+
+
+def _on_gpu(
+    gpu: int,
+    request: Request,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    stream: Any,
+    return_lse: bool,
+    choices: tuple[Any, ...] | None,
+) -> Any:
+    """Launch a call, and remember one that has ``choices`` to be known by."""
+    with entered(gpu, stream):
+        q, k, v, kind = interop.taken_together(q, k, v)
+        target, out_kind = (None, kind) if out is None else interop.taken_out(out)
+        bound = bind(request, q, k, v, target, want_lse=return_lse, own_workspace=False)
+        bound.launch()
+        if request.gate in ("qk", "softmax"):
+            return interop.returned(bound.gate_output(), kind)
+        if choices is not None:
+            repeat.remember(bound, choices, out_given=out is not None)
+        o = interop.returned(bound.arrays["o"], out_kind, out)
+        return (o, interop.returned(bound.arrays["lse"], kind)) if return_lse else o

@@ -12,6 +12,8 @@ import struct
 from numbers import Number
 from typing import Any
 
+import numpy as np
+
 from flashcore_cupy.arrays import span_of
 from flashcore_cupy.grids import query_blocks
 from flashcore_cupy.launch import ParameterBlock, Plan
@@ -22,6 +24,7 @@ from flashcore_cupy.tensor_map import Maps, views_of
 from flashcore_cupy.workspace import split_bytes, workspace
 
 NO_WINDOW = (-1, -1)  # attention's own default, by identity
+_SETTLED = (Number, str, type, type(None), np.bool_)  # of choices that key a call
 _LIMIT = 4096  # problems remembered; beyond, all are forgotten
 
 _POINTERS = struct.Struct("5Q")  # q, k, v, o, lse: the first fields of AttentionParams
@@ -101,9 +104,8 @@ def remember(plan: Plan, choices: tuple[Any, ...], *, out_given: bool) -> None:
     global _ndarray, _empty, _float32, _current_device, _current_stream, _launch, _environment
     if len(plan.steps) != 1 or plan.problem.gate is not None or _overridden():
         return
-    _, softmax_scale, _, window, softcap, _, _ = choices
-    if not all(isinstance(x, Number | None) for x in (softmax_scale, softcap, *window)):
-        return  # a tensor can be hashed, but holds another number tomorrow
+    if not all(isinstance(x, _SETTLED) for x in (*choices[0], *choices[1:])):
+        return  # a tensor can be hashed, but may hold another number next time
     if _ndarray is None:
         import cupy
 
@@ -139,7 +141,7 @@ def launch_again(
         known = _known.get(_key(q, k, v, out, pq | pk | pv | po, return_lse, device, choices))
     except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
         return None
-    if known is None or _environment_changed():
+    if known is None or (len(os.environ) != _environment and _environment_changed()):
         return None
     if out is None:
         out = _empty(known.output_shape, known.dtype)
@@ -176,6 +178,9 @@ def _key(
 ) -> tuple[Any, ...]:
     """All that a launch depends on but the addresses themselves, of which it takes the union.
 
+    ``choices``: the window, then others and their classes, for True and 1 are equal, but not the
+    same argument.
+
     A tuple of sizes takes as long to make as all else here, and most arrays are contiguous. (That
     is CuPy's own name for it; the public flags.c_contiguous takes longer than the strides.)
     """
@@ -186,9 +191,7 @@ def _key(
         None if out is None else (out.shape, out._c_contiguous or out.strides, out.dtype),
         # The least aligned of them decides how wide loads and stores are.
         addresses % MAX_ALIGN, return_lse, device, choices,
-        # True and 1 are equal, but not the same argument.
-        choices[1].__class__, choices[2].__class__, choices[4].__class__, choices[5].__class__,
-        None if choices[3] is NO_WINDOW else tuple(map(type, choices[3])),
+        None if choices[0] is NO_WINDOW else tuple(map(type, choices[0])),
     )  # fmt: skip
 
 
@@ -199,12 +202,10 @@ def _overridden() -> bool:
 def _environment_changed() -> bool:
     """Whether the environment asks for other kernels or another target meanwhile.
 
-    Nothing is remembered while it does. To ask takes a microsecond, so it is asked when the number
-    of variables has changed.
+    Nothing is remembered while it does. To ask takes a microsecond, so it is asked only where the
+    number of variables is not ``_environment``.
     """
     global _environment
-    if len(os.environ) == _environment:
-        return False
     if _overridden():
         return True
     _environment = len(os.environ)

@@ -432,6 +432,23 @@ class _Unhashable(float):
     __hash__ = None  # type: ignore[assignment]
 
 
+def choices_of(
+    softmax_scale: Any = 0.5,
+    causal: Any = True,
+    window: Any = repeat.NO_WINDOW,
+    softcap: Any = 0.0,
+) -> tuple[Any, ...]:
+    """What ``attention`` keys a call on, besides its arrays."""
+    return (
+        *(window, "bhsd", "auto", causal, type(causal), softcap, type(softcap)),
+        *(softmax_scale, type(softmax_scale), False, bool),
+    )
+
+
+class _Mutable:
+    """A number that can be hashed, and be another one tomorrow: a tensor without axes."""
+
+
 @pytest.mark.parametrize(
     ("changes", "remembered"),
     [
@@ -440,17 +457,17 @@ class _Unhashable(float):
         ({"window": [20, 5]}, False),
         ({"softcap": _Unhashable(30.0)}, False),
         ({"softmax_scale": _Unhashable(0.5)}, False),
+        ({"softmax_scale": None}, True),
+        ({"softmax_scale": np.float32(0.5), "causal": np.True_}, True),
+        ({"softmax_scale": _Mutable()}, False),
+        ({"window": (_Mutable(), 5)}, False),
     ],
 )
-def test_what_cannot_be_hashed_is_launched_but_not_remembered(
+def test_what_cannot_key_a_call_is_launched_but_not_remembered(
     launched: list[tuple[Any, ...]], changes: dict[str, Any], remembered: bool
 ) -> None:
     """``remember`` runs after the launch: whatever it raises comes too late."""
-    arguments: dict[str, Any] = {
-        "layout": "bhsd", "softmax_scale": 0.5, "causal": True, "window": repeat.NO_WINDOW,
-        "softcap": 0.0, "batch_invariant": False, "kernel": "auto",
-    }  # fmt: skip
-    choices = tuple((arguments | changes).values())
+    choices = choices_of(**changes)
     plan = plan_of(*[np.empty((1, 2, 3, 8), np.float16)] * 4)
     q, k, v = (plan.arrays[name] for name in "qkv")
     assert repeat.launch_again(q, k, v, None, False, choices) is None
@@ -465,7 +482,7 @@ def test_addresses_are_looked_at_only_where_they_are_new(
 ) -> None:
     """The output must not meet an input, and all be on the current device."""
     plan = plan_of(*[np.empty((1, 2, 3, 8), np.float16)] * 4)
-    choices = ("bhsd", 0.5, True, repeat.NO_WINDOW, 0.0, False, "auto")
+    choices = choices_of()
     repeat.remember(plan, choices, out_given=True)
     looked: list[tuple[int, ...]] = []
     overlaps = repeat._Known.overlaps
@@ -518,7 +535,7 @@ def test_keys_of_repeated_calls_tell_arguments_apart() -> None:
     ) -> Any:
         x = SimpleNamespace(**_looked_at(np.empty((1, 2, 3, 4), np.float16)))
         q = SimpleNamespace(**{**vars(x), **of_q})
-        choices = ("bhsd", scale, causal, (-1, -1), 0.0, False, "auto")
+        choices = choices_of(scale, causal, (-1, -1))
         return repeat._key(q, x, x, None, address, False, device, choices)
 
     assert key() == key() == key(address=256 + 16)
