@@ -34,9 +34,7 @@ def few_numbers(name: str, x: Any, cpu: bool) -> Any:
     array = rule_array(name, x, cpu)
     if array is None or array.dtype == np.float32:
         return array
-    _check_real(name, array.dtype)
-    with np.errstate(all="ignore"):  # beyond float32's range it is infinity
-        return array.astype(np.float32)
+    return _as_float32(name, array)
 
 
 def host_values_on_gpu(values: NDArray[np.float32]) -> Any:
@@ -51,11 +49,15 @@ def _listed(name: str, x: Any) -> Any:
         array = np.asarray(x)
     except Exception as error:  # of arrays in the list, for whatever reason they have
         raise TypeError(f"{name}: got a {type(x).__name__} that is no array of numbers") from error
-    _check_real(name, array.dtype)
+    return _as_float32(name, array)
+
+
+def _as_float32(name: str, array: Any) -> Any:
+    if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: got dtype {array.dtype.name}; use float32")
     with np.errstate(all="ignore"):
-        return array.astype(np.float32)
-
-
-def _check_real(name: str, dtype: Any) -> None:
-    if dtype.kind not in "iuf" and dtype.name != "bfloat16":
-        raise TypeError(f"{name}: got dtype {dtype.name}; use float32")
+        cast = array.astype(np.float32)
+    # On a GPU a look would have to wait; there such a number becomes infinity.
+    if isinstance(array, np.ndarray) and (np.isinf(cast) & ~np.isinf(array)).any():
+        raise ValueError(f"{name}: got numbers beyond float32's largest, 3.4e38")
+    return cast

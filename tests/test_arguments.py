@@ -6,8 +6,12 @@ anywhere; on NumPy arrays ``attention`` does the work, and the oracle says wheth
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -19,9 +23,11 @@ from hypothesis import strategies as st
 from test_reference import repeatable
 
 import flashcore_cupy
-from flashcore_cupy import reference
+from flashcore_cupy import reference, values
 from flashcore_cupy.arrays import ArraySpec, spec_of
+from flashcore_cupy.attention import plan
 from flashcore_cupy.problem import describe
+from flashcore_cupy.request import ARGUMENTS
 from flashcore_cupy.rules import (
     MAX_MOD_ARGS,
     MOD_TYPES,
@@ -739,3 +745,444 @@ def test_explain_checks_rules_too() -> None:
         flashcore_cupy.explain(*operands(), window=3)
     both: dict[str, Any] = {"cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K}
     assert "CPU" in flashcore_cupy.explain(*packed_operands(), **both)
+
+
+# --- names that other libraries use ---------------------------------------------------------------
+
+NAMES = {
+    "scale": "scale': use softmax_scale",
+    "sm_scale": "use softmax_scale",
+    "softmax_scael": "use softmax_scale",
+    "is_causal": "use causal (True is aligned at the bottom right, 'top-left' as torch's)",
+    "casual": "use causal",
+    "attn_mask": "use mask (boolean, True where a query attends) or bias (added to the scores)",
+    "attn_bias": "use bias",
+    "dropout_p": "; leave it out: there is no dropout",
+    "p_dropout": "; leave it out: there is no dropout",
+    "window_size": "use window",
+    "deterministic": "; leave it out: the same call always gives the same bits",
+    "enable_gqa": "; leave it out: k and v may have fewer heads than q",
+    "return_softmax_lse": "use return_lse",
+    "cu_seqlens_kv": "use cu_seqlens_k",
+    "cu_seqlen_q": "use cu_seqlens_q",
+    "zzz": "has no argument 'zzz'",
+}
+
+
+@pytest.mark.parametrize("function", ["attention", "explain", "plan"])
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_names_are_told_ours(name: str, function: str) -> None:
+    call = {"attention": attention, "explain": flashcore_cupy.explain, "plan": plan}[function]
+    if function == "plan":
+        pytest.importorskip("cupy")
+    message = refusal(TypeError, lambda: call(*operands(), **{name: None}))
+    assert message.startswith(f"{function}() has no argument {name!r}")
+    assert message.endswith(NAMES[name])
+
+
+def test_every_name_that_a_hint_gives_is_taken() -> None:
+    for hint in values._ELSEWHERE.values():
+        if not hint.startswith("nothing: "):
+            assert re.match(r"\w+", hint)[0] in ARGUMENTS  # type: ignore[index]
+    assert not set(values._ELSEWHERE) & set(ARGUMENTS)
+    taken = inspect.signature(attention).parameters
+    assert set(ARGUMENTS) == {name for name in taken if name != "unknown"}
+
+
+# --- flags, numbers, and what stands for them -----------------------------------------------------
+
+
+def test_flags_of_numpy_are_taken() -> None:
+    q, k, v = operands()
+    wanted = attention(q, k, v, causal=True, batch_invariant=True, return_lse=True)
+    got = attention(q, k, v, causal=np.True_, batch_invariant=np.True_, return_lse=np.True_)
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(x, y)
+    plain = attention(q, k, v, causal=np.False_, batch_invariant=np.False_, return_lse=np.False_)
+    np.testing.assert_array_equal(plain, attention(q, k, v))
+
+
+FLAGS = (1, 0, "no", "", None, [], np.array(True), np.ones((2, 2), bool), 1.0)
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=repr)
+@pytest.mark.parametrize("name", ["return_lse", "batch_invariant", "causal"])
+def test_what_is_no_flag_is_refused(name: str, flag: Any) -> None:
+    error = ValueError if name == "causal" else TypeError
+    for call in (attention, flashcore_cupy.explain):
+        message = refusal(error, lambda call=call: call(*operands(), **{name: flag}))
+        assert message.startswith(f"{name}: got ") and "True" in message
+
+
+NUMBERS = (
+    *(0.5, np.float64(0.5), np.float32(0.5), np.float16(0.5), ml_dtypes.bfloat16(0.5)),
+    *(np.array(0.5), np.array(0.5, ml_dtypes.bfloat16), Fraction(1, 2)),
+)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
+def test_numbers_of_all_kinds_are_taken(name: str, number: Any) -> None:
+    wanted = attention(*operands(), **{name: 0.5})
+    np.testing.assert_array_equal(attention(*operands(), **{name: number}), wanted)
+    three = np.array(3) if isinstance(number, np.ndarray) else 3
+    np.testing.assert_array_equal(
+        attention(*operands(), **{name: three}), attention(*operands(), **{name: 3.0})
+    )
+
+
+NO_NUMBERS = (
+    *(True, np.True_, np.array(True), "1", b"1", 1j, np.complex64(1), np.array(1j), [1.0]),
+    *(np.ones(1), np.ones((2, 2)), np.array("1"), object(), np.datetime64("2020-01-01")),
+)
+
+
+@pytest.mark.parametrize("number", NO_NUMBERS, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
+def test_what_is_no_number_is_refused(name: str, number: Any) -> None:
+    message = refusal(TypeError, lambda: through_attention(**{name: number}))
+    assert message.startswith(f"{name}: got ") and "; use a number, or " in message
+
+
+@pytest.mark.parametrize(
+    "scale", [math.nan, math.inf, -math.inf, 1e39, 10**400, -(10**5000)], ids=values.shown
+)
+def test_scales_that_are_not_finite_are_refused(scale: Any) -> None:
+    message = refusal(ValueError, lambda: through_attention(softmax_scale=scale))
+    assert message.startswith("softmax_scale: got ") and len(message) < 200
+
+
+def test_what_a_message_shows_is_short() -> None:
+    assert values.shown("a\nb") == "'a\\nb'" and values.shown(None) == "None"
+    assert values.shown(np.ones((100, 100))) == "ndarray of shape (100, 100)"
+    assert len(values.shown("x" * 1000)) < 100
+    assert values.shown(10**5000) == "int"
+
+    class Broken:
+        shape = property(lambda self: 1 / 0)
+
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    assert values.shown(Broken()) == "Broken"
+
+
+# --- caps from next to nothing to infinity --------------------------------------------------------
+
+
+@pytest.mark.parametrize("cap", [math.inf, 3.5e38, 1e300, 10**400, 0, -0.0], ids=values.shown)
+def test_caps_that_are_none(cap: Any) -> None:
+    assert through_rules(softcap=cap) == NO_RULES
+    np.testing.assert_array_equal(through_attention(softcap=cap), through_attention())
+    assert reference.oracle(*operands(), softcap=cap)[1].tobytes() == (
+        reference.oracle(*operands())[1].tobytes()
+    )
+
+
+@pytest.mark.parametrize("cap", [1e-300, 1e-45, 1e-38, 1e-30, 1e-3, 1.0, 1e8, 1e30, 1e38, 3.4e38])
+def test_caps_of_all_sizes(cap: float) -> None:
+    """A small one makes all scores alike, a large one leaves them as they are, to the last bit."""
+    rules = through_rules(softcap=cap)
+    assert rules.names == ("softcap",) and 0 < np.float32(rules.softcap) < np.inf
+    assert np.isfinite(np.float32(1) / np.float32(rules.softcap))
+    q, k, v = operands(np.float32)
+    for factor in (1.0, 1e-6, 1e4):
+        with np.errstate(all="raise"):
+            scores = attention(q * np.float32(factor), k, v, softcap=cap, gate="qk")
+        plain = reference.gate_scores(q * np.float32(factor), k, v)
+        expected = cap * np.tanh(plain / cap) if cap > 1e-100 else np.sign(plain) * cap
+        np.testing.assert_allclose(scores, expected, rtol=3e-5, atol=max(1e-30, 1e-9 * factor))
+        o = attention(q * np.float32(factor), k, v, softcap=cap)
+        assert np.isfinite(o).all()
+        if cap < 1e-30:
+            mean = v.astype(np.float64).mean(2, keepdims=True).repeat(HQ // HKV, 1)
+            assert np.abs(o - mean).max() < 1e-6
+
+
+def test_a_cap_far_above_the_scores_changes_no_bit() -> None:
+    q, k, v = operands(np.float32)
+    for factor in (1.0, 1e-8):
+        small = q * np.float32(factor)
+        plain = attention(small, k, v, gate="qk")
+        np.testing.assert_array_equal(attention(small, k, v, softcap=1e37, gate="qk"), plain)
+
+
+# --- slopes and sinks of other dtypes, and in lists -----------------------------------------------
+
+SLOPES = np.array([0.5, 0.25, 2.0, 1.0], np.float32)
+KINDS: dict[str, Callable[[np.ndarray], Any]] = {
+    "float64": lambda x: x.astype(np.float64),
+    "float16": lambda x: x.astype(np.float16),
+    "bfloat16": lambda x: x.astype(ml_dtypes.bfloat16),
+    "big-endian": lambda x: x.astype(">f4"),
+    "long double": lambda x: x.astype(np.longdouble),
+    "list": lambda x: x.tolist(),
+    "tuple": lambda x: tuple(x),
+    "every other one": lambda x: np.repeat(x.astype(np.float64), 2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["alibi_slopes", "sink"])
+def test_slopes_and_sinks_of_other_kinds(name: str, kind: str) -> None:
+    wanted = through_attention(**{name: SLOPES})
+    given = KINDS[kind](SLOPES)
+    np.testing.assert_array_equal(through_attention(**{name: given}), wanted)
+    np.testing.assert_array_equal(
+        through_attention(**{name: [1, 2, 3, 4]}),
+        through_attention(**{name: np.array([1, 2, 3, 4], np.float32)}),
+    )
+
+
+def test_slopes_per_batch_in_lists_and_numbers_beyond_float32() -> None:
+    per_batch = random(B, HQ)
+    np.testing.assert_array_equal(
+        through_attention(alibi_slopes=per_batch.tolist()),
+        through_attention(alibi_slopes=per_batch),
+    )
+    for sink in ([1e300, 0, 0, 0], np.array([0, -1e39, 0, 0])):
+        with np.errstate(all="raise"):
+            message = refusal(ValueError, lambda sink=sink: through_attention(sink=sink))
+        assert message == "sink: got numbers beyond float32's largest, 3.4e38"
+    none = [-math.inf] * HQ  # adds nothing to the denominator
+    np.testing.assert_array_equal(through_attention(sink=none), through_attention())
+
+
+def test_kernels_get_slopes_and_sinks_as_float32() -> None:
+    for name in ("alibi_slopes", "sink"):
+        message = refusal(
+            TypeError, lambda name=name: through_rules(**{name: ones(HQ, dtype=np.float64)})
+        )
+        assert message == f"{name}: got dtype float64; use float32"
+
+
+@pytest.mark.gpu
+def test_slopes_sinks_and_numbers_on_a_gpu() -> None:
+    import cupy
+
+    q, k, v = (cupy.asarray(x) for x in operands())
+    for name in ("alibi_slopes", "sink"):
+        wanted = attention(q, k, v, **{name: cupy.asarray(SLOPES)})
+        for x in (SLOPES.tolist(), cupy.asarray(SLOPES, "f8"), cupy.asarray(SLOPES, "f2")):
+            cupy.testing.assert_array_equal(attention(q, k, v, **{name: x}), wanted)
+    for name in ("softmax_scale", "softcap"):
+        wanted = attention(q, k, v, **{name: 0.25})
+        for number in (np.array(0.25), cupy.array(0.25), np.float32(0.25)):
+            for _ in range(2):  # the second by the short way, if there is one
+                cupy.testing.assert_array_equal(attention(q, k, v, **{name: number}), wanted)
+    wanted = attention(q, k, v, causal=True)
+    for _ in range(2):
+        cupy.testing.assert_array_equal(attention(q, k, v, causal=np.True_), wanted)
+        attention(q, k, v, return_lse=True)
+        assert refusal(TypeError, lambda: attention(q, k, v, return_lse=1)).startswith("return_lse")
+        assert refusal(ValueError, lambda: attention(q, k, v, causal=1)).startswith("causal: got 1")
+
+
+# --- what mods return, take and raise -------------------------------------------------------------
+
+
+class _Uncallable:
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise RuntimeError("not today")
+
+
+NO_SCORES: dict[str, tuple[Callable[..., Any], str]] = {
+    "nothing": (lambda s, *at: None, "returned None; return the block's new scores, real numbers"),
+    "text": (lambda s, *at: "scores", "returned 'scores', dtype str"),
+    "complex numbers": (lambda s, *at: s + 1j, "returned ndarray of shape (9, 14), dtype complex"),
+    "truths": (lambda s, *at: s > 0, "returned ndarray of shape (9, 14), dtype bool"),
+    "objects": (lambda s, *at: s.astype(object), "returned ndarray of shape (9, 14); return"),
+    "a masked array": (lambda s, *at: np.ma.masked_array(s, s > 0), "MaskedArray of shape (9, 14)"),
+    "unequal rows": (lambda s, *at: [[1.0], [1.0, 2.0]], "returned [[1.0], [1.0, 2.0]]; return"),
+    "what cannot be read": (lambda s, *at: _Uncallable(), "_Uncallable"),
+    "a function": (lambda s, *at: np.sin, "return the block's new scores"),
+}
+
+
+@pytest.mark.parametrize("name", NO_SCORES)
+def test_score_mods_that_return_no_scores(name: str) -> None:
+    mod, message = NO_SCORES[name]
+    said = refusal(TypeError, lambda: through_attention(score_mod=mod))
+    assert said.startswith("score_mod: returned ") and message in said
+
+
+@pytest.mark.parametrize("shape", [(SQ,), (SQ + 1, SKV), (1, SQ, SKV), (0,)])
+def test_score_mods_that_return_another_shape(shape: tuple[int, ...]) -> None:
+    said = refusal(ValueError, lambda: through_attention(score_mod=lambda *at: ones(*shape)))
+    assert said == f"score_mod: returned shape {shape}; return the block's, {(SQ, SKV)}"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, np.int32, np.uint8])
+def test_score_mods_return_any_real_numbers(dtype: Any) -> None:
+    wanted = through_attention(score_mod=lambda s, *at: 0 * s + 3)
+    for result in (np.full((SQ, SKV), 3, dtype), np.full((1, SKV), 3, dtype), 3):
+        got = through_attention(score_mod=lambda s, *at, result=result: result)
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("result", [None, 1, "yes", [1, 0], np.ma.masked_array([True], False)])
+def test_mask_mods_that_return_no_booleans(result: Any) -> None:
+    said = refusal(TypeError, lambda: through_attention(mask_mod=lambda *at: result))
+    assert said.startswith("mask_mod: returned ") and "return booleans" in said
+
+
+@pytest.mark.parametrize("through", [attention, flashcore_cupy.explain])
+def test_mods_of_another_signature_are_refused(through: Callable[..., Any]) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"score_mod": lambda s: s}, "score_mod: cannot be called as score_mod(score, b, h, q_idx"),
+        ({"mask_mod": lambda b, h, i: True}, "mask_mod: cannot be called as mask_mod(b, h, q_idx"),
+        (
+            {"score_mod": lambda s, b, h, i, j, y: s, "mod_args": {"x": ones(3)}},
+            "missing a required argument: 'y'",
+        ),
+        (
+            {"mask_mod": lambda b, h, i, j: i > j, "mod_args": {"x": ones(3)}},
+            "got an unexpected keyword argument 'x'",
+        ),
+    ]
+    for arguments, message in wrong:
+        given = refusal(TypeError, lambda given=arguments: through(*operands(), **given))
+        assert message in given
+
+
+@pytest.mark.parametrize("error", [KeyError, ZeroDivisionError, TypeError, ValueError])
+def test_what_a_mod_raises_reaches_the_caller(error: type[Exception]) -> None:
+    ours = error("of my own")
+
+    def mod(*at: Any) -> Any:
+        raise ours
+
+    for name in ("score_mod", "mask_mod"):
+        with pytest.raises(error) as caught:
+            through_attention(**{name: mod})
+        assert caught.value is ours
+
+
+# --- dtypes, byte orders, dimensions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        ("f8", ", for example k.astype('float32')"),
+        (np.longdouble, ", for example k.astype('float32')"),
+        ("i8", ", for example k.astype('float16')"),
+        ("u1", ", for example k.astype('float16')"),
+        *((dtype, "") for dtype in ("U3", "S3", "O", "c8", "?", "M8[s]", "V4")),
+    ],
+)
+def test_hints_fit_the_dtype(dtype: Any, hint: str) -> None:
+    q, k, v = operands()
+    odd = np.zeros(k.shape, dtype)
+    message = refusal(TypeError, lambda: attention(q, odd, v))
+    assert message.startswith("k: got dtype ")
+    assert message.endswith(f"use one of float16, bfloat16, float32{hint}")
+
+
+def test_byte_orders_are_named() -> None:
+    q, k, v = operands(np.float32)
+    for name in ("k", "v", "out"):
+        given = {"q": q, "k": k, "v": v, "out": np.empty((B, HQ, SQ, DV), np.float32)}
+        given[name] = given[name].astype(">f4")
+        message = refusal(TypeError, lambda given=given: attention(**given))
+        assert message.startswith(f"{name}: got dtype >f4") and "q" in message
+        assert "<f4" in message
+    other = [x.astype(">f4") for x in (q, k, v)]
+    np.testing.assert_array_equal(attention(*other), attention(q, k, v))
+    bias = random(SQ, SKV)
+    np.testing.assert_array_equal(
+        attention(q, k, v, bias=bias.astype(">f4")), attention(q, k, v, bias=bias)
+    )
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_packed_arrays_have_three_dimensions_before_anything_else(name: str) -> None:
+    given = dict(zip("qkv", packed_operands(), strict=True))
+    given[name] = given[name][None]
+    bad_bounds = {"cu_seqlens_q": [5, 3], "cu_seqlens_k": None}
+    message = refusal(ValueError, lambda: attention(**given, **bad_bounds))
+    assert message.startswith(f"{name}: got 4 dimensions")
+    assert message.endswith("a packed batch (cu_seqlens) takes 3: (total, H, D)")
+
+
+class _Frame:
+    """A table of pandas, as far as it looks like an array."""
+
+    shape, ndim = (2, 2), 2
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.ones((2, 2))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "mask", "out"])
+@pytest.mark.parametrize(
+    "odd", [[1.0], (1.0,), "x", b"x", 1.0, True, {}, _Frame(), np.ndarray, object()], ids=repr
+)
+def test_what_is_no_array_is_refused(name: str, odd: Any) -> None:
+    given = dict(zip("qkv", operands(), strict=True)) | {name: odd}
+    for call in (attention, flashcore_cupy.explain):
+        message = refusal(TypeError, lambda call=call: call(**given))
+        assert message.startswith(f"{name}: got {type(odd).__name__}; use a CuPy array")
+        convertible = isinstance(odd, list | tuple | float | bool | _Frame)
+        assert message.endswith(f"numpy.asarray({name})") == convertible
+
+
+def test_matrices_are_not_batches() -> None:
+    q, k, v = operands()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        matrix = np.matrix(q[0, 0])
+    assert "q: got 2 dimensions" in refusal(ValueError, lambda: attention(matrix, k, v))
+
+
+# --- explain takes, and refuses, what attention does ----------------------------------------------
+
+
+def test_explain_takes_all_arguments() -> None:
+    q, k, v = operands()
+    out = np.full((B, HQ, SQ, DV), np.nan, np.float16)
+    rules: dict[str, Any] = TOGETHER | {"alibi_slopes": SLOPES.tolist(), "sink": SLOPES.tolist()}
+    text = flashcore_cupy.explain(q, k, v, return_lse=True, out=out, **rules)
+    assert "CPU" in text and np.isnan(out).all(), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"return_lse": "no"}, TypeError, "return_lse: got 'no'; use True or False"),
+        ({"out": np.empty((1, 2), np.float16)}, ValueError, "out: got shape (1, 2)"),
+        ({"out": "x"}, TypeError, "out: got str"),
+        ({"stream": 3}, ValueError, "stream: chooses how a GPU runs"),
+        ({"kernel": "scalar"}, ValueError, "kernel: chooses how a GPU runs"),
+        ({"config": {"block_n": 32}}, ValueError, "config: chooses how a GPU runs"),
+        ({"gate": "qk", "return_lse": True}, ValueError, "return_lse: gate 'qk' stops before"),
+        ({"score_mod": "score + 1"}, TypeError, "score_mod: got str; on NumPy arrays pass"),
+        ({"sink": ["a"] * HQ}, TypeError, "sink: got dtype str"),
+    ],
+)
+def test_explain_refuses_what_attention_refuses(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    said = {
+        refusal(error, lambda call=call: call(*operands(), **arguments))
+        for call in (attention, flashcore_cupy.explain)
+    }
+    assert len(said) == 1 and said.pop().startswith(message)
+
+
+def test_out_shares_memory_with_no_array_that_rules_read() -> None:
+    q, k, v = operands(np.float32)
+    room = np.zeros((B, HQ, SQ, SKV + DV), np.float32)
+    out, apart = room[..., :DV], room[..., DV:]
+    assert attention(q, k, v, bias=apart, out=out) is out
+    sharing: list[tuple[str, dict[str, Any]]] = [
+        ("bias", {"bias": room[..., :SKV]}),
+        ("sink", {"sink": out[0, :, 0, 0]}),
+        ("mod_args['x']", {"mod_args": {"x": out}, "score_mod": lambda s, *at, x: s}),
+    ]
+    for name, rules in sharing:
+        for call in (attention, flashcore_cupy.explain):
+            message = refusal(
+                ValueError, lambda call=call, rules=rules: call(q, k, v, out=out, **rules)
+            )
+            assert message == f"out: overlaps {name} in memory; use another array"
