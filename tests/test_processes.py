@@ -413,6 +413,7 @@ NOBODY = """
         os.environ.pop(name, None)
 """
 NO_FOLDER = """
+    import cupy, numpy  # which may fail to be imported in a folder that is gone
     os.mkdir("gone")
     os.chdir("gone")
     os.rmdir("../gone")
