@@ -29,7 +29,7 @@ from flashcore_cupy._options import (
     timing_options,
     writable,
 )
-from flashcore_cupy._steps import Steps, ended_with_workers
+from flashcore_cupy._steps import Steps, orderly_end
 from flashcore_cupy._version import __version__
 
 #: A call of more operations takes a CPU seconds, at the least.
@@ -200,7 +200,7 @@ def _climb(
         if jit.no_gpu_reason() is None:  # else no array is made
             job.check_memory(problem)
     _note_missing_gpu("kernels are compiled, not run")
-    with ended_with_workers(), Steps() as steps:
+    with orderly_end(), Steps() as steps:
         return ladder.climb(
             problem,
             target,
@@ -237,7 +237,7 @@ def selftest_command(quick: bool, output: Path | None, as_json: bool) -> None:
     reason = jit.no_gpu_reason()
     if reason is not None:
         raise click.ClickException(f"selftest needs a GPU: {reason}")
-    with ended_with_workers(), Steps() as steps:
+    with orderly_end(), Steps() as steps:
         report = selftest.run_all(quick=quick, on_start=steps.start, on_step=steps.step)
     if output is not None:
         output.write_text(_as_json(report) + "\n", encoding="utf-8")
@@ -306,14 +306,14 @@ def warmup_command(
     wanted = [(c, arch) for arch in targets for c in builds.table_configs(names, arch)]
     pairs = ((name, arch, builds.why_none(name, arch)) for arch in targets for name in names)
     without = [pair for pair in pairs if pair[2] is not None]
-    with ended_with_workers(), Steps() as steps:
+    with orderly_end(), Steps() as steps:
         steps.start(len(wanted), "compiling")
         made = builds.build_all(wanted, lambda done: steps.step(builds.what(done)))
     data = {
         "kernels": [{"kernel": b.kernel, "arch": b.arch, **b.resources()} for b in made],
         "left_out": [{"kernel": k, "arch": arch, "reason": why} for k, arch, why in without],
     }
-    _report(as_json, data, lambda _: _render.warmup_table(made, without))
+    _report(as_json, data, lambda columns: _render.warmup_table(made, without, columns))
 
 
 @main.command("cache")
@@ -345,7 +345,7 @@ def _report(as_json: bool, data: Any, table: Callable[[int], RenderableType]) ->
     if as_json:
         click.echo(_as_json(data))
     else:
-        console = _render.console()
+        console = _render.console(fewest=_render.FEWEST_COLUMNS)
         console.print(table(console.width))
 
 

@@ -40,6 +40,9 @@ class Whole(click.types.IntParamType):
         self.fail(f"got {short(value)}; use {wanted}", param, ctx)
 
 
+POSITIVE = Whole(1)
+
+
 def short(value: object) -> str:
     """What was typed, as far as it fits a message."""
     text = repr(value)
@@ -158,7 +161,7 @@ def timing_options(command: Command) -> Command:
     seed = click.option("--seed", type=Whole(0), metavar="N", default=0, show_default=True)
     iters = click.option(
         "--iters",
-        type=Whole(1),
+        type=POSITIVE,
         metavar="N",
         default=100,
         show_default=True,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO, cast
 
 from rich import box
-from rich.console import Console, Group, JustifyMethod
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flashcore_cupy._plot import describe_problem
-from flashcore_cupy._terminal import Output, columns_of
+from flashcore_cupy._terminal import PIPE_COLUMNS, Output, columns_of
 from flashcore_cupy.bench import Machine, Timing
 from flashcore_cupy.builds import Build
 from flashcore_cupy.doctor import Report
@@ -31,7 +31,9 @@ from flashcore_cupy.ladder import Ladder, Rung
 from flashcore_cupy.tiles import KERNELS, Selection
 from flashcore_cupy.verify import Check
 
-_WIDE_LADDER, _SHORT_LADDER = 100, 80
+#: Columns in which every page of the command line has room for its figures.
+FEWEST_COLUMNS = 60
+_WIDE, _SHORT = 100, 80
 _LADDER_COLUMNS = {
     **{name: name for name in ("rung", "builds", "launches", "correct", "error", "us")},
     **{"speedup": "speed-up", "registers": "registers", "shared": "shared KiB", "spills": "spills"},
@@ -40,11 +42,14 @@ _SHORT_NAMES = {"speedup": "speed", "registers": "regs", "shared": "KiB"}
 _NARROW_LADDER = ("rung", "correct", "us", "speedup")
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A console for results, or for progress and notes on stderr."""
+def console(*, stderr: bool = False, fewest: int = PIPE_COLUMNS) -> Console:
+    """A console for results, or for progress and notes on stderr.
+
+    ``fewest`` columns are what the tables need; in a file they get them.
+    """
     stream = sys.stderr if stderr else sys.stdout
     output = cast(TextIO, Output(stream))
-    return Console(file=output, width=columns_of(stream), highlight=False)
+    return Console(file=output, width=columns_of(stream, fewest), highlight=False)
 
 
 class _Count(MofNCompleteColumn):
@@ -104,6 +109,17 @@ def run_table(result: Result) -> Group:
     if result.tflops is not None:
         table.add_row("rate", _rate(result))
     return Group(table)
+
+
+def _table(words: Sequence[str], figures: Sequence[str], columns: int = PIPE_COLUMNS) -> Table:
+    """A table of columns of words, and of figures, which are not cut."""
+    padding = (0, 1, 0, 0) if columns >= _WIDE else 0
+    table = Table(box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
+    for name in words:
+        table.add_column(name, no_wrap=True)
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _grid() -> Table:
@@ -191,31 +207,19 @@ def ladder_table(ladder: Ladder, columns: int) -> Group:
 
     ``columns`` is the terminal's width; 80 are enough for every figure, fewer for the most needed.
     """
-    wide = columns >= _WIDE_LADDER
     where = ladder.machine.get("gpu") or f"no GPU, built for {ladder.machine['arch']}"
-    table = Table(
-        title=f"FlashCore ladder · {where} · {describe_problem(ladder.problem)}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0) if wide else 0,
-        pad_edge=False,
-        show_edge=False,
-    )
-    names = _LADDER_COLUMNS if wide else _LADDER_COLUMNS | _SHORT_NAMES
-    chosen = [name for name in names if columns >= _SHORT_LADDER or name in _NARROW_LADDER]
-    for name in chosen:
-        table.add_column(names[name], justify=_justify(name), no_wrap=True)
+    names = _LADDER_COLUMNS if columns >= _WIDE else _LADDER_COLUMNS | _SHORT_NAMES
+    chosen = [name for name in names if columns >= _SHORT or name in _NARROW_LADDER]
+    table = _table(("rung",), [names[name] for name in chosen[1:]], columns)
+    title = f"FlashCore ladder · {where} · {describe_problem(ladder.problem)}"
+    for name, column in zip(chosen, table.columns, strict=True):
+        if name in ("builds", "launches", "correct"):
+            column.justify = "center"
     for rung in ladder.rungs:
         cells = _rung_cells(rung)
         table.add_row(*map(cells.__getitem__, chosen), style="dim" if rung.refused else "")
     notes = (Text(note, style=style) for note, style in _ladder_notes(ladder))
-    return Group(table, "", *notes)
-
-
-def _justify(column: str) -> JustifyMethod:
-    if column == "rung":
-        return "left"
-    return "center" if column in ("builds", "launches", "correct") else "right"
+    return Group(Text(title, style="italic"), table, "", *notes)
 
 
 def _rung_cells(rung: Rung) -> Mapping[str, Text | str]:
@@ -273,11 +277,7 @@ def kib(count: int) -> str:
 
 def selftest_table(report: Mapping[str, Any]) -> Group:
     """What `selftest` prints: cases per kernel and dtype, then every failure."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("kernel", "dtype"):
-        table.add_column(name, no_wrap=True)
-    for name in ("passed", "failed", "worst error / allowed"):
-        table.add_column(name, justify="right")
+    table = _table(("kernel", "dtype"), ("passed", "failed", "worst error / allowed"))
     order = [(name, dtype) for name, kernel in KERNELS.items() for dtype in kernel.dtypes]
     for kernel, dtype in order:
         rows = [r for r in report["rows"] if (r["kernel"], r["dtype"]) == (kernel, dtype)]
@@ -294,7 +294,7 @@ def selftest_table(report: Mapping[str, Any]) -> Group:
         if not r["ok"]
     ]
     total = f"{report['passed']} passed, {report['failed']} failed on {report['gpu']}"
-    return Group(table, *failures, Text(total, style="red" if failures else "green"))
+    return Group(table, "", *failures, Text(total, style="red" if failures else "green"))
 
 
 def _share(row: Mapping[str, Any]) -> float:
@@ -303,7 +303,9 @@ def _share(row: Mapping[str, Any]) -> float:
 
 
 def warmup_table(
-    builds: Sequence[Build], without: Iterable[tuple[str, str, str | None]] = ()
+    builds: Sequence[Build],
+    without: Iterable[tuple[str, str, str | None]] = (),
+    columns: int = PIPE_COLUMNS,
 ) -> Group:
     """What `warmup` prints: per kernel and target, how many builds and the most they take.
 
@@ -318,20 +320,26 @@ def warmup_table(
     groups: dict[tuple[str, str], list[Build]] = {}
     for build in builds:
         groups.setdefault((build.kernel, build.arch), []).append(build)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("kernel", "target"):
-        table.add_column(name, no_wrap=True)
-    for name in ("builds", "from cache", "registers", "shared KiB", "stack", "spills"):
-        table.add_column(name, justify="right")
-    for (kernel, arch), group in groups.items():
-        cached = str(sum(build.from_cache for build in group))
-        registers = str(max(build.registers for build in group))
-        shared = kib(max(build.shared_bytes for build in group))
-        local = str(max(build.local_bytes for build in group))
-        spills = str(sum(build.spill_bytes for build in group))
-        table.add_row(kernel, arch, str(len(group)), cached, registers, shared, local, spills)
+    full = ("builds", "from cache", "registers", "shared KiB", "spills", "stack")
+    short = ("builds", "cached", "regs", "KiB", "spills")
+    table = _table(("kernel", "target"), full if columns >= _SHORT else short, columns)
+    for group in groups.values():
+        table.add_row(*_group_cells(group)[: len(table.columns)])
     most = Text("registers, shared memory, stack: the most of any build", style="dim")
-    return Group(table, most, *notes)
+    return Group(table, "", most, *notes)
+
+
+def _group_cells(group: Sequence[Build]) -> list[str]:
+    return [
+        group[0].kernel,
+        group[0].arch,
+        str(len(group)),
+        str(sum(build.from_cache for build in group)),
+        str(max(build.registers for build in group)),
+        kib(max(build.shared_bytes for build in group)),
+        str(sum(build.spill_bytes for build in group)),
+        str(max(build.local_bytes for build in group)),
+    ]
 
 
 def explanation(selection: Selection, arch: str) -> Group:
@@ -351,14 +359,10 @@ def cache_table(folder: str, entries: list[CacheEntry]) -> Group:
     total = Text(f"{folder}: {len(entries)} kernels, {kib(size)} KiB")
     if not entries:
         return Group(total)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("source", "target"):
-        table.add_column(name, no_wrap=True)
-    for name in ("kernels", "KiB"):
-        table.add_column(name, justify="right")
+    table = _table(("source", "target"), ("kernels", "KiB"))
     for (name, arch), group in sorted(groups.items()):
         table.add_row(name, arch, str(len(group)), kib(sum(entry.size_bytes for entry in group)))
-    return Group(total, table)
+    return Group(total, "", table)
 
 
 def doctor_table(report: Report) -> Group:

@@ -1,9 +1,8 @@
-"""What a command is doing, on stderr; and its end, together with its workers'."""
+"""What a command is doing, on stderr; and its end in order."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import signal
 import sys
 import threading
@@ -83,8 +82,8 @@ class _Stopped(SystemExit):
 
 
 @contextlib.contextmanager
-def ended_with_workers() -> Iterator[None]:
-    """Within it SIGTERM, or a hang-up, ends the worker processes and then this one, in order."""
+def orderly_end() -> Iterator[None]:
+    """Within it SIGTERM, or a hang-up, is an exception: workers end, and a bar is cleared away."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []  # handlers are the main thread's to set
@@ -102,7 +101,4 @@ def ended_with_workers() -> Iterator[None]:
 
 
 def _stop(number: int, frame: object) -> None:
-    # A worker in the middle of a compilation would be waited for.
-    for worker in multiprocessing.active_children():
-        worker.terminate()
     raise _Stopped(number)

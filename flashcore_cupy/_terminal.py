@@ -7,8 +7,8 @@ import os
 import re
 from typing import TextIO
 
-_PIPE_COLUMNS = 110  # where output goes to a file, and nothing says how wide it may be
-_FEWEST_COLUMNS = 40
+#: Where output goes to a file, and nothing says how wide it may be.
+PIPE_COLUMNS = 110
 _PADDING = re.compile(" +(?=\n)")
 _ERRORS = "flashcore_cupy.plain"
 #: One character for one in tables, so that columns stay in line.
@@ -20,14 +20,17 @@ _PLAIN = dict(zip("·•µ×−–—─━│╸╺…°²³", "--ux-----|--~o2
 }
 
 
-def columns_of(stream: TextIO) -> int | None:
-    """How wide a line may be: as COLUMNS says, or 110. None on a terminal, which rich asks."""
+def columns_of(stream: TextIO, fewest: int) -> int | None:
+    """How wide a line may be: as COLUMNS says, or 110. None on a terminal, which rich asks.
+
+    ``fewest``: what the tables need, lest their figures are cut.
+    """
     if stream.isatty():
         return None
     said = os.environ.get("COLUMNS", "")
     if re.fullmatch("[0-9]{1,5}", said) and int(said) > 0:
-        return max(int(said), _FEWEST_COLUMNS)
-    return _PIPE_COLUMNS
+        return max(int(said), fewest)
+    return PIPE_COLUMNS
 
 
 class Output:

@@ -245,7 +245,10 @@ def _run_on_gpu(
     bound.launch()
     rules |= _target(problem, out)
     on_phase("checking against float64")
-    check = verify.check_plan(bound, *host)
+    known = None  # what was asked for, whatever the plan is of
+    if not bound.selection.kernel.quantizes:
+        known = verify.expect(problem, *host, tile=bound.selection.config.tile.block_m)
+    check = verify.check_plan(bound, *host, known=known)
     timing = {"iters": options.iters, "warmup": options.warmup}
     configs = tiles.configs_of(bound.selection)
     on_phase("timing")

@@ -765,6 +765,7 @@ def test_pages_keep_to_columns_and_leave_no_blanks(
         text = CliRunner().invoke(main, arguments).stdout
         lines = text.splitlines()
         assert text and not [line for line in lines if line != line.rstrip()]
+        assert "…" not in text  # rich's mark for what it cut
         widths[columns] = max(map(len, lines))
         assert widths[columns] <= columns
     if page == "run":
@@ -849,3 +850,13 @@ def test_commands_on_a_gpu(tmp_path: Path) -> None:
     assert data["rungs"][0]["speedup"] == 1
     assert json_of("selftest", "--quick", "--output", str(results))["failed"] == 0
     assert json.loads(results.read_text())["emulated"] is False
+
+
+@pytest.mark.gpu
+def test_the_ladder_runs_rules_on_a_gpu() -> None:
+    rules = ("--causal", "top-left", "--window", "30", "0", "--softcap", "5", "--layout", "bshd")
+    data = json_of("ladder", "--S", "100", "--Dv", "32", "--iters", "5", *rules)
+    assert data["problem"]["softcap"] == 5
+    able = [rung["kernel"] for rung in data["rungs"] if not rung["refused"]]
+    assert "mma_sm80" in able and data["ok"]
+    assert all(rung["correct"] for rung in data["rungs"] if rung["kernel"] in able)

@@ -356,7 +356,7 @@ def test_with_a_gpu_the_row_is_printed(
         (("--kernel", "wmma_unfused"), "Invalid value for '--kernel'"),
         (("--D", "512"), "takes head dims up to"),
         (("--dtype", "float32"), "not float32"),
-        (("--block-n", "0"), "0 is not in the range"),
+        (("--block-n", "0"), "use a whole number from 1"),
     ],
 )
 def test_what_cannot_be_searched_is_one_message(asked: tuple[str, ...], told: str) -> None:
