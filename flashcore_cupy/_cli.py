@@ -80,6 +80,7 @@ def run_command(
 ) -> None:
     """Run one kernel on random inputs, check it against float64, and time it.
 
+    Without a GPU, NumPy runs in the kernel's place; "ran" in the JSON says which of them did.
     Exit code 1: the check failed, or the kernel does not compile. 2: bad input.
     """
     target = target_of(arch)
