@@ -38,8 +38,8 @@ def leave_dynamo() -> None:
     rules = sys.modules.get("torch._dynamo.trace_rules")
     if rules is None or rules in _told:
         return
-    _told.append(rules)
     rules.add(__name__.partition(".")[0])
+    _told.append(rules)
 
 
 def check_concrete(name: str, x: Any, kind: str) -> None:
@@ -79,7 +79,10 @@ def _check_tensor(name: str, x: Any) -> None:
             f"{name}: requires a gradient, which attention() does not have; pass {name}.detach(), "
             f"or call it under torch.no_grad()"
         )
-    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+    forward_ad = torch.autograd.forward_ad
+    # Below level 0 nothing has a tangent; to ask for one takes longer than all else here.
+    level = getattr(forward_ad, "_current_level", 0)
+    if level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise ValueError(
             f"{name}: has a tangent (forward-mode differentiation), which attention() would drop; "
             f"pass torch.autograd.forward_ad.unpack_dual({name}).primal"
@@ -94,7 +97,8 @@ def _no_plain_memory(torch: Any, x: Any) -> str:
             f"got a {cls.__name__}, which keeps its elements in a way of its own; "
             f"use a plain torch.Tensor"
         )
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    if is_wrapped is not None and is_wrapped(x):
         return (
             "got a tensor inside torch.func or torch.vmap, whose gradient, tangent or batch "
             "attention() would not see; call it outside of them"

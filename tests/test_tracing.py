@@ -121,7 +121,9 @@ def torch_stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
         _C=SimpleNamespace(
             _functorch=SimpleNamespace(is_functorch_wrapped_tensor=lambda x: x.wrapped)
         ),
-        autograd=SimpleNamespace(forward_ad=SimpleNamespace(unpack_dual=lambda x: x)),
+        autograd=SimpleNamespace(
+            forward_ad=SimpleNamespace(_current_level=0, unpack_dual=lambda x: x)
+        ),
     )
     monkeypatch.setitem(sys.modules, "torch", fake)
     return fake
