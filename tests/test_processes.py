@@ -413,7 +413,6 @@ NOBODY = """
         os.environ.pop(name, None)
 """
 NO_FOLDER = """
-    import cupy, numpy  # which may fail to be imported in a folder that is gone
     os.mkdir("gone")
     os.chdir("gone")
     os.rmdir("../gone")
@@ -463,6 +462,8 @@ UNWRITABLE_SCRIPT = """
 def test_where_no_folder_can_be_written_kernels_stay_in_memory(
     kernels: Path, tmp_path: Path, name: str
 ) -> None:
+    if name == "no working folder" and sys.version_info[:3] == (3, 13, 0):
+        pytest.skip("Python 3.13.0 itself fails in a folder that is gone")
     where, setup = UNWRITABLE[name]
     (tmp_path / "file").write_text("")
     (tmp_path / "here").mkdir()
