@@ -38,14 +38,15 @@ def allocate(problem: AttentionProblem, config: KernelConfig) -> dict[str, Any]:
 def output(problem: AttentionProblem, config: KernelConfig, arrays: Mapping[str, Any]) -> Any:
     """Scores, or normalised probabilities p~ * exp(m_j - m) / l: fp32 (B, Hq, Sq, Skv).
 
-    Probabilities were written at the maximum m_j that their tile had seen; m is the row's.
+    Probabilities were written at the maximum m_j that their tile had seen; m is the row's. Both in
+    natural units.
     """
     import cupy
 
     if problem.gate == "qk":
         return arrays["gate"]
     row_max, row_sum = arrays["gate_row_max"][..., None], arrays["gate_row_sum"][..., None]
-    factor = cupy.exp2(arrays["gate_tile_max"] - row_max) / row_sum
+    factor = cupy.exp(arrays["gate_tile_max"] - row_max) / row_sum
     factor = cupy.where(row_sum == 0, cupy.float32(0), factor)  # a query without keys
     per_key = cupy.repeat(factor, config.softmax_keys, axis=-1)[..., : problem.seqlen_kv]
     return arrays["gate"] * per_key

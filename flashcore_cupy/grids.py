@@ -19,8 +19,9 @@ _L2_BYTES, _LONG, _ROUNDS = 34_000_000, 40, 8
 def blocks_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
     """Blocks of rows per head of q, or of k and v where a group's heads are packed."""
     block_m, rows = config.tile.block_m, _rows_per_head(problem, config)
-    # Each packed sequence may start within a block: see PackedBatch in schedule.cuh.
-    return rows // block_m + problem.batch if problem.packed else -(-rows // block_m)
+    # Each packed sequence may start within a block, and so may the rows before and behind them: see
+    # PackedBatch in schedule.cuh.
+    return rows // block_m + problem.batch + 2 if problem.packed else -(-rows // block_m)
 
 
 def _rows_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
@@ -90,4 +91,6 @@ def section(problem: AttentionProblem, config: KernelConfig, multiprocessors: in
     if blocks >= _LONG:
         rounds = -(-_ROUNDS * multiprocessors // blocks)
         size = max(size, 1 << (rounds - 1).bit_length())
-    return int(size)
+    # The scheduler multiplies it by the blocks of a head, in 32 bits: keys that take no room in L2
+    # must not make it larger than all heads.
+    return min(size, query_blocks(problem, config) // max(1, blocks))

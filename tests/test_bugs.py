@@ -112,8 +112,8 @@ BUGS = (
         ("scalar", "wmma_unfused", "wmma_fused_64", "wmma_warp_softmax"),
         output_is_wrong,
         "flashcore/softmax.cuh",
-        ("gate.raw_score(score) * scale_log2",),
-        ("gate.raw_score(score) * scale_log2 * gate.params.softmax_scale",),
+        ("mul_rn(gate.raw_score(score), scale)",),
+        ("mul_rn(gate.raw_score(score), scale) * gate.params.softmax_scale",),
     ),
     Bug(
         "rows of an accumulator fragment taken for granted",
@@ -146,8 +146,8 @@ BUGS = (
         ("scalar", "wmma_fused_32", "wmma_warp_softmax"),
         growing_scores_are_wrong,
         "flashcore/softmax.cuh",
-        ("exp2_approx(old_max - finite_max(row.max))",),
-        ("exp2_approx(finite_max(row.max) - old_max)",),
+        ("exp_approx(old_max - finite_max(row.max))",),
+        ("exp_approx(finite_max(row.max) - old_max)",),
     ),
 )
 

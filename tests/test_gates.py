@@ -138,10 +138,10 @@ def test_probabilities_of_tiles_are_joined(keys: int, monkeypatch: pytest.Monkey
         row_max = np.maximum(row_max, block.max(-1))
         arrays["gate_tile_max"][..., tile] = row_max
         with np.errstate(invalid="ignore"):
-            p = np.nan_to_num(np.exp2(block - row_max[..., None]))
+            p = np.nan_to_num(np.exp(block - row_max[..., None]))
         arrays["gate"][..., first : first + config.softmax_keys] = p
     arrays["gate_row_max"][:] = np.where(np.isneginf(row_max), 0, row_max)
-    weights = np.exp2(scores - arrays["gate_row_max"][..., None])
+    weights = np.exp(scores - arrays["gate_row_max"][..., None])
     arrays["gate_row_sum"][:] = weights.sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         got = gates.output(problem, config, arrays)

@@ -195,19 +195,24 @@ class PackedBatch:
 
     def __init__(self, cu_seqlens: list[int], total: int, rows_per_query: int, block_m: int):
         self.cu_seqlens, self.total = cu_seqlens, total
+        self.sequences = len(cu_seqlens) - 1
         self.rows_per_query, self.block_m = rows_per_query, block_m
 
-    def start(self, b: int) -> int:
-        return min(max(self.cu_seqlens[b], 0), self.total)
+    def boundary(self, n: int) -> int:
+        return min(max(self.cu_seqlens[n], 0), self.total)
 
-    def length(self, b: int) -> int:
-        return max(self.start(b + 1) - self.start(b), 0)
+    def start(self, piece: int) -> int:
+        return 0 if piece == 0 else self.boundary(piece - 1)
 
-    def first_block(self, b: int) -> int:
-        return self.start(b) * self.rows_per_query // self.block_m + b
+    def length(self, piece: int) -> int:
+        end = self.total if piece > self.sequences else self.boundary(piece)
+        return max(end - self.start(piece), 0)
 
-    def find(self, block: int, sequences: int) -> int:
-        first, count = 0, sequences
+    def first_block(self, piece: int) -> int:
+        return self.start(piece) * self.rows_per_query // self.block_m + piece
+
+    def find(self, block: int) -> int:
+        first, count = 0, self.sequences + 2
         while count > 1:
             step = -(-count // 32)
             candidates = [
@@ -219,14 +224,14 @@ class PackedBatch:
             count = min(step, count - chosen * step)
         return first
 
-    def rows(self, block: int, sequences: int) -> range | None:
+    def rows(self, block: int) -> range | None:
         """Rows of q that a block works on, heads of a group apart; None if it has no work."""
-        b = self.find(block, sequences)
-        first = (block - self.first_block(b)) * self.block_m
-        rows = self.length(b) * self.rows_per_query
+        piece = self.find(block)
+        first = (block - self.first_block(piece)) * self.block_m
+        rows = self.length(piece) * self.rows_per_query
         if first < 0 or first >= rows:
             return None
-        start = self.start(b) * self.rows_per_query
+        start = self.start(piece) * self.rows_per_query
         return range(start + first, start + min(first + self.block_m, rows))
 
 
@@ -241,22 +246,38 @@ def lengths(seed: int) -> list[int]:
 @pytest.mark.parametrize("seed", range(16))
 @pytest.mark.parametrize("block_m", [16, 64, 128])
 def test_every_row_of_a_packed_batch_has_one_block(seed: int, block_m: int) -> None:
-    """Sequence b starts at block floor(its first row / block_m) + b."""
+    """Piece n starts at block floor(its first row / block_m) + n; rows of no sequence count, too."""
     seqlens = lengths(seed)
+    before, behind = rnd.Random(seed).choice(((0, 0), (0, 0), (0, 77), (3, 0), (130, 1)))
+    total = before + sum(seqlens) + behind
     for heads, group in (((8, 2), 1), ((8, 2), 4)):
-        problem = packed_problem(seqlens, seqlens, heads)
+        q = np.empty((total, heads[0], 64), np.float16)
+        k = np.empty((9, heads[1], 64), np.float16)
+        problem = describe(q, k, k, sequences=len(seqlens))
         chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
         tile = replace(chosen.tile, block_m=block_m, pack_gqa=group > 1)
         blocks = grids.blocks_per_head(problem, replace(chosen, tile=tile))
-        cu_seqlens = [sum(seqlens[:n]) for n in range(len(seqlens) + 1)]
-        batch = PackedBatch(cu_seqlens, cu_seqlens[-1], group, block_m)
-        for b, length in enumerate(seqlens):
-            enough = batch.first_block(b) + -(-length * group // block_m)
-            assert enough <= batch.first_block(b + 1), "the next sequence starts behind"
-        worked = [batch.rows(block, len(seqlens)) for block in range(blocks)]
+        cu_seqlens = [before + sum(seqlens[:n]) for n in range(len(seqlens) + 1)]
+        batch = PackedBatch(cu_seqlens, total, group, block_m)
+        pieces = [before, *seqlens, behind]
+        for piece, length in enumerate(pieces):
+            assert batch.length(piece) == length
+            enough = batch.first_block(piece) + -(-length * group // block_m)
+            if piece + 1 < len(pieces):
+                assert enough <= batch.first_block(piece + 1), "the next piece starts behind"
+            assert enough <= blocks
+        worked = [batch.rows(block) for block in range(blocks)]
         covered = [row for rows in worked if rows is not None for row in rows]
-        assert sorted(covered) == list(range(cu_seqlens[-1] * group))
-        assert blocks <= cu_seqlens[-1] * group // block_m + len(seqlens)
+        assert sorted(covered) == list(range(total * group))
+        assert blocks <= total * group // block_m + len(pieces)
+
+
+@pytest.mark.parametrize("total", [0, 1, 50])
+def test_rows_of_a_packed_batch_without_sequences_have_a_block(total: int) -> None:
+    batch = PackedBatch([0], total, 4, 16)
+    worked = [batch.rows(block) for block in range(total * 4 // 16 + 2)]
+    covered = [row for rows in worked if rows is not None for row in rows]
+    assert sorted(covered) == list(range(total * 4))
 
 
 @repeatable
@@ -265,18 +286,21 @@ def test_no_boundary_leads_outside(cu_seqlens: list[int]) -> None:
     """On a GPU nobody checks them; what is computed then means nothing, but stays inside."""
     total, group, block_m = 50, 4, 16
     batch = PackedBatch(cu_seqlens, total, group, block_m)
-    sequences = len(cu_seqlens) - 1
-    for block in range(total * group // block_m + sequences):
-        rows = batch.rows(block, sequences)
+    for block in range(total * group // block_m + len(cu_seqlens) + 1):
+        rows = batch.rows(block)
         assert rows is None or 0 <= rows.start < rows.stop <= total * group
 
 
 def test_the_header_has_this_arithmetic() -> None:
     text = " ".join((KERNELS / "flashcore" / "schedule.cuh").read_text().split())
     for line in (
-        "return min(max(cu_seqlens[b], 0), total);",
-        "return max(start(b + 1) - start(b), 0);",
-        "return int(int64(start(b)) * rows_per_query / block_m) + b;",
+        "int pieces() const { return sequences + 2; }",
+        "return piece > 0 && piece <= sequences;",
+        "return min(max(cu_seqlens[n], 0), total);",
+        "return piece == 0 ? 0 : boundary(piece - 1);",
+        "return max((piece > sequences ? total : boundary(piece)) - start(piece), 0);",
+        "return int(int64(start(piece)) * rows_per_query / block_m) + piece;",
+        "int first = 0, count = pieces();",
         "const int step = div_up(count, WARP_SIZE);",
         "lane * step < count && first_block(first + lane * step) <= block;",
         "const int chosen = max(warp_count(candidate), 1) - 1;",
@@ -299,7 +323,7 @@ def test_grids() -> None:
         assert grids.query_blocks(problem, chosen) == expected
     problem = packed_problem([300, 0, 5], [7, 8, 9])
     chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
-    assert grids.query_blocks(problem, chosen) == 8 * (305 // chosen.tile.block_m + 3)
+    assert grids.query_blocks(problem, chosen) == 8 * (305 // chosen.tile.block_m + 3 + 2)
 
 
 def splits(batch: int, seqlen_kv: int, registers: int = 128, **changes: Any) -> int:
