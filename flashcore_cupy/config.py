@@ -32,9 +32,12 @@ RULE_BITS = {
     "mask_pairs": 512,
     "scale_first": 1024,
     "mask_chunks": 2048,
+    "softcap_wide": 4096,
 }
 #: Of float32: scales from here on keep the order of the scores.
 _SMALLEST_SCALE = 2.0**-126
+#: Softcaps up to here, 50 in Gemma 2, lose 2^-23 of themselves without being wrong about scores.
+_USUAL_SOFTCAP = 128.0
 _GATE_CODE = {None: 0, "qk": 1, "softmax": 2, "pv": 3}
 
 
@@ -254,6 +257,8 @@ def rules_of(problem: AttentionProblem) -> tuple[str, ...]:
     """The names in ``RULE_BITS`` of what a problem asks for."""
     rules, names = problem.rules, {"alibi_slopes": "alibi"}
     found = [names.get(name, name) for name in rules.names]
+    if rules.softcap > _USUAL_SOFTCAP and problem.dtype != "float32":
+        found[found.index("softcap")] = "softcap_wide"
     if rules.bias is not None:
         if rules.bias.dtype == "float32":
             found[found.index("bias")] = "bias_fp32"

@@ -192,8 +192,8 @@ def make_plan(
     for name, array in gates.allocate(problem, prepared.selection.config).items():
         plan.arrays[name] = array
         params[name] = array.data.ptr
-    if 0 in (problem.batch, problem.seqlen_q):
-        return plan
+    if problem.seqlen_q == 0 or (problem.batch == 0 and not problem.packed):
+        return plan  # rows of a packed batch without sequences are zeros, too
     if prepared.selection.config.uses_tma:
         views = tensor_map.views_of(problem, prepared.selection.config, prepared.output)
         for name, words in tensor_map.maps_of(views, plan.arrays).items():

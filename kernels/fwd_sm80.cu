@@ -28,6 +28,7 @@
 #include <flashcore/config.cuh>
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
+#include <flashcore/exact_row.cuh>
 #include <flashcore/finish_row.cuh>
 #include <flashcore/key_bits.cuh>
 #include <flashcore/mask.cuh>
@@ -59,12 +60,15 @@ constexpr int QUAD = 4;                     // lanes that share a row
 constexpr bool SHARES_ROWS = WARPS_D > 1;
 // Few tiles per block: the first V is worth asking for before the first K is there.
 constexpr bool EARLY_V = NUM_STAGES == 1 && SPLIT_KV;
-// What a thread finds once and keeps from tile to tile: where its copies and the edges of the mask
-// are, and the addresses of its operands. fp32 and blocks of 512 threads have no registers for it;
-// for the operands there are enough from sm_90 on, with up to 256 threads per multiprocessor.
-constexpr bool KEEPS_WALK = sizeof(T) == 2 && NUM_THREADS <= 256;
-constexpr bool KEEPS_OPERANDS =
-    KEEPS_WALK && NUM_THREADS * MIN_BLOCKS <= 256 && __CUDA_ARCH__ >= 900;
+// What a thread finds once and keeps from tile to tile: where its copies are, the edges of the mask,
+// and the addresses of its operands. fp32 and blocks of 512 threads have no registers for it. With
+// more than 256 threads per multiprocessor there are some for the copies from sm_90 on; with fewer,
+// for all but the operands, and from sm_90 on for these, too.
+constexpr bool HAS_ROOM = NUM_THREADS * MIN_BLOCKS <= 256;
+constexpr bool KEEPS_WALK =
+    sizeof(T) == 2 && NUM_THREADS <= 256 && (HAS_ROOM || __CUDA_ARCH__ >= 900);
+constexpr bool KEEPS_EDGES = KEEPS_WALK && HAS_ROOM;
+constexpr bool KEEPS_OPERANDS = KEEPS_EDGES && __CUDA_ARCH__ >= 900;
 constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
 // A gate asks for all scores, and warps that share rows do all tiles together.
 constexpr bool SKIPS_TILES = HIDES_KEYS && GATE == GATE_NONE && !SHARES_ROWS;
@@ -147,6 +151,21 @@ struct Context {
     }
 };
 
+// From the thread's number, read anew: who computes it after the loop keeps no register through it.
+__device__ __forceinline__ Context context_anew(const AttentionParams& params,
+                                                SharedStorage& smem) {
+    const int thread = thread_index_anew();
+    // Through a shuffle, which tells the compiler that a warp's lanes agree on it.
+    const int warp = shfl(thread / WARP_SIZE, 0), column = warp / WARPS_M;
+    return {params,
+            smem,
+            smem.work,
+            warp % WARPS_M,
+            SHARES_ROWS ? 0 : column,
+            SHARES_ROWS ? column : 0,
+            thread % WARP_SIZE};
+}
+
 // This lane's addresses of its warp's first operands; those of K and V in the first stage.
 struct Operands {
     uint32 q, k, v, p;
@@ -200,7 +219,7 @@ struct Walk {
 
     // Tiles of which every row of the block sees every key.
     __device__ __forceinline__ TileRange whole(const Context& c) const {
-        return KEEPS_WALK ? kept_whole : whole_of(c);
+        return KEEPS_EDGES ? kept_whole : whole_of(c);
     }
     __device__ static __forceinline__ TileRange whole_of(const Context& c) {
         return tiles_whole<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M);
@@ -326,11 +345,11 @@ __device__ __forceinline__ Bits seen_keys(const Context& c, const Visible& visib
     return seen;
 }
 
-// Applies the rules, hides what is hidden, and finds the largest score that this lane's quad holds
-// of both rows of fragment m.
+// Applies the rules, hides what is hidden, and raises both rows' maxima of fragment m, as far as this
+// lane's quad has their keys.
 template <bool MASKED>
-__device__ __forceinline__ void find_max(const Context& c, Scores& rS, int tile, int m,
-                                         const Visible& visible, float (&max)[2]) {
+__device__ __forceinline__ void find_max(const Context& c, const Rows& rows, Scores& rS, int tile,
+                                         int m, const Visible& visible, float (&max)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const QueryRow q = c.query(m, half);
@@ -340,7 +359,7 @@ __device__ __forceinline__ void find_max(const Context& c, Scores& rS, int tile,
         const int first_key = c.key(tile, 0);
         const int begin = c.mask().row_begin(q.query) - first_key;
         const int end = c.mask().row_end(q.query) - first_key;
-        float chain[2] = {NEG_INFINITY, NEG_INFINITY};
+        float chain[2] = {rows.state[m][half].max, NEG_INFINITY};
 #pragma unroll
         for (int n = 0; n < TILES_N; ++n) {
             float s[2] = {rS.x[m][n][2 * half], rS.x[m][n][2 * half + 1]};
@@ -362,31 +381,30 @@ __device__ __forceinline__ void find_max(const Context& c, Scores& rS, int tile,
 
 // The same for all fragments.
 template <bool MASKED>
-__device__ __forceinline__ void find_maxima(const Context& c, Scores& rS, int tile,
-                                            const Visible& visible, float (&max)[FRAGMENTS_M][2]) {
+__device__ __forceinline__ void find_maxima(const Context& c, const Rows& rows, Scores& rS,
+                                            int tile, const Visible& visible,
+                                            float (&max)[FRAGMENTS_M][2]) {
 #pragma unroll
-    for (int m = 0; m < FRAGMENTS_M; ++m) find_max<MASKED>(c, rS, tile, m, visible, max[m]);
+    for (int m = 0; m < FRAGMENTS_M; ++m) find_max<MASKED>(c, rows, rS, tile, m, visible, max[m]);
 }
 
-// Without score rules the scores are still raw products: their scale, which is positive then, is
-// part of the exponent's multiply-add.
-__device__ __forceinline__ float exponent_scale(const Context& c) {
-    return RULES & SCORE_RULES ? LOG2_E : c.params.scale_log2;
-}
-
-// Given the tile's maxima: O is rescaled where they are too large for the old m. max becomes what
-// the exponents subtract.
+// Given the new maxima: O is rescaled where they are not the old ones. max becomes what the exponents
+// subtract.
 __device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int tile,
                                              float (&max)[FRAGMENTS_M][2]) {
+    const float scale = exponent_scale<RULES>(c.params);
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             RowState& state = rows.state[m][half];
-            factor[half] = raise_max(state, max[m][half] * exponent_scale(c));
-            c.gate_row(c.query(m, half)).tile_max(tile * WARPS_N + c.warp_n, state.max);
-            max[m][half] = finite_max(state.max);
+            const float shift = shift_of(max[m][half], scale);
+            rows.largest_shift = fmaxf(rows.largest_shift, fabsf(shift));
+            factor[half] = raise_max(state, max[m][half], shift, scale);
+            max[m][half] = shift;
+            c.gate_row(c.query(m, half))
+                .tile_max(tile * WARPS_N + c.warp_n, state.max * natural_scale<RULES>(c.params));
         }
         if (warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) rows.scale_output(m, factor);
     }
@@ -407,7 +425,7 @@ __device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const float s = rS.x[m][n][2 * half + e];
-                    p[e] = exp2_approx(s * exponent_scale(c) - max[m][half]);
+                    p[e] = exp2_approx(s * exponent_scale<RULES>(c.params) - max[m][half]);
                     c.gate_row(c.query(m, half))
                         .probability(c.key(tile, n) + e, to_float(from_float<T>(p[e])));
                 }
@@ -486,9 +504,9 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
 
     float max[FRAGMENTS_M][2];
     if (cut && (!HIDES_KEYS || RULES & SCORE_RULES)) {
-        find_maxima<true>(c, rS, tile, visible, max);
+        find_maxima<true>(c, rows, rS, tile, visible, max);
     } else {
-        find_maxima<false>(c, rS, tile, visible, max);
+        find_maxima<false>(c, rows, rS, tile, visible, max);
     }
     c.smem.combine(max, c.first_row(), c.warp_d, c.rows_barrier(), fmaxf);
     if (NUM_STAGES == 1) await_full(c, turn, turn.place_v);
@@ -504,6 +522,37 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     leave(c, turn.place_v);
 }
 
+// Rows that the loop cannot be trusted with (softmax.cuh) the warp does again, without tensor cores.
+__device__ __forceinline__ void look_again(const Context& c, Rows& rows, const TileRange& all) {
+    // Warps that share rows agree on it: they have to subtract the same.
+    if (!c.smem.meet_any(c.rows_barrier(), warp_any(is_large(rows.largest_shift)))) return;
+    const Mask<CAUSAL, WINDOW> mask = c.mask();
+    const KeySpan keys = {all.begin * BLOCK_N, min(all.end * BLOCK_N, c.work.seqlen_kv)};
+    // This warp's keys of every tile. Those that share rows need all of them for O.
+    const auto is_own = [&](int key) {
+        return key % BLOCK_N / KEYS_PER_WARP == c.warp_n + c.warp_d;
+    };
+    const auto has = [&](int key) { return SHARES_ROWS || is_own(key); };
+    const int first_col = c.warp_d * COLS_PER_WARP;
+    rows.rO.clear();
+#pragma unroll
+    for (int m = 0; m < FRAGMENTS_M; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const QueryRow q = c.query(m, half);
+            const ExactRow<T, RULES, GATE, DIM_QK, Mask<CAUSAL, WINDOW>> exact = {
+                c.params, c.work, mask, q, rules_for(c, q), c.gate_row(q)};
+            RowState& state = rows.state[m][half];
+            exact.template attend<COLS_PER_WARP>(
+                state, keys, first_col, DIM_V - first_col, has, is_own,
+                [&](int d, int e, float x) { rows.rO.x[m][d][2 * half + e] += x; });
+            for (int tile = all.begin; tile < all.end; ++tile)
+                exact.gate.tile_max(tile * WARPS_N + c.warp_n,
+                                    state.max * natural_scale<RULES>(c.params));
+        }
+    }
+}
+
 __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
     const TileRange all =
         tiles_seen<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M, SPLIT_KV ? c.params.splits : 1);
@@ -515,6 +564,7 @@ __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
     const Operands at(c);
 #pragma unroll 1
     for (int tile = all.begin; tile < all.end; ++tile) attend_tile(c, rows, walk, at, tile);
+    look_again(context_anew(c.params, c.smem), rows, walk.all);
 }
 
 // ---- the end -----------------------------------------------------------------------------------
@@ -576,25 +626,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
         smem.gV = head_row<T>(params.v, params.v_strides, work.batch, work.head_kv, work.start_kv);
     }
     block_sync();  // the work and the barriers are there
-    // Through a shuffle, which tells the compiler that a warp's lanes agree on it.
-    const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
-    const int column = warp / WARPS_M;
-    const Context context = {params,
-                             smem,
-                             smem.work,
-                             warp % WARPS_M,
-                             SHARES_ROWS ? 0 : column,
-                             SHARES_ROWS ? column : 0,
-                             int(threadIdx.x % WARP_SIZE)};
+    const Context context = context_anew(params, smem);
     Rows rows;
     rows.rO.clear();
     attend(context, rows);
     if constexpr (WARPS_N > 1 || SPLIT_KV) {
         // Rows that do not exist, most of a tile of a few decoded queries, have nothing to tell.
         const int end = smem.work.seqlen_q * smem.work.group - smem.work.first_row;
-        const RowMerge<WARPS_M, WARPS_N> merge = {reinterpret_cast<float*>(smem.sK[0]),
-                                                  context.warp_m, context.warp_n,
-                                                  end - context.first_row()};
+        const RowMerge<WARPS_M, WARPS_N> merge = {
+            reinterpret_cast<float*>(smem.sK[0]), context.warp_m, context.warp_n,
+            end - context.first_row(), exponent_scale<RULES>(params)};
         merge.warps(rows);
         if constexpr (SPLIT_KV) {
             if (params.splits > 1 && !merge.splits(params, smem.work.split, smem.arrived, rows))

@@ -28,6 +28,7 @@
 #include <flashcore/config.cuh>
 #include <flashcore/debug.cuh>
 #include <flashcore/epilogue.cuh>
+#include <flashcore/exact_row.cuh>
 #include <flashcore/finish_row.cuh>
 #include <flashcore/key_bits.cuh>
 #include <flashcore/mask.cuh>
@@ -229,9 +230,10 @@ struct Consumer {
     Bits visible[2];  // keys of the tile of S, by row
     Bits seen;        // those of the warp's rows together
     int meetings;
-    RowState state[2];      // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
-    float rS[BLOCK_N / 2];  // element 4 n + 2 half + e: row `half`, key 8 n + 2 (lane % 4) + e
-    uint32 rP[STEPS][4];    // the same as T, pair by pair: the A operand of 16 keys each
+    RowState state[2];       // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
+    float largest_shift[2];  // of all tiles, either way
+    float rS[BLOCK_N / 2];   // element 4 n + 2 half + e: row `half`, key 8 n + 2 (lane % 4) + e
+    uint32 rP[STEPS][4];     // the same as T, pair by pair: the A operand of 16 keys each
     float rO[HEAD_DIM_V / 2];
 
     __device__ __forceinline__ const Item& work() const { return smem.queue.item[queue.stage]; }
@@ -314,11 +316,9 @@ struct Consumer {
         }
     }
 
-    // Applies the rules, hides what is hidden, and goes from scores to probabilities, in place.
-    // Returns the factors for O.
+    // Applies the rules, hides what is hidden, and finds both rows' new maxima.
     template <bool MASKED>
-    __device__ __forceinline__ void softmax(int tile, float (&factor)[2]) {
-        const float scale = RULES & SCORE_RULES ? LOG2_E : params.scale_log2;
+    __device__ __forceinline__ void find_maxima(int tile, float (&max)[2]) {
         const int first_key = this->first_key(tile);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -328,7 +328,7 @@ struct Consumer {
             // Relative to this lane's first key, so that each comparison is with a constant.
             const int begin = mask().row_begin(q.query) - first_key;
             const int end = mask().row_end(q.query) - first_key;
-            float chain[2] = {NEG_INFINITY, NEG_INFINITY};
+            float chain[2] = {state[half].max, NEG_INFINITY};
 #pragma unroll
             for (int n = 0; n < TILES_N; ++n) {
                 float s[2] = {rS[4 * n + 2 * half], rS[4 * n + 2 * half + 1]};
@@ -345,31 +345,44 @@ struct Consumer {
                     rS[4 * n + 2 * half + e] = s[e];
                 }
             }
-            RowState& row_state = state[half];
-            const float tile_max = group_max<QUAD>(fmaxf(chain[0], chain[1]));
-            factor[half] = raise_max(row_state, tile_max * scale);
-            gate.tile_max(tile, row_state.max);
-            const float max = finite_max(row_state.max);
+            max[half] = group_max<QUAD>(fmaxf(chain[0], chain[1]));
+        }
+    }
+
+    // From scores to probabilities, in place, given the new maxima; and the factors for O.
+    __device__ __forceinline__ void exponentiate(int tile, const float (&max)[2],
+                                                 float (&factor)[2]) {
+        const float scale = exponent_scale<RULES>(params);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const GateRow<GATE> gate = gate_row(query_row<PACK_GQA>(work(), row(half)));
+            const float shift = shift_of(max[half], scale);
+            largest_shift[half] = fmaxf(largest_shift[half], fabsf(shift));
+            factor[half] = raise_max(state[half], max[half], shift, scale);
+            gate.tile_max(tile, max[half] * natural_scale<RULES>(params));
             float sum[2] = {};
 #pragma unroll
             for (int n = 0; n < TILES_N; ++n) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float& s = rS[4 * n + 2 * half + e];
-                    s = exp2_approx(s * scale - max);
+                    s = exp2_approx(s * scale - shift);
                     sum[e] += s;
-                    gate.probability(first_key + n * 8 + e, to_float(from_float<T>(s)));
+                    gate.probability(first_key(tile) + n * 8 + e, to_float(from_float<T>(s)));
                 }
             }
-            row_state.sum += sum[0] + sum[1];
+            state[half].sum += sum[0] + sum[1];
         }
     }
 
     __device__ __forceinline__ void softmax_of(int tile, float (&factor)[2]) {
+        float max[2];
         if ((!HIDES_KEYS || RULES & SCORE_RULES) && cuts(tile)) {
-            softmax<true>(tile, factor);
+            find_maxima<true>(tile, max);
+            exponentiate(tile, max, factor);
         } else {
-            softmax<false>(tile, factor);
+            find_maxima<false>(tile, max);
+            exponentiate(tile, max, factor);
         }
     }
 
@@ -497,6 +510,7 @@ struct Consumer {
         const TileRange all = work().tiles, mine = tiles_of(params, work(), index);
         takes_turns = all.end - all.begin > SHORT;
         state[0] = state[1] = RowState();
+        largest_shift[0] = largest_shift[1] = 0.0f;
 #pragma unroll
         for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] = 0.0f;
         if (mine.end == 0) {
@@ -515,6 +529,37 @@ struct Consumer {
         if (all.end > 0) q.advance();
     }
 
+    // Whether the loops cannot be trusted with some row of the warp's: see softmax.cuh.
+    __device__ __forceinline__ bool is_doubtful() const {
+        bool doubtful = false;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            doubtful |=
+                is_large(largest_shift[half]) && query_row<PACK_GQA>(work(), row(half)).valid;
+        return warp_any(doubtful);
+    }
+
+    // The warp's rows again, without tensor cores.
+    __device__ __forceinline__ void attend_exactly() {
+        const TileRange tiles = tiles_of(params, work(), index);
+        const PositionMask positions = mask();
+        const KeySpan keys = {tiles.begin * BLOCK_N, min(tiles.end * BLOCK_N, work().seqlen_kv)};
+        const auto all = [](int) { return true; };
+#pragma unroll
+        for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] = 0.0f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const QueryRow q = query_row<PACK_GQA>(work(), row(half));
+            const ExactRow<T, RULES, GATE, DIM_QK, PositionMask> exact = {
+                params, work(), positions, q, rules_for(q), gate_row(q)};
+            exact.template attend<HEAD_DIM_V>(
+                state[half], keys, 0, DIM_V, all, all,
+                [&](int n, int e, float x) { rO[4 * n + 2 * half + e] += x; });
+            for (int tile = tiles.begin; tile < tiles.end; ++tile)
+                exact.gate.tile_max(tile, state[half].max * natural_scale<RULES>(params));
+        }
+    }
+
     __device__ __forceinline__ float finish_row(RowState& row, const QueryRow& q,
                                                 bool writes_lse) const {
         return flashcore::finish_row<RULES>(params, work(), q, gate_row(q), row, writes_lse);
@@ -525,22 +570,36 @@ struct Consumer {
             head_row<T>(params.o, params.o_strides, w.batch, q.head, w.start_q + q.query));
     }
 
-    // Normalises, and writes O and the LSE.
-    __device__ __forceinline__ void finish() {
-        float factor[2] = {};
-        const auto pair = [&](int n, int half) {
-            return pack2<T>(scaled_output(rO[4 * n + 2 * half], factor[half]),
-                            scaled_output(rO[4 * n + 2 * half + 1], factor[half]));
-        };
+    // The ends of both rows: their LSE, and what O is multiplied by.
+    __device__ __forceinline__ void finish_rows(float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             state[half].sum = group_sum<QUAD>(state[half].sum);
             const QueryRow q = query_row<PACK_GQA>(work(), row(half));
             factor[half] = finish_row(state[half], q, lane() % QUAD == 0);
-            if constexpr (WRITES_OUTPUT<GATE> && STAGED_COLS < HEAD_DIM_V)
+        }
+    }
+
+    // Normalises, and writes O and the LSE.
+    __device__ __forceinline__ void finish() {
+        float factor[2];
+        finish_rows(factor);  // meanwhile the last product ends, so only then:
+        if (is_doubtful()) {
+            attend_exactly();
+            finish_rows(factor);
+        }
+        const auto pair = [&](int n, int half) {
+            return pack2<T>(scaled_output(rO[4 * n + 2 * half], factor[half]),
+                            scaled_output(rO[4 * n + 2 * half + 1], factor[half]));
+        };
+        if constexpr (WRITES_OUTPUT<GATE> && STAGED_COLS < HEAD_DIM_V) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const QueryRow q = query_row<PACK_GQA>(work(), row(half));
                 store_quad_row<HEAD_DIM_V - STAGED_COLS, ALIGN_BYTES>(
                     output_row(q) + STAGED_COLS, q.valid, DIM_V - STAGED_COLS,
                     [&](int n) { return pair(STAGED_COLS / 8 + n, half); });
+            }
         }
         if constexpr (STAGED_COLS > 0) {
             const Work& w = work();
@@ -554,6 +613,7 @@ struct Consumer {
 
     // The same where the rows' keys are in parts, each of which leaves what it has found.
     __device__ __forceinline__ void finish_part() {
+        if (is_doubtful()) attend_exactly();
         const Parts parts(params, work().block, work().split, smem.sK);
         if (CLUSTER > 1) named_barrier_sync(1 + index, WARPGROUP);  // all warps have read K
 #pragma unroll
@@ -566,12 +626,13 @@ struct Consumer {
         const int thread = thread_index_anew() % WARPGROUP;
         if (!parts.await_others(smem.is_last, thread == 0, 1 + index, WARPGROUP)) return;
         const int rows = min(rows_of(work()) - work().first_row, BLOCK_M);
-        parts.merge(rows, thread, WARPGROUP, [&](int row, int col, RowState& all, float4 o) {
+        const auto use = [&](int row, int col, RowState& all, float4 o) {
             const QueryRow q = query_row<PACK_GQA>(work(), row);
             const float factor = finish_row(all, q, col == 0);
             if constexpr (WRITES_OUTPUT<GATE>)
                 store_four<ALIGN_BYTES>(output_row(q) + col, DIM_V - col, o, factor);
-        });
+        };
+        parts.merge(rows, exponent_scale<RULES>(params), thread, WARPGROUP, use);
         parts.end();
     }
 

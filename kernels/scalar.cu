@@ -85,9 +85,10 @@ __device__ __forceinline__ void attend_tile(WarpRows& rows, const SharedStorage&
         const int query = rows.first_query + r;
         const GateRow<GATE> gate = {params, first_row + query, query < params.seqlen_q,
                                     params.softmax_scale};
-        const float score = masked_score<MASKED>(p[r], params.scale_log2, query, key, mask, gate);
+        const float score =
+            masked_score<MASKED>(p[r], params.softmax_scale, query, key, mask, gate);
         const float rescale = raise_max(rows.state[r], group_max<WARP_SIZE>(score));
-        p[r] = exp2_approx(score - finite_max(rows.state[r].max));
+        p[r] = exp_approx(score - finite_max(rows.state[r].max));
         rows.state[r].sum += p[r];
         gate.tile_max(tile, rows.state[r].max);
         gate.probability(key, p[r]);

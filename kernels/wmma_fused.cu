@@ -186,7 +186,7 @@ struct BlockWide {
         for (int i = 0; i < COLS; ++i) {
             const int col = part + i * THREADS_PER_ROW;
             score[i] = masked_score<MASKED>(c.smem.sS[row * LD_S + col],
-                                            c.params.scale_log2 * c.score_scale,
+                                            c.params.softmax_scale * c.score_scale,
                                             c.first_query + row, first_key + col, c.mask, gate);
             tile_max = fmaxf(tile_max, score[i]);
         }
@@ -198,7 +198,7 @@ struct BlockWide {
 #pragma unroll
         for (int i = 0; i < COLS; ++i) {
             const int col = part + i * THREADS_PER_ROW;
-            const float p = exp2_approx(score[i] - finite_max(state.max));
+            const float p = exp_approx(score[i] - finite_max(state.max));
             state.sum += p;
             const T rounded = from_float<T>(p);
             sP[row * LD_S + col] = rounded;
@@ -301,7 +301,7 @@ struct WarpOwned {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 score[i][e] =
-                    masked_score<MASKED>(values[e], c.params.scale_log2 * c.score_scale, query,
+                    masked_score<MASKED>(values[e], c.params.softmax_scale * c.score_scale, query,
                                          first_key + piece_col(i) + e, c.mask, gate);
                 tile_max = fmaxf(tile_max, score[i][e]);
             }
@@ -319,7 +319,7 @@ struct WarpOwned {
             float p[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                p[e] = exp2_approx(score[i][e] - finite_max(state.max));
+                p[e] = exp_approx(score[i][e] - finite_max(state.max));
                 state.sum += p[e];
                 gate.probability(first_key + piece_col(i) + e, to_float(from_float<T>(p[e])));
             }

@@ -131,17 +131,18 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
 
     RowState state;
     for (int key = lane; key < end; key += WARP_SIZE) {
-        const float score = masked_score<true>(gS[key], params.scale_log2, query, key, mask, gate);
+        const float score =
+            masked_score<true>(gS[key], params.softmax_scale, query, key, mask, gate);
         raise_max(state, score);
-        state.sum += exp2_approx(score - finite_max(state.max));
+        state.sum += exp_approx(score - finite_max(state.max));
     }
     const float max = group_max<WARP_SIZE>(state.max);
-    const float sum = group_sum<WARP_SIZE>(state.sum * exp2_approx(state.max - finite_max(max)));
+    const float sum = group_sum<WARP_SIZE>(state.sum * exp_approx(state.max - finite_max(max)));
     const GateRow<GATE_NONE> quiet = {params, row, true, 0.0f};  // each score is reported once
     for (int key = lane; key < end; key += WARP_SIZE) {
         const float raw = gate.raw_score(gS[key]);
-        const float score = masked_score<true>(raw, params.scale_log2, query, key, mask, quiet);
-        const T p = from_float<T>(exp2_approx(score - finite_max(max)));
+        const float score = masked_score<true>(raw, params.softmax_scale, query, key, mask, quiet);
+        const T p = from_float<T>(exp_approx(score - finite_max(max)));
         gP[key] = p;
         gate.probability(key, to_float(p));
     }

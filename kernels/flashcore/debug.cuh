@@ -4,7 +4,7 @@
 //
 //   qk       S = softmax_scale * Q K^T, -inf where the mask hides a key
 //   softmax  p = exp(s - m_j) as it enters P V, m_j the running row maximum at that tile, and the
-//            final m and l: the launcher returns p * exp(m_j - m) / l
+//            final m and l: the launcher returns p * exp(m_j - m) / l. Maxima in natural units
 //   pv       all scores 0, so O is the mean of the visible rows of V
 #pragma once
 #include <flashcore/params.cuh>

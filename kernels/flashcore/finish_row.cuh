@@ -9,14 +9,26 @@
 
 namespace flashcore {
 
+// What m is multiplied by: to log2 units, as the exponents take it; and to natural units. Without
+// score rules the scores are still raw products.
+template <int RULES>
+__device__ __forceinline__ float exponent_scale(const AttentionParams& p) {
+    return RULES & SCORE_RULES ? LOG2_E : p.scale_log2;
+}
+template <int RULES>
+__device__ __forceinline__ float natural_scale(const AttentionParams& p) {
+    return RULES & SCORE_RULES ? 1.0f : p.softmax_scale;
+}
+
 // Returns the factor for O. One of the threads that have the row writes the LSE.
 template <int RULES, int GATE>
 __device__ __forceinline__ float finish_row(const AttentionParams& p, const Work& w,
                                             const QueryRow& q, const GateRow<GATE>& gate,
                                             RowState& row, bool writes_lse) {
     float factor = 1.0f;
+    row.max *= natural_scale<RULES>(p);
     if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
-        if (q.valid) factor = add_sink(row, p.sink[q.head]);
+        if (q.valid && w.batch != NO_SEQUENCE) factor = add_sink(row, p.sink[q.head]);
     if (writes_lse) {
         gate.finish(row.max, row.sum);
         if (p.lse != nullptr && q.valid)

@@ -29,8 +29,8 @@ struct AttentionParams {
     void* o;                   // (B, Hq, Sq, Dv)
     float* lse;                // (B, Hq, Sq), natural log, or null
     float* gate;               // (B, Hq, Sq, gate_row) fp32: the stage a debug gate writes, or null
-    float* gate_tile_max;      // (B, Hq, Sq, gate_tiles): running maximum at each tile, log2 units
-    float* gate_row_max;       // (B, Hq, Sq): final maximum, log2 units
+    float* gate_tile_max;      // (B, Hq, Sq, gate_tiles): running maximum at each tile
+    float* gate_row_max;       // (B, Hq, Sq): final maximum
     float* gate_row_sum;       // (B, Hq, Sq): final sum
     void* scratch_scores;      // wmma_unfused: S, fp32, (B, Hq, rows_padded, cols_padded)
     void* scratch_probs;       // wmma_unfused: P, T, the same shape

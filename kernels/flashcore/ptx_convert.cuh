@@ -153,6 +153,9 @@ __device__ __forceinline__ uint32 interleave_bytes(uint32 a, uint32 b) {
     return __byte_perm(a, b, 0x5140);
 }
 
+// x y, rounded: never a part of a multiply-add, whatever it is added to.
+__device__ __forceinline__ float mul_rn(float x, float y) { return __fmul_rn(x, y); }
+
 // exp2 on the special-function unit: 2 ulp, exact at 0, and 0 at -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;

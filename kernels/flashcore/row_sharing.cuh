@@ -25,6 +25,11 @@ struct RowSharing {
         named_barrier_sync(barrier, WARPS_D * WARP_SIZE);
     }
 
+    // The same, and whether the condition holds in any of their lanes.
+    __device__ __forceinline__ bool meet_any(int barrier, bool condition) const {
+        return named_barrier_any(barrier, WARPS_D * WARP_SIZE, condition);
+    }
+
     // x = op over all their x, a number per row. They meet in between, and have met since the last
     // call: everyone has read what is overwritten.
     template <int FRAGMENTS_M, typename Op>
@@ -116,6 +121,7 @@ template <typename T, int BLOCK_M, int BLOCK_N>
 struct RowSharing<T, 1, BLOCK_M, BLOCK_N> {
     using LayoutP = SharedLayout<T, BLOCK_M, BLOCK_N>;
     __device__ __forceinline__ void meet(int) const {}
+    __device__ __forceinline__ bool meet_any(int, bool condition) const { return condition; }
     template <int FRAGMENTS_M, typename Op>
     __device__ __forceinline__ void combine(float (&)[FRAGMENTS_M][2], int, int, int, Op) {}
     __device__ static __forceinline__ int first_pair(int, int) { return 0; }

@@ -14,6 +14,7 @@ template <int FRAGMENTS_M, int TILES_D>
 struct WarpRows {
     RowState state[FRAGMENTS_M][2];
     AccumulatorTile<FRAGMENTS_M, TILES_D> rO;
+    float largest_shift = 0.0f;  // of this lane's rows in all tiles, either way: see softmax.cuh
 
     // Of a lane: m, l and O of each of its rows.
     static constexpr int VALUES_OF_ROW = 2 + TILES_D * 2;
@@ -59,9 +60,10 @@ struct WarpRows {
         }
     }
 
-    // Adds another warp's findings: get(i) is what hand_over put there.
+    // Adds another warp's findings: get(i) is what hand_over put there. scale: of the maxima, to
+    // log2 units.
     template <typename Get>
-    __device__ __forceinline__ void absorb(int end, Get get) {
+    __device__ __forceinline__ void absorb(int end, float scale, Get get) {
         int i = 0;
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m) {
@@ -70,7 +72,7 @@ struct WarpRows {
                 if (m * 16 + half * 8 >= end) continue;
                 RowState& row = state[m][half];
                 const float max = get(i), sum = get(i + 1);
-                const MergeFactors merge(row.max, max);
+                const MergeFactors merge(row.max, max, scale);
                 row.max = merge.max;
                 row.sum = row.sum * merge.a + sum * merge.b;
 #pragma unroll
@@ -92,6 +94,7 @@ struct RowMerge {
     float* sMerge;  // place for those of the warps n = 1, 2, ...
     int warp_m, warp_n;
     int end;
+    float scale;  // of the maxima, to log2 units
 
     // Adds what the warps n = 1, 2, ... have found to what warp 0 has, in this order.
     template <typename Rows>
@@ -104,7 +107,7 @@ struct RowMerge {
             if (warp_n > 0) return;
 #pragma unroll 1
             for (int other = 1; other < WARPS_N; ++other)
-                rows.absorb(end, [&](int i) { return shared_value<Rows>(other, i); });
+                rows.absorb(end, scale, [&](int i) { return shared_value<Rows>(other, i); });
         }
     }
 
@@ -139,7 +142,7 @@ struct RowMerge {
 #pragma unroll 2
         for (int split = warp_n * share; split < last; ++split) {
             const float* gPart = part(split);
-            rows.absorb(end, [&](int i) { return load_l2(gPart + i * WARP_SIZE); });
+            rows.absorb(end, scale, [&](int i) { return load_l2(gPart + i * WARP_SIZE); });
         }
         warps(rows);
         return true;

@@ -11,6 +11,9 @@
 
 namespace flashcore {
 
+// What the rows of a packed batch have for a batch that lie in none of its sequences.
+constexpr int NO_SEQUENCE = -1;
+
 struct Work {
     int batch;
     int head;  // of q; of k and v where a group of heads is packed into a tile
@@ -49,25 +52,40 @@ __device__ __forceinline__ QueryRow query_row(const Work& w, int row) {
     return {query, w.head * w.group + (i - query * w.group), query < w.seqlen_q};
 }
 
-// Packed sequences as blocks of block_m rows: sequence b starts at block floor(its first row /
-// block_m) + b, which leaves it enough blocks wherever it starts, and one more at most. So a block
-// finds its sequence from cu_seqlens alone. Values that lead outside are clamped: the host cannot
-// check them without waiting for the GPU.
+// A packed batch as pieces: the rows before the first boundary, the sequences, and the rows behind
+// the last boundary. The first and the last piece, usually empty, belong to no sequence and have no
+// keys. Values that lead outside are clamped: the host cannot check them without waiting for the
+// GPU.
+//
+// Pieces are cut into blocks of block_m rows: piece n starts at block floor(its first row /
+// block_m) + n, which leaves it enough blocks wherever it starts, and one more at most. So a block
+// finds its piece from cu_seqlens alone.
 struct PackedBatch {
     const int* cu_seqlens;
-    int total, rows_per_query, block_m;
+    int sequences, total, rows_per_query, block_m;
 
-    __device__ __forceinline__ int start(int b) const { return min(max(cu_seqlens[b], 0), total); }
-    __device__ __forceinline__ int length(int b) const { return max(start(b + 1) - start(b), 0); }
-    __device__ __forceinline__ int first_block(int b) const {
-        return int(int64(start(b)) * rows_per_query / block_m) + b;
+    __device__ __forceinline__ int pieces() const { return sequences + 2; }
+    __device__ __forceinline__ bool is_sequence(int piece) const {
+        return piece > 0 && piece <= sequences;
+    }
+    __device__ __forceinline__ int boundary(int n) const {
+        return min(max(cu_seqlens[n], 0), total);
+    }
+    __device__ __forceinline__ int start(int piece) const {
+        return piece == 0 ? 0 : boundary(piece - 1);
+    }
+    __device__ __forceinline__ int length(int piece) const {
+        return max((piece > sequences ? total : boundary(piece)) - start(piece), 0);
+    }
+    __device__ __forceinline__ int first_block(int piece) const {
+        return int(int64(start(piece)) * rows_per_query / block_m) + piece;
     }
 
-    // The last sequence that does not start behind `block`. All lanes of the warp search, each
-    // trying one of 32 evenly spaced sequences.
-    __device__ __forceinline__ int find(int block, int sequences) const {
+    // The last piece that does not start behind `block`. All lanes of the warp search, each trying
+    // one of 32 evenly spaced pieces.
+    __device__ __forceinline__ int find(int block) const {
         const int lane = threadIdx.x % WARP_SIZE;
-        int first = 0, count = sequences;
+        int first = 0, count = pieces();
         while (count > 1) {
             const int step = div_up(count, WARP_SIZE);
             const bool candidate = lane * step < count && first_block(first + lane * step) <= block;
@@ -152,14 +170,18 @@ __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m,
     w.head = head_index - w.batch * heads;
     w.head_kv = PACK_GQA || p.group == 1 ? w.head : kv_head(p, w.head);
     if constexpr (VARLEN) {
-        const PackedBatch q = {p.cu_seqlens_q, p.seqlen_q, w.group, block_m};
-        const PackedBatch kv = {p.cu_seqlens_kv, p.seqlen_kv, 1, 1};
-        w.batch = q.find(m_block, p.batch);
-        m_block -= q.first_block(w.batch);
-        w.start_q = q.start(w.batch);
-        w.start_kv = kv.start(w.batch);
-        w.seqlen_q = q.length(w.batch);
-        w.seqlen_kv = kv.length(w.batch);
+        const PackedBatch q = {p.cu_seqlens_q, p.batch, p.seqlen_q, w.group, block_m};
+        const PackedBatch kv = {p.cu_seqlens_kv, p.batch, p.seqlen_kv, 1, 1};
+        const int piece = q.find(m_block);
+        m_block -= q.first_block(piece);
+        w.batch = q.is_sequence(piece) ? piece - 1 : NO_SEQUENCE;
+        w.start_q = q.start(piece);
+        w.seqlen_q = q.length(piece);
+        w.start_kv = w.seqlen_kv = 0;
+        if (q.is_sequence(piece)) {
+            w.start_kv = kv.start(piece);
+            w.seqlen_kv = kv.length(piece);
+        }
         w.diagonal = p.top_left ? 0 : w.seqlen_kv - w.seqlen_q;
     } else {
         w.start_q = w.start_kv = 0;

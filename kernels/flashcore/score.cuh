@@ -17,23 +17,30 @@ constexpr int RULE_BIAS_FP32 = 8;  // in float32
 constexpr int RULE_SCORE_MOD = 16;
 constexpr int RULE_MASK = 32;
 constexpr int RULE_MASK_MOD = 64;
-constexpr int RULE_SINK = 128;          // joins the softmax at the end, see softmax.cuh
-constexpr int RULE_BIAS_PAIRS = 256;    // two neighbouring keys of the bias in one aligned load
-constexpr int RULE_MASK_PAIRS = 512;    // the same of the mask
-constexpr int RULE_SCALE_FIRST = 1024;  // before the maximum: it is below 2^-126
-constexpr int RULE_MASK_CHUNKS = 2048;  // 16 neighbouring keys of the mask in one aligned load
+constexpr int RULE_SINK = 128;           // joins the softmax at the end, see softmax.cuh
+constexpr int RULE_BIAS_PAIRS = 256;     // two neighbouring keys of the bias in one aligned load
+constexpr int RULE_MASK_PAIRS = 512;     // the same of the mask
+constexpr int RULE_SCALE_FIRST = 1024;   // before the maximum: it is below 2^-126
+constexpr int RULE_MASK_CHUNKS = 2048;   // 16 neighbouring keys of the mask in one aligned load
+constexpr int RULE_SOFTCAP_WIDE = 4096;  // a cap that most scores are far below
 
 // Rules that change a score, rather than hide a key.
+constexpr int CAPPING_RULES = RULE_SOFTCAP | RULE_SOFTCAP_WIDE;
 constexpr int SCORE_RULES =
-    RULE_SOFTCAP | RULE_ALIBI | RULE_BIAS | RULE_BIAS_FP32 | RULE_SCORE_MOD | RULE_SCALE_FIRST;
+    CAPPING_RULES | RULE_ALIBI | RULE_BIAS | RULE_BIAS_FP32 | RULE_SCORE_MOD | RULE_SCALE_FIRST;
 constexpr int HIDING_RULES = RULE_MASK | RULE_MASK_MOD;
 
-// tanh by one exponential: off by 1e-7 of the cap, where tanh.approx is off by 5e-4. For fp32
-// inputs that is too much.
-template <typename T>
+// tanh by one exponential: off by 1e-7, where tanh.approx is off by 5e-4. That is 1e-7 of the cap,
+// and for fp32 inputs too much. WIDE: the cap may be so high that it is too much of the score; near
+// 0, where it would be, Taylor's series to x^7 is off by 4e-7 of x.
+template <typename T, bool WIDE>
 __device__ __forceinline__ float tanh_for(float x) {
     if constexpr (sizeof(T) == 4) return tanhf(x);
-    return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2.0f * LOG2_E * x));
+    const float far = 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2.0f * LOG2_E * x));
+    if constexpr (!WIDE) return far;
+    const float y = x * x;
+    const float near = x + x * y * (-1.0f / 3 + y * (2.0f / 15 + y * (-17.0f / 315)));
+    return fabsf(x) < 0.25f ? near : far;
 }
 
 template <typename T, bool FP32>
@@ -86,8 +93,9 @@ struct RowRules {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             s[e] *= params.softmax_scale;
-            if constexpr (RULES & RULE_SOFTCAP)
-                s[e] = params.softcap * tanh_for<T>(s[e] * params.inverse_softcap);
+            if constexpr (RULES & CAPPING_RULES)
+                s[e] = params.softcap *
+                       tanh_for<T, (RULES & RULE_SOFTCAP_WIDE) != 0>(s[e] * params.inverse_softcap);
             if constexpr (RULES & RULE_ALIBI) s[e] -= slope * fabsf(float(position - keys[e]));
             s[e] += bias[e];
             if constexpr (RULES & RULE_SCORE_MOD)
@@ -134,6 +142,16 @@ struct RowRules {
         if constexpr (HIDES_KEYS && MASKED)
             bits.keep(mask.row_begin(query) - key, mask.row_end(query) - key);
         return bits;
+    }
+
+    // Whether the mask and mask_mod let the query see a key, which may not exist.
+    __device__ __forceinline__ bool sees(int key) const {
+        bool seen = true;
+        if constexpr (RULES & RULE_MASK)
+            seen = gMask[inside<true>(key) * params.mask_strides.column] != 0;
+        if constexpr (RULES & RULE_MASK_MOD)
+            seen = seen && mask_mod(params.mod_args, batch, head, query, inside<true>(key));
+        return seen;
     }
 
   private:

@@ -3,7 +3,14 @@
 //
 // Per query row, over tiles of keys: m the running maximum, l the running sum of p = exp(s - m), O
 // the running sum of p v. A tile that raises m multiplies what was summed before by
-// exp(m_old - m_new) <= 1. Scores arrive already multiplied by log2(e), so exp is exp2.
+// exp(m_old - m_new) <= 1.
+//
+// Scores of any size: p of the largest score must be 1, or l and O are off by what it is instead.
+//   - The kernels of the ladder subtract m from the score and multiply by log2(e) then.
+//   - The fast kernels leave m in the scores' own unit and have one multiply-add per score,
+//     p = exp2(s scale - shift). Its product is exact, but shift = m scale is rounded, so that the
+//     largest p is 2^d, d up to 2^-24 of shift. That cancels in O and LSE, as long as it is small:
+//     rows where it is not are done again, see exact_row.cuh.
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/mask.cuh>
@@ -19,6 +26,10 @@ struct RowState {
     float sum = 0.0f;
 };
 
+// ---- scores in natural units -------------------------------------------------------------------
+
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * LOG2_E); }
+
 // A row that has seen no key has m = -inf, and -inf - -inf is NaN: subtract 0 instead.
 __device__ __forceinline__ float finite_max(float m) { return m == NEG_INFINITY ? 0.0f : m; }
 
@@ -26,24 +37,63 @@ __device__ __forceinline__ float finite_max(float m) { return m == NEG_INFINITY 
 __device__ __forceinline__ float raise_max(RowState& row, float tile_max) {
     const float old_max = row.max;
     row.max = fmaxf(old_max, tile_max);
-    const float rescale = exp2_approx(old_max - finite_max(row.max));
+    const float rescale = exp_approx(old_max - finite_max(row.max));
     row.sum *= rescale;
     return rescale;
+}
+
+// Scaled, masked score. The product is rounded before the maximum is subtracted from it: in a
+// multiply-add it would not be, and the largest score would not give exp(0).
+template <bool MASKED, bool CAUSAL, int GATE>
+__device__ __forceinline__ float masked_score(float score, float scale, int query, int key,
+                                              const Mask<CAUSAL>& mask, const GateRow<GATE>& gate) {
+    const bool visible = !MASKED || mask.visible(query, key);
+    gate.score(key, score, visible);
+    return visible ? mul_rn(gate.raw_score(score), scale) : NEG_INFINITY;
+}
+
+// ---- scores in a unit of which `scale` is log2 units -------------------------------------------
+
+// What the exponents of a row with this maximum subtract, in log2 units.
+__device__ __forceinline__ float shift_of(float max, float scale) {
+    return max == NEG_INFINITY ? 0.0f : mul_rn(max, scale);
+}
+
+// Whether 2^-24 of a shift is too much for p; of infinity and NaN, too.
+__device__ __forceinline__ bool is_large(float shift) { return !(fabsf(shift) < 4194304.0f); }
+
+// Raises the maximum; returns the factor for what was accumulated so far, which is exactly 1 where
+// the maximum stays.
+__device__ __forceinline__ float raise_max(RowState& row, float new_max, float shift, float scale) {
+    const float rescale = exp2_approx(mul_rn(row.max, scale) - shift);
+    row.max = new_max;
+    row.sum *= rescale;
+    return rescale;
+}
+
+// The factor for what was found with the maximum `from`, which is not above `max`, whose shift this
+// is.
+__device__ __forceinline__ float rescale_to(float from, float max, float shift, float scale) {
+    return exp2_approx(is_large(shift) ? (from - max) * scale : mul_rn(from, scale) - shift);
 }
 
 // The factors by which two partial results, found with maxima `a` and `b`, are to be added.
 struct MergeFactors {
     float max, a, b;
 
-    __device__ __forceinline__ MergeFactors(float a_max, float b_max)
-        : max(fmaxf(a_max, b_max)),
-          a(exp2_approx(a_max - finite_max(max))),
-          b(exp2_approx(b_max - finite_max(max))) {}
+    __device__ __forceinline__ MergeFactors(float a_max, float b_max, float scale)
+        : max(fmaxf(a_max, b_max)) {
+        const float shift = shift_of(max, scale);
+        a = rescale_to(a_max, max, shift, scale);
+        b = rescale_to(b_max, max, shift, scale);
+    }
 };
+
+// ---- the end of a row, its maximum in natural units --------------------------------------------
 
 // A sink is a logit without a value: it joins m and l. Returns the factor for O.
 __device__ __forceinline__ float add_sink(RowState& row, float logit) {
-    const MergeFactors merge(row.max, logit * LOG2_E);
+    const MergeFactors merge(row.max, logit, LOG2_E);
     row.max = merge.max;
     row.sum = row.sum * merge.a + merge.b;
     return merge.a;
@@ -53,16 +103,7 @@ __device__ __forceinline__ float add_sink(RowState& row, float logit) {
 __device__ __forceinline__ float inverse_sum(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
 __device__ __forceinline__ float log_sum_exp(float max, float sum) {
-    return sum == 0.0f ? NEG_INFINITY : (max + log2f(sum)) * LN_2;
-}
-
-// Scaled, masked score in log2 units.
-template <bool MASKED, bool CAUSAL, int GATE>
-__device__ __forceinline__ float masked_score(float score, float scale_log2, int query, int key,
-                                              const Mask<CAUSAL>& mask, const GateRow<GATE>& gate) {
-    const bool visible = !MASKED || mask.visible(query, key);
-    gate.score(key, score, visible);
-    return visible ? gate.raw_score(score) * scale_log2 : NEG_INFINITY;
+    return sum == 0.0f ? NEG_INFINITY : max + log2f(sum) * LN_2;
 }
 
 }  // namespace flashcore

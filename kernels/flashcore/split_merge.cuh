@@ -16,17 +16,38 @@ namespace flashcore {
 
 // Four columns of a row, of all parts that have been added.
 struct MergedColumns {
+    float scale;  // of the maxima, to log2 units
     RowState row;
     float4 o{};
 
-    __device__ __forceinline__ void add(float2 found, const float4& part) {  // found: m, l
-        const MergeFactors by(row.max, found.x);
-        row.max = by.max;
-        row.sum = row.sum * by.a + found.y * by.b;
-        o.x = o.x * by.a + part.x * by.b;
-        o.y = o.y * by.a + part.y * by.b;
-        o.z = o.z * by.a + part.z * by.b;
-        o.w = o.w * by.a + part.w * by.b;
+    // The first `count` of PARTS parts; found: their m and l. All maxima first, so that no factor
+    // waits for another one.
+    template <int PARTS>
+    __device__ __forceinline__ void add(const float2 (&found)[PARTS], const float4 (&part)[PARTS],
+                                        int count) {
+        float max = row.max;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+            if (i < count) max = fmaxf(max, found[i].x);
+        const float shift = shift_of(max, scale);
+        scale_by(rescale_to(row.max, max, shift, scale));
+        row.max = max;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) {
+            if (i >= count) break;
+            const float factor = rescale_to(found[i].x, max, shift, scale);
+            row.sum += found[i].y * factor;
+            o.x += part[i].x * factor;
+            o.y += part[i].y * factor;
+            o.z += part[i].z * factor;
+            o.w += part[i].w * factor;
+        }
+    }
+
+  private:
+    __device__ __forceinline__ void scale_by(float factor) {
+        row.sum *= factor;
+        o = {o.x * factor, o.y * factor, o.z * factor, o.w * factor};
     }
 };
 
@@ -46,7 +67,7 @@ __device__ __forceinline__ void leave_row(float* to, float2* state, const RowSta
 // 1, params.splits, in global memory, where workspace.py reserves the place.
 //   leave(row, m and l, o)        what this part has found, see leave_row
 //   await_others(...)             whether this thread block merges; by all threads
-//   merge(rows, thread, ...)      of each row's columns col to col + 3 one thread gets O, and with
+//   merge(rows, scale, ...)       of each row's columns col to col + 3 one thread gets O, and with
 //                                 it m and l: use(row, col, m and l, O)
 //   end()
 template <int ROWS, int COLS, int PARTS>
@@ -66,7 +87,8 @@ struct SplitRows {
         return true;
     }
     template <typename Use>
-    __device__ __forceinline__ void merge(int rows, int thread, int threads, Use use) const {
+    __device__ __forceinline__ void merge(int rows, float scale, int thread, int threads,
+                                          Use use) const {
         constexpr int PIECES = COLS / 4;
 #pragma unroll 1
         for (int i = cluster_rank() * threads + thread; i < rows * PIECES; i += PARTS * threads) {
@@ -78,9 +100,8 @@ struct SplitRows {
                 load_peer(part[p], peer_address(shared_address(output(row) + col), p));
                 load_peer(found[p], peer_address(shared_address(state(row)), p));
             }
-            MergedColumns all;
-#pragma unroll
-            for (int p = 0; p < PARTS; ++p) all.add(found[p], part[p]);
+            MergedColumns all = {scale};
+            all.add(found, part, PARTS);
             use(row, col, all.row, all.o);
         }
     }
@@ -133,12 +154,13 @@ struct SplitRows<ROWS, COLS, 1> {
     }
 
     template <typename Use>
-    __device__ __forceinline__ void merge(int rows, int thread, int threads, Use use) const {
+    __device__ __forceinline__ void merge(int rows, float scale, int thread, int threads,
+                                          Use use) const {
         constexpr int PIECES = COLS / 4;
 #pragma unroll 1
         for (int i = thread; i < rows * PIECES; i += threads) {
             const int row = i / PIECES, col = i % PIECES * 4;
-            MergedColumns all;
+            MergedColumns all = {scale};
 #pragma unroll 1
             for (int first = 0; first < params.splits; first += AT_A_TIME)
                 add(all, row, col, first);
@@ -165,11 +187,7 @@ struct SplitRows<ROWS, COLS, 1> {
             part[i] = load_l2(reinterpret_cast<const float4*>(output(split, row) + col));
             found[i] = load_l2(state(split, row));
         }
-#pragma unroll
-        for (int i = 0; i < AT_A_TIME; ++i) {
-            if (first + i >= params.splits) break;
-            all.add(found[i], part[i]);
-        }
+        all.add(found, part, params.splits - first);
     }
 };
 
