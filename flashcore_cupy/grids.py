@@ -14,6 +14,47 @@ _HOPPER_PART_KEYS, _HOPPER_SPLIT_KEYS, _HOPPER_MERGE_KEYS = 64, 128, 100
 _MOST_SPLITS = 128
 # Measured on an H200 at D=64, 128, 256 and 512 to 16384 queries; a long head has so many blocks.
 _L2_BYTES, _LONG, _ROUNDS = 34_000_000, 40, 8
+_INT_MAX = 2**31 - 1
+#: Thread blocks of a launch, and heads of a problem. Kernels count them in 32 bits, and fwd_sm90
+#: adds to them those that run side by side.
+MAX_BLOCKS = 2**31 - 2**16
+
+
+def check_sizes(problem: AttentionProblem, config: KernelConfig) -> None:
+    """Raise ``ValueError`` unless all that kernels count in 32 bits of a problem fits into them.
+
+    Lengths alone have passed ``problem.MAX_SEQLEN``. What is not here is 64 bits wide.
+    """
+    rows = blocks_per_head(problem, config) * config.tile.block_m
+    counts = (
+        ("heads in all", _heads(problem), MAX_BLOCKS),
+        ("rows of a head, whole tiles of each sequence", rows, _INT_MAX),
+        ("thread blocks", _largest_grid(problem, config), MAX_BLOCKS),
+    )
+    for what, count, most in counts:
+        if count > most:
+            axes = "(B, Hq, total)" if problem.packed else "(B, Hq, Sq)"
+            got = problem.batch, problem.heads_q, problem.seqlen_q
+            raise ValueError(
+                f"q: got {axes} = {got}, which makes {count} {what}; at most {most}, so split the "
+                f"batch over several calls"
+            )
+
+
+def _heads(problem: AttentionProblem) -> int:
+    return problem.heads_q * (1 if problem.packed else problem.batch)
+
+
+def _largest_grid(problem: AttentionProblem, config: KernelConfig) -> int:
+    """Of all launches; keys are split only as far as the grid allows."""
+    grid = query_blocks(problem, config) * config.tile.cluster
+    if config.tile.fp8:  # the quantiser has a block per head of q, k and v
+        grid = max(grid, problem.batch * (problem.heads_q + 2 * problem.heads_kv))
+    if config.source == "wmma_unfused.cu":  # a block per tile of scores, a warp per row
+        tiles = -(-problem.visible_kv // config.tile.block_n)
+        per_row = -(-_heads(problem) * problem.seqlen_q // config.num_warps)
+        grid = max(grid, grid * tiles, per_row)
+    return grid
 
 
 def blocks_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
@@ -31,9 +72,8 @@ def _rows_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
 
 def query_blocks(problem: AttentionProblem, config: KernelConfig) -> int:
     """Blocks of rows of all heads and sequences."""
-    heads = problem.heads_kv if config.tile.pack_gqa else problem.heads_q
-    sequences = 1 if problem.packed else problem.batch
-    return sequences * heads * blocks_per_head(problem, config)
+    group = problem.heads_q // problem.heads_kv if config.tile.pack_gqa else 1
+    return _heads(problem) // group * blocks_per_head(problem, config)
 
 
 def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> int:
@@ -48,6 +88,7 @@ def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> in
     if not config.tile.split_kv or problem.batch_invariant:
         return 1
     blocks, keys = query_blocks(problem, config), problem.visible_kv
+    most = min(_MOST_SPLITS, max(1, MAX_BLOCKS // max(1, blocks)))
     if problem.packed:  # on average; only the device knows the lengths
         keys = -(-keys // max(1, problem.batch))
         blocks = max(1, blocks // 2)  # about every other one has no sequence
@@ -65,7 +106,7 @@ def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> in
         merge = _hopper_merge_keys(problem, config, parts)
         return busy + waves * _HOPPER_PART_KEYS + merge, own
 
-    return min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
+    return min(range(1, min(tiles, most) + 1), key=cost)
 
 
 def _hopper_merge_keys(problem: AttentionProblem, config: KernelConfig, parts: int) -> int:

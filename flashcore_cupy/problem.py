@@ -30,8 +30,9 @@ MAX_SCALE = 1e38
 MAX_HEAD_DIM = 512
 #: The widest load or store of one thread, bytes.
 MAX_ALIGN = 16
-#: Positions are 32-bit in the kernels, with room for sums of two.
-MAX_SEQLEN = 2**30
+#: Positions are 32-bit in the kernels: with room for the sum of a position and a window (below
+#: rules.UNBOUNDED_WINDOW), both in a tile that reaches beyond the end.
+MAX_SEQLEN = 2**30 - 2**16
 
 
 @dataclass(frozen=True)

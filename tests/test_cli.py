@@ -254,7 +254,7 @@ HUGE = {
 BAD_INPUT = HUGE | {
     "more than memory": (("run", "--B", "1000000", "--S", "1000000"), "GiB"),
     "scores beyond memory": (("run", "--S", "2000000", "--D", "1", "--gate", "qk"), "GiB"),
-    "one long sequence": (("run", "--S", str(2**30), "--D", "512"), "GiB"),
+    "one long sequence": (("run", "--S", str(10**9), "--D", "512"), "GiB"),
     "huge tile": (("run", "--set", "block_n=10000000000000000000000"), "block_n"),
     "old target": (("run", "--arch", "sm_60"), "sm_75 or later"),
     "old target to explain for": (("explain", "--arch", "sm_70"), "sm_75 or later"),

@@ -246,7 +246,7 @@ def lengths(seed: int) -> list[int]:
 @pytest.mark.parametrize("seed", range(16))
 @pytest.mark.parametrize("block_m", [16, 64, 128])
 def test_every_row_of_a_packed_batch_has_one_block(seed: int, block_m: int) -> None:
-    """Piece n starts at block floor(its first row / block_m) + n; rows of no sequence count, too."""
+    """Piece n starts at block floor(first row / block_m) + n; rows of no sequence count, too."""
     seqlens = lengths(seed)
     before, behind = rnd.Random(seed).choice(((0, 0), (0, 0), (0, 77), (3, 0), (130, 1)))
     total = before + sum(seqlens) + behind

@@ -166,6 +166,7 @@ def test_rules_per_score_have_a_row_that_is_not_plain(dims: tuple[int, int]) -> 
 
 RULED: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 30.0},
+    "softcap_wide": {"softcap": 1e4},
     "alibi": {"alibi_slopes": spec_of(np.zeros(16, np.float32))},
     "bias": {"bias": spec_of(np.zeros((64, 64), np.float16))},
     "bias_fp32": {"bias": spec_of(np.zeros((64, 64), np.float32))},
