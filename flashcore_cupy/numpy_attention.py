@@ -190,15 +190,24 @@ class _Keys(NamedTuple):
     """One head of K and V in float32, cut into blocks; the last one is filled up with zeros."""
 
     k: Float32Array  # (blocks, block, D)
-    v: Float32Array  # (blocks, block, Dv)
+    v: Float32Array  # (blocks, block, Dv), divided by v_unit
     v_finite: bool
+    v_unit: np.float32  # a power of two, so that no sum of v overflows where their mean does not
 
     @classmethod
     def of(cls, k: Array, v: Array) -> _Keys:
         columns = max(k.shape[1], v.shape[1], 1)
         block = max(16, min(64, SERIAL_PRODUCT // (BLOCK_M * columns) // 16 * 16))
         k_blocks, v_blocks = (_in_blocks(x, block) for x in (k, v))
-        return cls(k_blocks, v_blocks, bool(np.isfinite(v_blocks).all()))
+        largest = max(np.max(v_blocks, initial=0.0), -np.min(v_blocks, initial=0.0))
+        finite = bool(np.isfinite(largest))
+        if not finite:
+            largest = np.max(np.abs(v_blocks), initial=0.0, where=np.isfinite(v_blocks))
+        unit = np.float32(1)
+        if largest > np.finfo(np.float32).max / max(1, len(v)):
+            unit = np.float32(2 ** len(v).bit_length())
+            v_blocks /= unit
+        return cls(k_blocks, v_blocks, finite, unit)
 
     @property
     def block(self) -> int:
@@ -245,7 +254,7 @@ def _attend(
             state.acc += _product_of_visible(scores, v, rules.visible(at))
         else:
             state.acc += np.matmul(by_block, v).sum(axis=0)
-    return state.finish()
+    return state.finish(keys.v_unit)
 
 
 def _finish_scores(scores: Float32Array, rules: Rules, at: Block) -> bool:
@@ -298,7 +307,8 @@ class _RowState:
         self.row_sum = self.row_sum * rescale + scores.sum(axis=1)
         return rescale
 
-    def finish(self) -> tuple[Float32Array, Float32Array]:
+    def finish(self, v_unit: np.float32) -> tuple[Float32Array, Float32Array]:
         """Return the normalised output (M, Dv) and the log-sum-exp (M,)."""
         total: Float32Array = np.where(self.row_sum == 0, np.float32(1), self.row_sum)
+        total /= v_unit
         return self.acc / total[:, None], self.row_max + np.log(self.row_sum)

@@ -285,6 +285,21 @@ def test_scores_past_1e4() -> None:
     assert np.isfinite(o.astype(np.float32)).all() and np.isfinite(lse).all()
 
 
+@pytest.mark.parametrize("largest", [1e38, 3e38])
+def test_means_of_values_whose_sums_overflow(largest: float) -> None:
+    """They are scaled by a power of two, which shows in nothing else."""
+    q, k, v = normal(seqlen=70, seqlen_kv=1500)
+    v *= np.float32(largest / 8)
+    v[0, 0, 3] = largest
+    equal = np.full_like(v, largest)
+    for values in (v, equal, -equal):
+        assert judge(q, k, values).ok
+    small = judge(q, k, v * np.float32(1e-38))
+    assert small.ok, small.reason
+    v[0, 0, 5, 7], v[0, 0, 6, 8] = np.inf, np.nan
+    assert judge(q, k, v).ok
+
+
 @pytest.mark.parametrize("sizes", [(0, 2, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0), (2, 2, 1, 1)])
 @pytest.mark.parametrize("causal", CAUSAL)
 def test_empty_and_single(sizes: tuple[int, int, int, int], causal: Any) -> None:
