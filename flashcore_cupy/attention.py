@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flashcore_cupy import interop, launch, repeat
+from flashcore_cupy import captures, interop, launch, repeat
 from flashcore_cupy.problem import Causal, Gate, Layout
 from flashcore_cupy.request import (
     ARGUMENTS,
@@ -130,7 +130,8 @@ def attention(
         Written in place and returned; the output's shape and dtype, last axis contiguous, no
         element in common with an input. Not with the gates "qk" and "softmax".
     stream : optional
-        A CuPy stream, or anything with ``__cuda_stream__``; CuPy's current stream by default.
+        A CuPy stream, or anything with ``__cuda_stream__``, of q's GPU. By default CuPy's current
+        stream; for torch tensors, where that is the default stream, torch's current one.
     **unknown
         No other name is taken; the error tells which one is meant.
 
@@ -200,12 +201,14 @@ def plan(
     check_names("plan", arguments, set(ARGUMENTS) - {"stream"})
     request = Request(**arguments)
     return_lse = check_results(request.gate, return_lse, out)
-    q, k, v, _ = interop.taken_together(q, k, v)
-    if not isinstance(q, cupy.ndarray):
+    gpu = interop.gpu_of("q", q)
+    if gpu is None:
         raise TypeError("q: a plan is for arrays on a GPU; attention() takes NumPy arrays")
-    if q.device != cupy.cuda.Device():
-        raise ValueError(f"q: on GPU {q.device.id}, which is not the current device")
-    return bind(request, q, k, v, out, want_lse=return_lse, own_workspace=True)
+    if gpu != cupy.cuda.runtime.getDevice():
+        raise ValueError(f"q: on GPU {gpu}, which is not the current device")
+    with captures.captured_call():
+        q, k, v, _ = interop.taken_together(q, k, v)
+        return bind(request, q, k, v, out, want_lse=return_lse, own_workspace=True)
 
 
 @untraced
@@ -269,7 +272,8 @@ def _on_gpu(
     choices: tuple[Any, ...] | None,
 ) -> Any:
     """Launch a call, and remember one that has ``choices`` to be known by."""
-    with entered(gpu, stream):
+    stream = interop.stream_of(q) if stream is None else stream
+    with entered(gpu, stream), captures.captured_call():
         q, k, v, kind = interop.taken_together(q, k, v)
         target, out_kind = (None, kind) if out is None else interop.taken_out(out)
         bound = bind(request, q, k, v, target, want_lse=return_lse, own_workspace=False)

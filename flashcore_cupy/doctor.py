@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flashcore_cupy import cache, jit, nvrtc, tensor_map
+from flashcore_cupy import cache, driver, jit, nvrtc
 from flashcore_cupy._version import __version__
 from flashcore_cupy.rungs import HOPPER
 from flashcore_cupy.settings import settings
@@ -198,7 +198,7 @@ def _target() -> Finding:
 def _tensor_maps() -> Finding:
     """What Hopper's kernel has its arrays described with; other targets do without."""
     try:
-        tensor_map.binding()
+        driver.binding()
     except RuntimeError as error:
         needed = _has_gpu() and jit.device_arch() == HOPPER
         cure = "Install it, or name another kernel, such as kernel='mma_sm80'."

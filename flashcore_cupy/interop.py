@@ -20,6 +20,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from flashcore_cupy import captures
 from flashcore_cupy.problem import check_dtype
 from flashcore_cupy.tracing import check_concrete
 
@@ -68,12 +69,30 @@ def taken(name: str, x: Any) -> tuple[Any, Kind]:
         raise _not_exported(name, x, error) from error
 
 
+def check_device(name: str, x: Any) -> None:
+    """Raise ``ValueError`` for an array on another GPU than the current one, which is q's."""
+    gpu = gpu_of(name, x)
+    if gpu is None:
+        return
+    import cupy
+
+    current = cupy.cuda.runtime.getDevice()
+    if gpu != current:
+        raise ValueError(
+            f"{name}: on GPU {gpu}, but q is on GPU {current}; all arrays of a call share one"
+        )
+
+
 def taken_together(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any, Kind]:
     """``taken`` for q, k and v, and the kind that a result gets: q's.
 
-    Kinds may differ, but ``TypeError`` is raised where some are on a GPU and others on the CPU, and
-    for a dtype that is none of attention's.
+    On a GPU: with q's device current. Kinds may differ, but ``TypeError`` is raised where some are
+    on a GPU and others on the CPU, and for a dtype that is none of attention's; ``ValueError``
+    where they are on several GPUs.
     """
+    if gpu_of("q", q) is not None:
+        check_device("k", k)
+        check_device("v", v)
     (q, kind), (k, kind_k), (v, kind_v) = taken("q", q), taken("k", k), taken("v", v)
     for name, x, own in (("q", q, kind), ("k", k, kind_k), ("v", v, kind_v)):
         check_dtype(name, x.dtype, own)
@@ -94,6 +113,7 @@ def taken_out(out: Any) -> tuple[Any, Kind]:
     """
     if _kind_of(out.__class__) == "jax":
         raise TypeError("out: got a JAX array, which is immutable; leave it out, use the result")
+    check_device("out", out)
     array, kind = taken("out", out)
     if kind in ("numpy", "cupy"):
         return array, kind
@@ -157,6 +177,21 @@ def gpu_of(name: str, x: Any) -> int | None:
     raise _no_array(name, x)
 
 
+def stream_of(x: Any) -> Any:
+    """Torch's current stream, for a tensor of torch's where CuPy is on its default stream, or None.
+
+    So that torch's own way of naming a stream, or of capturing one, holds for a call on tensors.
+    """
+    if _kind_of(x.__class__) != "torch":
+        return None
+    import cupy
+
+    if cupy.cuda.get_current_stream().ptr:
+        return None
+    stream = sys.modules["torch"].cuda.current_stream(x.device)
+    return stream if stream.cuda_stream else None
+
+
 def plain_number(name: str, x: Any) -> Any:
     """Return the number that a 0-d array or a NumPy scalar holds; anything else as it is.
 
@@ -167,6 +202,10 @@ def plain_number(name: str, x: Any) -> Any:
     kind = _kind_of(x.__class__)
     if kind not in ("numpy", "cupy"):
         check_concrete(name, x, kind)
+    if captures.is_active() and kind != "numpy" and gpu_of(name, x) is not None:
+        raise ValueError(
+            f"{name}: a number on a GPU, which a captured call cannot wait for; pass float({name})"
+        )
     try:
         value = x.item()
     except Exception as error:  # of another library, about one without a value

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flashcore_cupy import gates, grids, jit, tensor_map
+from flashcore_cupy import captures, gates, grids, jit, tensor_map
 from flashcore_cupy.config import KernelConfig, round_up
 from flashcore_cupy.params import QUANTIZE_PARAMS, params_of
 from flashcore_cupy.problem import AttentionProblem, Operand
@@ -129,12 +129,17 @@ class Plan:
         return tuple(kernel.compiled for kernel in self.kernels)
 
     def launch(self) -> None:
-        """Enqueue on the current stream; returns without waiting."""
+        """Enqueue on the current stream; returns without waiting.
+
+        A graph that the stream is captured into keeps the arrays, too.
+        """
         import cupy
 
         stream = cupy.cuda.get_current_stream().ptr
         for step in self.steps:
             step.launch(stream)
+        if captures.is_capturing(stream) and not captures.is_active():
+            captures.keep(stream, self.arrays)
 
     def gate_output(self) -> Any:
         """What the gate stopped at, fp32 (B, Hq, Sq, Skv): scores, or normalised probabilities."""
@@ -148,6 +153,7 @@ def prepare(
 
     ``o_operand`` describes the output; ``place`` names the current device.
     """
+    grids.check_sizes(problem, selection.config)
     selection = replace(selection, config=_stored_to(o_operand, selection.config))
     kernels = tuple(load_kernel(config, place) for config in configs_of(selection))
     params = _fixed_params(problem, kernels[-1], o_operand, place)

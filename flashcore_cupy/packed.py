@@ -6,15 +6,23 @@ they are, for a look at them would wait for the GPU. Kernels clamp them instead.
 
 from __future__ import annotations
 
-import functools
+import threading
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy.interop import taken
+from flashcore_cupy import captures
+from flashcore_cupy.interop import check_device, taken
+from flashcore_cupy.values import shown
+from flashcore_cupy.workspace import stream_key
 
 _NAMES = ("cu_seqlens_q", "cu_seqlens_k")
+_MOST_COPIES = 256
+_lock = threading.Lock()
+_copies: OrderedDict[Any, Any] = OrderedDict()
+"""Boundaries on a GPU, by stream and content: one that is forgotten goes back to its own stream."""
 
 
 def boundaries(
@@ -44,31 +52,32 @@ def boundaries(
 
 
 def on_gpu(cu_seqlens: Any) -> Any:
-    """Return the boundaries on the current GPU; the same array again for the same host values."""
+    """Return the boundaries on the current GPU, ready on the current stream.
+
+    The same array again for the same values and stream; a captured call has its own.
+    """
     if not isinstance(cu_seqlens, np.ndarray):
         return cu_seqlens
-    import cupy
-
-    return _copied(cu_seqlens.tobytes(), cupy.cuda.Device().id)
-
-
-@functools.lru_cache(maxsize=256)
-def _copied(values: bytes, device: int) -> Any:
-    del device  # the current one; only part of the key
-    import cupy
-
-    copy = cupy.asarray(np.frombuffer(values, np.int32))
-    # Once per content: whichever stream uses it next finds it complete.
-    cupy.cuda.get_current_stream().synchronize()
-    return copy
+    if captures.is_active():
+        return captures.on_gpu(cu_seqlens)
+    key = stream_key(), cu_seqlens.tobytes()
+    with _lock:
+        known = _copies.get(key)
+        if known is None:
+            known = _copies[key] = captures.on_gpu(cu_seqlens)
+            if len(_copies) > _MOST_COPIES:
+                _copies.popitem(last=False)
+        _copies.move_to_end(key)
+    return known
 
 
 def _checked(name: str, value: Any, total: int) -> Any:
     if isinstance(value, list | tuple):
         try:
             value = np.asarray(value)
-        except ValueError:  # rows of unequal lengths
-            raise ValueError(f"{name}: got {value!r}; use (B + 1,) integers") from None
+        except Exception as error:  # rows of unequal lengths; arrays in it, for their own reasons
+            raise TypeError(f"{name}: got {shown(value)}; use (B + 1,) integers") from error
+    check_device(name, value)
     array, _ = taken(name, value)
     if array.ndim != 1 or len(array) < 1:
         raise ValueError(f"{name}: got shape {tuple(array.shape)}; use (B + 1,), starting with 0")

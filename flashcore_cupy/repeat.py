@@ -40,6 +40,7 @@ _empty: Any = None
 _float32: Any = None
 _current_device: Any = None
 _current_stream: Any = None
+_is_captured: Any = None
 _launch: Any = None
 _environment = -1
 
@@ -101,7 +102,8 @@ class _Launch:
 
 def remember(plan: Plan, choices: tuple[Any, ...], *, out_given: bool) -> None:
     """Keep what was found out for a call without rule arrays, if one launch is all that it is."""
-    global _ndarray, _empty, _float32, _current_device, _current_stream, _launch, _environment
+    global _ndarray, _empty, _float32, _launch, _environment
+    global _current_device, _current_stream, _is_captured
     if len(plan.steps) != 1 or plan.problem.gate is not None or _overridden():
         return
     if not all(isinstance(x, _SETTLED) for x in (*choices[0], *choices[1:])):
@@ -112,6 +114,7 @@ def remember(plan: Plan, choices: tuple[Any, ...], *, out_given: bool) -> None:
         _ndarray, _empty, _float32 = cupy.ndarray, cupy.empty, cupy.dtype("float32")
         _current_device = cupy.cuda.runtime.getDevice
         _current_stream = cupy.cuda.get_current_stream
+        _is_captured = cupy.cuda.runtime.streamIsCapturing
         _launch = cupy.cuda.driver.launchKernel
     q, k, v, o = (plan.arrays[name] for name in "qkvo")
     addresses = q.data.ptr | k.data.ptr | v.data.ptr | (o.data.ptr if out_given else 0)
@@ -143,6 +146,9 @@ def launch_again(
         return None
     if known is None or (len(os.environ) != _environment and _environment_changed()):
         return None
+    stream = _current_stream().ptr
+    if stream > 1 and _is_captured(stream):
+        return None  # what it allocates is the graph's
     if out is None:
         out = _empty(known.output_shape, known.dtype)
         po = out.data.ptr
@@ -157,7 +163,7 @@ def launch_again(
     if known.split is not None:
         area = workspace(*known.split)
         _SPLIT.pack_into(launch.block.words, _SPLIT_OFFSET, area.partial, area.arrivals)
-    _launch(*known.geometry, _current_stream().ptr, launch.block.address, 0)
+    _launch(*known.geometry, stream, launch.block.address, 0)
     known.launches.append(launch)
     return out if lse is None else (out, lse)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy import interop, jit, launch, packed
+from flashcore_cupy import captures, interop, jit, launch, packed
 from flashcore_cupy.arrays import (
     ArraySpec,
     check_elements,
@@ -22,6 +22,7 @@ from flashcore_cupy.arrays import (
     why_copied,
 )
 from flashcore_cupy.config import check_overrides
+from flashcore_cupy.driver import binding, checked
 from flashcore_cupy.numpy_rules import check_mods
 from flashcore_cupy.problem import (
     GATES,
@@ -39,6 +40,8 @@ from flashcore_cupy.rules import Scores, check_mod_args, describe_rules
 from flashcore_cupy.settings import kernels_override
 from flashcore_cupy.tiles import KERNELS, select
 from flashcore_cupy.values import check_flag, shown
+
+_DEFAULT_STREAMS = 2  # the handles 0, 1 and 2: default, legacy, per thread
 
 Boundaries = tuple[Any, Any] | None
 """Where packed sequences start in q, and in k and v; None if they are not packed."""
@@ -168,7 +171,6 @@ def bind(
     """Check everything, build and load the kernel if need be, and bind it to CuPy arrays."""
     import cupy
 
-    _check_gpu(q, k, v)
     request = request.taken(cpu=False)
     problem, sequences = request.describe(q, k, v)
     q, k, v = (usable(x, cupy) for x in (q, k, v))
@@ -197,7 +199,6 @@ def bind(
 
 def select_for(request: Request, q: Any, k: Any, v: Any, out: Any = None) -> str:
     """What ``explain`` says of a call on CuPy arrays."""
-    _check_gpu(q, k, v)
     request = request.taken(cpu=False)
     problem, _ = request.describe(q, k, v)
     if out is not None:
@@ -261,14 +262,7 @@ def entered(gpu: int, stream: Any) -> Iterator[None]:
         if stream is None:
             yield
             return
-        if not isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream):
-            if not hasattr(stream, "__cuda_stream__"):
-                raise TypeError(
-                    f"stream: got {shown(stream)}; use a CuPy stream or an object with "
-                    f"__cuda_stream__"
-                )
-            stream = _stream_of(stream, cupy)
-        with stream:
+        with _taken_stream(stream, gpu):
             yield
 
 
@@ -340,16 +334,38 @@ def _spec(x: Any) -> ArraySpec | None:
     return None if x is None else spec_of(x)
 
 
-def _check_gpu(q: Any, k: Any, v: Any) -> None:
-    for name, x in (("k", k), ("v", v)):
-        if x.device != q.device:
-            raise ValueError(
-                f"{name}: on GPU {x.device.id}, but q is on GPU {q.device.id}; q, k, v share one"
+def _taken_stream(stream: Any, gpu: int) -> Any:
+    """A stream as CuPy has it; ``TypeError`` or ``ValueError`` for what is none of this GPU's."""
+    import cupy
+
+    own = getattr(stream, "device_index", None)  # torch's streams say it themselves
+    if not isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream):
+        handle = getattr(stream, "__cuda_stream__", None)
+        if handle is None and not hasattr(stream, "cuda_stream"):  # torch's before 2.8
+            raise TypeError(
+                f"stream: got {shown(stream)}; use a CuPy stream or an object with __cuda_stream__"
             )
+        from_external = getattr(cupy.cuda.Stream, "from_external", None)
+        if handle is None or from_external is None:  # CuPy before 14.1
+            stream = cupy.cuda.ExternalStream(handle()[1] if handle else stream.cuda_stream)
+        else:
+            stream = from_external(stream)
+    own = _gpu_of_stream(stream) if own is None else own
+    if own not in (None, gpu):
+        raise ValueError(f"stream: of GPU {own}, but q is on GPU {gpu}; use a stream of that one")
+    return stream
 
 
-def _stream_of(owner: Any, cupy: Any) -> Any:
-    from_external = getattr(cupy.cuda.Stream, "from_external", None)
-    if from_external is None:  # CuPy before 14.1
-        return cupy.cuda.ExternalStream(owner.__cuda_stream__()[1])
-    return from_external(owner)
+def _gpu_of_stream(stream: Any) -> int | None:
+    """The GPU that a CuPy stream belongs to; None for default streams, which every GPU has."""
+    if stream.ptr <= _DEFAULT_STREAMS:
+        return None
+    if stream.device_id >= 0:
+        return int(stream.device_id)
+    if captures.is_capturing(stream.ptr):  # which the question might end
+        return None
+    try:
+        (gpu,) = checked(binding().cuStreamGetDevice(stream.ptr), "stream")
+    except (AttributeError, RuntimeError):  # cuda-bindings or a driver before 12.8, or none
+        return None
+    return int(gpu)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy import interop
+from flashcore_cupy import captures, interop
 from flashcore_cupy.arrays import check_elements
 
 
@@ -15,6 +15,8 @@ def rule_array(name: str, x: Any, cpu: bool) -> Any:
     """``interop.taken`` for a rule's array, or None; ``TypeError`` if it is not where q is."""
     if x is None:
         return None
+    if not cpu:
+        interop.check_device(name, x)
     array, _ = interop.taken(name, x)
     if isinstance(array, np.ndarray) != cpu:
         here, there = ("NumPy", "CuPy") if cpu else ("CuPy", "NumPy")
@@ -39,9 +41,7 @@ def few_numbers(name: str, x: Any, cpu: bool) -> Any:
 
 def host_values_on_gpu(values: NDArray[np.float32]) -> Any:
     """Copy values of the host to the current GPU, which is q's."""
-    import cupy
-
-    return cupy.asarray(values)
+    return captures.on_gpu(values)
 
 
 def _listed(name: str, x: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.driver import binding
 from flashcore_cupy.params import HOPPER_PARAMS
 from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, Operand
 from flashcore_cupy.tile_checks import TMA_ALIGN, panel_cols
@@ -212,16 +213,3 @@ def encode(address: int, view: View) -> np.ndarray[Any, Any]:
     words = np.frombuffer(ctypes.string_at(encoded.getPtr(), _MAP_BYTES), np.uint64)
     words.flags.writeable = False
     return words
-
-
-@functools.cache
-def binding() -> Any:
-    """The driver's functions, as cuda-bindings has them; ``RuntimeError`` where it is missing."""
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise RuntimeError(
-            "wgmma_sm90 has the driver describe q, k, v through cuda-bindings, which cannot be "
-            f"imported ({error}): pip install 'cuda-bindings==12.*'; other kernels do without it"
-        ) from None
-    return driver

@@ -1,24 +1,28 @@
 """Memory that a launch needs beside its arrays: what the parts of split rows leave for each other.
 
 One area per stream, kept and grown: launches on one stream run one after the other. The counters of
-arrivals are zero between launches, each launch leaving them so. A launch that is captured into a
-CUDA graph gets an area of its own, kept for good, for the graph may run at any time, on any stream.
+arrivals are zero between launches, each launch leaving them so. Only the streams that were used last
+have one; what others had goes back to the allocator, which hands memory out in the stream's order. A
+launch that is captured into a CUDA graph gets an area that the graph owns.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flashcore_cupy import captures
 from flashcore_cupy.config import WARP_SIZE, KernelConfig
 
 if TYPE_CHECKING:
     import cupy
 
+_MOST_AREAS = 16
 _lock = threading.Lock()
-_areas: dict[tuple[int, int, int], Workspace] = {}
-_captured: list[Workspace] = []
+_areas: OrderedDict[tuple[int, int, int], Workspace] = OrderedDict()
+"""The stream that was used last is last."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +60,29 @@ def split_bytes(config: KernelConfig, blocks: int, splits: int) -> tuple[int, in
 
 def workspace(partial: int, arrivals: int) -> Workspace:
     """Memory of at least so many bytes for the next launch on the current stream."""
-    import cupy
-
-    stream = cupy.cuda.get_current_stream()
-    if stream.is_capturing():
-        area = allocate(partial, arrivals)
-        _captured.append(area)
-        return area
-    # The default stream of each thread is another one under the same handle.
-    key = (cupy.cuda.Device().id, stream.ptr, threading.get_ident() if stream.ptr == 2 else 0)
+    if captures.is_active():
+        return allocate(partial, arrivals)
+    key = stream_key()
     with _lock:
         known = _areas.get(key)
         if known is not None and known.holds(partial, arrivals):
+            _areas.move_to_end(key)
             return known
         area = _areas[key] = allocate(_grown(partial), _grown(arrivals))
+        _areas.move_to_end(key)
+        if len(_areas) > _MOST_AREAS:
+            _areas.popitem(last=False)
     return area
+
+
+def stream_key() -> tuple[int, int, int]:
+    """What tells the current stream from others: its GPU, its handle and, maybe, its thread."""
+    import cupy
+
+    stream = cupy.cuda.get_current_stream().ptr
+    # The default stream of each thread is another one under the same handle.
+    thread = threading.get_ident() if stream == cupy.cuda.runtime.streamPerThread else 0
+    return cupy.cuda.runtime.getDevice(), stream, thread
 
 
 def _grown(size: int) -> int:
@@ -81,4 +93,7 @@ def allocate(partial: int, arrivals: int) -> Workspace:
     """Memory of so many bytes, for the caller alone; ready on the current stream."""
     import cupy
 
-    return Workspace(cupy.empty(partial, cupy.uint8), cupy.zeros(arrivals, cupy.uint8))
+    if not captures.is_active():
+        return Workspace(cupy.empty(partial, cupy.uint8), cupy.zeros(arrivals, cupy.uint8))
+    with captures.beside():  # or the graph would zero the counters in every replay
+        return Workspace(cupy.empty(partial, cupy.uint8), cupy.zeros(arrivals, cupy.uint8))

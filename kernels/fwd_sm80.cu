@@ -400,7 +400,6 @@ __device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int t
         for (int half = 0; half < 2; ++half) {
             RowState& state = rows.state[m][half];
             const float shift = shift_of(max[m][half], scale);
-            rows.largest_shift = fmaxf(rows.largest_shift, fabsf(shift));
             factor[half] = raise_max(state, max[m][half], shift, scale);
             max[m][half] = shift;
             c.gate_row(c.query(m, half))
@@ -522,11 +521,23 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     leave(c, turn.place_v);
 }
 
-// Rows that the loop cannot be trusted with (softmax.cuh) the warp does again, without tensor cores.
-__device__ __forceinline__ void look_again(const Context& c, Rows& rows, const TileRange& all) {
-    // Warps that share rows agree on it: they have to subtract the same.
-    if (!c.smem.meet_any(c.rows_barrier(), warp_any(is_large(rows.largest_shift)))) return;
+// Whether the loop cannot be trusted with some row of the warp's: see softmax.cuh. Warps that share
+// rows agree on it, for they have to subtract the same.
+__device__ __forceinline__ bool has_far_rows(const Context& c, const Rows& rows) {
+    bool is_any = false;
+#pragma unroll
+    for (int m = 0; m < FRAGMENTS_M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            is_any |= is_far(rows.state[m][half].max, exponent_scale<RULES>(c.params));
+    return c.smem.meet_any(c.rows_barrier(), warp_any(is_any));
+}
+
+// The warp's rows again, without tensor cores (exact_row.cuh).
+__device__ __forceinline__ void attend_exactly(const Context& c, Rows& rows) {
     const Mask<CAUSAL, WINDOW> mask = c.mask();
+    const TileRange all =
+        tiles_seen<BLOCK_N, PACK_GQA>(c.work, mask, 0, BLOCK_M, SPLIT_KV ? c.params.splits : 1);
     const KeySpan keys = {all.begin * BLOCK_N, min(all.end * BLOCK_N, c.work.seqlen_kv)};
     // This warp's keys of every tile. Those that share rows need all of them for O.
     const auto is_own = [&](int key) {
@@ -564,7 +575,6 @@ __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
     const Operands at(c);
 #pragma unroll 1
     for (int tile = all.begin; tile < all.end; ++tile) attend_tile(c, rows, walk, at, tile);
-    look_again(context_anew(c.params, c.smem), rows, walk.all);
 }
 
 // ---- the end -----------------------------------------------------------------------------------
@@ -630,6 +640,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     Rows rows;
     rows.rO.clear();
     attend(context, rows);
+    if (has_far_rows(context, rows)) attend_exactly(context_anew(params, smem), rows);
     if constexpr (WARPS_N > 1 || SPLIT_KV) {
         // Rows that do not exist, most of a tile of a few decoded queries, have nothing to tell.
         const int end = smem.work.seqlen_q * smem.work.group - smem.work.first_row;

@@ -230,10 +230,9 @@ struct Consumer {
     Bits visible[2];  // keys of the tile of S, by row
     Bits seen;        // those of the warp's rows together
     int meetings;
-    RowState state[2];       // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
-    float largest_shift[2];  // of all tiles, either way
-    float rS[BLOCK_N / 2];   // element 4 n + 2 half + e: row `half`, key 8 n + 2 (lane % 4) + e
-    uint32 rP[STEPS][4];     // the same as T, pair by pair: the A operand of 16 keys each
+    RowState state[2];      // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
+    float rS[BLOCK_N / 2];  // element 4 n + 2 half + e: row `half`, key 8 n + 2 (lane % 4) + e
+    uint32 rP[STEPS][4];    // the same as T, pair by pair: the A operand of 16 keys each
     float rO[HEAD_DIM_V / 2];
 
     __device__ __forceinline__ const Item& work() const { return smem.queue.item[queue.stage]; }
@@ -357,7 +356,6 @@ struct Consumer {
         for (int half = 0; half < 2; ++half) {
             const GateRow<GATE> gate = gate_row(query_row<PACK_GQA>(work(), row(half)));
             const float shift = shift_of(max[half], scale);
-            largest_shift[half] = fmaxf(largest_shift[half], fabsf(shift));
             factor[half] = raise_max(state[half], max[half], shift, scale);
             gate.tile_max(tile, max[half] * natural_scale<RULES>(params));
             float sum[2] = {};
@@ -510,7 +508,6 @@ struct Consumer {
         const TileRange all = work().tiles, mine = tiles_of(params, work(), index);
         takes_turns = all.end - all.begin > SHORT;
         state[0] = state[1] = RowState();
-        largest_shift[0] = largest_shift[1] = 0.0f;
 #pragma unroll
         for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] = 0.0f;
         if (mine.end == 0) {
@@ -530,16 +527,16 @@ struct Consumer {
     }
 
     // Whether the loops cannot be trusted with some row of the warp's: see softmax.cuh.
-    __device__ __forceinline__ bool is_doubtful() const {
-        bool doubtful = false;
+    __device__ __forceinline__ bool has_far_rows() const {
+        bool is_any = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            doubtful |=
-                is_large(largest_shift[half]) && query_row<PACK_GQA>(work(), row(half)).valid;
-        return warp_any(doubtful);
+            is_any |= is_far(state[half].max, exponent_scale<RULES>(params)) &&
+                      query_row<PACK_GQA>(work(), row(half)).valid;
+        return warp_any(is_any);
     }
 
-    // The warp's rows again, without tensor cores.
+    // The warp's rows again, without tensor cores (exact_row.cuh).
     __device__ __forceinline__ void attend_exactly() {
         const TileRange tiles = tiles_of(params, work(), index);
         const PositionMask positions = mask();
@@ -580,14 +577,8 @@ struct Consumer {
         }
     }
 
-    // Normalises, and writes O and the LSE.
-    __device__ __forceinline__ void finish() {
-        float factor[2];
-        finish_rows(factor);  // meanwhile the last product ends, so only then:
-        if (is_doubtful()) {
-            attend_exactly();
-            finish_rows(factor);
-        }
+    // Normalises and writes O.
+    __device__ __forceinline__ void store(const float (&factor)[2]) {
         const auto pair = [&](int n, int half) {
             return pack2<T>(scaled_output(rO[4 * n + 2 * half], factor[half]),
                             scaled_output(rO[4 * n + 2 * half + 1], factor[half]));
@@ -613,7 +604,6 @@ struct Consumer {
 
     // The same where the rows' keys are in parts, each of which leaves what it has found.
     __device__ __forceinline__ void finish_part() {
-        if (is_doubtful()) attend_exactly();
         const Parts parts(params, work().block, work().split, smem.sK);
         if (CLUSTER > 1) named_barrier_sync(1 + index, WARPGROUP);  // all warps have read K
 #pragma unroll
@@ -636,22 +626,42 @@ struct Consumer {
         parts.end();
     }
 
+    __device__ __forceinline__ void next_item() {
+        warp_sync();  // all lanes have read the work
+        queue.release(smem.queue.places);
+        queue.advance();
+        queue.await_full(smem.queue.places);
+    }
+
+    // Items until there are none, or one with rows to do again.
+    __device__ __forceinline__ void attend_items() {
+#pragma unroll 1
+        for (; !is_end(work()); next_item()) {
+            attend();
+            if (SPLIT_KV && has_far_rows()) attend_exactly();
+            if (SPLIT_KV && params.splits > 1) {
+                finish_part();
+                continue;
+            }
+            const bool again = !SPLIT_KV && has_far_rows();
+            float factor[2];
+            finish_rows(factor);  // while the last product ends
+            if (again) return;
+            store(factor);
+        }
+    }
+
     __device__ __forceinline__ void run() {
         takes_turns = true;
         meetings = 0;
         if (index == CONSUMERS - 1) pass_turn();  // the first one begins
 #pragma unroll 1
-        while (!is_end(work())) {
-            attend();
-            if (SPLIT_KV && params.splits > 1) {
-                finish_part();
-            } else {
-                finish();
-            }
-            warp_sync();  // all lanes have read the work
-            queue.release(smem.queue.places);
-            queue.advance();
-            queue.await_full(smem.queue.places);
+        for (attend_items(); !SPLIT_KV && !is_end(work()); attend_items()) {
+            float factor[2];
+            attend_exactly();
+            finish_rows(factor);
+            store(factor);
+            next_item();
         }
         if (STAGED_COLS > 0) await_stored();
     }

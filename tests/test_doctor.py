@@ -199,7 +199,7 @@ def test_without_cuda_bindings_hopper_has_a_problem(
     def missing() -> None:
         raise RuntimeError("cuda-bindings cannot be imported")
 
-    monkeypatch.setattr(doctor.tensor_map, "binding", missing)
+    monkeypatch.setattr(doctor.driver, "binding", missing)
     monkeypatch.setattr(jit, "no_gpu_reason", lambda: None)
     monkeypatch.setattr(jit, "device_arch", lambda: arch)
     found = doctor._tensor_maps()

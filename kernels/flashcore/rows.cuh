@@ -14,7 +14,6 @@ template <int FRAGMENTS_M, int TILES_D>
 struct WarpRows {
     RowState state[FRAGMENTS_M][2];
     AccumulatorTile<FRAGMENTS_M, TILES_D> rO;
-    float largest_shift = 0.0f;  // of this lane's rows in all tiles, either way: see softmax.cuh
 
     // Of a lane: m, l and O of each of its rows.
     static constexpr int VALUES_OF_ROW = 2 + TILES_D * 2;

@@ -54,13 +54,14 @@ __device__ __forceinline__ float masked_score(float score, float scale, int quer
 
 // ---- scores in a unit of which `scale` is log2 units -------------------------------------------
 
-// What the exponents of a row with this maximum subtract, in log2 units.
-__device__ __forceinline__ float shift_of(float max, float scale) {
-    return max == NEG_INFINITY ? 0.0f : mul_rn(max, scale);
-}
+// From here on 2^-24 of a shift is too much for p.
+constexpr float LARGE_SHIFT = 4194304.0f;  // 2^22
 
-// Whether 2^-24 of a shift is too much for p; of infinity and NaN, too.
-__device__ __forceinline__ bool is_large(float shift) { return !(fabsf(shift) < 4194304.0f); }
+// What the exponents subtract, log2 units. Bounded below, so that nothing overflows where all that a
+// row has seen so far is further down: p is 0 then, for a row that has seen no key, too.
+__device__ __forceinline__ float shift_of(float max, float scale) {
+    return fmaxf(mul_rn(max, scale), -LARGE_SHIFT);
+}
 
 // Raises the maximum; returns the factor for what was accumulated so far, which is exactly 1 where
 // the maximum stays.
@@ -71,10 +72,18 @@ __device__ __forceinline__ float raise_max(RowState& row, float new_max, float s
     return rescale;
 }
 
-// The factor for what was found with the maximum `from`, which is not above `max`, whose shift this
-// is.
-__device__ __forceinline__ float rescale_to(float from, float max, float shift, float scale) {
-    return exp2_approx(is_large(shift) ? (from - max) * scale : mul_rn(from, scale) - shift);
+// Whether this is the maximum of a row that has seen keys, all of whose scores are as far down as
+// that, or of one that has scores as far up. A maximum only rises: what was far from 0 on the way to
+// one that is not was far down, and added nothing.
+__device__ __forceinline__ bool is_far(float max, float scale) {
+    return !(fabsf(mul_rn(max, scale)) < LARGE_SHIFT) && max != NEG_INFINITY;
+}
+
+// The factor for what was found with the maximum `from`, which is not above `max`.
+__device__ __forceinline__ float rescale_to(float from, float max, float scale) {
+    if (from == NEG_INFINITY) return 0.0f;  // nothing was found
+    return exp2_approx(is_far(max, scale) ? (from - max) * scale
+                                          : mul_rn(from, scale) - mul_rn(max, scale));
 }
 
 // The factors by which two partial results, found with maxima `a` and `b`, are to be added.
@@ -83,9 +92,8 @@ struct MergeFactors {
 
     __device__ __forceinline__ MergeFactors(float a_max, float b_max, float scale)
         : max(fmaxf(a_max, b_max)) {
-        const float shift = shift_of(max, scale);
-        a = rescale_to(a_max, max, shift, scale);
-        b = rescale_to(b_max, max, shift, scale);
+        a = rescale_to(a_max, max, scale);
+        b = rescale_to(b_max, max, scale);
     }
 };
 

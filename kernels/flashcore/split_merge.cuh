@@ -29,13 +29,12 @@ struct MergedColumns {
 #pragma unroll
         for (int i = 0; i < PARTS; ++i)
             if (i < count) max = fmaxf(max, found[i].x);
-        const float shift = shift_of(max, scale);
-        scale_by(rescale_to(row.max, max, shift, scale));
+        scale_by(rescale_to(row.max, max, scale));
         row.max = max;
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             if (i >= count) break;
-            const float factor = rescale_to(found[i].x, max, shift, scale);
+            const float factor = rescale_to(found[i].x, max, scale);
             row.sum += found[i].y * factor;
             o.x += part[i].x * factor;
             o.y += part[i].y * factor;
