@@ -1,9 +1,9 @@
 """Memory that a launch needs beside its arrays: what the parts of split rows leave for each other.
 
-One area per stream, kept and grown: launches on one stream run one after the other. The counters of
-arrivals are zero between launches, each launch leaving them so. Only the streams that were used last
-have one; what others had goes back to the allocator, which hands memory out in the stream's order. A
-launch that is captured into a CUDA graph gets an area that the graph owns.
+One area per stream, kept and grown: launches on one stream run one after the other. The counters
+of arrivals are zero between launches, each launch leaving them so. Only the streams that were used
+last have one; what others had goes back to the allocator, which hands memory out in the stream's
+order. A launch that is captured into a CUDA graph gets an area that the graph owns.
 """
 
 from __future__ import annotations

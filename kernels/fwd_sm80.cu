@@ -60,10 +60,10 @@ constexpr int QUAD = 4;                     // lanes that share a row
 constexpr bool SHARES_ROWS = WARPS_D > 1;
 // Few tiles per block: the first V is worth asking for before the first K is there.
 constexpr bool EARLY_V = NUM_STAGES == 1 && SPLIT_KV;
-// What a thread finds once and keeps from tile to tile: where its copies are, the edges of the mask,
-// and the addresses of its operands. fp32 and blocks of 512 threads have no registers for it. With
-// more than 256 threads per multiprocessor there are some for the copies from sm_90 on; with fewer,
-// for all but the operands, and from sm_90 on for these, too.
+// What a thread finds once and keeps from tile to tile: where its copies are, the edges of the
+// mask, and the addresses of its operands. fp32 and blocks of 512 threads have no registers for it.
+// With more than 256 threads per multiprocessor there are some for the copies from sm_90 on; with
+// fewer, for all but the operands, and from sm_90 on for these, too.
 constexpr bool HAS_ROOM = NUM_THREADS * MIN_BLOCKS <= 256;
 constexpr bool KEEPS_WALK =
     sizeof(T) == 2 && NUM_THREADS <= 256 && (HAS_ROOM || __CUDA_ARCH__ >= 900);
@@ -345,8 +345,8 @@ __device__ __forceinline__ Bits seen_keys(const Context& c, const Visible& visib
     return seen;
 }
 
-// Applies the rules, hides what is hidden, and raises both rows' maxima of fragment m, as far as this
-// lane's quad has their keys.
+// Applies the rules, hides what is hidden, and raises both rows' maxima of fragment m, as far as
+// this lane's quad has their keys.
 template <bool MASKED>
 __device__ __forceinline__ void find_max(const Context& c, const Rows& rows, Scores& rS, int tile,
                                          int m, const Visible& visible, float (&max)[2]) {
@@ -388,8 +388,8 @@ __device__ __forceinline__ void find_maxima(const Context& c, const Rows& rows, 
     for (int m = 0; m < FRAGMENTS_M; ++m) find_max<MASKED>(c, rows, rS, tile, m, visible, max[m]);
 }
 
-// Given the new maxima: O is rescaled where they are not the old ones. max becomes what the exponents
-// subtract.
+// Given the new maxima: O is rescaled where they are not the old ones. max becomes what the
+// exponents subtract.
 __device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int tile,
                                              float (&max)[FRAGMENTS_M][2]) {
     const float scale = exponent_scale<RULES>(c.params);

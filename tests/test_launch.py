@@ -5,11 +5,13 @@ All of it is arithmetic, and needs no GPU.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random as rnd
 import re
 import sys
 import threading
+from collections import OrderedDict
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reference import repeatable
 
-from flashcore_cupy import config, grids, launch, params, repeat, tiles, workspace
+from flashcore_cupy import captures, config, grids, launch, params, repeat, tiles, workspace
 from flashcore_cupy.arrays import span_of, spec_of
 from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe, operand
 from flashcore_cupy.rules import MAX_MOD_ARGS, Scores, describe_rules
@@ -443,6 +445,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         "_empty": lambda shape, dtype: _Array.like(np.empty(shape, dtype), 2**30),
         "_current_device": lambda: 0,
         "_current_stream": lambda: SimpleNamespace(ptr=7),
+        "_is_captured": lambda stream: False,
         "_launch": lambda *arguments: calls.append(arguments),
     }
     for name, fake in fakes.items():
@@ -639,11 +642,10 @@ class FakeCuPy:
     uint8 = np.uint8
 
     def __init__(self) -> None:
-        self.stream = SimpleNamespace(ptr=7, is_capturing=lambda: False)
+        self.stream = SimpleNamespace(ptr=7)
         self.device = SimpleNamespace(id=0)
-        self.cuda = SimpleNamespace(
-            get_current_stream=lambda: self.stream, Device=lambda: self.device
-        )
+        runtime = SimpleNamespace(getDevice=lambda: self.device.id, streamPerThread=2)
+        self.cuda = SimpleNamespace(get_current_stream=lambda: self.stream, runtime=runtime)
 
     @staticmethod
     def empty(size: int, dtype: Any) -> np.ndarray:
@@ -658,8 +660,7 @@ class FakeCuPy:
 def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
     fake = FakeCuPy()
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(workspace, "_areas", {})
-    monkeypatch.setattr(workspace, "_captured", [])
+    monkeypatch.setattr(workspace, "_areas", OrderedDict())
     return fake
 
 
@@ -691,15 +692,32 @@ def test_streams_devices_and_threads_share_no_workspace(cupy: FakeCuPy) -> None:
     assert workspace.workspace(1, 1) is areas[3]
 
 
-def test_what_a_graph_captures_is_its_own_for_good(cupy: FakeCuPy) -> None:
+def test_a_captured_call_has_a_workspace_of_its_own(
+    cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usual = workspace.workspace(5000, 100)
-    cupy.stream.is_capturing = lambda: True
+    monkeypatch.setattr(captures, "is_active", lambda: True)
+    monkeypatch.setattr(captures, "beside", contextlib.nullcontext)
     captured = [workspace.workspace(5000, 100) for _ in range(2)]
-    kept = [usual, *captured, *workspace._captured]
-    assert len({*map(id, kept)}) == 3 and len(kept) == 5
-    assert captured[0].partial_array.nbytes == 5000
-    cupy.stream.is_capturing = lambda: False
+    assert len({id(usual), *map(id, captured)}) == 3
+    assert captured[0].partial_array.nbytes == 5000 and not captured[0].arrivals_array.any()
+    monkeypatch.setattr(captures, "is_active", lambda: False)
     assert workspace.workspace(5000, 100) is usual
+
+
+def test_workspaces_of_streams_that_are_gone_are_given_back(cupy: FakeCuPy) -> None:
+    first = workspace.workspace(1, 1)
+    for stream in range(100, 100 + workspace._MOST_AREAS - 1):
+        cupy.stream.ptr = stream
+        workspace.workspace(1, 1)
+    cupy.stream.ptr = 7
+    assert workspace.workspace(1, 1) is first, "as many streams as are remembered"
+    for stream in range(200, 200 + workspace._MOST_AREAS):
+        cupy.stream.ptr = stream
+        workspace.workspace(1, 1)
+    assert len(workspace._areas) == workspace._MOST_AREAS
+    cupy.stream.ptr = 7
+    assert workspace.workspace(1, 1) is not first
 
 
 def test_workspaces_hold_what_warps_leave_in_them() -> None:

@@ -57,8 +57,8 @@ __device__ __forceinline__ float masked_score(float score, float scale, int quer
 // From here on 2^-24 of a shift is too much for p.
 constexpr float LARGE_SHIFT = 4194304.0f;  // 2^22
 
-// What the exponents subtract, log2 units. Bounded below, so that nothing overflows where all that a
-// row has seen so far is further down: p is 0 then, for a row that has seen no key, too.
+// What the exponents subtract, log2 units. Bounded below, so that nothing overflows where all that
+// a row has seen so far is further down: p is 0 then, for a row that has seen no key, too.
 __device__ __forceinline__ float shift_of(float max, float scale) {
     return fmaxf(mul_rn(max, scale), -LARGE_SHIFT);
 }
@@ -73,8 +73,8 @@ __device__ __forceinline__ float raise_max(RowState& row, float new_max, float s
 }
 
 // Whether this is the maximum of a row that has seen keys, all of whose scores are as far down as
-// that, or of one that has scores as far up. A maximum only rises: what was far from 0 on the way to
-// one that is not was far down, and added nothing.
+// that, or of one that has scores as far up. A maximum only rises: what was far from 0 on the way
+// to one that is not was far down, and added nothing.
 __device__ __forceinline__ bool is_far(float max, float scale) {
     return !(fabsf(mul_rn(max, scale)) < LARGE_SHIFT) && max != NEG_INFINITY;
 }

@@ -1,0 +1,277 @@
+"""Calls captured into CUDA graphs, in every mode and under every allocator; streams and GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashcore_cupy import attention, captures, packed, workspace
+from flashcore_cupy.attention import plan
+from flashcore_cupy.reference import compare, make_inputs, naive, oracle
+
+MODES = ("Global", "ThreadLocal", "Relaxed")
+# A call whose blocks ask a counter for work, and one whose parts of the keys meet in memory.
+SIZES = {"counted": (32, 8, 300, 300), "split": (2, 8, 5, 5000)}
+
+
+def inputs(sizes: tuple[int, int, int, int], seed: int) -> list[np.ndarray]:
+    batch, heads, queries, keys = sizes
+    shape = {"batch": batch, "heads": heads, "seqlen": queries, "seqlen_kv": keys}
+    return list(make_inputs("normal", head_dim=64, seed=seed, **shape))
+
+
+def check(got: Any, host: list[np.ndarray], **rules: Any) -> None:
+    rows = np.arange(0, host[0].shape[2], 37)
+    expected, _ = oracle(*host, rows=rows, **rules)
+    result = compare(got.get()[:, :, rows], expected, naive(*host, rows=rows, **rules))
+    assert result.ok, result.reason
+
+
+@contextlib.contextmanager
+def captured(mode: str = "Relaxed") -> Iterator[SimpleNamespace]:
+    """A stream that is being captured; ``graph`` of what it yields is there afterwards."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    result = SimpleNamespace(stream=stream, graph=None)
+    with stream:
+        stream.begin_capture(getattr(cupy.cuda.runtime, f"streamCaptureMode{mode}"))
+        yield result
+        result.graph = stream.end_capture()
+
+
+def replay(result: SimpleNamespace) -> None:
+    result.graph.launch(result.stream)
+    result.stream.synchronize()
+
+
+def nodes(result: SimpleNamespace) -> int:
+    from flashcore_cupy.driver import binding, checked
+
+    return int(checked(binding().cuGraphGetNodes(result.graph.graph, 0), "nodes")[-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_every_mode_captures_first_calls_and_new_outputs(mode: str, sizes: Any) -> None:
+    import cupy
+
+    first, second = inputs(sizes, 0), inputs(sizes, 1)
+    arrays = [cupy.asarray(x) for x in first]
+    with captured(mode) as result:
+        o = attention(*arrays, causal=True)
+    assert o.shape == arrays[0].shape
+    for host in (first, second, first):
+        for array, values in zip(arrays, host, strict=True):
+            array.set(values)
+        replay(result)
+        check(o, host, causal=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_a_captured_call_is_one_kernel_node(sizes: Any) -> None:
+    import cupy
+
+    arrays = [cupy.asarray(x) for x in inputs(sizes, 0)]
+    with captured() as result:
+        attention(*arrays, return_lse=True)
+    graph = getattr(result.graph, "graph", None)
+    if graph is None:
+        pytest.skip("this CuPy does not tell a graph's handle")
+    assert nodes(result) == 1
+
+
+@pytest.mark.gpu
+def test_outputs_live_as_long_as_the_graph() -> None:
+    """The caller drops them; what is allocated afterwards is not written over by replays."""
+    import cupy
+
+    arrays = [cupy.asarray(x) for x in inputs((1, 8, 256, 256), 0)]
+    attention(*arrays, return_lse=True)
+    with captured() as result:
+        attention(*arrays, return_lse=True)
+        attention(*(x.swapaxes(2, 3).copy().swapaxes(2, 3) for x in arrays))
+    with result.stream:
+        others = [cupy.full(n, 171, cupy.uint8) for n in (2**18, 2**13, 2**9) for _ in range(40)]
+        result.stream.synchronize()
+    replay(result)
+    assert all(bool((x == 171).all()) for x in others)
+
+
+@pytest.mark.gpu
+def test_memory_of_graphs_that_are_gone_is_given_back() -> None:
+    import cupy
+
+    arrays = [cupy.asarray(x) for x in inputs(SIZES["split"], 0)]
+    attention(*arrays)
+    before = len(captures._kept)
+    for _ in range(5):
+        with captured() as result:
+            attention(*arrays)
+        replay(result)
+        assert len(captures._kept) > before
+        del result
+        gc.collect()
+    end = time.monotonic() + 10  # the driver tells it from a thread of its own
+    while len(captures._kept) > before and time.monotonic() < end:
+        time.sleep(0.01)
+        captures.give_back()
+    assert len(captures._kept) <= before
+
+
+@pytest.mark.gpu
+def test_a_plan_that_is_dropped_lives_on_in_its_graph() -> None:
+    import cupy
+
+    host = inputs(SIZES["split"], 0)
+    arrays = [cupy.asarray(x) for x in host]
+    bound = plan(*arrays)
+    o = bound.arrays["o"]
+    with captured("Global") as result:
+        bound.launch()
+    del bound
+    gc.collect()
+    with result.stream:
+        others = [cupy.full(2**n, 171, cupy.uint8) for n in range(9, 21) for _ in range(8)]
+        result.stream.synchronize()
+    replay(result)
+    assert all(bool((x == 171).all()) for x in others)
+    check(o, host)
+
+
+def allocators() -> dict[str, Any]:
+    import cupy
+
+    def own(size: int, device: int) -> int:
+        return int(cupy.cuda.runtime.malloc(size))
+
+    def free(pointer: int, device: int) -> None:
+        cupy.cuda.runtime.free(pointer)
+
+    return {
+        "none": None,
+        "pool": cupy.cuda.MemoryPool().malloc,
+        "async": cupy.cuda.malloc_async,
+        "async pool": cupy.cuda.MemoryAsyncPool().malloc,
+        "managed": cupy.cuda.MemoryPool(cupy.cuda.malloc_managed).malloc,
+        "own": cupy.cuda.PythonFunctionAllocator(own, free).malloc,
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["none", "pool", "async", "async pool", "managed", "own"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_other_allocators(name: str, sizes: Any) -> None:
+    import cupy
+
+    host = inputs(sizes, 0)
+    with cupy.cuda.using_allocator(allocators()[name]):
+        arrays = [cupy.asarray(x) for x in host]
+        for _ in range(2):
+            check(attention(*arrays), host)
+        with captured() as result:
+            o = attention(*arrays)
+        for _ in range(2):
+            replay(result)
+            check(o, host)
+        del result, o, arrays
+        gc.collect()
+        workspace._areas.clear()
+        cupy.cuda.Device().synchronize()
+
+
+@pytest.mark.gpu
+def test_lists_and_boundaries_of_the_host_are_captured() -> None:
+    import cupy
+
+    q, k, v = (cupy.asarray(x[0].swapaxes(0, 1)) for x in inputs((1, 2, 70, 70), 3))
+    cu_seqlens = np.array([0, 30, 70])
+    rules = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "sink": [0.5, -1.0]}
+    want = attention(q, k, v, **rules).get()
+    with captured("Global") as result:
+        o = attention(q, k, v, **rules)
+    packed._copies.clear()
+    junk = [cupy.full(3, 1 << 20, cupy.int32) for _ in range(2000)]
+    replay(result)
+    assert len(junk) and np.array_equal(o.get(), want)
+
+
+@pytest.mark.gpu
+def test_a_number_on_the_gpu_cannot_be_captured() -> None:
+    import cupy
+
+    q = cupy.zeros((1, 1, 8, 64), cupy.float16)
+    scale = cupy.asarray(0.5)
+    with captured() as result, pytest.raises(ValueError, match=r"softmax_scale: .*float"):
+        attention(q, q, q, softmax_scale=scale)
+    assert result.graph is not None
+
+
+@pytest.mark.gpu
+def test_a_stream_of_another_gpu_is_refused() -> None:
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two GPUs")
+    q = cupy.zeros((1, 1, 8, 64), cupy.float16)
+    with cupy.cuda.Device(1):
+        stream = cupy.cuda.Stream(non_blocking=True)
+    with pytest.raises(ValueError, match="stream: of GPU 1, but q is on GPU 0"):
+        attention(q, q, q, stream=stream)
+
+
+@pytest.mark.gpu
+def test_torchs_capture_needs_no_stream_named() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch sees no GPU")
+    host = inputs(SIZES["counted"], 0)
+    q, k, v = (torch.from_numpy(x).cuda() for x in host)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = attention(q, k, v, causal=True)
+    graph.replay()
+    torch.cuda.synchronize()
+    check(SimpleNamespace(get=lambda: o.cpu().numpy()), host, causal=True)
+
+
+def test_what_graphs_own_is_freed_once_they_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captures, "_kept", {1: ["a"], 2: ["b"]})
+    captures.give_back()
+    assert captures._kept == {1: ["a"], 2: ["b"]}
+    captures._is_gone(2)  # as the driver calls it
+    captures._is_gone(3)  # of a process before a fork, say
+    captures.give_back()
+    assert captures._kept == {1: ["a"]}
+    assert not captures._gone
+
+
+def test_boundaries_are_copied_once_per_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import OrderedDict
+
+    copies: list[Any] = []
+    monkeypatch.setattr(packed, "_copies", OrderedDict())
+    monkeypatch.setattr(packed, "_MOST_COPIES", 2)
+    monkeypatch.setattr(packed, "stream_key", lambda: (0, stream, 0))
+    monkeypatch.setattr(captures, "on_gpu", lambda x: copies.append(x) or [x])
+    stream, bounds = 7, np.array([0, 5], np.int32)
+    first = packed.on_gpu(bounds)
+    assert packed.on_gpu(bounds.copy()) is first and len(copies) == 1
+    stream = 8
+    assert packed.on_gpu(bounds) is not first, "the other stream does not wait for the first"
+    packed.on_gpu(np.array([0, 6], np.int32))
+    assert len(packed._copies) == 2
+    stream = 7
+    assert packed.on_gpu(bounds) is not first
+    monkeypatch.setattr(captures, "is_active", lambda: True)
+    assert packed.on_gpu(bounds) is not packed.on_gpu(bounds), "a graph has its own"
