@@ -50,7 +50,8 @@ class Row:
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     spills_with: tuple[str, ...] = ()
     """Only without these rules, of which "a+b" is both together, for with them the compiler spills;
-    named as in ``config.RULE_BITS``, and "window" for one on the left."""
+    named as in ``config.RULE_BITS``, "window" for one on the left, and "bias_loose" for a bias that
+    is not "bias_pairs"."""
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -97,7 +98,9 @@ class Row:
         """Whether the row's registers hold the problem's rules, too, and its rows share keys."""
         if self.tile.pack_gqa and problem.rules.differ_by_head:
             return False  # a key that one head of the group does not see must not reach it
+        bias = problem.rules.bias
         asked = {*rules_of(problem), *(["window"] if problem.window[0] >= 0 else [])}
+        asked |= {"bias_loose"} if bias is not None and not bias.pairs else set()
         return not any(asked.issuperset(rules.split("+")) for rules in self.spills_with)
 
     def unfilled_by(self, problem: AttentionProblem) -> str:
