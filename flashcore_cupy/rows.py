@@ -50,8 +50,8 @@ class Row:
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     spills_with: tuple[str, ...] = ()
     """Only without these rules, of which "a+b" is both together, for with them the compiler spills;
-    named as in ``config.RULE_BITS``, "window" for one on the left, and "bias_loose" for a bias that
-    is not "bias_pairs"."""
+    named as in ``config.RULE_BITS``, "window" for one on the left, "bias_loose" for a bias that is
+    not "bias_pairs", and "causal"."""
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -101,6 +101,7 @@ class Row:
         bias = problem.rules.bias
         asked = {*rules_of(problem), *(["window"] if problem.window[0] >= 0 else [])}
         asked |= {"bias_loose"} if bias is not None and not bias.pairs else set()
+        asked |= {"causal"} if problem.causal else set()
         return not any(asked.issuperset(rules.split("+")) for rules in self.spills_with)
 
     def unfilled_by(self, problem: AttentionProblem) -> str:

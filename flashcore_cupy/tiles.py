@@ -74,6 +74,7 @@ _BIAS = ("bias", "bias_fp32")
 _MODS = ("score_mod", "mask_mod")
 _SOFTCAP = ("softcap", "softcap_wide")
 _BOTH_MODS = "score_mod+mask_mod"
+_MOST = ("bias_fp32", "alibi+causal", _BOTH_MODS)
 _TINY_BLOCKS = 12
 _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
 
@@ -199,12 +200,12 @@ ROWS: tuple[Row, ...] = (
     *(_wgmma_row(d, _WGMMA_64, 0.75, spills_with=(*_BIAS, _BOTH_MODS)) for d in (96, 128)),
     _wgmma_row(192, _WGMMA, 1, head_dim_v=128, spills_with=PER_SCORE),
     _wgmma_row(192, replace(_WGMMA, block_n=112), 1.05, head_dim_v=128),
-    _wgmma_row(192, replace(_WGMMA, block_n=96), 1, spills_with=("bias_fp32", _BOTH_MODS)),
+    _wgmma_row(192, replace(_WGMMA, block_n=96), 1, spills_with=_MOST),
     _wgmma_row(192, _WGMMA_NARROW, 1.1),  # for all rules; not yet timed
     # 512 keys: 130 us against 134, causal 97 against 104, for half of O is stored by TMA.
-    _wgmma_row(256, _WGMMA_NARROW, 0.97, max_keys=512, spills_with=("bias_fp32", _BOTH_MODS)),
+    _wgmma_row(256, _WGMMA_NARROW, 0.97, max_keys=512, spills_with=_MOST),
     _wgmma_row(256, replace(_WGMMA, block_n=80), 1, spills_with=PER_SCORE),
-    _wgmma_row(256, _WGMMA_NARROW, 1.05, spills_with=("bias_fp32", _BOTH_MODS)),
+    _wgmma_row(256, _WGMMA_NARROW, 1.05, spills_with=_MOST),
     _wgmma_row(256, replace(_WGMMA, block_n=48), 1.1),  # likewise
     # 569 us with two stages, 647 with one.
     *(Row("fp8_wmma", d, _FP8) for d in WMMA_HEAD_DIMS),

@@ -29,9 +29,11 @@ def tile_of(problem: AttentionProblem) -> Tile:
     return tiles.configure(problem, tiles.KERNELS[KERNEL], HOPPER).tile
 
 
-def ruled(problem: AttentionProblem, **rules: Any) -> AttentionProblem:
+def ruled(problem: AttentionProblem, causal: Any = None, **rules: Any) -> AttentionProblem:
     sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
-    return replace(problem, rules=describe_rules(sizes, problem.dtype, **rules))
+    described = describe_rules(sizes, problem.dtype, **rules)
+    causal = problem.causal if causal is None else causal
+    return replace(problem, causal=causal, rules=described)
 
 
 # --- rounds of thread blocks ----------------------------------------------------------------------
@@ -178,6 +180,7 @@ RULED: dict[str, dict[str, Any]] = {
     "bias": {"bias": spec_of(np.zeros((64, 64), np.float16))},
     "bias_fp32": {"bias": spec_of(np.zeros((64, 64), np.float32))},
     "bias_loose": {"bias": spec_of(np.zeros((64, 1), np.float32))},
+    "causal": {"causal": True},
     "mask": {"mask": spec_of(np.zeros((64, 64), np.bool_))},
     "score_mod": {"score_mod": "score * 2"},
     "mask_mod": {"mask_mod": "kv_idx != 3"},
