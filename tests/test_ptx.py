@@ -124,6 +124,15 @@ def test_e4m3(probe_folder: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_products_are_rounded_before_a_subtraction(probe_folder: Path) -> None:
+    x, y = np.random.default_rng(2).standard_normal((2, 65536), np.float32)
+    (left,) = Probe("convert")("rounded_product", 65536, [x, y, x * y], [_zeros(65536, "f4")])
+    np.testing.assert_array_equal(left, 0)
+    exact = x.astype(np.float64) * y
+    assert np.count_nonzero(exact - x * y) > 60000, "a multiply-add would have left these"
+
+
+@pytest.mark.gpu
 def test_exp2(probe_folder: Path) -> None:
     run = Probe("convert")
     x = np.concatenate([np.linspace(-140, 100, 65532), [0.0, -np.inf, np.inf, np.nan]])
@@ -228,6 +237,16 @@ def test_transposed_quads(probe_folder: Path) -> None:
     x = np.random.default_rng(15).integers(0, 2**32, (8, 4, 4), np.uint32)  # quads, lanes, words
     (y,) = Probe("warp")("transposed_quads", 32, [x], [np.zeros((8, 4, 4), np.uint32)])
     np.testing.assert_array_equal(y, x.transpose(0, 2, 1))
+
+
+@pytest.mark.gpu
+def test_any_of_the_threads_at_a_named_barrier(probe_folder: Path) -> None:
+    x = _zeros(256, "i4")
+    x[70] = 1  # the second pair's first warp, and no other's
+    x[200] = 2
+    any_of_pair, partner = Probe("warp")("any_of_pairs", 256, [x], [_zeros(256, "i4")] * 2)
+    np.testing.assert_array_equal(any_of_pair, np.arange(256) // 64 == 1)
+    np.testing.assert_array_equal(partner, np.arange(256) ^ 32)
 
 
 @pytest.mark.gpu

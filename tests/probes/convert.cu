@@ -51,6 +51,13 @@ extern "C" __global__ void exponential(const float* x, float* y) {
     y[i] = exp2_approx(x[i]);
 }
 
+// What is left of a product when its rounded value is subtracted: 0, unless the two were fused.
+extern "C" __global__ void rounded_product(const float* x, const float* y, const float* product,
+                                           float* left) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    left[i] = mul_rn(x[i], y[i]) - product[i];
+}
+
 extern "C" __global__ void reciprocal(const float* x, float* y) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     y[i] = reciprocal_approx(x[i]);

@@ -49,6 +49,16 @@ extern "C" __global__ void pairs_of_warps(const float* x, float* y) {
     y[thread] = mine;
 }
 
+// 256 threads, pairs of warps: whether x is 1 for any thread of the pair, and what the thread in the
+// other warp has written.
+extern "C" __global__ void any_of_pairs(const int* x, int* any, int* partner) {
+    __shared__ int sX[256];
+    const int thread = threadIdx.x, pair = thread / 64;
+    sX[thread] = thread;
+    any[thread] = named_barrier_any(pair + 1, 64, x[thread] == 1);
+    partner[thread] = sX[thread ^ 32];
+}
+
 // 256 threads: each reads what another warp (block_sync) and another lane (warp_sync) has written.
 extern "C" __global__ void syncs(const float* x, float* across_block, float* across_warp) {
     __shared__ float sBlock[256];
