@@ -1116,7 +1116,9 @@ class _Frame:
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "bias", "mask", "out"])
 @pytest.mark.parametrize(
-    "odd", [[1.0], (1.0,), "x", b"x", 1.0, True, {}, _Frame(), np.ndarray, object()], ids=repr
+    "odd",
+    [[1.0], (1.0,), "x", b"x", 1.0, True, {}, _Frame(), np.ndarray, object()],
+    ids=lambda odd: type(odd).__name__,
 )
 def test_what_is_no_array_is_refused(name: str, odd: Any) -> None:
     given = dict(zip("qkv", operands(), strict=True)) | {name: odd}
