@@ -166,6 +166,7 @@ ROWS: tuple[Row, ...] = (
     Row("mma_sm80", 64, replace(_MMA, block_m=64, block_n=32), head_dim_v=256),
     Row(
         *("mma_sm80", 512, replace(_MMA, block_m=64, warps_m=4, warps_d=4)),
+        max_arch=90,
         spills_with=("bias_fp32+mask",),
     ),
     Row("mma_sm80", 512, replace(_MMA, block_m=32, block_n=32, warps_m=2, warps_d=2)),
@@ -174,8 +175,9 @@ ROWS: tuple[Row, ...] = (
     # Which tile fits the registers without spilling depends on the target.
     Row("mma_sm80", 128, _FP32, max_arch=100, dtypes=FP32),
     Row("mma_sm80", 128, _FP32_WIDE, min_arch=120, dtypes=FP32),
-    *(Row("mma_sm80", d, _FP32_WIDE, max_arch=90, dtypes=FP32) for d in (192, 256)),
-    *(Row("mma_sm80", d, _FP32_TALL, min_arch=100, max_arch=100, dtypes=FP32) for d in (192, 256)),
+    Row("mma_sm80", 192, _FP32_WIDE, max_arch=90, dtypes=FP32),
+    Row("mma_sm80", 256, _FP32_WIDE, max_arch=100, dtypes=FP32),
+    Row("mma_sm80", 192, _FP32_TALL, min_arch=100, max_arch=100, dtypes=FP32),
     Row("mma_sm80", 192, _FP32_WIDE, min_arch=120, dtypes=FP32),
     # As many bytes of K and V on their way as shared memory holds. B=16, 32/8 heads, 16 queries,
     # 4096 keys, D=128: 65 us, 151 unpacked.
