@@ -387,6 +387,7 @@ def test_a_repeated_call_gets_the_maps_of_its_addresses(
         "_empty": lambda shape, dtype: array(2**30),
         "_current_device": lambda: 0,
         "_current_stream": lambda: SimpleNamespace(ptr=7),
+        "_is_captured": lambda stream: False,
         "_launch": launch_kernel,
         "_key": lambda *arguments: "key",
         "_known": {"key": known},
