@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from flashcore_cupy import builds, jit, tiles, verify
-from flashcore_cupy.arrays import ArraySpec, spec_of_copy
 from flashcore_cupy.attention import attention, plan
 from flashcore_cupy.bench import (
     Machine,
@@ -25,7 +23,7 @@ from flashcore_cupy.bench import (
     time_graph,
 )
 from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, Causal, Gate, Layout, describe
+from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, contiguous_problem
 from flashcore_cupy.rules import Rules, check_softcap, check_window
 
 OnPhase = Callable[[str], None]
@@ -127,31 +125,13 @@ def problem_of(
     seqlen: int,
     head_dim: int,
     *,
-    heads_kv: int | None = None,
-    seqlen_kv: int | None = None,
-    head_dim_v: int | None = None,
-    dtype: str = "float16",
-    layout: Layout = "bhsd",
-    causal: Causal = False,
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
-    gate: Gate | None = None,
+    **others: Any,
 ) -> AttentionProblem:
-    """The problem of C-contiguous arrays in ``layout``; ``ValueError`` says what is wrong with it.
-
-    None stands for the same as q's, and for no window.
-    """
-    element = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-
-    def dense(h: int, s: int, d: int) -> ArraySpec:
-        shape = (batch, h, s, d) if layout == "bhsd" else (batch, s, h, d)
-        return spec_of_copy(ArraySpec(shape, (), element, 0))
-
-    heads_kv, seqlen_kv = heads_kv or heads, seqlen_kv or seqlen
-    q = dense(heads, seqlen, head_dim)
-    k, v = (dense(heads_kv, seqlen_kv, d) for d in (head_dim, head_dim_v or head_dim))
+    """``contiguous_problem`` with rules; ``ValueError`` says what is wrong with it."""
     rules = Rules(window=check_window(window or (-1, -1)), softcap=check_softcap(softcap))
-    return replace(describe(q, k, v, causal=causal, gate=gate, layout=layout), rules=rules)
+    return replace(contiguous_problem(batch, heads, seqlen, head_dim, **others), rules=rules)
 
 
 def arguments_of(problem: AttentionProblem) -> dict[str, Any]:

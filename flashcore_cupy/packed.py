@@ -76,7 +76,8 @@ def _checked(name: str, value: Any, total: int) -> Any:
         try:
             value = np.asarray(value)
         except Exception as error:  # rows of unequal lengths; arrays in it, for their own reasons
-            raise TypeError(f"{name}: got {shown(value)}; use (B + 1,) integers") from error
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"{name}: got {shown(value)}; use (B + 1,) integers") from error
     check_device(name, value)
     array, _ = taken(name, value)
     if array.ndim != 1 or len(array) < 1:

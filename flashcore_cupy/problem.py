@@ -228,16 +228,17 @@ def contiguous_problem(
     seqlen_kv: int | None = None,
     head_dim_v: int | None = None,
     dtype: str = "float16",
+    layout: Layout = "bhsd",
     causal: Causal = False,
     gate: Gate | None = None,
 ) -> AttentionProblem:
-    """The problem of C-contiguous (B, H, S, D) arrays, without any arrays: for compiling ahead."""
+    """The problem of C-contiguous arrays, without any arrays: for compiling ahead."""
     check_choice("dtype", dtype, DTYPES)
     heads_kv = heads if heads_kv is None else heads_kv
     seqlen_kv = seqlen if seqlen_kv is None else seqlen_kv
 
     def dense(name: str, h: int, s: int, d: int) -> Operand:
-        strides = (h * s * d, s * d, d)
+        strides = (h * s * d, *((s * d, d) if layout == "bhsd" else (d, h * d)))
         align = _align_bytes(0, strides, d, ITEMSIZE[dtype])
         return Operand(name, (batch, h, s, d), strides, align)
 
@@ -248,7 +249,9 @@ def contiguous_problem(
     )
     _check_shapes(*operands)
     scale = 1.0 / math.sqrt(head_dim)
-    return AttentionProblem(dtype, *operands, softmax_scale=scale, causal=causal, gate=gate)
+    return AttentionProblem(
+        dtype, *operands, softmax_scale=scale, causal=causal, gate=gate, layout=layout
+    )
 
 
 def operand(name: str, array: Any, layout: Layout | Literal["packed"], address: int = 0) -> Operand:

@@ -50,8 +50,7 @@ class Row:
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     spills_with: tuple[str, ...] = ()
     """Only without these rules, of which "a+b" is both together, for with them the compiler spills;
-    named as in ``config.RULE_BITS``, "window" for one on the left, "bias_loose" for a bias that is
-    not "bias_pairs", and "causal"."""
+    named as in ``config.RULE_BITS``, "window" for one on the left, and "causal"."""
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -98,10 +97,11 @@ class Row:
         """Whether the row's registers hold the problem's rules, too, and its rows share keys."""
         if self.tile.pack_gqa and problem.rules.differ_by_head:
             return False  # a key that one head of the group does not see must not reach it
-        bias = problem.rules.bias
-        asked = {*rules_of(problem), *(["window"] if problem.window[0] >= 0 else [])}
-        asked |= {"bias_loose"} if bias is not None and not bias.pairs else set()
-        asked |= {"causal"} if problem.causal else set()
+        asked = set(rules_of(problem))
+        if problem.window[0] >= 0:
+            asked.add("window")
+        if problem.causal:
+            asked.add("causal")
         return not any(asked.issuperset(rules.split("+")) for rules in self.spills_with)
 
     def unfilled_by(self, problem: AttentionProblem) -> str:

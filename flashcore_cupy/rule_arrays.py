@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashcore_cupy import captures, interop
 from flashcore_cupy.arrays import check_elements
@@ -32,16 +31,11 @@ def few_numbers(name: str, x: Any, cpu: bool) -> Any:
     """
     if isinstance(x, list | tuple):
         values = _listed(name, x)
-        return values if cpu else host_values_on_gpu(values)
+        return values if cpu else captures.on_gpu(values)
     array = rule_array(name, x, cpu)
     if array is None or array.dtype == np.float32:
         return array
     return _as_float32(name, array)
-
-
-def host_values_on_gpu(values: NDArray[np.float32]) -> Any:
-    """Copy values of the host to the current GPU, which is q's."""
-    return captures.on_gpu(values)
 
 
 def _listed(name: str, x: Any) -> Any:

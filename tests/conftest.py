@@ -73,6 +73,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
 
 
+def use_kernels(folder: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have everything in the test compile these sources, by their names, into an empty cache."""
+    from flashcore_cupy import cache
+
+    kernels = folder / "kernels"
+    for name, text in texts.items():
+        (kernels / name).parent.mkdir(parents=True, exist_ok=True)
+        (kernels / name).write_text(text)
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(kernels))
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(folder / "cache"))
+    monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
+    monkeypatch.setattr(cache, "_unwritten", {})
+    return kernels
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout, or the unpacked source distribution, that these tests belong to."""

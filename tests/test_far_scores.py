@@ -6,8 +6,9 @@ scores here are exact, so that nothing but the softmax is tried: q has two colum
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -38,6 +39,19 @@ def takes(on: str, size: str, dtype: str) -> bool:
     if on == NUMPY:
         return size in ("few blocks", "clusters")
     return dtype in tiles.KERNELS[on].dtypes
+
+
+def where_taken(test: Callable[..., None]) -> Callable[..., None]:
+    """Leave out what ``takes`` does not; on NumPy arrays as a skipped test."""
+
+    @functools.wraps(test)
+    def on_each(on: str, size: str, dtype: str, **rest: object) -> None:
+        if takes(on, size, dtype):
+            test(on=on, size=size, dtype=dtype, **rest)
+        elif on == NUMPY:
+            pytest.skip("NumPy's tiles are the same for all sizes")
+
+    return on_each
 
 
 def normal(size: str, dtype: str, dim: int = 64) -> list[np.ndarray]:
@@ -108,11 +122,10 @@ SCALED = [(1.0, sign * level, scale) for sign in (-1, 1) for level, scale in ((1
 
 
 @everywhere(*EXACT)
+@where_taken
 @every_dtype
 @every_size
 def test_equal_scores_give_the_mean(on: str, size: str, dtype: str) -> None:
-    if not takes(on, size, dtype):
-        return
     q, k, v = operands(size, dtype)
     for a, b, scale in (*EQUAL[dtype], *SCALED):
         q[..., 3], k[..., 3] = a, b
@@ -120,11 +133,10 @@ def test_equal_scores_give_the_mean(on: str, size: str, dtype: str) -> None:
 
 
 @everywhere(*EXACT)
+@where_taken
 @every_dtype
 @every_size
 def test_maxima_that_rise_and_fall_from_tile_to_tile(on: str, size: str, dtype: str) -> None:
-    if not takes(on, size, dtype):
-        return
     q, k, v = levels(size, dtype)
     for scale in (1e4, 1e6, 5e6, 1e10, 1e30, 8e37):
         right(on, q, k, v, softmax_scale=scale)
@@ -151,12 +163,11 @@ def test_other_head_dims(on: str, dtype: str, dim: int) -> None:
 
 
 @everywhere(*EXACT)
+@where_taken
 @every_dtype
 @every_size
 def test_small_differences_far_from_zero(on: str, size: str, dtype: str) -> None:
     """Scores of an offset and 0 to 4, all exact: the weights are those of 0 to 4."""
-    if not takes(on, size, dtype):
-        return
     q, k, v = operands(size, dtype)
     q[..., 5], k[..., 5] = 1, np.arange(k.shape[2]) * 3 % 5
     for exponent in (12, 16, 18, 20, 21, 22):  # in log2 units, 2^22.5 at most: a 2^-1.5 of rounding
@@ -166,11 +177,10 @@ def test_small_differences_far_from_zero(on: str, size: str, dtype: str) -> None
 
 
 @everywhere(*EXACT)
+@where_taken
 @every_dtype
 @every_size
 def test_the_largest_of_scores_far_apart_gives_its_value(on: str, size: str, dtype: str) -> None:
-    if not takes(on, size, dtype):
-        return
     q, k, v = normal(size, dtype)
     times = 3000 if dtype == "float16" else 1e5
     q, k = ((x.astype(np.float32) * times).astype(x.dtype) for x in (q, k))
@@ -186,11 +196,10 @@ def test_the_largest_of_scores_far_apart_gives_its_value(on: str, size: str, dty
 
 
 @everywhere(*EXACT)
+@where_taken
 @every_dtype
 @pytest.mark.parametrize("size", ["few blocks", "enough"])
 def test_stages_of_scores_far_from_zero(on: str, size: str, dtype: str) -> None:
-    if not takes(on, size, dtype):
-        return
     q, k, v = levels(size, dtype)
     for scale in (1e4, 1e10, 8e37):
         scores = run(on, q, k, v, softmax_scale=scale, gate="qk")
@@ -250,12 +259,11 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 @everywhere(*RULED)
+@where_taken
 @every_dtype
 @pytest.mark.parametrize("size", ["decode", "few blocks", "enough", "clusters"])
 @pytest.mark.parametrize("name", RULES)
 def test_rules_on_scores_far_from_zero(on: str, size: str, dtype: str, name: str) -> None:
-    if not takes(on, size, dtype):
-        return
     q, k, v = levels(size, dtype)
     rules = {"softmax_scale": 2.0**33} | RULES[name]
     for array in ("alibi_slopes", "sink"):
@@ -265,12 +273,11 @@ def test_rules_on_scores_far_from_zero(on: str, size: str, dtype: str, name: str
 
 
 @everywhere(*RULED)
+@where_taken
 @every_dtype
 @pytest.mark.parametrize("size", ["decode", "few blocks", "enough", "clusters"])
 def test_masks_on_scores_far_from_zero(on: str, size: str, dtype: str) -> None:
     """Also of all keys but those of the lowest level, and of all keys of some rows."""
-    if not takes(on, size, dtype):
-        return
     q, k, v = levels(size, dtype)
     mask = np.random.default_rng(0).random((q.shape[2], k.shape[2])) < 0.5
     right(on, q, k, v, softmax_scale=1e10, mask=mask)
@@ -295,14 +302,13 @@ def biases(kind: str, queries: int, keys: int) -> Iterator[np.ndarray]:
 
 
 @everywhere(*RULED)
+@where_taken
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [(d, kind) for d in DTYPES for kind in dict.fromkeys((d, "float32"))],
 )
 @every_size
 def test_a_finite_bias_hides_no_key(on: str, size: str, dtype: str, kind: str) -> None:
-    if not takes(on, size, dtype):
-        return
     q, k, v = normal(size, dtype)
     for bias in biases(kind, q.shape[2], k.shape[2]):
         right(on, q, k, v, bias=bias)
@@ -312,12 +318,11 @@ CAPS = (1e-3, 0.5, 30.0, 128.0, 129.0, 1e4, 1e5, 1e6, 1e8, 1e20, 1e30, 3e38, np.
 
 
 @everywhere(*RULED)
+@where_taken
 @every_dtype
 @pytest.mark.parametrize("size", ["few blocks", "enough"])
 def test_a_softcap_is_accurate_relative_to_the_score(on: str, size: str, dtype: str) -> None:
     """And a usual one in 16 bit to 2^-21 of itself, by which no softmax is off."""
-    if not takes(on, size, dtype):
-        return
     q, k, v = operands(size, dtype)
     rng = np.random.default_rng(0)
     q[..., 3] = rng.standard_normal(q.shape[:3]) * 8  # one column: scores are off by a rounding

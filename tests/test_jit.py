@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, compiler_skip_reason
+from conftest import ROOT, compiler_skip_reason, use_kernels
 
 from flashcore_cupy import cache, jit, nvrtc, sources
 
@@ -43,15 +43,7 @@ ARCH = "sm_90a"
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small kernels folder and an empty cache, both used by everything in the test."""
-    folder = tmp_path / "kernels"
-    (folder / "flashcore").mkdir(parents=True)
-    (folder / "flashcore" / "part.cuh").write_text(HEADER)
-    (folder / "demo.cu").write_text(ENTRY)
-    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
-    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
-    monkeypatch.setattr(cache, "_unwritten", {})
-    return folder
+    return use_kernels(tmp_path, {"flashcore/part.cuh": HEADER, "demo.cu": ENTRY}, monkeypatch)
 
 
 def compile_demo(**changes: object) -> jit.CompiledKernel:

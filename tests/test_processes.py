@@ -19,10 +19,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import compiler_skip_reason
+from conftest import compiler_skip_reason, use_kernels
 
 import flashcore_cupy
-from flashcore_cupy import cache, jit, numpy_attention
+from flashcore_cupy import jit, numpy_attention
 
 needs_compiler = pytest.mark.skipif(
     compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
@@ -40,15 +40,8 @@ JOBS: list[jit.Job] = [("demo.cu", {"FC_STEP": step}, ARCH) for step in (1, 2, 3
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with one small kernel, and an empty cache."""
-    folder = tmp_path / "kernels"
-    (folder / "flashcore").mkdir(parents=True)
-    (folder / "flashcore" / "step.cuh").write_text("constexpr int STEP = FC_STEP;\n")
-    (folder / "demo.cu").write_text(DEMO)
-    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
-    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
-    monkeypatch.setattr(cache, "_unwritten", {})
-    return folder
+    texts = {"flashcore/step.cuh": "constexpr int STEP = FC_STEP;\n", "demo.cu": DEMO}
+    return use_kernels(tmp_path, texts, monkeypatch)
 
 
 def environment(more: Mapping[str, str | bytes] | None = None) -> dict[bytes, bytes]:

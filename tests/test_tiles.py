@@ -179,7 +179,6 @@ RULED: dict[str, dict[str, Any]] = {
     "alibi": {"alibi_slopes": spec_of(np.zeros(16, np.float32))},
     "bias": {"bias": spec_of(np.zeros((64, 64), np.float16))},
     "bias_fp32": {"bias": spec_of(np.zeros((64, 64), np.float32))},
-    "bias_loose": {"bias": spec_of(np.zeros((64, 1), np.float32))},
     "causal": {"causal": True},
     "mask": {"mask": spec_of(np.zeros((64, 64), np.bool_))},
     "score_mod": {"score_mod": "score * 2"},
