@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from flashcore_cupy import builds, jit, nvrtc, tiles
 from flashcore_cupy.config import Tile
 from flashcore_cupy.problem import DTYPES, LAYOUTS, MAX_HEAD_DIM, MAX_SEQLEN, Causal
+from flashcore_cupy.values import shown
 
 Command = TypeVar("Command", bound=Callable[..., None])
 PICTURES = (".pdf", ".png", ".svg")
@@ -37,16 +38,10 @@ class Whole(click.types.IntParamType):
                 return number
         up_to = "" if self._most is None else f" to {self._most}"
         wanted = f"a whole number from {self._least}{up_to}"
-        self.fail(f"got {short(value)}; use {wanted}", param, ctx)
+        self.fail(f"got {shown(value)}; use {wanted}", param, ctx)
 
 
 POSITIVE = Whole(1)
-
-
-def short(value: object) -> str:
-    """What was typed, as far as it fits a message."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 @contextlib.contextmanager
@@ -93,16 +88,16 @@ def _size(name: str, variable: str, help_text: str, **more: Any) -> Callable[[An
 
 
 def problem_options(command: Command) -> Command:
-    shown: dict[str, Any] = {"show_default": True}
+    with_default: dict[str, Any] = {"show_default": True}
     options = (
-        _size("--B", "batch", "Batch.", default=1, **shown),
-        _size("--H", "heads", "Query heads.", default=8, **shown),
-        _size("--S", "seqlen", "Queries per head.", default=512, **shown),
-        _size("--D", "head_dim", "Head dim of q and k.", default=64, **shown),
+        _size("--B", "batch", "Batch.", default=1, **with_default),
+        _size("--H", "heads", "Query heads.", default=8, **with_default),
+        _size("--S", "seqlen", "Queries per head.", default=512, **with_default),
+        _size("--D", "head_dim", "Head dim of q and k.", default=64, **with_default),
         _size("--Hkv", "heads_kv", "Heads of k and v; H is a multiple. [H]"),
         _size("--Skv", "seqlen_kv", "Keys per head. [S]"),
         _size("--Dv", "head_dim_v", "Head dim of v and the output. [D]"),
-        click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], **shown),
+        click.option("--dtype", type=click.Choice(DTYPES), default=DTYPES[0], **with_default),
         click.option(
             "--causal",
             type=click.Choice(tuple(_CAUSAL)),
@@ -127,7 +122,7 @@ def problem_options(command: Command) -> Command:
             type=click.Choice(LAYOUTS),
             default=LAYOUTS[0],
             help="Order of the axes: (B, H, S, D) or (B, S, H, D).",
-            **shown,
+            **with_default,
         ),
     )
     for option in reversed(options):
@@ -249,7 +244,7 @@ def target_of(arch: str | None, *, gpu_decides: bool = True) -> str:
 def check_arch(arch: str) -> None:
     found = re.fullmatch("sm_([0-9]{2,4})[af]?", arch)
     if found is None:
-        raise click.UsageError(f"arch: got {short(arch)}; use a target such as 'sm_90a'")
+        raise click.UsageError(f"arch: got {shown(arch)}; use a target such as 'sm_90a'")
     if int(found[1]) < _OLDEST_ARCH:
         raise click.UsageError(
             f"arch: got {arch!r}; kernels need sm_{_OLDEST_ARCH} or later, such as 'sm_90a'"

@@ -49,7 +49,10 @@ def console(*, stderr: bool = False, fewest: int = PIPE_COLUMNS) -> Console:
     """
     stream = sys.stderr if stderr else sys.stdout
     output = cast(TextIO, Output(stream))
-    return Console(file=output, width=columns_of(stream, fewest), highlight=False)
+    width = columns_of(stream, fewest)
+    # Unless it has a height, too, rich reads COLUMNS all the same, and fails on a number too long.
+    height = None if width is None else 25
+    return Console(file=output, width=width, height=height, highlight=False)
 
 
 class _Count(MofNCompleteColumn):
@@ -344,9 +347,7 @@ def _group_cells(group: Sequence[Build]) -> list[str]:
 
 def explanation(selection: Selection, arch: str) -> Group:
     """What `explain` prints: as ``flashcore_cupy.explain`` says it of arrays on a GPU."""
-    lines = [f"{selection.kernel.name} on {arch}: {selection.config.describe()}"]
-    lines += [f"passed over {name}: {reason}" for name, reason in selection.passed_over]
-    return Group(*map(Text, lines))
+    return Group(*map(Text, selection.explained(arch)))
 
 
 def cache_table(folder: str, entries: list[CacheEntry]) -> Group:

@@ -208,8 +208,7 @@ def select_for(request: Request, q: Any, k: Any, v: Any, out: Any = None) -> str
         request.check_apart(out)
     arch = jit.device_arch(q.device.id)
     selection = select(problem, arch, kernel=request.kernel, overrides=request.config)
-    lines = [f"{selection.kernel.name} on {arch}: {selection.config.describe()}"]
-    lines += [f"passed over {name}: {reason}" for name, reason in selection.passed_over]
+    lines = selection.explained(arch)
     lines += [
         f"copied {name}: {why_copied(x)}"
         for name, x in (("q", q), ("k", k), ("v", v))

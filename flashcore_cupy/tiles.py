@@ -223,6 +223,11 @@ class Selection:
     config: KernelConfig
     passed_over: tuple[tuple[str, str], ...] = ()
 
+    def explained(self, arch: str) -> list[str]:
+        """Return a line for the kernel on its target, and one for each that was passed over."""
+        lines = [f"{self.kernel.name} on {arch}: {self.config.describe()}"]
+        return lines + [f"passed over {name}: {reason}" for name, reason in self.passed_over]
+
 
 def rows_of(kernel: str) -> list[Row]:
     """The rows of a kernel, in order of preference."""
