@@ -9,6 +9,7 @@ import mmap
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -110,7 +111,11 @@ def test_numpy_arrays_pass_as_they_are() -> None:
         assert interop.taken_out(array)[0] is array
 
 
-def test_cupy_arrays_pass_as_they_are_without_importing_cupy() -> None:
+def test_cupy_arrays_pass_as_they_are_without_importing_cupy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Only CuPy, with a GPU, knows which one is current.
+    monkeypatch.setattr(interop, "check_device", lambda name, x: None)
     cls = type("ndarray", (), {"__module__": "cupy"})
     for array in (cls(), type("mine", (cls,), {"__module__": "elsewhere"})()):
         got, kind = interop.taken("q", array)
@@ -240,7 +245,8 @@ def test_the_kind_of_the_result_is_that_of_q() -> None:
 
 def test_gpu_and_cpu_do_not_mix() -> None:
     q, k, v = _arrays()
-    on_gpu = type("ndarray", (), {"__module__": "cupy", "dtype": np.dtype("f2")})()
+    members = {"__module__": "cupy", "dtype": np.dtype("f2"), "device": SimpleNamespace(id=0)}
+    on_gpu = type("ndarray", (), members)()
     for arrays, named in (((on_gpu, k, v), "k, v:"), ((q, on_gpu, on_gpu), "q:")):
         with pytest.raises(TypeError, match=f"^{named} on the CPU while the others are on a GPU"):
             interop.taken_together(*arrays)
