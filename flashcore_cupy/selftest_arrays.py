@@ -130,6 +130,7 @@ class Placed:
 
     inputs: tuple[Any, Any, Any]
     out: Any
+    """None where the case's gate stops before the output."""
     out_buffer: Any
     arguments: dict[str, Any]
 
@@ -151,7 +152,8 @@ class Placed:
         q, k, v = (place(embedded)[1] for embedded in setup.embedded)
         if case.lengths:  # (1, total, H, D)
             q, k, v, out = q[0], k[0], v[0], out[0]
-        return cls((q, k, v), out, out_buffer, arguments)
+        stops = case.gate in ("qk", "softmax")
+        return cls((q, k, v), None if stops else out, out_buffer, arguments)
 
 
 def described(case: Case) -> AttentionProblem:

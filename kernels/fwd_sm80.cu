@@ -545,7 +545,6 @@ __device__ __forceinline__ void attend_exactly(const Context& c, Rows& rows) {
     };
     const auto has = [&](int key) { return SHARES_ROWS || is_own(key); };
     const int first_col = c.warp_d * COLS_PER_WARP;
-    rows.rO.clear();
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
 #pragma unroll
@@ -554,10 +553,10 @@ __device__ __forceinline__ void attend_exactly(const Context& c, Rows& rows) {
             const ExactRow<T, RULES, GATE, DIM_QK, Mask<CAUSAL, WINDOW>> exact = {
                 c.params, c.work, mask, q, rules_for(c, q), c.gate_row(q)};
             RowState& state = rows.state[m][half];
-            exact.template attend<COLS_PER_WARP>(
+            const bool again = exact.template attend<COLS_PER_WARP>(
                 state, keys, first_col, DIM_V - first_col, has, is_own,
-                [&](int d, int e, float x) { rows.rO.x[m][d][2 * half + e] += x; });
-            for (int tile = all.begin; tile < all.end; ++tile)
+                [&](int d, int e) -> float& { return rows.rO.x[m][d][2 * half + e]; });
+            for (int tile = all.begin; again && tile < all.end; ++tile)
                 exact.gate.tile_max(tile * WARPS_N + c.warp_n,
                                     state.max * natural_scale<RULES>(c.params));
         }

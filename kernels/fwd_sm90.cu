@@ -543,16 +543,14 @@ struct Consumer {
         const KeySpan keys = {tiles.begin * BLOCK_N, min(tiles.end * BLOCK_N, work().seqlen_kv)};
         const auto all = [](int) { return true; };
 #pragma unroll
-        for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] = 0.0f;
-#pragma unroll
         for (int half = 0; half < 2; ++half) {
             const QueryRow q = query_row<PACK_GQA>(work(), row(half));
             const ExactRow<T, RULES, GATE, DIM_QK, PositionMask> exact = {
                 params, work(), positions, q, rules_for(q), gate_row(q)};
-            exact.template attend<HEAD_DIM_V>(
+            const bool again = exact.template attend<HEAD_DIM_V>(
                 state[half], keys, 0, DIM_V, all, all,
-                [&](int n, int e, float x) { rO[4 * n + 2 * half + e] += x; });
-            for (int tile = tiles.begin; tile < tiles.end; ++tile)
+                [&](int n, int e) -> float& { return rO[4 * n + 2 * half + e]; });
+            for (int tile = tiles.begin; again && tile < tiles.end; ++tile)
                 exact.gate.tile_max(tile, state[half].max * natural_scale<RULES>(params));
         }
     }
@@ -567,13 +565,15 @@ struct Consumer {
             head_row<T>(params.o, params.o_strides, w.batch, q.head, w.start_q + q.query));
     }
 
-    // The ends of both rows: their LSE, and what O is multiplied by.
-    __device__ __forceinline__ void finish_rows(float (&factor)[2]) {
+    // The ends of both rows: their LSE, and what O is multiplied by. The rows stay as they are:
+    // some may have to be done again.
+    __device__ __forceinline__ void finish_rows(float (&factor)[2]) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            state[half].sum = group_sum<QUAD>(state[half].sum);
+            RowState end = state[half];
+            end.sum = group_sum<QUAD>(end.sum);
             const QueryRow q = query_row<PACK_GQA>(work(), row(half));
-            factor[half] = finish_row(state[half], q, lane() % QUAD == 0);
+            factor[half] = finish_row(end, q, lane() % QUAD == 0);
         }
     }
 

@@ -143,6 +143,25 @@ def test_maxima_that_rise_and_fall_from_tile_to_tile(on: str, size: str, dtype: 
         right(on, q, k, v, softmax_scale=scale, causal=True)
 
 
+@everywhere(*EXACT)
+@where_taken
+@every_dtype
+@every_size
+def test_far_rows_leave_their_neighbours_as_they_are(on: str, size: str, dtype: str) -> None:
+    """Every third row is far from zero; the others get the bits that they get beside zeros."""
+    q, k, v = normal(size, dtype)
+    keys = k.shape[2]
+    k[..., 3] = np.clip(np.arange(keys) * 7 // keys - 3, -2, 2) * 1024
+    q[..., 3] = 0
+    q[:, :, ::3] = 0
+    beside_zeros = run(on, q, k, v, return_lse=True)
+    q[:, :, ::3, 3] = 32768
+    right(on, q, k, v)
+    near = np.arange(q.shape[2]) % 3 > 0
+    for got, expected in zip(run(on, q, k, v, return_lse=True), beside_zeros, strict=True):
+        np.testing.assert_array_equal(got[:, :, near], expected[:, :, near])
+
+
 #: Tiles of other forms: two and four warps that share the scores of their rows, O in 16 columns.
 DIMS = [
     *(("float16", dim) for dim in (16, 32, 80, 128, 192, 256, 512)),

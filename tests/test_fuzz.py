@@ -230,7 +230,7 @@ def attend(case: Case, placed: Placed) -> list[np.ndarray]:
     if case.gate not in ("qk", "softmax"):
         wanted = {"out": placed.out, "return_lse": case.gate is None}
         placed.out.fill(np.nan)
-    if not isinstance(placed.out, np.ndarray):
+    if not isinstance(placed.out_buffer, np.ndarray):
         wanted["kernel"] = case.kernel
     got = flashcore_cupy.attention(*placed.inputs, **wanted, **placed.arguments)
     each = got if isinstance(got, tuple) else (got,)

@@ -20,7 +20,8 @@ struct KeySpan {
 };
 
 // Four lanes have the row, as mma.sync and wgmma leave it: of every 8 columns each has two. All
-// lanes of the warp take part, for their own rows.
+// lanes of the warp take part, for their own rows. One whose scores are not that far stays as the
+// loop left it, to the bit: which rows are its neighbours must not matter.
 template <typename T, int RULES, int GATE, int DIM_QK, typename PositionMask>
 struct ExactRow {
     const AttentionParams& params;
@@ -53,15 +54,21 @@ struct ExactRow {
     }
 
     // m, l and, of COLS columns of V from first_col on, O: over the keys for which has(key), two at
-    // a time. sums(key): whether the key counts in this warp's l. add(n, e, x): x is to be added to
-    // this lane's e-th of columns 8 n to 8 n + 7.
-    template <int COLS, typename Has, typename Sums, typename Add>
-    __device__ __forceinline__ void attend(RowState& row, const KeySpan& keys, int first_col,
-                                           int valid_cols, Has has, Sums sums, Add add) const {
+    // a time. sums(key): whether the key counts in this warp's l. o(n, e): this lane's e-th of
+    // columns 8 n to 8 n + 7. Returns whether the row was done again.
+    template <int COLS, typename Has, typename Sums, typename Columns>
+    __device__ __forceinline__ bool attend(RowState& found, const KeySpan& keys, int first_col,
+                                           int valid_cols, Has has, Sums sums, Columns o) const {
         const float scale = exponent_scale<RULES>(params);
+        const bool again = q.valid && is_far(found.max, scale);  // the row's four lanes agree
+        if (!warp_any(again)) return false;
         float s[2];
         bool seen[2];
-        row = RowState();
+        RowState row;
+        if (again) {
+#pragma unroll
+            for (int n = 0; n < COLS / 8; ++n) o(n, 0) = o(n, 1) = 0.0f;
+        }
 #pragma unroll 1
         for (int key = keys.begin; key < keys.end; key += 2) {
             if (!has(key)) continue;
@@ -77,6 +84,7 @@ struct ExactRow {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const float p = seen[e] ? exp2_approx((s[e] - max) * scale) : 0.0f;
+                if (!again) continue;
                 gate.probability(key + e, p);
                 if (!seen[e]) continue;  // what the key's row of V holds must not matter
                 if (quad == 0 && sums(key)) row.sum += p;  // one lane's: they are added up later
@@ -86,10 +94,12 @@ struct ExactRow {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         const int col = n * 8 + quad * 2 + i;
-                        if (col < valid_cols) add(n, i, p * to_float(gV[col]));
+                        if (col < valid_cols) o(n, i) += p * to_float(gV[col]);
                     }
             }
         }
+        if (again) found = row;
+        return again;
     }
 
   private:
