@@ -196,7 +196,7 @@ def test_bad_gpu_arguments_are_named() -> None:
         ((q, k, v), {"config": {"cp_async": 1}}, ValueError, "cp_async=1 is not bool"),
         ((q, k, v), {"config": {"block_m": 24}}, ValueError, "kernel 'mma_sm80': config"),
         ((q, k, v), {"stream": 7}, TypeError, "stream: got 7; use a CuPy stream"),
-        ((q, k, v), {"out": host[0]}, TypeError, "out: got ndarray"),
+        ((q, k, v), {"out": host[0]}, TypeError, "out: got numpy.ndarray"),
         ((q, k, v), {"out": q}, ValueError, "out: overlaps q"),
         (
             [x.astype("f4") for x in (q, k, v)],

@@ -57,15 +57,15 @@ struct ExactRow {
     // a time. sums(key): whether the key counts in this warp's l. o(n, e): this lane's e-th of
     // columns 8 n to 8 n + 7. Returns whether the row was done again.
     template <int COLS, typename Has, typename Sums, typename Columns>
-    __device__ __forceinline__ bool attend(RowState& found, const KeySpan& keys, int first_col,
+    __device__ __forceinline__ bool attend(RowState& row, const KeySpan& keys, int first_col,
                                            int valid_cols, Has has, Sums sums, Columns o) const {
         const float scale = exponent_scale<RULES>(params);
-        const bool again = q.valid && is_far(found.max, scale);  // the row's four lanes agree
+        const bool again = q.valid && is_far(row.max, scale);  // the row's four lanes agree
         if (!warp_any(again)) return false;
         float s[2];
         bool seen[2];
-        RowState row;
         if (again) {
+            row = RowState();
 #pragma unroll
             for (int n = 0; n < COLS / 8; ++n) o(n, 0) = o(n, 1) = 0.0f;
         }
@@ -73,7 +73,7 @@ struct ExactRow {
         for (int key = keys.begin; key < keys.end; key += 2) {
             if (!has(key)) continue;
             scores(s, seen, key);
-            row.max = fmaxf(row.max, fmaxf(s[0], s[1]));
+            if (again) row.max = fmaxf(row.max, fmaxf(s[0], s[1]));
         }
         const float max = finite_max(row.max);
         const int quad = threadIdx.x % 4;
@@ -98,7 +98,6 @@ struct ExactRow {
                     }
             }
         }
-        if (again) found = row;
         return again;
     }
 
