@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 BIN = $(VENV)/bin
 KERNELS = $(shell find kernels tests/probes -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: run test lint format clean
+.PHONY: run test lint docs format clean
 
 run: $(BIN)/python
 	rm -rf build
@@ -25,6 +25,12 @@ lint: $(BIN)/python
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 
+docs: $(BIN)/python
+	rm -rf build
+	$(BIN)/python -m pip install --quiet '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 format: $(BIN)/python
 	$(BIN)/python -m pip install --quiet '.[lint]'
 	$(BIN)/ruff check --fix .
@@ -39,5 +45,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
