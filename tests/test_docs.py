@@ -1,21 +1,29 @@
-"""What the documents point at exists."""
+"""What the documents point at exists, what they show runs, and what they list is all there is."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, gpu_skip_reason
 
+import flashcore_cupy
 from flashcore_cupy import tiles
 from flashcore_cupy.request import ARGUMENTS
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "kernels/README.md"])
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/kernels").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES, ROOT / "kernels/README.md"])
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
-EXCERPT = re.compile(r"\]\((examples/\w+\.py)\)[^`]*```python\n(.*?)```", re.DOTALL)
+# A block of Python, and what the comment above it says that it needs besides NumPy.
+BLOCK = re.compile(r"(?:<!-- needs: ([\w-]+) -->\n)?```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SHOWN_PAGES = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
 PATH = re.compile(r"`((?:kernels|flashcore_cupy|tests|docs|benchmarks|examples)/[\w./*-]*)`")
 
 
@@ -29,30 +37,95 @@ def test_links_and_paths_exist(document: Path) -> None:
         assert list(ROOT.glob(path.rstrip("/"))), f"{document.name}: {path}"
 
 
-def test_readme_says_where_to_add_things() -> None:
-    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where do I add")[2]
-    rows = [line for line in table.splitlines() if line.startswith("| a")]
-    assert len(rows) >= 6
-    assert all(LINK.search(row) for row in rows)
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 180 and len(text.split()) <= 1500
+    notes = (ROOT / "kernels/README.md").read_text(encoding="utf-8")
+    assert len(notes.splitlines()) <= 150
 
 
-def test_readme_has_every_argument() -> None:
-    table = _section("README.md", "## What it does")
+def test_contributing_says_where_to_add_things() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for what in ("a head dim or a tile", "a rule", "a kernel"):
+        assert LINK.search(text.partition(f"\n## Add {what}\n")[2].partition("\n## ")[0]), what
+
+
+def test_the_manual_has_every_argument() -> None:
+    table = _section("docs/attention.md", "## Every argument")
     named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
     assert sorted(named) == sorted(ARGUMENTS)
 
 
-def test_readme_has_the_widest_heads() -> None:
+def test_the_manual_has_every_environment_variable() -> None:
+    package = Path(flashcore_cupy.__file__).parent
+    sources = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    read = set(re.findall(r"\bFLASHCORE_[A-Z][A-Z_]*[A-Z]\b", sources))
+    table = _section("docs/caches.md", "## Environment variables")
+    assert read == set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) != set()
+
+
+def test_the_manual_lists_commands_and_options_by_itself() -> None:
+    """Sphinx asks click for all of them; the page's own table has each command once."""
+    page = (ROOT / "docs/command_line.md").read_text(encoding="utf-8")
+    assert ".. click:: cli:main\n   :prog: flashcore-cupy\n   :nested: full\n" in page
+    asked = "import cli; print(*cli.main.commands)"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    table = re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)
+    assert sorted(table) == sorted(done.stdout.split())
+
+
+def test_the_manual_has_every_public_name() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    for name in flashcore_cupy.__all__:
+        assert f":: flashcore_cupy.{name}\n" in page, name
+
+
+@pytest.mark.parametrize("page", SHOWN_PAGES, ids=lambda page: page.stem)
+def test_the_examples_of_the_manual_run(page: Path) -> None:
+    """The blocks of a page, one after the other, as far as what they need is here."""
+    has_gpu = gpu_skip_reason() is None
+    here = {
+        "": True,
+        "gpu": has_gpu,
+        "torch": importlib.util.find_spec("torch") is not None,
+        "jax": importlib.util.find_spec("jax") is not None,
+        "torch-gpu": has_gpu and importlib.util.find_spec("torch") is not None,
+        "flash_attn": has_gpu and importlib.util.find_spec("flash_attn") is not None,
+    }
+    text = page.read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python")
+    code = ""
+    for block in blocks:
+        line = text.count("\n", 0, block.start(2))
+        compile("\n" * line + block[2], str(page), "exec")  # those that do not run here, too
+        if here[block[1] or ""]:
+            code += block[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(flashcore_cupy.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_manual_has_the_widest_heads() -> None:
     rows = [row for kernel in tiles.AUTO_ORDER for row in tiles.rows_of(kernel)]
     half, full = (
         max(row.head_dim for row in rows if dtype in row.dtypes) for dtype in ("float16", "float32")
     )
     claim = f"D and Dv up to {half}, with float32 up to {full}."
-    assert claim in _section("README.md", "## What it does")
+    assert claim in _section("docs/attention.md", "## Every argument")
+    assert f"Heads of up to {half} columns, with float32 up to {full}." in _section(
+        "README.md", "## What it takes"
+    )
 
 
 def test_kernel_notes_show_tiles_of_the_table() -> None:
-    table = _section("kernels/README.md", "#### Warps")
+    table = _section("docs/kernels/mma_sm80.md", "## Warps")
     shown = {
         (int(cells[1]), *map(int, found.groups()))
         for cells in (line.split("|") for line in table.splitlines() if re.match(r"\| \d", line))
@@ -64,15 +137,13 @@ def test_kernel_notes_show_tiles_of_the_table() -> None:
     assert shown <= {(row.head_dim, row.tile.block_m, row.tile.block_n) for row in rows}
 
 
-def test_readme_shows_what_the_examples_run() -> None:
-    """Each paragraph of a code block stands in the script that its link names."""
-    blocks = EXCERPT.findall(_section("README.md", "## Examples"))
-    assert len(blocks) == 3
-    for script, block in blocks:
-        source = (ROOT / script).read_text(encoding="utf-8")
-        for paragraph in block.strip().split("\n\n"):
-            indented = textwrap.indent(paragraph, "    ")
-            assert paragraph in source or indented in source, f"{script}: {paragraph}"
+def test_readme_shows_what_an_example_runs() -> None:
+    """Each paragraph of the block that has no imports of its own stands in a script."""
+    blocks = [block[2] for block in BLOCK.finditer((ROOT / "README.md").read_text("utf-8"))]
+    (block,) = (block for block in blocks if "import " not in block)
+    source = (ROOT / "examples/score_mod.py").read_text(encoding="utf-8")
+    for paragraph in block.strip().split("\n\n"):
+        assert paragraph in source or textwrap.indent(paragraph, "    ") in source, paragraph
 
 
 def test_kernel_notes_place_every_header_in_a_layer() -> None:
@@ -83,10 +154,10 @@ def test_kernel_notes_place_every_header_in_a_layer() -> None:
     assert sorted(named) == sorted(set(headers) - {"config"})
 
 
-def test_readme_and_kernel_notes_name_every_rung() -> None:
-    for name in ("README.md", "kernels/README.md"):
+def test_kernel_notes_name_every_rung() -> None:
+    for name in ("kernels/README.md", "docs/kernels/index.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert not [kernel for kernel in tiles.KERNELS if kernel not in text], name
+        assert not [kernel for kernel in flashcore_cupy.KERNELS if kernel not in text], name
 
 
 def test_the_newest_receipt_is_of_every_kernel() -> None:
@@ -97,7 +168,7 @@ def test_the_newest_receipt_is_of_every_kernel() -> None:
     assert re.fullmatch("[0-9a-f]{12}", newest["kernels_digest"])
     assert newest["failed"] == 0 and newest["passed"] == len(newest["rows"]) > 700
     assert newest["emulated"] is False and re.search("H[12]00", newest["gpu"])
-    assert {row["kernel"] for row in newest["rows"]} == set(tiles.KERNELS)
+    assert {row["kernel"] for row in newest["rows"]} == set(flashcore_cupy.KERNELS)
 
 
 def _section(document: str, heading: str) -> str:
