@@ -36,7 +36,7 @@ napoleon_use_rtype = False
 smartquotes = False  # the command line has two hyphens
 html_theme = "pydata_sphinx_theme"
 html_title = f"{project} {version}"
-html_theme_options = {"show_nav_level": 2, "show_toc_level": 2, "navigation_with_keys": False}
+html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
 html_copy_source = html_show_sourcelink = False
 
 
