@@ -21,9 +21,10 @@ import click
 from rich.table import Table
 
 import flashcore_cupy
-from flashcore_cupy import bench, jit
-from flashcore_cupy._render import console
-from flashcore_cupy.rungs import HOPPER
+from flashcore_cupy.check import machine
+from flashcore_cupy.cli.tables import console
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.select.registry import HOPPER
 
 SHAPE = (1, 8, 64, 64)
 RUNS, CALLS, SETS = 200, 20, 5
@@ -83,10 +84,10 @@ def measure(kernels: tuple[str, ...], report: Callable[[str, str, float], None])
 )
 def main(json_path: Path | None) -> None:
     """Time calls of the kernels that a GPU has, by what arrays they are given."""
-    reason = jit.no_gpu_reason()
+    reason = compiler.no_gpu_reason()
     if reason is not None:
         raise click.ClickException(f"needs a GPU: {reason}")
-    arch = jit.device_arch()
+    arch = compiler.device_arch()
     kernels = ("mma_sm80", "wgmma_sm90") if arch == HOPPER else ("mma_sm80",)
     rows: list[dict[str, Any]] = []
     measure(
@@ -98,7 +99,7 @@ def main(json_path: Path | None) -> None:
         table.add_row(arrays, *(f"{times[kernel]:.2f}" for kernel in kernels))
     console().print(table)
     if json_path is not None:
-        found = {"machine": bench.machine(arch).to_json(), "shape": SHAPE, "rows": rows}
+        found = {"machine": machine.machine(arch).to_json(), "shape": SHAPE, "rows": rows}
         json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -37,8 +37,11 @@ from side_by_side.results import OURS, PEERS, geometric_mean
 from side_by_side.tables import machine_line
 from side_by_side.timing import Gpu, reason_of
 
-from flashcore_cupy import attention, builds, jit, reference
-from flashcore_cupy._render import clean, console, progress
+from flashcore_cupy import attention
+from flashcore_cupy.cli.tables import clean, console, progress
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch import builds
 
 #: torch's function with nothing chosen: what a user gets.
 TORCH = "torch"
@@ -143,7 +146,7 @@ def measure() -> dict[str, Any]:
         expected = [pool.submit(oracle, case) for case in wanted]
         task = bar.add_task("compiling", total=None, last="")
 
-        def on_done(done: jit.CompiledKernel | Exception) -> None:
+        def on_done(done: compiler.CompiledKernel | Exception) -> None:
             bar.update(task, advance=1, last=builds.what(done))
 
         compile_ahead(map(call_of, wanted), on_done)

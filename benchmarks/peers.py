@@ -16,9 +16,10 @@ from side_by_side.measure import METHODS, Bench
 from side_by_side.results import PEERS, Report
 from side_by_side.timing import Gpu
 
-from flashcore_cupy import builds, jit
-from flashcore_cupy._render import console, progress
-from flashcore_cupy.tiles import KERNELS
+from flashcore_cupy.cli.tables import console, progress
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch import builds
+from flashcore_cupy.select.registry import KERNELS
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -75,7 +76,7 @@ def _measure(groups: tuple[str, ...], rounds: int, kernel: str, json_path: Path 
     with progress(shown) as bar:
         task = bar.add_task("compiling", total=None, last="")
 
-        def on_done(done: jit.CompiledKernel | Exception) -> None:
+        def on_done(done: compiler.CompiledKernel | Exception) -> None:
             bar.update(task, advance=1, last=builds.what(done))
 
         compile_ahead([call_of(cell, kernel) for cell in wanted], on_done)

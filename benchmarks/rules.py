@@ -20,10 +20,12 @@ from typing import Any
 import click
 from rich.table import Table
 
-from flashcore_cupy import bench, jit
-from flashcore_cupy._render import console
 from flashcore_cupy.attention import plan
-from flashcore_cupy.tiles import KERNELS
+from flashcore_cupy.check import machine
+from flashcore_cupy.cli.tables import console
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.measure import timing
+from flashcore_cupy.select.registry import KERNELS
 
 SEQLEN = 4096
 SHAPES = ((4, 32, SEQLEN, 64), (4, 16, SEQLEN, 128))
@@ -103,8 +105,8 @@ def copy_rate() -> float:
     def copy() -> None:
         cupy.copyto(target, source)
 
-    timing = bench.time_calls(copy, synchronize=cupy.cuda.Device().synchronize, iters=10)
-    return 2 * source.nbytes / timing.median_us / 1e3
+    copied = timing.time_calls(copy, synchronize=cupy.cuda.Device().synchronize, iters=10)
+    return 2 * source.nbytes / copied.median_us / 1e3
 
 
 def measure(kernel: str, report: Callable[[Row], None]) -> dict[str, float]:
@@ -132,7 +134,7 @@ def measure(kernel: str, report: Callable[[Row], None]) -> dict[str, float]:
 
 def _time(kernel: str, arrays: list[Any], causal: bool, chosen: Mapping[str, Any]) -> float:
     launched = plan(*arrays, causal=causal, kernel=kernel, **chosen)
-    return bench.time_graph(launched, iters=10, warmup=2).median_us
+    return timing.time_graph(launched, iters=10, warmup=2).median_us
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -147,7 +149,7 @@ def _time(kernel: str, arrays: list[Any], causal: bool, chosen: Mapping[str, Any
 )
 def main(json_path: Path | None, kernel: str) -> None:
     """Time float32 and every rule, and compare with what they would have to cost."""
-    reason = jit.no_gpu_reason()
+    reason = compiler.no_gpu_reason()
     if reason is not None:
         raise click.ClickException(f"needs a GPU: {reason}")
     rows: list[Row] = []
@@ -161,7 +163,7 @@ def main(json_path: Path | None, kernel: str) -> None:
     console().print(table)
     if json_path is not None:
         found = {
-            "machine": bench.machine(jit.device_arch()).to_json(),
+            "machine": machine.machine(compiler.device_arch()).to_json(),
             "kernel": kernel,
             "rates": rates,
             "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],

@@ -58,14 +58,17 @@ from side_by_side import cells
 from side_by_side.results import Entry, geometric_mean
 from side_by_side.timing import FLUSH_BYTES, Timer, take_turns
 
-from flashcore_cupy import bench, builds, jit, tiles, verify
-from flashcore_cupy._options import POSITIVE, writable
-from flashcore_cupy._render import clean, console, kib, progress, significant
 from flashcore_cupy.attention import plan
-from flashcore_cupy.config import KernelConfig, Tile
-from flashcore_cupy.job import problem_json, to_gpu
-from flashcore_cupy.problem import DTYPES, AttentionProblem, contiguous_problem
-from flashcore_cupy.tiles import Row
+from flashcore_cupy.check import inputs, machine, verify
+from flashcore_cupy.cli.options import POSITIVE, writable
+from flashcore_cupy.cli.tables import clean, console, kib, progress, significant
+from flashcore_cupy.jit import compiler, nvrtc
+from flashcore_cupy.launch import builds
+from flashcore_cupy.measure.job import problem_json, to_gpu
+from flashcore_cupy.problem.attention_problem import DTYPES, AttentionProblem, contiguous_problem
+from flashcore_cupy.select import selector, targets
+from flashcore_cupy.select.config import KernelConfig, Tile
+from flashcore_cupy.select.row import Row
 
 GRID = cells.cells("grid")
 LENGTHS = tuple(sorted({cell.seqlen_q for cell in GRID}))
@@ -212,9 +215,9 @@ def current_row(kernel: str, problems: Sequence[AttentionProblem], arch: str) ->
     """The row that all these problems get; ``ValueError`` if there is none, or several."""
     found: dict[Row, dict[str, None]] = {}
     for problem in problems:
-        config = tiles.select(problem, arch, kernel=kernel).config
+        config = selector.select(problem, arch, kernel=kernel).config
         shape = config.tile, (config.head_dim, config.head_dim_v)
-        rows = [row for row in tiles.rows_of(kernel) if row.serves(problem)]
+        rows = [row for row in selector.rows_of(kernel) if row.serves(problem)]
         row = next(row for row in rows if (row.tile, row.dims) == shape)
         found.setdefault(row, {})[str(problem.seqlen_q)] = None
     if len(found) > 1:
@@ -231,12 +234,12 @@ def begin(kernel: str, problems: Mapping[str, AttentionProblem], space: Space, a
     search = Search(arch, problems, candidates)
     for candidate in candidates:
         try:
-            config = tiles.configure_row(candidate.row, search.example(search.masks[0]))
+            config = selector.configure_row(candidate.row, search.example(search.masks[0]))
         except ValueError as error:
             candidate.drop("illegal", str(error))
             continue
         try:
-            _check_blocks(tiles.check_target(candidate.row, config, arch), arch)
+            _check_blocks(selector.check_target(candidate.row, config, arch), arch)
         except ValueError as error:
             candidate.drop("too large", str(error))
     return search
@@ -244,7 +247,7 @@ def begin(kernel: str, problems: Mapping[str, AttentionProblem], space: Space, a
 
 def _check_blocks(config: KernelConfig, arch: str) -> None:
     """Registers for more blocks than shared memory has room for are registers wasted."""
-    blocks = (tiles.smem_limit(arch) + 1024) // (config.smem_bytes + 1024)
+    blocks = (targets.smem_limit(arch) + 1024) // (config.smem_bytes + 1024)
     if config.tile.min_blocks > max(1, blocks):
         raise ValueError(f"min_blocks={config.tile.min_blocks}: shared memory is for {blocks}")
 
@@ -253,11 +256,11 @@ def compile_all(search: Search, on_done: builds.OnDone | None = None) -> None:
     """Build what is left, in parallel, and drop what the compiler makes slow, or cannot build."""
     for causal in search.masks:
         left, problem = search.alive, search.example(causal)
-        configs = [tiles.configure_row(candidate.row, problem) for candidate in left]
+        configs = [selector.configure_row(candidate.row, problem) for candidate in left]
         jobs = [builds.job_of(config, search.arch) for config in configs]
-        made = jit.compile_each(jobs, on_done=on_done)
+        made = compiler.compile_each(jobs, on_done=on_done)
         for candidate, config, done in zip(left, configs, made, strict=True):
-            if isinstance(done, jit.CompileError):
+            if isinstance(done, nvrtc.CompileError):
                 candidate.drop("does not compile", re.split(r"\n|\. ", done.log.strip())[0])
                 continue
             if isinstance(done, Exception):
@@ -284,7 +287,7 @@ class Arena:
 
         self._search = search
         largest = max(search.cells.values(), key=lambda problem: problem.batch * problem.seqlen_q)
-        self._inputs = [x.ravel() for x in to_gpu(*bench.inputs(largest, seed=0))]
+        self._inputs = [x.ravel() for x in to_gpu(*inputs.inputs(largest, seed=0))]
         self._flushed = cupy.empty(FLUSH_BYTES, cupy.int8)
 
     def check(self, step: Step) -> None:
@@ -297,7 +300,7 @@ class Arena:
                 dtype=like.dtype,
                 causal=causal,
             )
-            host = bench.inputs(problem, seed=0)
+            host = inputs.inputs(problem, seed=0)
             known, arrays = verify.expect(problem, *host), to_gpu(*host)
             blank = np.full(problem.output_shape, np.nan, host[0].dtype)
             for candidate in self._search.alive:
@@ -526,7 +529,7 @@ def main(
 
     The options for tiles, and --S, may be given several times.
     """
-    no_gpu = jit.no_gpu_reason()
+    no_gpu = compiler.no_gpu_reason()
     masks = (False, True) if causal is None else (causal,)
     try:
         arch = builds.target(None, on_gpu=no_gpu is None)
@@ -535,11 +538,11 @@ def main(
         shown = run(search, top, rounds, on_gpu=no_gpu is None)
     except (RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    machine = bench.machine(arch)
-    console().print(report(search, shown, f"{machine.gpu or 'no GPU'}, {arch}"))
+    here = machine.machine(arch)
+    console().print(report(search, shown, f"{here.gpu or 'no GPU'}, {arch}"))
     best = shown[0] if no_gpu is None else None
     if json_path is not None:
-        found = clean(to_json(search, machine.to_json(), best))
+        found = clean(to_json(search, here.to_json(), best))
         json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if best is None:
         click.echo(f"{no_gpu}: compiled, but neither checked nor timed")

@@ -7,7 +7,7 @@ read once, and several thread blocks share out the keys: `explain` says pack_gqa
 import numpy as np
 
 import flashcore_cupy
-from flashcore_cupy import reference
+from flashcore_cupy.cpu import reference
 
 try:
     import cupy as xp

@@ -7,7 +7,7 @@ concatenated ones sees another.
 import numpy as np
 
 import flashcore_cupy
-from flashcore_cupy import reference
+from flashcore_cupy.cpu import reference
 
 try:
     import cupy as xp

@@ -5,7 +5,7 @@ import sys
 import ml_dtypes
 
 import flashcore_cupy
-from flashcore_cupy import reference
+from flashcore_cupy.cpu import reference
 
 try:
     import torch

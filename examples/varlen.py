@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 
 import flashcore_cupy
-from flashcore_cupy import reference
+from flashcore_cupy.cpu import reference
 
 try:
     import cupy as xp

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from flashcore_cupy._version import __version__
 from flashcore_cupy.attention import attention, explain
-from flashcore_cupy.tiles import KERNELS
+from flashcore_cupy.select.registry import KERNELS
 
 __all__ = ["KERNELS", "__version__", "attention", "explain"]

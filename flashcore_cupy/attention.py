@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flashcore_cupy import captures, interop, launch, repeat
-from flashcore_cupy.problem import Causal, Gate, Layout
-from flashcore_cupy.request import (
+from flashcore_cupy.cuda import captures
+from flashcore_cupy.launch import launch_cache
+from flashcore_cupy.launch.plan import Plan
+from flashcore_cupy.problem import interop
+from flashcore_cupy.problem.attention_problem import Causal, Gate, Layout
+from flashcore_cupy.problem.request import (
     ARGUMENTS,
     Request,
     bind,
@@ -17,8 +20,8 @@ from flashcore_cupy.request import (
     refuse_gpu_arguments,
     select_for,
 )
-from flashcore_cupy.tracing import leave_dynamo, untraced
-from flashcore_cupy.values import check_names
+from flashcore_cupy.problem.tracing import leave_dynamo, untraced
+from flashcore_cupy.problem.values import check_names
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -39,7 +42,7 @@ def attention(
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
     causal: Causal = False,
-    window: tuple[int, int] = repeat.NO_WINDOW,
+    window: tuple[int, int] = launch_cache.NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     bias: Any = None,
@@ -162,7 +165,7 @@ def attention(
             window, layout, kernel, causal, causal.__class__, softcap, softcap.__class__,
             softmax_scale, softmax_scale.__class__, batch_invariant, batch_invariant.__class__,
         )  # fmt: skip
-        done = repeat.launch_again(q, k, v, out, return_lse, choices)
+        done = launch_cache.launch_again(q, k, v, out, return_lse, choices)
         if done is not None:
             return done
     leave_dynamo()
@@ -188,7 +191,7 @@ def plan(
     return_lse: bool = False,
     out: cupy.ndarray | None = None,
     **arguments: Any,
-) -> launch.Plan:
+) -> Plan:
     """``attention`` up to, but without, the launch, for CuPy arrays.
 
     ``plan(...).launch()`` enqueues the kernel on the current stream of the current device, as often
@@ -247,7 +250,7 @@ def explain(
 def _on_host(
     request: Request, q: Any, k: Any, v: Any, out: Any, stream: Any, return_lse: bool
 ) -> Any:
-    from flashcore_cupy.host import attend  # not imported where there is a GPU to do the work
+    from flashcore_cupy.cpu.host import attend  # not imported where there is a GPU to do the work
 
     q, k, v, kind = interop.taken_together(q, k, v)
     target, out_kind = (None, kind) if out is None else interop.taken_out(out)
@@ -281,6 +284,6 @@ def _on_gpu(
         if request.gate in ("qk", "softmax"):
             return interop.returned(bound.gate_output(), kind)
         if choices is not None:
-            repeat.remember(bound, choices, out_given=out is not None)
+            launch_cache.remember(bound, choices, out_given=out is not None)
         o = interop.returned(bound.arrays["o"], out_kind, out)
         return (o, interop.returned(bound.arrays["lse"], kind)) if return_lse else o

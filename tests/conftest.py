@@ -34,7 +34,7 @@ _test_what_is_installed()
 
 def gpu_skip_reason() -> str | None:
     """Why tests marked ``gpu`` cannot run here; None if they can."""
-    from flashcore_cupy.jit import no_gpu_reason
+    from flashcore_cupy.jit.compiler import no_gpu_reason
 
     return no_gpu_reason()
 
@@ -46,9 +46,10 @@ def compiler_skip_reason() -> str | None:
 
 def runs_here(kernel: str) -> bool:
     """Whether this machine's GPU has the instructions that a kernel is made of."""
-    from flashcore_cupy import jit, tiles
+    from flashcore_cupy.jit import compiler
+    from flashcore_cupy.select import registry
 
-    return not tiles.KERNELS[kernel].tma or jit.device_arch() == tiles.HOPPER
+    return not registry.KERNELS[kernel].tma or compiler.device_arch() == registry.HOPPER
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def use_kernels(folder: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Have everything in the test compile these sources, by their names, into an empty cache."""
-    from flashcore_cupy import cache
+    from flashcore_cupy.jit import cache
 
     kernels = folder / "kernels"
     for name, text in texts.items():

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from test_reference import repeatable
 
 import flashcore_cupy
-from flashcore_cupy import reference, values
-from flashcore_cupy.arrays import ArraySpec, spec_of
 from flashcore_cupy.attention import plan
-from flashcore_cupy.problem import describe
-from flashcore_cupy.request import ARGUMENTS
-from flashcore_cupy.rules import (
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.problem import values
+from flashcore_cupy.problem.array_spec import ArraySpec, spec_of
+from flashcore_cupy.problem.attention_problem import describe
+from flashcore_cupy.problem.request import ARGUMENTS
+from flashcore_cupy.problem.rules import (
     MAX_MOD_ARGS,
     MOD_TYPES,
     NO_RULES,
@@ -567,10 +568,10 @@ def test_packed_batches_have_three_axes_and_others_four() -> None:
 
 def test_boundaries_on_a_gpu_for_arrays_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks at those, so no check could keep a cut inside the arrays."""
-    from flashcore_cupy import packed
+    from flashcore_cupy.problem import varlen
 
     elsewhere = type("ndarray", (), {"__module__": "cupy", "__len__": lambda _: 4})()
-    monkeypatch.setattr(packed, "boundaries", lambda *_: (CU_Q, elsewhere))
+    monkeypatch.setattr(varlen, "boundaries", lambda *_: (CU_Q, elsewhere))
     both = {"cu_seqlens_q": CU_Q, "cu_seqlens_k": elsewhere}
     message = refusal(TypeError, lambda: attention(*packed_operands(), **both))
     assert message.startswith("cu_seqlens_k: a CuPy array while q is a NumPy array")

@@ -14,17 +14,14 @@ import numpy as np
 import pytest
 
 import flashcore_cupy
-from flashcore_cupy import (
-    builds,
-    jit,
-    problem,
-    reference,
-    request,
-    selftest,
-    selftest_cases,
-    tiles,
-)
-from flashcore_cupy import rules as rules_module
+from flashcore_cupy.check.selftest import cases, matrix
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch import builds
+from flashcore_cupy.problem import request
+from flashcore_cupy.problem import rules as rules_module
+from flashcore_cupy.problem.attention_problem import GATES, LAYOUTS, contiguous_problem
+from flashcore_cupy.select import registry, selector, table, targets
 
 attention = flashcore_cupy.attention
 
@@ -35,31 +32,31 @@ def _arrays(dtype: object = np.float16, shape: tuple[int, ...] = (1, 2, 8, 16)) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", tiles.KERNELS)
+@pytest.mark.parametrize("kernel", registry.KERNELS)
 def test_matrix(kernel: str) -> None:
     """Every case of ``flashcore-cupy selftest``: one item per kernel, every failure listed."""
-    mine = [case for case in selftest_cases.cases() if case.kernel == kernel]
+    mine = [case for case in cases.cases() if case.kernel == kernel]
     assert len(mine) > 50
-    arch = jit.device_arch()
-    mine = selftest.runnable(mine, arch)
-    configs = [config for case in mine for config in selftest.case_config(case, arch)]
+    arch = compiler.device_arch()
+    mine = matrix.runnable(mine, arch)
+    configs = [config for case in mine for config in matrix.case_config(case, arch)]
     builds.build_each([(config, arch) for config in dict.fromkeys(configs)])
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(selftest.run_case, mine))
+        results = list(pool.map(matrix.run_case, mine))
     failed = [f"{r.case.dtype} {r.case.name}: {r.reason}" for r in results if not r.ok]
     assert not failed, f"{len(failed)} of {len(mine)} cases fail:\n" + "\n".join(failed)
 
 
 def test_matrix_covers_the_table() -> None:
-    cases = selftest_cases.cases()
-    for row in tiles.ROWS:
-        tried = [c for c in cases if (c.kernel, c.head_dim) == (row.kernel, row.head_dim)]
+    every = cases.cases()
+    for row in table.ROWS:
+        tried = [c for c in every if (c.kernel, c.head_dim) == (row.kernel, row.head_dim)]
         assert {c.dtype for c in tried} >= set(row.dtypes), row
-    for kernel in tiles.KERNELS:
-        mine = [c for c in cases if c.kernel == kernel]
-        assert {c.gate for c in mine} == set(problem.GATES)
+    for kernel in registry.KERNELS:
+        mine = [c for c in every if c.kernel == kernel]
+        assert {c.gate for c in mine} == set(GATES)
         assert {c.causal for c in mine} == {False, True, "top-left"}
-        assert {c.layout for c in mine} == set(problem.LAYOUTS)
+        assert {c.layout for c in mine} == set(LAYOUTS)
         assert {c.kind for c in mine} == set(reference.INPUT_KINDS)
 
 
@@ -225,7 +222,7 @@ def test_bad_gpu_arguments_are_named() -> None:
 
 def test_public_names() -> None:
     assert callable(flashcore_cupy.attention)
-    assert set(flashcore_cupy.KERNELS) == set(tiles.KERNELS)
+    assert set(flashcore_cupy.KERNELS) == set(registry.KERNELS)
     assert flashcore_cupy.__version__.count(".") == 2
 
 
@@ -240,7 +237,7 @@ class _OnGpu(np.ndarray):
 
 
 def _explained(monkeypatch: pytest.MonkeyPatch, arch: str, *operands: Any, **choices: Any) -> str:
-    monkeypatch.setattr(request.jit, "device_arch", lambda device: arch)
+    monkeypatch.setattr(request.compiler, "device_arch", lambda device: arch)
     monkeypatch.setattr(request, "rule_array", lambda name, x, cpu: x)
     return request.select_for(request.Request(**choices), *(x.view(_OnGpu) for x in operands))
 
@@ -298,8 +295,8 @@ def test_explain_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_config_defines_are_complete() -> None:
     """config.cuh refuses to compile without any of its defines, so none can be forgotten."""
-    row = tiles.rows_of("wmma_fused_64")[0]
-    config = tiles.configure_row(row, problem.contiguous_problem(1, 1, 1, row.head_dim))
+    row = selector.rows_of("wmma_fused_64")[0]
+    config = selector.configure_row(row, contiguous_problem(1, 1, 1, row.head_dim))
     assert all(name.startswith("FC_") for name in config.defines())
     assert config.defines()["FC_SMEM_BYTES"] == config.smem_bytes
 
@@ -334,8 +331,8 @@ ILLEGAL_TILES = [
 @pytest.mark.parametrize(("kernel", "changes", "message"), ILLEGAL_TILES)
 def test_illegal_tiles_say_why(kernel: str, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match="config: ") as caught:
-        tiles.select(
-            problem.contiguous_problem(1, 8, 512, 64), "sm_90a", kernel=kernel, overrides=changes
+        selector.select(
+            contiguous_problem(1, 8, 512, 64), "sm_90a", kernel=kernel, overrides=changes
         )
     assert message in str(caught.value)
 
@@ -350,17 +347,19 @@ def test_illegal_tiles_say_why(kernel: str, changes: dict, message: str) -> None
 )
 def test_warps_that_share_rows_say_why_not(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiles.select(
-            problem.contiguous_problem(8, 16, 2048, 128),
+        selector.select(
+            contiguous_problem(8, 16, 2048, 128),
             "sm_90a",
             kernel="mma_sm80",
             overrides={"num_stages": 1, **changes},
         )
 
 
-@pytest.mark.parametrize("kernel", [k for k in tiles.KERNELS if not tiles.KERNELS[k].has_rules])
+@pytest.mark.parametrize(
+    "kernel", [k for k in registry.KERNELS if not registry.KERNELS[k].has_rules]
+)
 def test_kernels_without_rules_say_so(kernel: str) -> None:
-    plain = problem.contiguous_problem(1, 2, 64, 64)
+    plain = contiguous_problem(1, 2, 64, 64)
     rules = rules_module.describe_rules(
         rules_module.Scores(1, 2, 64, 64), "float16", window=(3, -1), softcap=2.0, mask_mod="true"
     )
@@ -369,33 +368,33 @@ def test_kernels_without_rules_say_so(kernel: str) -> None:
         (replace(plain, sequences=1), "cu_seqlens"),
     ):
         with pytest.raises(ValueError, match=f"kernel '{kernel}': has no {missing}"):
-            tiles.select(wanted, "sm_90a", kernel=kernel)
-        assert tiles.select(wanted, "sm_90a").kernel.has_rules
+            selector.select(wanted, "sm_90a", kernel=kernel)
+        assert selector.select(wanted, "sm_90a").kernel.has_rules
         with pytest.raises(ValueError, match="none can do this problem on sm_75"):
-            tiles.select(wanted, "sm_75")
+            selector.select(wanted, "sm_75")
 
 
 def test_float32_has_rows_of_its_own() -> None:
     for head_dim in (32, 64, 100, 256, 512):
         for dtype in ("float32", "float16"):
-            wanted = problem.contiguous_problem(1, 2, 200, head_dim, dtype=dtype)
+            wanted = contiguous_problem(1, 2, 200, head_dim, dtype=dtype)
             try:
-                found = tiles.select(wanted, "sm_90a", kernel="mma_sm80")
+                found = selector.select(wanted, "sm_90a", kernel="mma_sm80")
             except ValueError as error:
                 assert f"in {dtype}, not {head_dim}" in str(error)
                 continue
-            rows = [row for row in tiles.rows_of("mma_sm80") if dtype in row.dtypes]
+            rows = [row for row in selector.rows_of("mma_sm80") if dtype in row.dtypes]
             assert found.config.tile in {row.tile for row in rows}
-    wanted = problem.contiguous_problem(1, 2, 200, 64, dtype="float32")
+    wanted = contiguous_problem(1, 2, 200, 64, dtype="float32")
     with pytest.raises(ValueError, match="wmma_fused_64': takes float16 and bfloat16, not float32"):
-        tiles.select(wanted, "sm_90a", kernel="wmma_fused_64")
+        selector.select(wanted, "sm_90a", kernel="wmma_fused_64")
 
 
 def test_an_override_is_judged_by_the_row_that_fits() -> None:
     """Head dim 128 has a second, smaller row; this tile is illegal there, right in the first."""
-    wanted = problem.contiguous_problem(1, 8, 512, 128)
+    wanted = contiguous_problem(1, 8, 512, 128)
     changes = {"block_m": 128, "warps_m": 8}
-    found = tiles.select(wanted, "sm_90a", kernel="wmma_warp_softmax", overrides=changes)
+    found = selector.select(wanted, "sm_90a", kernel="wmma_warp_softmax", overrides=changes)
     assert (found.config.tile.block_m, found.config.tile.block_n) == (128, 64)
 
 
@@ -413,27 +412,27 @@ def test_an_override_is_judged_by_the_row_that_fits() -> None:
     ],
 )
 def test_what_a_target_lacks_is_named(kernel: str, arch: str, changes: dict, reason: str) -> None:
-    wanted = problem.contiguous_problem(1, 8, 512, 128, dtype="bfloat16")
+    wanted = contiguous_problem(1, 8, 512, 128, dtype="bfloat16")
     with pytest.raises(ValueError, match=f"kernel '{kernel}': ") as caught:
-        tiles.select(wanted, arch, kernel=kernel, overrides=changes)
+        selector.select(wanted, arch, kernel=kernel, overrides=changes)
     assert reason in str(caught.value)
 
 
 def test_targets() -> None:
-    assert [tiles.capability(arch) for arch in ("sm_75", "sm_90a", "sm_120f")] == [75, 90, 120]
-    assert tiles.smem_limit("sm_90") == tiles.smem_limit("sm_90a") == 227 * 1024
-    assert tiles.smem_limit("sm_999") == 48 * 1024, "what every GPU has"
+    assert [targets.capability(arch) for arch in ("sm_75", "sm_90a", "sm_120f")] == [75, 90, 120]
+    assert targets.smem_limit("sm_90") == targets.smem_limit("sm_90a") == 227 * 1024
+    assert targets.smem_limit("sm_999") == 48 * 1024, "what every GPU has"
     with pytest.raises(ValueError, match="arch: got 'gpu'; use a target such as 'sm_90a'"):
-        tiles.capability("gpu")
+        targets.capability("gpu")
 
 
 def test_auto_does_not_shop_around_for_an_override() -> None:
     """The fastest kernel refuses it, though a slower one would take it."""
-    wanted = problem.contiguous_problem(1, 8, 512, 64)
+    wanted = contiguous_problem(1, 8, 512, 64)
     change = {"warps_n": 2}
     with pytest.raises(ValueError, match="kernel 'wgmma_sm90': config: wgmma_sm90 has no warps_n"):
-        tiles.select(wanted, "sm_90a", overrides=change)
-    assert tiles.select(wanted, "sm_90a", kernel="mma_sm80", overrides=change)
+        selector.select(wanted, "sm_90a", overrides=change)
+    assert selector.select(wanted, "sm_90a", kernel="mma_sm80", overrides=change)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])

@@ -11,24 +11,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashcore_cupy import (
-    attention,
-    bench,
-    builds,
-    job,
-    ladder,
-    reference,
-    selftest,
-    tiles,
-    verify,
-)
-from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
-from flashcore_cupy.rules import NO_RULES
-from flashcore_cupy.selftest import Case
-from flashcore_cupy.selftest_arrays import Placed, described, embed, set_up
+from flashcore_cupy import attention
+from flashcore_cupy.check import inputs, verify
+from flashcore_cupy.check.selftest import matrix
+from flashcore_cupy.check.selftest.arrays import Placed, described, embed, set_up
+from flashcore_cupy.check.selftest.matrix import Case
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.launch import builds
+from flashcore_cupy.measure import job, ladder, timing
+from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem, describe
+from flashcore_cupy.problem.rules import NO_RULES
+from flashcore_cupy.select import registry, selector
 
 Array = NDArray[Any]
-CASES = selftest.cases()
+CASES = matrix.cases()
 GATES = ("qk", "softmax", "pv")
 
 
@@ -40,9 +36,9 @@ def small(**changes: Any) -> AttentionProblem:
 
 
 def test_calls_are_timed_one_by_one_where_they_are_slow() -> None:
-    timing = bench.time_calls(lambda: time.sleep(0.003), iters=5, warmup=1)
-    assert timing.samples == 5 and timing.per_sample == 1
-    assert 3000 <= timing.p10_us <= timing.median_us <= timing.p90_us < 30_000
+    got = timing.time_calls(lambda: time.sleep(0.003), iters=5, warmup=1)
+    assert got.samples == 5 and got.per_sample == 1
+    assert 3000 <= got.p10_us <= got.median_us <= got.p90_us < 30_000
 
 
 def test_fast_calls_are_timed_in_batches() -> None:
@@ -52,23 +48,23 @@ def test_fast_calls_are_timed_in_batches() -> None:
         nonlocal calls
         calls += 1
 
-    timing = bench.time_calls(call, iters=4, warmup=2)
-    assert timing.per_sample > 50
-    assert calls == 2 + 6 * timing.per_sample
-    assert timing.median_us < 10
+    got = timing.time_calls(call, iters=4, warmup=2)
+    assert got.per_sample > 50
+    assert calls == 2 + 6 * got.per_sample
+    assert got.median_us < 10
 
 
 def test_timing_stops_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_BUDGET_S", 0.02)
-    timing = bench.time_calls(lambda: time.sleep(0.005), iters=1000, warmup=1000)
-    assert 3 <= timing.samples <= 10
+    monkeypatch.setattr(timing, "_BUDGET_S", 0.02)
+    got = timing.time_calls(lambda: time.sleep(0.005), iters=1000, warmup=1000)
+    assert 3 <= got.samples <= 10
 
 
 def test_a_call_of_seconds_is_made_once_more_and_no_oftener(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench, "_BUDGET_S", 0.02)
-    monkeypatch.setattr(bench, "_LONG_US", 1e4)
+    monkeypatch.setattr(timing, "_BUDGET_S", 0.02)
+    monkeypatch.setattr(timing, "_LONG_US", 1e4)
     calls = 0
 
     def call() -> None:
@@ -76,9 +72,9 @@ def test_a_call_of_seconds_is_made_once_more_and_no_oftener(
         calls += 1
         time.sleep(0.05)
 
-    timing = bench.time_calls(call, iters=100, warmup=10, first_us=5e4)
-    assert calls == timing.samples == timing.per_sample == 1
-    assert bench.time_calls(call, iters=100, warmup=10).samples == 1
+    got = timing.time_calls(call, iters=100, warmup=10, first_us=5e4)
+    assert calls == got.samples == got.per_sample == 1
+    assert timing.time_calls(call, iters=100, warmup=10).samples == 1
     assert calls == 3  # what the first call takes was not known
 
 
@@ -93,7 +89,7 @@ def test_the_memory_of_a_job_is_what_it_takes() -> None:
         job.problem_of(1, 2, 1024, 64, gate="qk", seqlen_kv=3000),
     ):
         tracemalloc.start()
-        host = bench.inputs(problem, 0)
+        host = inputs.inputs(problem, 0)
         got = attention(*job.in_layout(problem, *host), **job.arguments_of(problem))
         if problem.layout == "bshd":
             got = got.transpose(0, 2, 1, 3)
@@ -115,7 +111,7 @@ def test_what_needs_more_memory_than_there_is_is_refused(monkeypatch: pytest.Mon
 
 
 def test_a_machine_says_what_memory_is_free() -> None:
-    free = bench.free_memory()
+    free = timing.free_memory()
     assert free is None or 2**24 < free < 2**50
 
 
@@ -125,28 +121,28 @@ def test_a_problem_is_that_of_its_arrays(layout: Any) -> None:
         2, 4, 40, 24, heads_kv=2, seqlen_kv=50, head_dim_v=8, dtype="bfloat16", layout=layout,
         causal="top-left", window=(3, -1), softcap=2,
     )  # fmt: skip
-    arrays = job.in_layout(problem, *bench.inputs(problem, 0))
+    arrays = job.in_layout(problem, *inputs.inputs(problem, 0))
     rules = {"layout": layout, "causal": "top-left"}
     assert dataclasses.replace(problem, rules=NO_RULES) == describe(*arrays, **rules)
     assert attention(*arrays, **job.arguments_of(problem)).shape == problem.output_shape
 
 
 def test_peak_of_an_h200() -> None:
-    tensor = bench.peak_of("float16", 90, 132, 1.98e9)
+    tensor = timing.peak_of("float16", 90, 132, 1.98e9)
     assert tensor is not None and tensor.tflops == pytest.approx(1070, rel=0.001)
     assert tensor.formula == "132 SMs x 1.98 GHz x 4096 tensor FLOP/clock"
-    plain = bench.peak_of("float32", 90, 132, 1.98e9)
+    plain = timing.peak_of("float32", 90, 132, 1.98e9)
     assert plain is not None and plain.tflops == pytest.approx(66.9, rel=0.001)
 
 
 def test_peak_of_an_unknown_gpu_is_unknown() -> None:
-    assert bench.peak_of("float16", 999, 132, 1.98e9) is None
-    assert bench.peak_of("float16", 90, 132, 0.0) is None
+    assert timing.peak_of("float16", 999, 132, 1.98e9) is None
+    assert timing.peak_of("float16", 90, 132, 0.0) is None
 
 
 def test_inputs_depend_on_the_seed_alone() -> None:
     problem = small(heads_kv=1, seqlen_kv=7, dtype="bfloat16")
-    first, again, other = (bench.inputs(problem, seed) for seed in (1, 1, 2))
+    first, again, other = (inputs.inputs(problem, seed) for seed in (1, 1, 2))
     assert [x.shape for x in first] == [(1, 2, 40, 32), (1, 1, 7, 32), (1, 1, 7, 32)]
     assert all(x.dtype.name == "bfloat16" for x in first)
     assert all(x.tobytes() == y.tobytes() for x, y in zip(first, again, strict=True))
@@ -178,7 +174,7 @@ def result_of(problem: AttentionProblem, host: tuple[Array, Array, Array]) -> Ar
 @pytest.mark.parametrize("gate", [None, *GATES])
 def test_a_right_result_passes_and_a_wrong_element_fails(dtype: str, gate: Any) -> None:
     problem = small(dtype=dtype, gate=gate, causal=True)
-    host = bench.inputs(problem, 0)
+    host = inputs.inputs(problem, 0)
     got = result_of(problem, host)
     expectation = verify.expect(problem, *host)
     check = expectation.judge(got)
@@ -194,13 +190,13 @@ def test_a_right_result_passes_and_a_wrong_element_fails(dtype: str, gate: Any) 
 
 def test_scores_are_held_to_fp32_accuracy() -> None:
     problem = small(gate="qk", head_dim=64)
-    expectation = verify.expect(problem, *bench.inputs(problem, 0))
+    expectation = verify.expect(problem, *inputs.inputs(problem, 0))
     assert expectation.allowed is not None and expectation.allowed < 1e-4
 
 
 def test_nan_and_a_visible_masked_score_fail() -> None:
     problem = small(gate="qk", causal=True)
-    host = bench.inputs(problem, 0)
+    host = inputs.inputs(problem, 0)
     expectation = verify.expect(problem, *host)
     for value in (np.nan, 0.5):
         got = result_of(problem, host).copy()
@@ -212,7 +208,7 @@ def test_nan_and_a_visible_masked_score_fail() -> None:
 def test_a_sampled_check_names_the_real_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "SCORE_BUDGET", 20 * 2 * 300)
     problem = small(seqlen=300)
-    host = bench.inputs(problem, 0)
+    host = inputs.inputs(problem, 0)
     got = result_of(problem, host)
     expectation = verify.expect(problem, *host)
     assert (len(expectation.rows), expectation.rows_total) == (20, 300)
@@ -225,7 +221,7 @@ def test_a_sampled_check_names_the_real_row(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_wrong_log_sum_exp_fails() -> None:
     problem = small(causal=True, seqlen_kv=20)  # the first queries see no key: -inf
-    host = bench.inputs(problem, 0)
+    host = inputs.inputs(problem, 0)
     got, lse = attention(*host, causal=True, return_lse=True)
     expectation = verify.expect(problem, *host)
     assert np.isneginf(lse).any()
@@ -261,7 +257,7 @@ def test_quantize_leaves_zeros_and_keeps_nan() -> None:
 @pytest.mark.parametrize("gate", [None, *GATES])
 def test_fp8_is_judged_on_its_quantised_inputs(gate: Any) -> None:
     problem = small(gate=gate, heads=4, heads_kv=2)
-    host = bench.inputs(problem, 0)
+    host = inputs.inputs(problem, 0)
     found = {name: verify.quantize(x) for name, x in zip("qkv", host, strict=True)}
     expectation, faults = verify.expect_quantized(problem, *host, found)
     assert faults == []
@@ -276,7 +272,7 @@ def test_fp8_is_judged_on_its_quantised_inputs(gate: Any) -> None:
 
 def test_a_wrong_quantiser_is_found() -> None:
     problem = small()
-    host = bench.inputs(problem, 0)
+    host = inputs.inputs(problem, 0)
     found = {name: verify.quantize(x) for name, x in zip("qkv", host, strict=True)}
     values = found["k"].values.copy()
     values[0, 0, 3, 4] = values[0, 0, 3, 4] * -1
@@ -316,10 +312,10 @@ def test_a_ladder_comes_back_from_its_json() -> None:
 
 
 def test_combined_resources_of_several_builds() -> None:
-    entries = {"a": builds.jit.EntryResources(10, 100, 8, 4)}
+    entries = {"a": builds.compiler.EntryResources(10, 100, 8, 4)}
     more = {
-        "b": builds.jit.EntryResources(20, 0, 0, 2),
-        "c": builds.jit.EntryResources(5, 50, 0, 1),
+        "b": builds.compiler.EntryResources(20, 0, 0, 2),
+        "c": builds.compiler.EntryResources(5, 50, 0, 1),
     }
     made = [
         builds.Build("k", "k.cu", "sm_80", False, 0.1, dynamic, e)
@@ -340,25 +336,25 @@ def test_combined_resources_of_several_builds() -> None:
 def test_cases_are_many_distinct_and_runnable_on_hopper() -> None:
     assert 1000 <= len(CASES) <= 1900
     assert len(set(CASES)) == len(CASES)
-    assert selftest.runnable(CASES, "sm_90a") == CASES
-    fewer = selftest.runnable(CASES, "sm_75")
+    assert matrix.runnable(CASES, "sm_90a") == CASES
+    fewer = matrix.runnable(CASES, "sm_75")
     assert fewer and not any(case.dtype == "bfloat16" and "wmma" in case.kernel for case in fewer)
 
 
-@pytest.mark.parametrize("kernel", tiles.KERNELS)
+@pytest.mark.parametrize("kernel", registry.KERNELS)
 def test_every_choice_meets_every_kernel(kernel: str) -> None:
     mine = [case for case in CASES if case.kernel == kernel]
-    assert {case.dtype for case in mine} == set(tiles.KERNELS[kernel].dtypes)
+    assert {case.dtype for case in mine} == set(registry.KERNELS[kernel].dtypes)
     assert {case.causal for case in mine} == {False, True, "top-left"}
     assert {case.gate for case in mine} == {None, *GATES}
     assert {case.kind for case in mine} == set(reference.INPUT_KINDS)
     views = {"contiguous", "strided", "align8", "align4", "misaligned", "transposed"}
-    if tiles.KERNELS[kernel].tma:
+    if registry.KERNELS[kernel].tma:
         views -= {"align8", "align4", "misaligned"}
     layouts = ("bhsd", "bshd")
     assert {(c.view, c.layout) for c in mine} >= set(itertools.product(views, layouts))
-    assert {case.head_dim for case in mine} >= {row.head_dim for row in tiles.rows_of(kernel)}
-    tile = next(row for row in tiles.rows_of(kernel) if row.head_dim >= 64).tile
+    assert {case.head_dim for case in mine} >= {row.head_dim for row in selector.rows_of(kernel)}
+    tile = next(row for row in selector.rows_of(kernel) if row.head_dim >= 64).tile
     lengths = {case.seqlen_q for case in mine}
     assert {tile.block_m - 1, tile.block_m, tile.block_m + 1, 1, 77, 512, 1000} <= lengths
     assert any(case.heads == 4 * case.heads_kv for case in mine)
@@ -395,32 +391,32 @@ def test_arrays_lie_among_nan_and_writes_beside_them_are_seen(view: str) -> None
         assert not placed.surroundings_are_nan(written)
 
 
-def emulated(case: Case, setup: Any) -> selftest.Launched:
+def emulated(case: Case, setup: Any) -> matrix.Launched:
     """A launch's outcome by NumPy: exact and rounded for fp8, else the tiled attention."""
     problem = case.problem()
-    if tiles.KERNELS[case.kernel].quantizes:
+    if registry.KERNELS[case.kernel].quantizes:
         q, k, v = setup.host
         seen = {"q": q, "k": verify._visible(problem, k), "v": verify._visible(problem, v)}
         found = {name: verify.quantize(x) for name, x in seen.items()}
         expectation, _ = verify.expect_quantized(problem, *setup.host, found)
         plain = case.gate in ("qk", "softmax")
         got = expectation.values.astype(np.float32 if plain else case.numpy_dtype())
-        return selftest.Launched(got, expectation.lse, found, 64)
+        return matrix.Launched(got, expectation.lse, found, 64)
     placed = Placed.of(case, setup, on_gpu=False)
     wanted: Any = {"out": placed.out} if case.gate in (None, "pv") else {}
     wanted |= {"return_lse": case.gate is None, **placed.arguments}
     got = attention(*placed.inputs, **wanted)
     if case.gate in ("qk", "softmax"):
-        return selftest.Launched(got, None, None, 64)
-    o, *lse = selftest.canonical(case, *(got if isinstance(got, tuple) else (got,)))
-    return selftest.Launched(o, lse[0] if lse else None, None, 64)
+        return matrix.Launched(got, None, None, 64)
+    o, *lse = matrix.canonical(case, *(got if isinstance(got, tuple) else (got,)))
+    return matrix.Launched(o, lse[0] if lse else None, None, 64)
 
 
 def test_cases_pass_when_numpy_plays_the_gpu() -> None:
     few_heads = [case for case in CASES if case.batch * case.heads <= 16]  # the oracle takes time
     for case in few_heads[::13]:
         setup = set_up(case)
-        result = selftest.judge(case, setup.host, emulated(case, setup))
+        result = matrix.judge(case, setup.host, emulated(case, setup))
         assert result.ok, (case, result.reason)
         assert setup.out.surroundings_are_nan(setup.out.buffer)
 
@@ -435,14 +431,14 @@ def test_a_scale_applied_twice_or_a_dropped_key_fails(gate: Any) -> None:
     else:
         q = (q * np.float16(0.5)).astype(q.dtype)
     got = result_of(case.problem(), (q, k, v))
-    result = selftest.judge(case, setup.host, selftest.Launched(got, None, None, 64))
+    result = matrix.judge(case, setup.host, matrix.Launched(got, None, None, 64))
     assert not result.ok and result.reason
 
 
 def test_the_report_counts_and_names_what_failed() -> None:
-    good = selftest.CaseResult(CASES[0], True, 0.1, 0.2, "")
+    good = matrix.CaseResult(CASES[0], True, 0.1, 0.2, "")
     bad = dataclasses.replace(good, case=CASES[1], ok=False, reason="because")
-    report = selftest.report([good, bad, good], "sm_90a")
+    report = matrix.report([good, bad, good], "sm_90a")
     assert (report["passed"], report["failed"], report["emulated"]) == (2, 1, False)
     assert {"kernels_digest", "gpu", "driver", "nvrtc", "cupy", "date", "rows"} <= set(report)
     row = report["rows"][1]
@@ -459,17 +455,17 @@ def test_a_plan_is_timed_in_a_graph() -> None:
 
     from flashcore_cupy.attention import plan
 
-    q, k, v = (cupy.asarray(x) for x in bench.inputs(small(seqlen=256, head_dim=64), 0))
+    q, k, v = (cupy.asarray(x) for x in inputs.inputs(small(seqlen=256, head_dim=64), 0))
     bound = plan(q, k, v)
-    timing = bench.time_graph(bound, iters=10, warmup=2)
-    assert timing.samples == 10 and timing.per_sample > 1
-    assert 0.5 < timing.p10_us <= timing.median_us <= timing.p90_us < 1000
-    peak = bench.peak("float16")
+    got = timing.time_graph(bound, iters=10, warmup=2)
+    assert got.samples == 10 and got.per_sample > 1
+    assert 0.5 < got.p10_us <= got.median_us <= got.p90_us < 1000
+    peak = timing.peak("float16")
     assert peak is None or peak.tflops > 1
 
 
 @pytest.mark.gpu
 def test_quick_selftest_passes() -> None:
-    report = selftest.run_all(quick=True)
+    report = matrix.run_all(quick=True)
     failed = [row for row in report["rows"] if not row["ok"]]
     assert report["passed"] > 20 and not failed

@@ -17,7 +17,10 @@ import pytest
 from conftest import ROOT, compiler_skip_reason
 
 import flashcore_cupy
-from flashcore_cupy import config, jit, problem, reference, tiles
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.problem.attention_problem import contiguous_problem, operand
+from flashcore_cupy.select import selector, table, tile_checks
 
 
 def _outside_rule(got: np.ndarray, q, k, v, **rules: object) -> str:
@@ -177,9 +180,9 @@ def test_the_bug_still_compiles(with_bug, bug: Bug) -> None:
     """Otherwise the next test would catch a compile error and prove nothing."""
     with_bug(bug)
     for kernel in bug.kernels:
-        wanted = problem.contiguous_problem(1, 2, 200, 64, gate=bug.gate, causal=bug.causal)
-        c = tiles.select(wanted, "sm_90a", kernel=kernel).config
-        jit.compile_kernel(c.source, c.defines(), "sm_90a")
+        wanted = contiguous_problem(1, 2, 200, 64, gate=bug.gate, causal=bug.causal)
+        c = selector.select(wanted, "sm_90a", kernel=kernel).config
+        compiler.compile_kernel(c.source, c.defines(), "sm_90a")
 
 
 @pytest.mark.gpu
@@ -201,9 +204,9 @@ def conflicts(row_bytes: int) -> int:
     return max(banks.count(bank) for bank in range(32))
 
 
-@pytest.mark.parametrize("head_dim", tiles.WMMA_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", table.WMMA_HEAD_DIMS)
 def test_shared_rows_do_not_conflict(head_dim: int) -> None:
-    row = config.padded_row(head_dim)
+    row = tile_checks.padded_row(head_dim)
     assert row % 8 == 0, "WMMA takes row lengths that are a multiple of 8"
     assert conflicts(2 * row) == 1
 
@@ -217,7 +220,7 @@ def test_kernels_and_launcher_pad_alike() -> None:
     """Only the sum of all sizes is asserted when compiling; the pad itself is one number."""
     text = (ROOT / "kernels" / "flashcore" / "smem_tile.cuh").read_text()
     assert "int padded_row(int cols) { return cols + 8; }" in text
-    assert config.padded_row(64) == 72
+    assert tile_checks.padded_row(64) == 72
 
 
 def _softmax_banks(access_bytes: int, row_bytes: int, lanes: int, block_n: int) -> int:
@@ -239,7 +242,7 @@ def _softmax_banks(access_bytes: int, row_bytes: int, lanes: int, block_n: int) 
 
 @pytest.mark.parametrize("block_n", [32, 64])
 def test_warp_softmax_does_not_conflict(block_n: int) -> None:
-    row = config.padded_row(block_n)
+    row = tile_checks.padded_row(block_n)
     assert _softmax_banks(16, 4 * row, 8, block_n) == 1, "reading four scores"
     assert _softmax_banks(8, 2 * row, 16, block_n) == 1, "writing four probabilities"
 
@@ -269,4 +272,4 @@ def test_alignment_of_rows(dtype: str, columns: int, first: int, stride: int, al
         strides=tuple(base.itemsize * n for n in (8 * stride, 4 * stride, stride, 1)),
     )
     address = 4096 + first * base.itemsize
-    assert problem.operand("q", view, "bhsd", address).align_bytes == align
+    assert operand("q", view, "bhsd", address).align_bytes == align

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashcore_cupy import attention, captures, packed, workspace
+from flashcore_cupy import attention
 from flashcore_cupy.attention import plan
-from flashcore_cupy.reference import compare, make_inputs, naive, oracle
+from flashcore_cupy.cpu.reference import compare, make_inputs, naive, oracle
+from flashcore_cupy.cuda import captures
+from flashcore_cupy.launch import workspace
+from flashcore_cupy.problem import varlen
 
 MODES = ("Global", "ThreadLocal", "Relaxed")
 # A call whose blocks ask a counter for work, and one whose parts of the keys meet in memory.
@@ -54,7 +57,7 @@ def replay(result: SimpleNamespace) -> None:
 
 
 def nodes(result: SimpleNamespace) -> int:
-    from flashcore_cupy.driver import binding, checked
+    from flashcore_cupy.cuda.driver import binding, checked
 
     return int(checked(binding().cuGraphGetNodes(result.graph.graph, 0), "nodes")[-1])
 
@@ -204,7 +207,7 @@ def test_lists_and_boundaries_of_the_host_are_captured() -> None:
     want = attention(q, k, v, **rules).get()
     with captured("Global") as result:
         o = attention(q, k, v, **rules)
-    packed._copies.clear()
+    varlen._copies.clear()
     junk = [cupy.full(3, 1 << 20, cupy.int32) for _ in range(2000)]
     replay(result)
     assert len(junk) and np.array_equal(o.get(), want)
@@ -264,18 +267,18 @@ def test_boundaries_are_copied_once_per_stream(monkeypatch: pytest.MonkeyPatch) 
     from collections import OrderedDict
 
     copies: list[Any] = []
-    monkeypatch.setattr(packed, "_copies", OrderedDict())
-    monkeypatch.setattr(packed, "_MOST_COPIES", 2)
-    monkeypatch.setattr(packed, "stream_key", lambda: (0, stream, 0))
+    monkeypatch.setattr(varlen, "_copies", OrderedDict())
+    monkeypatch.setattr(varlen, "_MOST_COPIES", 2)
+    monkeypatch.setattr(varlen, "stream_key", lambda: (0, stream, 0))
     monkeypatch.setattr(captures, "on_gpu", lambda x: copies.append(x) or [x])
     stream, bounds = 7, np.array([0, 5], np.int32)
-    first = packed.on_gpu(bounds)
-    assert packed.on_gpu(bounds.copy()) is first and len(copies) == 1
+    first = varlen.on_gpu(bounds)
+    assert varlen.on_gpu(bounds.copy()) is first and len(copies) == 1
     stream = 8
-    assert packed.on_gpu(bounds) is not first, "the other stream does not wait for the first"
-    packed.on_gpu(np.array([0, 6], np.int32))
-    assert len(packed._copies) == 2
+    assert varlen.on_gpu(bounds) is not first, "the other stream does not wait for the first"
+    varlen.on_gpu(np.array([0, 6], np.int32))
+    assert len(varlen._copies) == 2
     stream = 7
-    assert packed.on_gpu(bounds) is not first
+    assert varlen.on_gpu(bounds) is not first
     monkeypatch.setattr(captures, "is_active", lambda: True)
-    assert packed.on_gpu(bounds) is not packed.on_gpu(bounds), "a graph has its own"
+    assert varlen.on_gpu(bounds) is not varlen.on_gpu(bounds), "a graph has its own"

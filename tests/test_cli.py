@@ -19,20 +19,13 @@ from conftest import ROOT, compiler_skip_reason, gpu_skip_reason
 from rich.console import Console
 
 import flashcore_cupy
-from flashcore_cupy import (
-    __version__,
-    _cli,
-    _plot,
-    _render,
-    _steps,
-    _terminal,
-    builds,
-    job,
-    ladder,
-    tiles,
-    verify,
-)
-from flashcore_cupy._cli import main
+from flashcore_cupy import __version__
+from flashcore_cupy.check import verify
+from flashcore_cupy.cli import commands, plots, progress, tables, terminal
+from flashcore_cupy.cli.commands import main
+from flashcore_cupy.launch import builds
+from flashcore_cupy.measure import job, ladder
+from flashcore_cupy.select import registry, selector, targets
 
 ON_GPU = gpu_skip_reason() is None
 SMALL = ("--B", "1", "--H", "2", "--S", "40", "--D", "32")
@@ -230,7 +223,7 @@ def test_a_kernel_that_does_not_compile_is_exit_code_1(
 def test_run_without_cupy_still_runs_and_says_why_nothing_was_built() -> None:
     code = (
         "import sys; sys.modules['cupy'] = sys.modules['cupy_backends'] = None\n"
-        "from flashcore_cupy._cli import main\n"
+        "from flashcore_cupy.cli.commands import main\n"
         f"main({['run', *SMALL, *FAST]!r})"
     )
     done = subprocess.run(
@@ -354,9 +347,9 @@ def test_ladder_shows_every_rung() -> None:
     result = invoke("ladder", *SMALL, *FAST)
     lines = result.stdout.splitlines()
     starts = [
-        line.split()[0] for line in lines if line.split() and line.split()[0] in tiles.KERNELS
+        line.split()[0] for line in lines if line.split() and line.split()[0] in registry.KERNELS
     ]
-    assert starts[: len(tiles.KERNELS)] == list(tiles.KERNELS)
+    assert starts[: len(registry.KERNELS)] == list(registry.KERNELS)
     for word in ("builds", "launches", "correct", "speed-up", "registers", "shared", "spills"):
         assert word in result.stdout
 
@@ -365,9 +358,9 @@ def test_ladder_shows_every_rung() -> None:
 def test_ladder_as_json() -> None:
     data = json_of("ladder", *SMALL, *FAST)
     assert data["ok"]
-    assert [rung["kernel"] for rung in data["rungs"]] == list(tiles.KERNELS)
+    assert [rung["kernel"] for rung in data["rungs"]] == list(registry.KERNELS)
     for rung in data["rungs"]:
-        if tiles.KERNELS[rung["kernel"]].tma and data["machine"]["arch"] != tiles.HOPPER:
+        if registry.KERNELS[rung["kernel"]].tma and data["machine"]["arch"] != registry.HOPPER:
             assert "sm_90a alone" in rung["refused"]
             continue
         assert rung["builds"] and rung["registers"] > 16 and rung["spill_bytes"] == 0
@@ -381,12 +374,12 @@ def test_ladder_says_why_a_rung_refuses() -> None:
     data = json_of("ladder", *SMALL, *FAST, "--dtype", "float32")
     assert data["ok"]
     for rung in data["rungs"]:
-        if "float32" in tiles.KERNELS[rung["kernel"]].dtypes:
+        if "float32" in registry.KERNELS[rung["kernel"]].dtypes:
             assert rung["builds"] and rung["refused"] is None
         else:
             assert "not float32" in rung["refused"]
-    table = invoke("ladder", *SMALL, *FAST, "--dtype", "float32").stdout
-    assert "wmma_unfused: takes float16 and bfloat16, not float32" in table
+    shown = invoke("ladder", *SMALL, *FAST, "--dtype", "float32").stdout
+    assert "wmma_unfused: takes float16 and bfloat16, not float32" in shown
 
 
 @needs_compiler
@@ -424,7 +417,7 @@ def measured_ladder(folder: Path) -> Path:
             "quantization_error": 0.04 if "fp8" in kernel else None,
             "failure": "max error 1 > allowed 0.1" if kernel == "wmma_cp_async" else None,
         }
-        for number, kernel in enumerate(tiles.KERNELS)
+        for number, kernel in enumerate(registry.KERNELS)
     ]
     problem = {"B": 1, "H": 8, "Hkv": 8, "S": 512, "Skv": 512, "D": 64}
     data = {
@@ -442,7 +435,7 @@ def measured_ladder(folder: Path) -> Path:
 def test_the_ladder_fits_80_columns_and_cuts_no_figure(tmp_path: Path) -> None:
     data = json.loads(measured_ladder(tmp_path).read_text())
     shown = Console(width=80, record=True, file=io.StringIO())
-    shown.print(_render.ladder_table(ladder.Ladder.from_json(data), 80))
+    shown.print(tables.ladder_table(ladder.Ladder.from_json(data), 80))
     text = shown.export_text()
     assert "\u2026" not in text  # rich's mark for what it cut
     assert "wmma_warp_softmax" in text and "launches" in text and "1.0e-04" in text
@@ -472,7 +465,7 @@ def test_nothing_runs_through_the_figures_of_the_picture(tmp_path: Path) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     data = json.loads(measured_ladder(tmp_path).read_text())
-    figure = _plot.picture(ladder.Ladder.from_json(data))
+    figure = plots.picture(ladder.Ladder.from_json(data))
     FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
@@ -499,7 +492,7 @@ def test_the_picture_names_gpu_problem_and_dtype(tmp_path: Path, timed: bool) ->
     if not timed:
         data["rungs"] = [rung | {"latency_us": None} for rung in data["rungs"]]
     data["problem"] |= {"window": [127, 0], "dtype": "bfloat16"}
-    figure = _plot.picture(ladder.Ladder.from_json(data))
+    figure = plots.picture(ladder.Ladder.from_json(data))
     assert "Some GPU" in figure.get_suptitle()
     (subtitle,) = (text.get_text() for text in figure.texts if "B=1" in text.get_text())
     assert subtitle.startswith("B=1 H=8 S=512 D=64 bfloat16 window 127,0 ")
@@ -515,7 +508,7 @@ def test_a_baseline_may_have_any_name(tmp_path: Path) -> None:
     invoke("ladder", "--from", str(source), "--plot", str(picture), *names, code=1)
     data = json.loads(source.read_text())
     data["baselines"] = [{"name": "_a $b^$", "us": 40.0}, {"name": "other", "us": 5.0}]
-    figure = _plot.picture(ladder.Ladder.from_json(data))
+    figure = plots.picture(ladder.Ladder.from_json(data))
     (legend,) = figure.legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown[:2] == [r"_a \$b^\$, 40.0 µs", "other, 5.00 µs"]
@@ -552,15 +545,15 @@ def test_selftest_without_a_gpu_says_so() -> None:
 def test_warmup_reports_resources() -> None:
     data = json_of("warmup", "--kernel", "wmma_fused_32", "--arch", "sm_80", "--arch", "sm_90a")
     assert list(data) == ["kernels", "left_out"] and data["left_out"] == []
-    rows = list(tiles.rows_of("wmma_fused_32"))
+    rows = list(selector.rows_of("wmma_fused_32"))
     assert len(data["kernels"]) == 2 * 2 * 2 * len(rows)  # targets, dtypes, causal
     keys = {"kernel", "arch", "registers", "shared_bytes", "local_bytes", "spill_bytes"}
     for build in data["kernels"]:
         assert set(build) == keys
         assert build["kernel"] == "wmma_fused_32" and build["arch"] in ("sm_80", "sm_90a")
         assert build["registers"] > 16 and build["local_bytes"] == build["spill_bytes"] == 0
-    table = invoke("warmup", "--kernel", "wmma_fused_32", "--arch", "sm_80").stdout
-    assert "wmma_fused_32" in table and "sm_80" in table
+    shown = invoke("warmup", "--kernel", "wmma_fused_32", "--arch", "sm_80").stdout
+    assert "wmma_fused_32" in shown and "sm_80" in shown
 
 
 @needs_compiler
@@ -579,14 +572,14 @@ def test_warmup_says_why_there_is_nothing_to_compile(kernel: str, arch: str, why
 
 def test_the_help_of_warmup_counts_the_kernels() -> None:
     text = " ".join(invoke("warmup", "--help").stdout.split())
-    for arch in tiles.TARGETS:
-        count = len(list(builds.table_configs(tiles.KERNELS, arch)))
+    for arch in targets.TARGETS:
+        count = len(list(builds.table_configs(registry.KERNELS, arch)))
         assert count > 20 and f"{count} for {arch}" in text
 
 
 def waits(monkeypatch: pytest.MonkeyPatch, first: float, every: float) -> None:
-    monkeypatch.setattr(_steps, "_FIRST_S", first)
-    monkeypatch.setattr(_steps, "_EVERY_S", every)
+    monkeypatch.setattr(progress, "_FIRST_S", first)
+    monkeypatch.setattr(progress, "_EVERY_S", every)
 
 
 @needs_compiler
@@ -616,7 +609,7 @@ def test_a_long_run_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
     waits(monkeypatch, 0.01, 0.1)
     monkeypatch.setattr(job, "attention", slow)
-    monkeypatch.setattr(_cli, "_LONG_FLOPS", 1)
+    monkeypatch.setattr(commands, "_LONG_FLOPS", 1)
     lines = invoke("run", *SMALL, *FAST).stderr.splitlines()
     assert lines[0].startswith("no GPU (") and lines[1].startswith("one call is ")
     told = " ".join(lines[2:])
@@ -661,8 +654,8 @@ def test_doctor_lists_its_findings() -> None:
     assert result.exit_code == (0 if data["ok"] else 1)
     names = {finding["name"] for finding in data["findings"]}
     assert {"CuPy", "driver", "NVRTC", "GPU", "cache"} <= names
-    table = CliRunner().invoke(main, ["doctor"])
-    assert table.exit_code == result.exit_code and "NVRTC" in table.stdout
+    shown = CliRunner().invoke(main, ["doctor"])
+    assert shown.exit_code == result.exit_code and "NVRTC" in shown.stdout
 
 
 def test_version_and_help() -> None:
@@ -676,11 +669,11 @@ def test_version_and_help() -> None:
 
 def test_numbers_that_json_lacks_become_null() -> None:
     data = {"a": [np.nan, np.inf, 1.5], "b": {"c": (-np.inf, True, None, "x", 3)}}
-    assert _render.clean(data) == {"a": [None, None, 1.5], "b": {"c": [None, True, None, "x", 3]}}
+    assert tables.clean(data) == {"a": [None, None, 1.5], "b": {"c": [None, True, None, "x", 3]}}
 
 
 def test_figures_keep_three_digits() -> None:
-    shown = [_render.significant(us) for us in (0.5, 7.25, 12.345, 99.96, 2480.4)]
+    shown = [tables.significant(us) for us in (0.5, 7.25, 12.345, 99.96, 2480.4)]
     assert shown == ["0.500", "7.25", "12.3", "100", "2480"]
 
 
@@ -804,11 +797,11 @@ def test_pages_are_plain_where_the_stream_is(page: str, tmp_path: Path) -> None:
 
 
 def test_plain_text_is_readable() -> None:
-    assert _terminal.plain("3 µs · 2.5× ─ ≤ é \udce9 中", "ascii") == (
+    assert terminal.plain("3 µs · 2.5× ─ ≤ é \udce9 中", "ascii") == (
         "3 us - 2.5x - <= \\xe9 \\xe9 \\u4e2d"
     )
-    assert _terminal.plain("µ · 中 \udce9", "utf-8") == "µ · 中 \\xe9"
-    assert _terminal.plain("µ · 中", "latin-1") == "µ · \\u4e2d"
+    assert terminal.plain("µ · 中 \udce9", "utf-8") == "µ · 中 \\xe9"
+    assert terminal.plain("µ · 中", "latin-1") == "µ · \\u4e2d"
 
 
 def test_a_terminal_gets_a_bar_and_a_file_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -822,14 +815,14 @@ def test_a_terminal_gets_a_bar_and_a_file_lines(monkeypatch: pytest.MonkeyPatch)
     waits(monkeypatch, 0.01, 0.01)
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
-    with _steps.Steps() as steps:
+    with progress.Steps() as steps:
         steps.start(4, "compiling")
         steps.step("scalar.cu")
         steps.phase("checking")
         time.sleep(0.3)
     assert "checking" in shown.getvalue() and "(0 s)" not in shown.getvalue()
     monkeypatch.setenv("TERM", "dumb")
-    with _steps.Steps() as steps:
+    with progress.Steps() as steps:
         steps.start(4, "compiling")
         steps.step("scalar.cu")
         time.sleep(0.1)

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from conftest import compiler_skip_reason
 
-from flashcore_cupy import builds, jit, tiles
-from flashcore_cupy.arrays import spec_of
-from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, contiguous_problem
-from flashcore_cupy.rules import Scores, describe_rules
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch import builds
+from flashcore_cupy.problem.array_spec import spec_of
+from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, contiguous_problem
+from flashcore_cupy.problem.rules import Scores, describe_rules
+from flashcore_cupy.select import registry, selector, table, targets
+from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.row import Row
 
 # Whichever test is first waits for all builds: six minutes on two cores.
 pytestmark = pytest.mark.timeout(1800)
@@ -52,7 +55,7 @@ RULES: tuple[dict[str, Any], ...] = (
 )
 
 
-def _problem(row: tiles.Row, dtype: str, causal: Any = False, **rules: Any) -> AttentionProblem:
+def _problem(row: Row, dtype: str, causal: Any = False, **rules: Any) -> AttentionProblem:
     (dim, dim_v), gate = row.dims, rules.pop("gate", None)
     problem = contiguous_problem(
         1, 1, LENGTH, dim, head_dim_v=dim_v, dtype=dtype, causal=causal, gate=gate
@@ -61,24 +64,24 @@ def _problem(row: tiles.Row, dtype: str, causal: Any = False, **rules: Any) -> A
     return replace(problem, rules=described, sequences=1 if rules.get("packed") else None)
 
 
-def _fits(row: tiles.Row, problem: AttentionProblem, arch: str) -> KernelConfig | None:
+def _fits(row: Row, problem: AttentionProblem, arch: str) -> KernelConfig | None:
     try:
-        return tiles.check_target(row, tiles.configure_row(row, problem), arch)
+        return selector.check_target(row, selector.configure_row(row, problem), arch)
     except ValueError:
         return None
 
 
-def _is_taken(row: tiles.Row, arch: str) -> bool:
+def _is_taken(row: Row, arch: str) -> bool:
     """Whether the row fits the target, and no row before it that is meant for the same problems."""
 
-    def meant_for(row: tiles.Row) -> tuple[object, ...]:
+    def meant_for(row: Row) -> tuple[object, ...]:
         return row.dims, row.dtypes, row.sizes, row.spills_with
 
-    rows = [other for other in tiles.rows_of(row.kernel) if meant_for(other) == meant_for(row)]
+    rows = [other for other in selector.rows_of(row.kernel) if meant_for(other) == meant_for(row)]
     return next((r for r in rows if _fits(r, _problem(r, r.dtypes[0]), arch)), None) == row
 
 
-def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
+def _configs(row: Row, arch: str) -> list[KernelConfig]:
     """The row's builds on a target.
 
     On the main target, both dtypes and both choices of causal; in turns with the kernel's other
@@ -87,11 +90,11 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
     """
     if arch != MAIN_TARGET and not _is_taken(row, arch):
         return []
-    kernel, rows = tiles.KERNELS[row.kernel], tiles.rows_of(row.kernel)
+    kernel, rows = registry.KERNELS[row.kernel], selector.rows_of(row.kernel)
     turn = rows.index(row)
     pairs = [(dtype, causal) for dtype in row.dtypes for causal in (False, True)]
     if arch != MAIN_TARGET:
-        problems = [_problem(row, *pairs[(turn + tiles.TARGETS.index(arch)) % len(pairs)])]
+        problems = [_problem(row, *pairs[(turn + targets.TARGETS.index(arch)) % len(pairs)])]
     else:
         flipped = enumerate(row.dtypes, turn)
         problems = [_problem(row, dtype, i % 2 == 0) for i, dtype in flipped]
@@ -111,11 +114,11 @@ def _configs(row: tiles.Row, arch: str) -> list[KernelConfig]:
         for gate in STAGES[turn % shared :: shared]:
             problem = _problem(row, *pairs[turn % len(pairs)], gate=gate)
             found.append(_other_rows(row, _fits(row, problem, arch), narrow=turn % 2 == 0))
-    selections = [tiles.Selection(kernel, config) for config in found if config is not None]
-    return list(dict.fromkeys(c for chosen in selections for c in tiles.configs_of(chosen)))
+    selections = [selector.Selection(kernel, config) for config in found if config is not None]
+    return list(dict.fromkeys(c for chosen in selections for c in selector.configs_of(chosen)))
 
 
-def _rules_of(kernel: tiles.Kernel) -> list[dict[str, Any]]:
+def _rules_of(kernel: registry.Kernel) -> list[dict[str, Any]]:
     """RULES as the kernel takes them, and is not passed over for."""
     if not kernel.tma:
         return list(RULES)
@@ -123,7 +126,7 @@ def _rules_of(kernel: tiles.Kernel) -> list[dict[str, Any]]:
     return [rules | {n: x for n, x in aligned.items() if n in rules} for rules in RULES]
 
 
-def _other_rows(row: tiles.Row, config: KernelConfig | None, *, narrow: bool) -> KernelConfig:
+def _other_rows(row: Row, config: KernelConfig | None, *, narrow: bool) -> KernelConfig:
     """Rows that are loaded element by element, or have fewer columns than the tile."""
     assert config is not None
     if narrow or row.kernel == "scalar":
@@ -132,18 +135,18 @@ def _other_rows(row: tiles.Row, config: KernelConfig | None, *, narrow: bool) ->
 
 
 WANTED = {
-    (kernel, arch): [config for row in tiles.rows_of(kernel) for config in _configs(row, arch)]
-    for kernel in tiles.KERNELS
-    for arch in tiles.TARGETS
+    (kernel, arch): [config for row in selector.rows_of(kernel) for config in _configs(row, arch)]
+    for kernel in registry.KERNELS
+    for arch in targets.TARGETS
 }
 
 
 @pytest.fixture(scope="module")
-def built() -> dict[tuple[str, str], list[tuple[KernelConfig, jit.CompiledKernel]]]:
+def built() -> dict[tuple[str, str], list[tuple[KernelConfig, compiler.CompiledKernel]]]:
     if reason := compiler_skip_reason():
         pytest.skip(reason)
     jobs = [(c, arch) for (_, arch), configs in WANTED.items() for c in configs]
-    compiled = iter(jit.compile_many([builds.job_of(*job) for job in jobs]))
+    compiled = iter(compiler.compile_many([builds.job_of(*job) for job in jobs]))
     return {key: [(c, next(compiled)) for c in configs] for key, configs in WANTED.items()}
 
 
@@ -151,7 +154,7 @@ def built() -> dict[tuple[str, str], list[tuple[KernelConfig, jit.CompiledKernel
 def test_builds_without_spills(built, kernel: str, arch: str) -> None:
     expected_entries = {"fp8_quantize.cu": {"fp8_quantize"}}
     for config, compiled in built[kernel, arch]:
-        entries = set(tiles.KERNELS[kernel].entries)
+        entries = set(registry.KERNELS[kernel].entries)
         assert set(compiled.entries) == expected_entries.get(config.source, entries)
         # C75..: wgmma that waits for the one before, or a register count that cannot be set.
         assert not re.search(r"warning|\(C75\d\d\)", compiled.log), compiled.log
@@ -164,21 +167,21 @@ def test_builds_without_spills(built, kernel: str, arch: str) -> None:
             assert used.registers * config.threads <= 65536, "a block fits the register file"
 
 
-@pytest.mark.parametrize("arch", tiles.TARGETS)
+@pytest.mark.parametrize("arch", targets.TARGETS)
 def test_which_kernels_a_target_has(arch: str) -> None:
-    missing = {kernel for kernel in tiles.KERNELS if not WANTED[kernel, arch]}
+    missing = {kernel for kernel in registry.KERNELS if not WANTED[kernel, arch]}
     with_cp_async = {"wmma_unfused", "wmma_cp_async", "wmma_warp_softmax", "mma_sm80"}
     expected = with_cp_async if arch == "sm_75" else set()
-    with_tma = {name for name, kernel in tiles.KERNELS.items() if kernel.tma}
-    assert missing == expected | (set() if arch == tiles.HOPPER else with_tma)
+    with_tma = {name for name, kernel in registry.KERNELS.items() if kernel.tma}
+    assert missing == expected | (set() if arch == registry.HOPPER else with_tma)
 
 
 def test_every_row_is_built_somewhere() -> None:
-    for row in tiles.ROWS:
-        assert any(_configs(row, arch) for arch in tiles.TARGETS), row
+    for row in table.ROWS:
+        assert any(_configs(row, arch) for arch in targets.TARGETS), row
 
 
-@pytest.mark.parametrize("arch", tiles.TARGETS)
+@pytest.mark.parametrize("arch", targets.TARGETS)
 def test_the_32_rung_stays_small(built, arch: str) -> None:
     """The original's own limits for its first fused kernel."""
     assert built["wmma_fused_32", arch]
@@ -194,8 +197,8 @@ def test_cold_compiles_are_quick(built) -> None:
         assert min((c.compile_seconds for _, c in pairs), default=0.0) <= 3.0, (kernel, arch)
 
 
-@pytest.mark.parametrize("arch", tiles.TARGETS)
+@pytest.mark.parametrize("arch", targets.TARGETS)
 def test_auto_finds_a_tensor_core_kernel(arch: str) -> None:
-    for dim in tiles.WMMA_HEAD_DIMS:
+    for dim in table.WMMA_HEAD_DIMS:
         problem = contiguous_problem(1, 8, 512, dim)
-        assert tiles.select(problem, arch).kernel.name.startswith(("wgmma", "mma", "wmma"))
+        assert selector.select(problem, arch).kernel.name.startswith(("wgmma", "mma", "wmma"))

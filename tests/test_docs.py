@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, gpu_skip_reason
 
 import flashcore_cupy
-from flashcore_cupy import tiles
-from flashcore_cupy.request import ARGUMENTS
+from flashcore_cupy.problem.request import ARGUMENTS
+from flashcore_cupy.select import registry, selector
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/kernels").glob("*.md")])
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES, ROOT / "kernels/README.md"])
@@ -113,7 +113,7 @@ def test_the_examples_of_the_manual_run(page: Path) -> None:
 
 
 def test_the_manual_has_the_widest_heads() -> None:
-    rows = [row for kernel in tiles.AUTO_ORDER for row in tiles.rows_of(kernel)]
+    rows = [row for kernel in registry.AUTO_ORDER for row in selector.rows_of(kernel)]
     half, full = (
         max(row.head_dim for row in rows if dtype in row.dtypes) for dtype in ("float16", "float32")
     )
@@ -131,7 +131,7 @@ def test_kernel_notes_show_tiles_of_the_table() -> None:
         for found in map(re.compile(r" (\d+) x (\d+),").match, cells[2:])
         if found
     }
-    rows = tiles.rows_of("mma_sm80")
+    rows = selector.rows_of("mma_sm80")
     assert len(shown) > 8
     assert shown <= {(row.head_dim, row.tile.block_m, row.tile.block_n) for row in rows}
 

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import compiler_skip_reason, gpu_skip_reason
 
-from flashcore_cupy import cache, doctor, jit
-from flashcore_cupy.doctor import Finding, examine
-from flashcore_cupy.sources import kernels_digest
+from flashcore_cupy.check import doctor
+from flashcore_cupy.check.doctor import Finding, examine
+from flashcore_cupy.jit import cache, compiler, nvrtc
+from flashcore_cupy.jit.sources import kernels_digest
 
 needs_compiler = pytest.mark.skipif(
     compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
@@ -57,10 +58,10 @@ def test_every_problem_and_note_has_one_sentence_of_cure(monkeypatch: pytest.Mon
 def test_a_sound_machine_has_no_problem() -> None:
     report = examine()
     assert report.problems == () and report.ok
-    version = ".".join(map(str, jit.nvrtc_version()))
+    version = ".".join(map(str, nvrtc.nvrtc_version()))
     assert finding("NVRTC").value.startswith(version)
     assert kernels_digest() in finding("kernels").value
-    assert str(jit.cache_dir()) in finding("cache").value
+    assert str(cache.cache_dir()) in finding("cache").value
     assert " ms" in finding("a tiny compile").value
 
 
@@ -106,8 +107,8 @@ def test_platform_without_cupy_has_no_problem(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setattr(doctor, "cupy_packages", lambda: [])
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(jit, "nvrtc_version", no_nvrtc)
-    monkeypatch.setattr(jit, "known_archs", no_nvrtc)
+    monkeypatch.setattr(nvrtc, "nvrtc_version", no_nvrtc)
+    monkeypatch.setattr(nvrtc, "known_archs", no_nvrtc)
     assert examine().problems == ()
     assert finding("NVRTC").state == finding("a tiny compile").state == "note"
 
@@ -126,8 +127,8 @@ def test_driver(
 ) -> None:
     runtime = SimpleNamespace(driverGetVersion=lambda: driver)
     monkeypatch.setattr(doctor, "_runtime", lambda: runtime)
-    monkeypatch.setattr(jit, "no_gpu_reason", lambda: reason)
-    monkeypatch.setattr(jit, "nvrtc_version", lambda: (12, 9))
+    monkeypatch.setattr(compiler, "no_gpu_reason", lambda: reason)
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (12, 9))
     found = doctor._driver()
     assert found.state == state
     assert driver == 0 or f"CUDA {driver // 1000}.{driver % 1000 // 10}" in found.value
@@ -160,7 +161,7 @@ def test_cache_that_others_write_is_a_problem(tmp_path: Path) -> None:
 def test_damaged_entries_are_noted() -> None:
     cache.store("0" * 32, b"cubin", {})
     assert finding("cache").state == "ok"
-    (entry,) = jit.cache_entries()
+    (entry,) = cache.cache_entries()
     (entry.path / "kernel.cubin").write_bytes(b"other")
     found = finding("cache")
     assert found.state == "note" and "1 damaged" in found.value
@@ -178,7 +179,7 @@ def test_a_failing_check_is_reported_and_the_rest_goes_on(monkeypatch: pytest.Mo
     def broken() -> list[object]:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(jit, "cache_entries", broken)
+    monkeypatch.setattr(cache, "cache_entries", broken)
     report = examine()
     (found,) = report.problems
     assert (found.name, found.value) == ("cache folder", "the disk is gone")
@@ -188,7 +189,7 @@ def test_a_failing_check_is_reported_and_the_rest_goes_on(monkeypatch: pytest.Mo
 @pytest.mark.gpu
 def test_gpu_is_described_and_works() -> None:
     assert "compute" in finding("GPU").value and finding("GPU").state == "ok"
-    assert finding("target").value == jit.device_arch()
+    assert finding("target").value == compiler.device_arch()
     assert finding("a CuPy call").value == "works"
 
 
@@ -200,8 +201,8 @@ def test_without_cuda_bindings_hopper_has_a_problem(
         raise RuntimeError("cuda-bindings cannot be imported")
 
     monkeypatch.setattr(doctor.driver, "binding", missing)
-    monkeypatch.setattr(jit, "no_gpu_reason", lambda: None)
-    monkeypatch.setattr(jit, "device_arch", lambda: arch)
+    monkeypatch.setattr(compiler, "no_gpu_reason", lambda: None)
+    monkeypatch.setattr(compiler, "device_arch", lambda: arch)
     found = doctor._tensor_maps()
     assert found.state == state and "cannot be imported" in found.value
     assert found.cure.endswith("kernel='mma_sm80'.")

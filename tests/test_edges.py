@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import flashcore_cupy
-from flashcore_cupy import reference, tiles
-from flashcore_cupy.selftest_case import Mod
+from flashcore_cupy.check.selftest.case import Mod
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.select import registry
 
 NUMPY = "numpy"
-EXACT = tuple(name for name, kernel in tiles.KERNELS.items() if not kernel.quantizes)
-RULED = tuple(name for name, kernel in tiles.KERNELS.items() if kernel.has_rules)
+EXACT = tuple(name for name, kernel in registry.KERNELS.items() if not kernel.quantizes)
+RULED = tuple(name for name, kernel in registry.KERNELS.items() if kernel.has_rules)
 DTYPES = ("float16", "bfloat16", "float32")
 #: Batch, heads of q, of k and v, queries and keys: one for each kind of tile.
 SIZES = {
@@ -56,7 +57,7 @@ def everywhere(*kernels: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 def _is_refusal(on: str, error: ValueError) -> bool:
     """Whether a kernel for one target, which has not all rules, says that it does not do this."""
-    return on != NUMPY and tiles.KERNELS[on].tma and str(error).startswith(f"kernel {on!r}: ")
+    return on != NUMPY and registry.KERNELS[on].tma and str(error).startswith(f"kernel {on!r}: ")
 
 
 def run(on: str, q: Any, k: Any, v: Any, **rules: Any) -> Any:
@@ -114,7 +115,7 @@ def check(got: np.ndarray, q: Any, k: Any, v: Any, **rules: Any) -> None:
     assert comparison.ok, comparison.reason
 
 
-@everywhere(*tiles.KERNELS)
+@everywhere(*registry.KERNELS)
 @pytest.mark.parametrize("causal", [False, True, "top-left"])
 def test_nothing_to_see(on: str, causal: object) -> None:
     for seqlen_q, seqlen_kv, batch in ((5, 0, 1), (0, 5, 1), (0, 0, 1), (5, 7, 0)):
@@ -124,7 +125,7 @@ def test_nothing_to_see(on: str, causal: object) -> None:
         assert (o == 0).all() and (lse == -np.inf).all()
 
 
-@everywhere(*tiles.KERNELS)
+@everywhere(*registry.KERNELS)
 @pytest.mark.parametrize("gate", ["qk", "softmax", "pv"])
 def test_gates_with_nothing_to_see(on: str, gate: str) -> None:
     q, k, v = arrays(5, 0)
@@ -145,7 +146,7 @@ def test_queries_without_keys(on: str) -> None:
     check(o, q, k, v, causal=True)
 
 
-@everywhere(*tiles.KERNELS)
+@everywhere(*registry.KERNELS)
 def test_queries_without_keys_stay_zero_beside_nan(on: str) -> None:
     """Their tile holds values that others see; NaN among those must not reach them."""
     q, k, v = arrays(20, 10)
@@ -155,7 +156,7 @@ def test_queries_without_keys_stay_zero_beside_nan(on: str) -> None:
     assert np.isnan(o[:, :, 10:]).all()
 
 
-@everywhere(*tiles.KERNELS)
+@everywhere(*registry.KERNELS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_in_q_reaches_its_row_alone(on: str, value: float) -> None:
     q, k, v = arrays(100, 130)
@@ -164,11 +165,11 @@ def test_nan_in_q_reaches_its_row_alone(on: str, value: float) -> None:
     o = run(on, q, k, v)
     touched = np.isnan(o).any(-1)
     assert touched[0, 1, 37] and touched.sum() == 1
-    if on == NUMPY or not tiles.KERNELS[on].quantizes:  # there a head shares one scale
+    if on == NUMPY or not registry.KERNELS[on].quantizes:  # there a head shares one scale
         np.testing.assert_array_equal(o[~touched], clean[~touched])
 
 
-@everywhere(*tiles.KERNELS)
+@everywhere(*registry.KERNELS)
 def test_nan_in_k_reaches_the_queries_that_see_it(on: str) -> None:
     q, k, v = arrays(130, 130)
     k[0, 1, 77, 3] = np.nan
@@ -196,7 +197,7 @@ def test_nan_in_v_reaches_whom_it_may(on: str, value: float) -> None:
         assert not bad[0, 1, :512].any(), "queries whose tiles end before it"
 
 
-@everywhere(*tiles.KERNELS)
+@everywhere(*registry.KERNELS)
 def test_keys_that_nobody_sees_do_not_leak(on: str) -> None:
     """Top-left causal with more keys than queries: the last keys are hidden from all."""
     q, k, v = arrays(70, 200)
@@ -227,13 +228,13 @@ def test_large_scores(on: str) -> None:
     check(o, q, k, v, softmax_scale=1.0)
 
 
-@everywhere(*tiles.KERNELS)
+@everywhere(*registry.KERNELS)
 def test_invariants(on: str) -> None:
     q, k, v = arrays(100, 150)
     ones = run(on, q, k, np.ones_like(v), causal=True)
     assert np.abs(ones[:, :, :].astype(np.float64) - 1).max() <= 2**-10
     constant = np.broadcast_to(v[:, :, :1], v.shape).copy()  # whatever the weights
-    tolerance = 0.07 if on != NUMPY and tiles.KERNELS[on].quantizes else 2**-9
+    tolerance = 0.07 if on != NUMPY and registry.KERNELS[on].quantizes else 2**-9
     got = run(on, q, k, constant).astype(np.float64)
     assert np.abs(got - constant[:, :, :1]).max() <= tolerance * np.abs(constant).max()
     first = run(on, q, k, v)

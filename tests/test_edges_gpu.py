@@ -12,9 +12,11 @@ from conftest import runs_here
 from test_edges import LENGTHS, RULED, arrays, check, pack, run
 
 import flashcore_cupy
-from flashcore_cupy import jit, reference, tiles
 from flashcore_cupy.attention import plan
-from flashcore_cupy.selftest_arrays import embed
+from flashcore_cupy.check.selftest.arrays import embed
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.select import registry
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +40,7 @@ def test_streams() -> None:
     assert cupy.cuda.get_current_stream() != stream
 
 
-@pytest.mark.parametrize("kernel", tiles.KERNELS)
+@pytest.mark.parametrize("kernel", registry.KERNELS)
 def test_graph_capture(kernel: str) -> None:
     """A plan's launches are captured, and a replay reads what the arrays hold by then."""
     import cupy
@@ -95,7 +97,7 @@ def test_every_gpu_of_the_machine() -> None:
         with cupy.cuda.Device(device):
             q, k, v = (cupy.asarray(x) for x in arrays(100, 100))
         for kernel in filter(
-            runs_here, tiles.KERNELS
+            runs_here, registry.KERNELS
         ):  # from the current device, whichever holds the arrays
             o = flashcore_cupy.attention(q, k, v, kernel=kernel)
             assert o.device.id == device
@@ -113,7 +115,7 @@ def test_a_length_compiles_nothing_anew(kernel: str) -> None:
     """Unless it gets another tile: these are all few blocks of many queries."""
     import cupy
 
-    from flashcore_cupy import launch
+    from flashcore_cupy.launch.plan import load_kernel
 
     if not runs_here(kernel):
         pytest.skip(f"{kernel} is for another GPU")
@@ -121,7 +123,7 @@ def test_a_length_compiles_nothing_anew(kernel: str) -> None:
     for batch, heads, seqlen_q, seqlen_kv in FEW_BLOCKS[kernel]:
         q, k, v = arrays(seqlen_q, seqlen_kv, batch=batch, heads=heads)
         flashcore_cupy.attention(*(cupy.asarray(x) for x in (q, k, v)), kernel=kernel)
-        misses.append(launch.load_kernel.cache_info().misses)
+        misses.append(load_kernel.cache_info().misses)
     assert len(set(misses)) == 1
 
 
@@ -309,7 +311,7 @@ def test_these_calls_split_their_keys() -> None:
     for queries, rules in DECODE:
         found = plan(*decode(queries), **on_gpu(rules))
         few, in_memory = queries * 4 <= 16, "split" in found.arrays
-        if jit.device_arch() == tiles.HOPPER:
+        if compiler.device_arch() == registry.HOPPER:
             assert found.selection.config.tile.cluster == (8 if few else 1)
             assert in_memory == (not few)
         else:

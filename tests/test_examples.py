@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, compiler_skip_reason
 
-from flashcore_cupy import jit, tiles
-from flashcore_cupy.problem import contiguous_problem
-from flashcore_cupy.rules import Mods, Rules
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.problem.attention_problem import contiguous_problem
+from flashcore_cupy.problem.rules import Mods, Rules
+from flashcore_cupy.select import selector
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1])"
@@ -51,8 +52,8 @@ def test_the_cuda_expressions_compile() -> None:
     }
     mods = Mods(**found, args=(("rate", "float32"), ("document", "int32")))
     problem = replace(contiguous_problem(2, 4, 512, 64), rules=Rules(mods=mods))
-    config = tiles.select(problem, "sm_80").config
-    compiled = jit.compile_kernel(config.source, config.defines(), "sm_80", config.headers)
+    config = selector.select(problem, "sm_80").config
+    compiled = compiler.compile_kernel(config.source, config.defines(), "sm_80", config.headers)
     assert "fwd_sm80" in compiled.entries
 
 

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from test_edges import DTYPES, EXACT, NUMPY, RULED, arrays, everywhere, pack, run
 
-from flashcore_cupy import reference, tiles, verify
-from flashcore_cupy.selftest_case import Mod
+from flashcore_cupy.check import verify
+from flashcore_cupy.check.selftest.case import Mod
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.select import registry
 
 #: Batch, heads of q, of k and v, queries and keys: one for each kind of tile; and keys that thread
 #: blocks share out, in clusters and through memory.
@@ -38,7 +40,7 @@ def takes(on: str, size: str, dtype: str) -> bool:
     """Whether a kernel has the dtype; NumPy, whose tiles are all the same, has two of the sizes."""
     if on == NUMPY:
         return size in ("few blocks", "clusters")
-    return dtype in tiles.KERNELS[on].dtypes
+    return dtype in registry.KERNELS[on].dtypes
 
 
 def where_taken(test: Callable[..., None]) -> Callable[..., None]:

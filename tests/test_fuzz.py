@@ -22,9 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flashcore_cupy
-from flashcore_cupy import jit, selftest, selftest_rules, tiles
-from flashcore_cupy.selftest_arrays import Placed, set_up
-from flashcore_cupy.selftest_case import MASK_MODS, SCORE_MODS, Case, packed
+from flashcore_cupy.check.selftest import matrix, rule_cases
+from flashcore_cupy.check.selftest.arrays import Placed, set_up
+from flashcore_cupy.check.selftest.case import MASK_MODS, SCORE_MODS, Case, packed
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.select import registry
 
 CONFIGURATIONS = 300
 KERNEL = "mma_sm80"  # takes all of these; on Hopper "auto" has a faster one for some
@@ -70,9 +72,9 @@ def configuration(seed: int) -> Case:
     rng = random.Random(seed)
     grid = rng.choice([*GRIDS, "invariant"])
     packs = grid in OF_ANY_LENGTHS and rng.random() < 0.35
-    dtype = rng.choice(tiles.KERNELS[KERNEL].dtypes)
+    dtype = rng.choice(registry.KERNELS[KERNEL].dtypes)
     dims = (rng.choice(DIMS), rng.choice(DIMS))
-    while not selftest_rules.takes_dims(KERNEL, dtype, dims) or rng.random() < 0.6:
+    while not rule_cases.takes_dims(KERNEL, dtype, dims) or rng.random() < 0.6:
         dims = (rng.choice(DIMS),) * 2
 
     def sometimes(chance: float, *values: Any) -> Any:
@@ -116,7 +118,7 @@ def at_smallest(case: Case, packs: bool) -> Case:
 
 
 def compiled_for(case: Case, arch: str) -> Any:
-    (config,) = selftest.case_config(case, arch)
+    (config,) = matrix.case_config(case, arch)
     return config
 
 
@@ -221,7 +223,7 @@ def check(case: Case, on_gpu: bool) -> None:
     buffer = placed.out_buffer.get() if on_gpu else placed.out_buffer
     assert setup.out.surroundings_are_nan(buffer), "wrote beside the output"
     lse = first[1] if len(first) > 1 else None
-    result = selftest.judge(case, setup.host, selftest.Launched(first[0], lse, None, 64))
+    result = matrix.judge(case, setup.host, matrix.Launched(first[0], lse, None, 64))
     assert result.ok, f"{case.dtype} {case.name}: {result.reason}"
 
 
@@ -235,13 +237,13 @@ def attend(case: Case, placed: Placed) -> list[np.ndarray]:
     got = flashcore_cupy.attention(*placed.inputs, **wanted, **placed.arguments)
     each = got if isinstance(got, tuple) else (got,)
     arrays = [x if isinstance(x, np.ndarray) else x.get() for x in each]
-    return arrays if case.gate in ("qk", "softmax") else selftest.canonical(case, *arrays)
+    return arrays if case.gate in ("qk", "softmax") else matrix.canonical(case, *arrays)
 
 
 def warm_up() -> None:
-    arch = jit.device_arch()
+    arch = compiler.device_arch()
     wanted = dict.fromkeys(compiled_for(case, arch) for case in configurations())
-    jit.compile_many([(c.source, c.defines(), arch, c.headers) for c in wanted])
+    compiler.compile_many([(c.source, c.defines(), arch, c.headers) for c in wanted])
 
 
 def test_draws_compile_nothing_but_the_configurations() -> None:
@@ -261,7 +263,7 @@ def test_configurations_have_everything() -> None:
     for name in ("softcap", "alibi", "sink", "bias", "mask", "score_mod", "mask_mod", "lengths"):
         assert sum(bool(getattr(case, name)) for case in cases) >= 10, name
     assert {case.gate for case in cases} == {None, "qk", "softmax", "pv"}
-    assert {case.dtype for case in cases} == set(tiles.KERNELS[KERNEL].dtypes)
+    assert {case.dtype for case in cases} == set(registry.KERNELS[KERNEL].dtypes)
     built = [compiled_for(case, "sm_90a") for case in cases]
     on_hopper = {(c.kernel, c.tile.block_m) for c in built}
     assert on_hopper >= {("wgmma_sm90", 64), ("wgmma_sm90", 128), ("wgmma_sm90", 192)}
@@ -298,4 +300,4 @@ def run(examples: int, *, on_gpu: bool, derandomize: bool, report_every: int = 0
 
 if __name__ == "__main__":
     examples = int(sys.argv[1]) if sys.argv[1:] else 2000
-    run(examples, on_gpu=jit.no_gpu_reason() is None, derandomize=False, report_every=50)
+    run(examples, on_gpu=compiler.no_gpu_reason() is None, derandomize=False, report_every=50)

@@ -12,14 +12,17 @@ import pytest
 from conftest import runs_here
 
 import flashcore_cupy
-from flashcore_cupy import gates, reference, tiles, verify
-from flashcore_cupy.problem import contiguous_problem
+from flashcore_cupy.check import verify
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.launch import gates
+from flashcore_cupy.problem.attention_problem import contiguous_problem
+from flashcore_cupy.select import registry, selector
 
-EXACT_KERNELS = [name for name, kernel in tiles.KERNELS.items() if not kernel.quantizes]
+EXACT_KERNELS = [name for name, kernel in registry.KERNELS.items() if not kernel.quantizes]
 
 
 def _lengths(kernel: str) -> list[tuple[int, int]]:
-    tile = tiles.select(contiguous_problem(1, 1, 1, 64), "sm_90a", kernel=kernel).config.tile
+    tile = selector.select(contiguous_problem(1, 1, 1, 64), "sm_90a", kernel=kernel).config.tile
     m, n = tile.block_m, tile.block_n
     return [(m, n), (m - 1, n - 1), (m + 1, n + 1), (1, 1), (2 * m + 5, 3 * n - 7), (512, 512)]
 
@@ -112,7 +115,7 @@ def test_the_whole(on: str, causal: bool) -> None:
 @pytest.mark.gpu
 def test_gates_of_fp8_are_those_of_the_quantised_inputs() -> None:
     from flashcore_cupy.attention import plan
-    from flashcore_cupy.job import to_gpu
+    from flashcore_cupy.measure.job import to_gpu
 
     for gate in ("qk", "softmax", "pv", None):
         q, k, v = _inputs(100, 130)
@@ -127,7 +130,7 @@ def test_probabilities_of_tiles_are_joined(keys: int, monkeypatch: pytest.Monkey
     """From what a kernel writes, each tile's at the maximum so far; here it is written by NumPy."""
     monkeypatch.setitem(sys.modules, "cupy", np)
     problem = contiguous_problem(1, 2, 5, 64, seqlen_kv=keys, gate="softmax")
-    config = tiles.select(problem, "sm_90a", kernel="mma_sm80").config
+    config = selector.select(problem, "sm_90a", kernel="mma_sm80").config
     arrays = gates.allocate(problem, config)
     assert {name: x.dtype for name, x in arrays.items()} == dict.fromkeys(arrays, np.float32)
     scores = np.random.default_rng(keys).standard_normal((1, 2, 5, keys)) * 5
@@ -152,7 +155,7 @@ def test_probabilities_of_tiles_are_joined(keys: int, monkeypatch: pytest.Monkey
 def test_gates_of_scores_start_as_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", np)
     problem = contiguous_problem(2, 3, 5, 64, seqlen_kv=7, gate="qk")
-    config = tiles.select(problem, "sm_90a").config
+    config = selector.select(problem, "sm_90a").config
     arrays = gates.allocate(problem, config)
     assert list(arrays) == ["gate"] and arrays["gate"].shape == (2, 3, 5, 7)
     assert np.isneginf(arrays["gate"]).all()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import flashcore_cupy
-from flashcore_cupy import interop
+from flashcore_cupy.problem import interop
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -127,7 +127,7 @@ def test_cupy_arrays_pass_as_they_are_without_importing_cupy(
 def test_hosts_do_not_import_cupy() -> None:
     lines = (
         "import sys, numpy",
-        "from flashcore_cupy import interop",
+        "from flashcore_cupy.problem import interop",
         "x = numpy.zeros(4)",
         "interop.taken('q', x)",
         "class Fake: __array_interface__ = x.__array_interface__",

@@ -23,13 +23,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reference import repeatable
 
-from flashcore_cupy import captures, config, grids, launch, params, repeat, tiles, workspace
-from flashcore_cupy.arrays import span_of, spec_of
-from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe, operand
-from flashcore_cupy.rules import MAX_MOD_ARGS, Scores, describe_rules
+from flashcore_cupy.cuda import captures
+from flashcore_cupy.launch import launch_cache, workspace
+from flashcore_cupy.launch.parameter_block import ParameterBlock
+from flashcore_cupy.launch.plan import LoadedKernel, Place, Step, _fixed_params
+from flashcore_cupy.problem.array_spec import span_of, spec_of
+from flashcore_cupy.problem.attention_problem import (
+    AttentionProblem,
+    contiguous_problem,
+    describe,
+    operand,
+)
+from flashcore_cupy.problem.rules import MAX_MOD_ARGS, Scores, describe_rules
+from flashcore_cupy.select import config, grids, params, selector
 
 KERNELS = ROOT / "kernels"
-HERE = launch.Place(device=0, arch="sm_90a", multiprocessors=132, sources=None)
+HERE = Place(device=0, arch="sm_90a", multiprocessors=132, sources=None)
 
 # --- structs --------------------------------------------------------------------------------------
 
@@ -86,8 +95,8 @@ def test_rule_bits_are_the_kernels() -> None:
 def test_the_first_fields_are_those_that_a_repeated_call_writes() -> None:
     block = np.zeros((), params.ATTENTION_PARAMS)
     raw = bytearray(block.tobytes())
-    repeat._POINTERS.pack_into(raw, 0, 1, 2, 3, 4, 5)
-    repeat._SPLIT.pack_into(raw, repeat._SPLIT_OFFSET, 6, 7)
+    launch_cache._POINTERS.pack_into(raw, 0, 1, 2, 3, 4, 5)
+    launch_cache._SPLIT.pack_into(raw, launch_cache._SPLIT_OFFSET, 6, 7)
     written = np.frombuffer(bytes(raw), params.ATTENTION_PARAMS)[0]
     names = ("q", "k", "v", "o", "lse", "split_partial", "split_arrivals")
     assert [int(written[name]) for name in names] == [1, 2, 3, 4, 5, 6, 7]
@@ -100,12 +109,12 @@ def test_the_first_fields_are_those_that_a_repeated_call_writes() -> None:
 
 def fixed(problem: AttentionProblem, kernel: str = "mma_sm80", registers: int = 128) -> Any:
     """The parameters of a problem, without addresses."""
-    chosen = tiles.select(problem, HERE.arch, kernel=kernel).config
+    chosen = selector.select(problem, HERE.arch, kernel=kernel).config
     out = np.empty(problem.output_shape, np.float16)
     o = operand("o", out, "packed" if problem.packed else problem.layout)
     built = SimpleNamespace(entries={"fwd": SimpleNamespace(registers=registers)})
-    kernel = launch.LoadedKernel(chosen, built, {})
-    return launch._fixed_params(problem, kernel, o, HERE)
+    kernel = LoadedKernel(chosen, built, {})
+    return _fixed_params(problem, kernel, o, HERE)
 
 
 def test_parameters_of_rules() -> None:
@@ -143,7 +152,7 @@ def test_scales_come_after_the_maximum_only_if_they_keep_the_order() -> None:
         *((-0.3, True), (0.0, True), (1e-60, True), (1e-42, True), (smallest / 2, True)),
         *((smallest, False), (0.3, False), (1e30, False)),
     ):
-        found = tiles.select(replace(problem, softmax_scale=scale), HERE.arch)
+        found = selector.select(replace(problem, softmax_scale=scale), HERE.arch)
         assert found.kernel.name == "mma_sm80"
         assert ("scale_first" in found.config.rules) == first
         assert bool(found.config.defines()["FC_RULES"]) == first
@@ -256,7 +265,7 @@ def test_every_row_of_a_packed_batch_has_one_block(seed: int, block_m: int) -> N
         q = np.empty((total, heads[0], 64), np.float16)
         k = np.empty((9, heads[1], 64), np.float16)
         problem = describe(q, k, k, sequences=len(seqlens))
-        chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
+        chosen = selector.select(problem, HERE.arch, kernel="mma_sm80").config
         tile = replace(chosen.tile, block_m=block_m, pack_gqa=group > 1)
         blocks = grids.blocks_per_head(problem, replace(chosen, tile=tile))
         cu_seqlens = [before + sum(seqlens[:n]) for n in range(len(seqlens) + 1)]
@@ -318,13 +327,13 @@ def test_grids() -> None:
     plain = contiguous_problem(3, 8, 300, 64, heads_kv=2)
     few = contiguous_problem(3, 8, 3, 64, heads_kv=2)
     for problem, packed_heads in ((plain, False), (few, True)):
-        chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
+        chosen = selector.select(problem, HERE.arch, kernel="mma_sm80").config
         assert chosen.tile.pack_gqa == packed_heads
         heads, rows = (2, 3 * 4) if packed_heads else (8, 300)
         expected = 3 * heads * math.ceil(rows / chosen.tile.block_m)
         assert grids.query_blocks(problem, chosen) == expected
     problem = packed_problem([300, 0, 5], [7, 8, 9])
-    chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
+    chosen = selector.select(problem, HERE.arch, kernel="mma_sm80").config
     assert grids.query_blocks(problem, chosen) == 8 * (305 // chosen.tile.block_m + 3 + 2)
 
 
@@ -346,7 +355,7 @@ def test_keys_are_shared_out_until_the_gpu_is_full() -> None:
 @pytest.mark.parametrize("seqlen_kv", [1, 100, 1000, 5000])
 def test_parts_of_the_keys_are_not_empty(seqlen_kv: int) -> None:
     problem = contiguous_problem(1, 8, 1, 64, seqlen_kv=seqlen_kv)
-    tile = tiles.select(problem, HERE.arch, kernel="mma_sm80").config.tile
+    tile = selector.select(problem, HERE.arch, kernel="mma_sm80").config.tile
     assert tile.split_kv and splits(1, seqlen_kv) <= math.ceil(seqlen_kv / tile.block_n)
 
 
@@ -357,11 +366,11 @@ def test_batch_invariant_keys_are_not_shared_out() -> None:
 
 def test_blocks_that_run_side_by_side() -> None:
     problem = contiguous_problem(1, 8, 1000, 64)
-    chosen = tiles.select(problem, "sm_80", kernel="wmma_fused_64").config
+    chosen = selector.select(problem, "sm_80", kernel="wmma_fused_64").config
 
     def side_by_side(registers: int, arch: str) -> int:
         entries = {"a": SimpleNamespace(registers=registers), "b": SimpleNamespace(registers=8)}
-        kernel = launch.LoadedKernel(chosen, SimpleNamespace(entries=entries), {})
+        kernel = LoadedKernel(chosen, SimpleNamespace(entries=entries), {})
         return kernel.blocks_per_multiprocessor(arch)
 
     assert chosen.threads == 256 and 32 * 1024 < chosen.smem_bytes < 80 * 1024
@@ -381,7 +390,7 @@ def test_batch_invariant_tiles_do_not_look_at_the_batch(
     seqlen_q: int, head_dim: int, dtype: str
 ) -> None:
     def tile(problem: AttentionProblem) -> config.Tile:
-        return tiles.select(replace(problem, batch_invariant=True), HERE.arch).config.tile
+        return selector.select(replace(problem, batch_invariant=True), HERE.arch).config.tile
 
     alone = contiguous_problem(1, 8, seqlen_q, head_dim, heads_kv=2, dtype=dtype)
     chosen = tile(alone)
@@ -394,7 +403,7 @@ def test_batch_invariant_tiles_do_not_look_at_the_batch(
 
 def test_tiles_look_at_the_batch_otherwise() -> None:
     found = {
-        tiles.select(contiguous_problem(batch, 8, 300, 64), HERE.arch).config.tile
+        selector.select(contiguous_problem(batch, 8, 300, 64), HERE.arch).config.tile
         for batch in (1, 100)
     }
     assert len(found) == 2
@@ -423,16 +432,16 @@ class _Array(SimpleNamespace):
 
 def plan_of(*operands: Any) -> Any:
     """The plan of a call on q, k, v, o, as far as a repeated call looks at it."""
-    step = launch.Step(0, 1, 32, 0, launch.ParameterBlock(np.zeros((), params.ATTENTION_PARAMS)))
+    step = Step(0, 1, 32, 0, ParameterBlock(np.zeros((), params.ATTENTION_PARAMS)))
     problem = SimpleNamespace(output_shape=operands[3].shape, lse_shape=(), gate=None)
     arrays = dict(zip("qkvo", map(_Array.like, operands), strict=True))
     selection = SimpleNamespace(config=SimpleNamespace(uses_tma=False))
     return SimpleNamespace(problem=problem, selection=selection, steps=(step,), arrays=arrays)
 
 
-def known_of(q: Any, k: Any, v: Any, o: Any) -> repeat._Known:
+def known_of(q: Any, k: Any, v: Any, o: Any) -> launch_cache._Known:
     """What a repeated call knows of arrays, as far as their places."""
-    return repeat._Known(plan_of(q, k, v, o))
+    return launch_cache._Known(plan_of(q, k, v, o))
 
 
 @pytest.fixture
@@ -449,7 +458,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         "_launch": lambda *arguments: calls.append(arguments),
     }
     for name, fake in fakes.items():
-        monkeypatch.setattr(repeat, name, fake)
+        monkeypatch.setattr(launch_cache, name, fake)
     for variable in ("FLASHCORE_KERNELS_DIR", "FLASHCORE_ARCH"):
         monkeypatch.delenv(variable, raising=False)
     return calls
@@ -462,7 +471,7 @@ class _Unhashable(float):
 def choices_of(
     softmax_scale: Any = 0.5,
     causal: Any = True,
-    window: Any = repeat.NO_WINDOW,
+    window: Any = launch_cache.NO_WINDOW,
     softcap: Any = 0.0,
 ) -> tuple[Any, ...]:
     """What ``attention`` keys a call on, besides its arrays."""
@@ -497,10 +506,10 @@ def test_what_cannot_key_a_call_is_launched_but_not_remembered(
     choices = choices_of(**changes)
     plan = plan_of(*[np.empty((1, 2, 3, 8), np.float16)] * 4)
     q, k, v = (plan.arrays[name] for name in "qkv")
-    assert repeat.launch_again(q, k, v, None, False, choices) is None
-    repeat.remember(plan, choices, out_given=False)
-    assert len(repeat._known) == remembered
-    result = repeat.launch_again(q, k, v, None, False, choices)
+    assert launch_cache.launch_again(q, k, v, None, False, choices) is None
+    launch_cache.remember(plan, choices, out_given=False)
+    assert len(launch_cache._known) == remembered
+    result = launch_cache.launch_again(q, k, v, None, False, choices)
     assert (result is not None) == (len(launched) == 1) == remembered
 
 
@@ -510,18 +519,18 @@ def test_addresses_are_looked_at_only_where_they_are_new(
     """The output must not meet an input, and all be on the current device."""
     plan = plan_of(*[np.empty((1, 2, 3, 8), np.float16)] * 4)
     choices = choices_of()
-    repeat.remember(plan, choices, out_given=True)
+    launch_cache.remember(plan, choices, out_given=True)
     looked: list[tuple[int, ...]] = []
-    overlaps = repeat._Known.overlaps
+    overlaps = launch_cache._Known.overlaps
     monkeypatch.setattr(
-        repeat._Known, "overlaps", lambda self, *at: looked.append(at) or overlaps(self, *at)
+        launch_cache._Known, "overlaps", lambda self, *at: looked.append(at) or overlaps(self, *at)
     )
 
     def call(*addresses: int, device_of_v: int = 0) -> Any:
         x = np.empty((1, 2, 3, 8), np.float16)
         devices = (0, 0, device_of_v, 0)
         q, k, v, o = (_Array.like(x, *at) for at in zip(addresses, devices, strict=True))
-        return repeat.launch_again(q, k, v, o, False, choices)
+        return launch_cache.launch_again(q, k, v, o, False, choices)
 
     here, there = (0, 512, 1024, 1536), (0, 512, 1024, 2048)
     for place in (here, here, there, there, here):
@@ -563,7 +572,7 @@ def test_keys_of_repeated_calls_tell_arguments_apart() -> None:
         x = SimpleNamespace(**_looked_at(np.empty((1, 2, 3, 4), np.float16)))
         q = SimpleNamespace(**{**vars(x), **of_q})
         choices = choices_of(scale, causal, (-1, -1))
-        return repeat._key(q, x, x, None, address, False, device, choices)
+        return launch_cache._key(q, x, x, None, address, False, device, choices)
 
     assert key() == key() == key(address=256 + 16)
     others = [
@@ -584,7 +593,7 @@ def test_keys_of_repeated_calls_tell_arguments_apart() -> None:
 def test_parts_of_the_keys_on_hopper() -> None:
     """As split_merge.cuh lays them out; the first counter is of the blocks that are taken."""
     problem = contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=65536)
-    chosen = tiles.select(problem, "sm_90a").config
+    chosen = selector.select(problem, "sm_90a").config
     assert chosen.kernel == "wgmma_sm90" and chosen.tile.split_kv and chosen.tile.cluster == 1
     rows = chosen.tile.block_m
     assert workspace.split_bytes(chosen, 8, 4) == (8 * 4 * rows * (128 + 2) * 4, 4 * (1 + 8))
@@ -611,11 +620,11 @@ def test_clusters_share_out_the_keys_of_a_few_heads(
     batch: int, heads_kv: int, keys: int, cluster: int
 ) -> None:
     problem = contiguous_problem(batch, 4 * heads_kv, 1, 128, heads_kv=heads_kv, seqlen_kv=keys)
-    chosen = tiles.select(problem, "sm_90a").config
+    chosen = selector.select(problem, "sm_90a").config
     assert chosen.kernel == "wgmma_sm90" and chosen.tile.cluster == cluster
     if cluster > 1:
         assert grids.splits(problem, chosen, 132) == cluster
-        invariant = tiles.select(replace(problem, batch_invariant=True), "sm_90a").config
+        invariant = selector.select(replace(problem, batch_invariant=True), "sm_90a").config
         assert invariant.tile.cluster == 1, "which would depend on the batch"
 
 
@@ -627,10 +636,10 @@ def test_tiles_whose_parts_do_not_fit_over_k_have_no_cluster(
     head_dim: int, changes: dict[str, int]
 ) -> None:
     problem = contiguous_problem(1, 32, 1, head_dim, heads_kv=8, seqlen_kv=1024)
-    chosen = tiles.select(problem, "sm_90a", kernel="wgmma_sm90", overrides=changes).config
+    chosen = selector.select(problem, "sm_90a", kernel="wgmma_sm90", overrides=changes).config
     assert chosen.tile.split_kv and chosen.tile.cluster == 1
     with pytest.raises(ValueError, match="cluster=8: a part does not fit"):
-        tiles.select(problem, "sm_90a", kernel="wgmma_sm90", overrides=changes | {"cluster": 8})
+        selector.select(problem, "sm_90a", kernel="wgmma_sm90", overrides=changes | {"cluster": 8})
 
 
 # --- workspaces -----------------------------------------------------------------------------------
@@ -726,7 +735,7 @@ def test_workspaces_hold_what_warps_leave_in_them() -> None:
     assert "VALUES_OF_ROW = 2 + TILES_D * 2;" in text
     assert "VALUES = FRAGMENTS_M * 2 * VALUES_OF_ROW;" in text
     problem = contiguous_problem(1, 8, 1, 64, seqlen_kv=10_000)
-    chosen = tiles.select(problem, HERE.arch, kernel="mma_sm80").config
+    chosen = selector.select(problem, HERE.arch, kernel="mma_sm80").config
     tile = replace(chosen.tile, block_m=64, warps_m=2, warps_n=2)
     fragments_m, tiles_d = 64 // 2 // 16, 128 // 8
     values = fragments_m * 2 * (2 + tiles_d * 2)

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, compiler_skip_reason
 
-from flashcore_cupy import builds, jit, tiles
-from flashcore_cupy.arrays import spec_of
-from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.problem import contiguous_problem
-from flashcore_cupy.rules import MAX_MOD_ARGS, MOD_TYPES, Scores, describe_rules
-from flashcore_cupy.sources import kernels_dir
+from flashcore_cupy.jit import compiler, nvrtc
+from flashcore_cupy.jit.sources import kernels_dir
+from flashcore_cupy.launch import builds
+from flashcore_cupy.problem.array_spec import spec_of
+from flashcore_cupy.problem.attention_problem import contiguous_problem
+from flashcore_cupy.problem.rules import MAX_MOD_ARGS, MOD_TYPES, Scores, describe_rules
+from flashcore_cupy.select import selector
+from flashcore_cupy.select.config import KernelConfig
 
 pytestmark = pytest.mark.skipif(
     compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
@@ -33,11 +35,11 @@ def configured(**rules: Any) -> KernelConfig:
     """What a problem with these rules is built from."""
     described = describe_rules(Scores(1, 2, 64, 64), "float16", **rules)
     problem = replace(contiguous_problem(1, 2, 64, 32), rules=described)
-    return tiles.select(problem, ARCH).config
+    return selector.select(problem, ARCH).config
 
 
-def compiled(**rules: Any) -> jit.CompiledKernel:
-    return jit.compile_kernel(*builds.job_of(configured(**rules), ARCH))
+def compiled(**rules: Any) -> compiler.CompiledKernel:
+    return compiler.compile_kernel(*builds.job_of(configured(**rules), ARCH))
 
 
 def array(dtype: str) -> Any:
@@ -93,7 +95,7 @@ WRONG: dict[str, tuple[dict[str, str], int, str, str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_an_error_shows_the_expression(name: str) -> None:
     rules, line, text, words = WRONG[name]
-    with pytest.raises(jit.CompileError) as caught:
+    with pytest.raises(nvrtc.CompileError) as caught:
         compiled(**rules)
     error, wrong = caught.value, "mask_mod" if "mask_mod" in rules else "score_mod"
     assert (error.path, error.line, error.text) == (wrong, line, text)
@@ -107,14 +109,14 @@ def test_an_error_shows_the_expression(name: str) -> None:
 def test_an_error_elsewhere_shows_no_expression() -> None:
     config = configured(score_mod="score")
     source, defines, arch, headers = builds.job_of(config, ARCH)
-    with pytest.raises(jit.CompileError) as caught:
-        jit.compile_kernel(source, {**defines, "FC_SMEM_BYTES": 7}, arch, headers)
+    with pytest.raises(nvrtc.CompileError) as caught:
+        compiler.compile_kernel(source, {**defines, "FC_SMEM_BYTES": 7}, arch, headers)
     assert caught.value.text is None
     assert caught.value.path == str(kernels_dir() / source)
 
 
 def test_an_unclosed_bracket_is_an_error_of_the_mods() -> None:
-    with pytest.raises(jit.CompileError) as caught:
+    with pytest.raises(nvrtc.CompileError) as caught:
         compiled(score_mod="(score + 1.0f")
     assert caught.value.path in ("score_mod", "mods.cuh")
 
@@ -130,7 +132,7 @@ def test_expressions_and_arrays_make_kernels_of_their_own() -> None:
     ]
     assert len(set(configs)) == len(configs)
     jobs = [builds.job_of(config, ARCH) for config in configs]
-    keys = [jit._identify(*job)[0] for job in jobs]
+    keys = [compiler._identify(*job)[0] for job in jobs]
     assert len(set(keys)) == len(keys)
     assert jobs[1][1] == jobs[3][1] and jobs[1][3] != jobs[3][3], "the header alone differs"
     assert not jobs[0][3] and jobs[1][3][0][0] == "flashcore/mods.cuh"

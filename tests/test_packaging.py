@@ -18,7 +18,7 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 import flashcore_cupy
-from flashcore_cupy.sources import kernels_digest
+from flashcore_cupy.jit.sources import kernels_digest
 
 NOT_SOURCES = shutil.ignore_patterns(
     ".*", "build", "dist", "*.egg-info", "__pycache__", "venv", "shared"
@@ -116,7 +116,7 @@ def test_metadata(site: Path) -> None:
     assert info.metadata["License-Expression"] == "Apache-2.0"
     assert info.metadata["Requires-Python"] == ">=3.10"
     (script,) = info.entry_points
-    assert (script.name, script.value) == ("flashcore-cupy", "flashcore_cupy._cli:main")
+    assert (script.name, script.value) == ("flashcore-cupy", "flashcore_cupy.cli.commands:main")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_version_stands_in_one_place() -> None:
 # --- where an installed package finds its kernels -----------------------------------------------
 
 WHERE = (
-    "from flashcore_cupy import sources as s; import flashcore_cupy as f; "
+    "from flashcore_cupy.jit import sources as s; import flashcore_cupy as f; "
     "print(s.kernels_dir(), s.kernels_digest(), f.__file__, sep='\\n')"
 )
 

@@ -26,8 +26,9 @@ from side_by_side import backends, cells, error_cases, gate, measure, plots, tab
 from side_by_side.cells import Cell
 from side_by_side.results import BACKENDS, OURS, PEERS, Entry, Report, Row, geometric_mean
 
-from flashcore_cupy import reference, tiles
-from flashcore_cupy.problem import describe
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.problem.attention_problem import describe
+from flashcore_cupy.select import selector
 
 
 def cell_of(name: str) -> Cell:
@@ -123,7 +124,7 @@ def test_what_is_compiled_ahead_is_what_a_cell_asks_for() -> None:
     assert (problem.batch, problem.heads_q, problem.seqlen_q) == (32, 32, 512)
     assert problem.causal is True and problem.align_bytes == 16
     assert problem.q.strides == (512 * 32 * 64, 64, 32 * 64)
-    assert tiles.configs_of(tiles.select(problem, "sm_90a"))
+    assert selector.configs_of(selector.select(problem, "sm_90a"))
 
 
 # --- timing and statistics -----------------------------------------------------------------------
@@ -626,7 +627,7 @@ def test_what_is_compiled_ahead_is_of_the_kernel_that_is_measured(
     monkeypatch: pytest.MonkeyPatch, kernel: str, built: str
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(backends.jit, "device_arch", lambda: "sm_90a")
+    monkeypatch.setattr(backends.compiler, "device_arch", lambda: "sm_90a")
     monkeypatch.setattr(backends.builds, "build_each", lambda jobs, on_done: asked.extend(jobs))
     wanted = cells.cells("grid")
     backends.compile_ahead([backends.call_of(cell, kernel) for cell in wanted])

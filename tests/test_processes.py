@@ -22,7 +22,8 @@ import pytest
 from conftest import compiler_skip_reason, use_kernels
 
 import flashcore_cupy
-from flashcore_cupy import jit, numpy_attention
+from flashcore_cupy.cpu import tiled_attention
+from flashcore_cupy.jit import cache, compiler
 
 needs_compiler = pytest.mark.skipif(
     compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
@@ -34,7 +35,7 @@ ARCH = "sm_90a"
 DEMO = """#include <flashcore/step.cuh>
 extern "C" __global__ void demo(int* x) { x[0] = STEP; }
 """
-JOBS: list[jit.Job] = [("demo.cu", {"FC_STEP": step}, ARCH) for step in (1, 2, 3)]
+JOBS: list[compiler.Job] = [("demo.cu", {"FC_STEP": step}, ARCH) for step in (1, 2, 3)]
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def inputs() -> list[np.ndarray[Any, Any]]:
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as make several threads worth it, whatever this machine has."""
-    monkeypatch.setattr(numpy_attention, "_workers", lambda: 4)
+    monkeypatch.setattr(tiled_attention, "_workers", lambda: 4)
 
 
 LATE = """
@@ -89,8 +90,8 @@ LATE = """
     jobs = [("demo.cu", {"FC_STEP": step}, "sm_90a") for step in (1, 2)]
 
     def attention():
-        from flashcore_cupy import numpy_attention
-        numpy_attention._workers = lambda: 4
+        from flashcore_cupy.cpu import tiled_attention
+        tiled_attention._workers = lambda: 4
         print(flashcore_cupy.attention(q, q, q).shape)
 
     def compilation():
@@ -158,7 +159,7 @@ def test_an_error_of_the_users_own_is_raised(
         raise error(f"batch {int(np.max(b))} head {int(np.max(h))}")
 
     if not threads:
-        monkeypatch.setattr(numpy_attention.threading, "Thread", _no_thread)
+        monkeypatch.setattr(tiled_attention.threading, "Thread", _no_thread)
     with pytest.raises(error, match="batch 0 head 0"):
         flashcore_cupy.attention(q, k, v, score_mod=score_mod)
 
@@ -198,9 +199,10 @@ def test_attention_and_compilation_in_a_forked_child(kernels: Path) -> None:
         import os
         import numpy as np
         import flashcore_cupy
-        from flashcore_cupy import jit, numpy_attention
+        from flashcore_cupy import jit
+        from flashcore_cupy.cpu import tiled_attention
 
-        numpy_attention._workers = lambda: 4
+        tiled_attention._workers = lambda: 4
         q = np.random.default_rng(0).standard_normal((2, 4, 600, 16), np.float32)
 
         def work():
@@ -288,7 +290,7 @@ def test_work_goes_on_here_when_workers_are_killed(kernels: Path) -> None:
     killer.start()
     reported: list[Any] = []
     try:
-        compiled = jit.compile_many(JOBS, workers=2, on_done=reported.append)
+        compiled = compiler.compile_many(JOBS, workers=2, on_done=reported.append)
     finally:
         done.set()
         killer.join()
@@ -308,7 +310,7 @@ def test_compilation_where_no_process_starts(
     monkeypatch.setattr(multiprocessing, "get_context", refuse)
     reported: list[Any] = []
     jobs = [*JOBS, ("demo.cu", {}, ARCH)]
-    results = jit.compile_each(jobs, workers=2, on_done=reported.append)
+    results = compiler.compile_each(jobs, workers=2, on_done=reported.append)
     kinds = [type(result).__name__ for result in results]
     assert kinds == ["CompiledKernel"] * 3 + ["CompileError"] and len(reported) == 4
 
@@ -319,16 +321,16 @@ def test_an_error_of_the_one_who_listens_is_raised(kernels: Path) -> None:
         raise ZeroDivisionError("the listener's")
 
     with pytest.raises(ZeroDivisionError, match="the listener's"):
-        jit.compile_many(JOBS, workers=2, on_done=on_done)
+        compiler.compile_many(JOBS, workers=2, on_done=on_done)
     assert not multiprocessing.active_children()
 
 
 @needs_compiler
 def test_a_job_that_is_there_twice_is_compiled_once(kernels: Path) -> None:
     reported: list[Any] = []
-    compiled = jit.compile_many([*JOBS, *JOBS], workers=2, on_done=reported.append)
+    compiled = compiler.compile_many([*JOBS, *JOBS], workers=2, on_done=reported.append)
     assert all(x is y for x, y in zip(compiled[:3], compiled[3:], strict=True))
-    assert len(reported) == 6 and len(jit.cache_entries()) == 3
+    assert len(reported) == 6 and len(cache.cache_entries()) == 3
 
 
 SLOW = """
@@ -431,7 +433,8 @@ UNWRITABLE_SCRIPT = """
     tempfile.tempdir = "/dev/null/none"  # nor can a temporary file be made
     sys.dont_write_bytecode = True
     {setup}
-    from flashcore_cupy import doctor, jit
+    from flashcore_cupy import jit
+    from flashcore_cupy.check import doctor
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         jobs = [("demo.cu", {"FC_STEP": step}, "sm_90a") for step in (1, 2, 1)]
@@ -494,7 +497,8 @@ LOCALES = {
 NAMED_SCRIPT = """
     import os, warnings
     warnings.simplefilter("error")
-    from flashcore_cupy import doctor, jit
+    from flashcore_cupy import jit
+    from flashcore_cupy.check import doctor
     jobs = [("demo.cu", {"FC_STEP": step}, "sm_90a") for step in (1, 2)]
     assert all(kernel.cubin for kernel in jit.compile_many(jobs, workers=2))
     assert all(kernel.from_cache for kernel in jit.compile_many(jobs))
@@ -532,7 +536,7 @@ def test_folders_may_have_any_name(kernels: Path, tmp_path: Path, name: str, loc
 
 @needs_compiler
 def test_a_file_whose_name_is_no_text_has_a_digest(kernels: Path) -> None:
-    from flashcore_cupy.sources import kernels_digest
+    from flashcore_cupy.jit.sources import kernels_digest
 
     before = kernels_digest()
     try:
@@ -540,4 +544,4 @@ def test_a_file_whose_name_is_no_text_has_a_digest(kernels: Path) -> None:
     except OSError as error:
         pytest.skip(f"this file system refuses such names: {error}")
     assert kernels_digest() != before
-    assert jit.compile_kernel(*JOBS[0]).entries
+    assert compiler.compile_kernel(*JOBS[0]).entries

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, compiler_skip_reason
 
-from flashcore_cupy import jit, tiles
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.select import targets
 
 PROBES = sorted((ROOT / "tests" / "probes").glob("*.cu"))
 HEADERS = sorted((ROOT / "kernels" / "flashcore").glob("ptx_*.cuh"))
@@ -42,12 +43,12 @@ def test_every_wrapper_has_a_probe() -> None:
     assert not missing, f"no probe in tests/probes/ uses {missing}"
 
 
-@pytest.mark.parametrize("arch", tiles.TARGETS)
+@pytest.mark.parametrize("arch", targets.TARGETS)
 def test_probes_compile(probe_folder: Path, arch: str) -> None:
     for probe in PROBES:
-        if probe.name in ("cp_async.cu", "mma.cu", "mma_tf32.cu") and tiles.capability(arch) < 80:
+        if probe.name in ("cp_async.cu", "mma.cu", "mma_tf32.cu") and targets.capability(arch) < 80:
             continue  # the instructions do not exist there
-        compiled = jit.compile_kernel(f"probe_{probe.name}", {}, arch)
+        compiled = compiler.compile_kernel(f"probe_{probe.name}", {}, arch)
         assert compiled.entries
 
 
@@ -55,8 +56,8 @@ class Probe:
     """Launches a probe's kernels on the GPU."""
 
     def __init__(self, name: str) -> None:
-        compiled = jit.compile_kernel(f"probe_{name}.cu", {}, jit.device_arch())
-        self.module = jit.load(compiled)
+        compiled = compiler.compile_kernel(f"probe_{name}.cu", {}, compiler.device_arch())
+        self.module = compiler.load(compiled)
 
     def __call__(self, kernel: str, threads: int, inputs: list, outputs: list) -> list:
         import cupy

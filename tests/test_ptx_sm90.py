@@ -17,7 +17,8 @@ import pytest
 import test_ptx
 from conftest import ROOT
 
-from flashcore_cupy import jit, tiles
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.select import targets
 
 probe_folder = test_ptx.probe_folder
 
@@ -44,14 +45,14 @@ class Probe:
     """Launches a probe's kernels, one block unless told."""
 
     def __init__(self, name: str) -> None:
-        self.module = jit.load(jit.compile_kernel(f"probe_{name}.cu", {}, "sm_90a"))
+        self.module = compiler.load(compiler.compile_kernel(f"probe_{name}.cu", {}, "sm_90a"))
 
     def launch(
         self, kernel: str, threads: int, arguments: Iterable, shared: int = 0, blocks: int = 1
     ) -> None:
         function = self.module.get_function(kernel)
         if shared:
-            jit.allow_shared_memory(function, shared)
+            compiler.allow_shared_memory(function, shared)
         function((blocks,), (threads,), tuple(arguments), shared_mem=shared)
 
 
@@ -68,7 +69,7 @@ def hopper(probe_folder: object) -> None:
 @pytest.mark.parametrize("name", ["cluster", "mbarrier", "tma", "wgmma"])
 def test_the_compiler_has_nothing_to_object(probe_folder: object, name: str) -> None:
     """Such as wgmma serialized for want of a fence, setmaxnreg ignored, or spills."""
-    compiled = jit.compile_kernel(f"probe_{name}.cu", {}, "sm_90a")
+    compiled = compiler.compile_kernel(f"probe_{name}.cu", {}, "sm_90a")
     lines = compiled.log.splitlines()
     assert [line for line in lines if not REPORT.fullmatch(line)] == []
     if name == "wgmma":
@@ -76,11 +77,11 @@ def test_the_compiler_has_nothing_to_object(probe_folder: object, name: str) -> 
         assert compiled.entries["shared_out"].registers == 65536 // 384 // 8 * 8
 
 
-@pytest.mark.parametrize("arch", tiles.TARGETS)
+@pytest.mark.parametrize("arch", targets.TARGETS)
 @pytest.mark.parametrize("name", ["mbarrier", "tma", "wgmma"])
 def test_the_headers_do_no_harm_elsewhere(probe_folder: object, name: str, arch: str) -> None:
     """A kernel that includes them and uses nothing of them compiles, without a word."""
-    log = jit.compile_kernel(f"probe_{name}.cu", {}, arch).log
+    log = compiler.compile_kernel(f"probe_{name}.cu", {}, arch).log
     assert not re.search("warning|error|remark", log, re.IGNORECASE), log
 
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashcore_cupy import numpy_attention, reference
-from flashcore_cupy.reference import Comparison, compare, make_inputs, naive, oracle, tiled
+from flashcore_cupy.cpu import reference, tiled_attention
+from flashcore_cupy.cpu.reference import Comparison, compare, make_inputs, naive, oracle, tiled
 
 FLOAT16, BFLOAT16, FLOAT32 = (np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
 DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
@@ -75,8 +75,8 @@ def strided(x: np.ndarray, how: str) -> np.ndarray:
 def tiles(block_m: int, block_n: int) -> Any:
     """Context in which the tiled attention takes these tiles, so that few keys make many."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(numpy_attention, "BLOCK_M", block_m)
-    patch.setattr(numpy_attention, "BLOCK_N", block_n)
+    patch.setattr(tiled_attention, "BLOCK_M", block_m)
+    patch.setattr(tiled_attention, "BLOCK_N", block_n)
     return _Undo(patch)
 
 
@@ -508,7 +508,7 @@ def test_same_bits_twice_and_with_any_number_of_threads(monkeypatch: pytest.Monk
     q, k, v = normal(np.float32, heads=3, seqlen=1111, head_dim=80)
     o, lse = tiled(q, k, v, causal=True)
     for workers in (1, 2, 5):
-        monkeypatch.setattr(numpy_attention, "_workers", lambda n=workers: n)
+        monkeypatch.setattr(tiled_attention, "_workers", lambda n=workers: n)
         again, again_lse = tiled(q, k, v, causal=True)
         assert again.tobytes() == o.tobytes() and again_lse.tobytes() == lse.tobytes()
 
@@ -517,10 +517,10 @@ def test_same_bits_twice_and_with_any_number_of_threads(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("workers", [1, 2, 64])
 def test_tasks_cover_every_tile_once(sizes: tuple[int, int, int], workers: int) -> None:
     batch, heads_kv, seqlen = sizes
-    problem = numpy_attention.Sizes(batch, 3 * heads_kv, heads_kv, seqlen, seqlen, 64, 64)
-    tasks = list(numpy_attention._tasks(problem, workers))
+    problem = tiled_attention.Sizes(batch, 3 * heads_kv, heads_kv, seqlen, seqlen, 64, 64)
+    tasks = list(tiled_attention._tasks(problem, workers))
     covered = [(t.batch, head, row) for t in tasks for head, row in t.tiles]
-    block = numpy_attention.BLOCK_M
+    block = tiled_attention.BLOCK_M
     expected = {
         (b, h, row)
         for b in range(batch)
@@ -705,7 +705,7 @@ def test_s_8192_stays_within_one_gigabyte() -> None:
     pytest.importorskip("resource", reason="it tells a process's memory, on POSIX alone")
     code = """
 import resource, sys, time
-from flashcore_cupy.reference import make_inputs, tiled
+from flashcore_cupy.cpu.reference import make_inputs, tiled
 q, k, v = make_inputs("normal", batch=1, heads=8, seqlen=8192, head_dim=64, dtype="float16")
 start = time.perf_counter()
 o, lse = tiled(q, k, v)
@@ -721,7 +721,7 @@ print(peak, time.perf_counter() - start, float(abs(o).max()))
 
 
 def test_memory_grows_with_s_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numpy_attention, "_workers", lambda: 1)
+    monkeypatch.setattr(tiled_attention, "_workers", lambda: 1)
 
     def peak(seqlen: int) -> int:
         q, k, v = normal(np.float16, heads=1, seqlen=seqlen)
@@ -754,7 +754,7 @@ def test_s_512_is_fast(dtype: Any, causal: bool) -> None:
 def test_bits_do_not_depend_on_blas_threads() -> None:
     code = """
 import hashlib
-from flashcore_cupy.reference import make_inputs, tiled
+from flashcore_cupy.cpu.reference import make_inputs, tiled
 for head_dim in (64, 80, 128):
     x = make_inputs("normal", batch=1, heads=2, seqlen=777, head_dim=head_dim, dtype="float32")
     print(hashlib.sha256(tiled(*x)[0].tobytes()).hexdigest())

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reference import CAUSAL, DTYPES, judge, largest_score, normal, repeatable, tiles
 
-from flashcore_cupy import numpy_attention, reference
-from flashcore_cupy.numpy_attention import sequences
-from flashcore_cupy.numpy_rules import Block, Rules, Sizes
-from flashcore_cupy.reference import (
+from flashcore_cupy.cpu import reference, tiled_attention
+from flashcore_cupy.cpu.numpy_rules import Block, Rules, Sizes
+from flashcore_cupy.cpu.reference import (
     gate_probabilities,
     gate_scores,
     gate_uniform,
@@ -27,6 +26,7 @@ from flashcore_cupy.reference import (
     oracle_varlen,
     tiled,
 )
+from flashcore_cupy.cpu.tiled_attention import sequences
 
 B, HQ, HKV, SQ, SKV = 2, 4, 2, 9, 13
 FULL = (B, HQ, SQ, SKV)
@@ -296,7 +296,7 @@ def test_windowed_tiles_leave_the_other_keys_alone() -> None:
 
     q, k, v = normal(np.float16, seqlen=seqlen, heads=1)
     tiled(q, k, v, window=(100, 20), score_mod=count)
-    columns = 100 + 20 + numpy_attention.BLOCK_M + 2 * 64  # and the ends of blocks
+    columns = 100 + 20 + tiled_attention.BLOCK_M + 2 * 64  # and the ends of blocks
     assert sum(looked_at) <= seqlen * columns
     assert max(looked_at) > 0
 
@@ -670,13 +670,13 @@ def test_same_bits_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -
     }
     o, lse = tiled(q, k, v, **rules)
     for workers in (1, 2, 5):
-        monkeypatch.setattr(numpy_attention, "_workers", lambda n=workers: n)
+        monkeypatch.setattr(tiled_attention, "_workers", lambda n=workers: n)
         again, again_lse = tiled(q, k, v, **rules)
         assert again.tobytes() == o.tobytes() and again_lse.tobytes() == lse.tobytes()
 
 
 def test_no_broadcast_is_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numpy_attention, "_workers", lambda: 1)
+    monkeypatch.setattr(tiled_attention, "_workers", lambda: 1)
     q, k, v = normal(np.float16, batch=4, heads=4, seqlen=1024, head_dim=8)
     bias, mask = random(4, 1, 1, 1024), random(1024, 1) > -2
     tracemalloc.start()

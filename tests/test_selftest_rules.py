@@ -11,16 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashcore_cupy import attention, builds, jit, selftest, tiles, verify
-from flashcore_cupy.problem import contiguous_problem
-from flashcore_cupy.rules import Rules
-from flashcore_cupy.selftest_arrays import Placed, set_up
-from flashcore_cupy.selftest_case import MASK_MODS, SCORE_MODS, Case, packed
-from flashcore_cupy.selftest_rules import pairwise
+from flashcore_cupy import attention
+from flashcore_cupy.check import verify
+from flashcore_cupy.check.selftest import matrix
+from flashcore_cupy.check.selftest.arrays import Placed, set_up
+from flashcore_cupy.check.selftest.case import MASK_MODS, SCORE_MODS, Case, packed
+from flashcore_cupy.check.selftest.rule_cases import pairwise
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch import builds
+from flashcore_cupy.problem.attention_problem import contiguous_problem
+from flashcore_cupy.problem.rules import Rules
+from flashcore_cupy.select import registry, selector
 
-RULED = [name for name, kernel in tiles.KERNELS.items() if kernel.has_rules]
+RULED = [name for name, kernel in registry.KERNELS.items() if kernel.has_rules]
 GROUPS = ("rules", "packed", "rules gate", "decode", "invariant")
-CASES = [case for case in selftest.cases() if case.group in GROUPS]
+CASES = [case for case in matrix.cases() if case.group in GROUPS]
 
 
 @settings(max_examples=50, deadline=None)
@@ -51,17 +56,17 @@ def test_every_rule_meets_every_dtype_and_tile(kernel: str) -> None:
         "causal": {False, True, "top-left"},
         "batch_invariant": {False, True},
     }
-    tiles_of = {case: selftest.case_config(case, "sm_90a")[-1].tile for case in mine}
+    tiles_of = {case: matrix.case_config(case, "sm_90a")[-1].tile for case in mine}
     shapes = {(t.block_m, t.block_n, t.warps_n, t.split_kv) for t in tiles_of.values()}
-    assert len(shapes) >= min(5, len({row.tile for row in tiles.rows_of(kernel)}))
+    assert len(shapes) >= min(5, len({row.tile for row in selector.rows_of(kernel)}))
     for name, values in wanted.items():
-        for dtype in tiles.KERNELS[kernel].dtypes:
+        for dtype in registry.KERNELS[kernel].dtypes:
             found = {getattr(case, name) for case in mine if case.dtype == dtype}
             assert found == values, (name, dtype)
     assert {case.boundaries for case in mine if case.lengths} == {"host", "device"}
     assert any((0, 0) in case.lengths for case in mine)
     assert {case.gate for case in mine} == {None, "qk", "softmax", "pv"}
-    configs = {config for case in mine for config in selftest.case_config(case, "sm_90a")}
+    configs = {config for case in mine for config in matrix.case_config(case, "sm_90a")}
     assert len(configs) <= 300
 
 
@@ -85,15 +90,15 @@ WITH_AND_WITHOUT: dict[str, tuple[Case, dict[str, Any]]] = {
 }
 
 
-def by_numpy(case: Case) -> selftest.Launched:
+def by_numpy(case: Case) -> matrix.Launched:
     setup = set_up(case)
     placed = Placed.of(case, setup, on_gpu=False)
     wanted = {"return_lse": case.gate is None, **placed.arguments}
     got = attention(*placed.inputs, **wanted)
     if case.gate in ("qk", "softmax"):
-        return selftest.Launched(got, None, None, 64)
-    o, *lse = selftest.canonical(case, *(got if isinstance(got, tuple) else (got,)))
-    return selftest.Launched(o, lse[0] if lse else None, None, 64)
+        return matrix.Launched(got, None, None, 64)
+    o, *lse = matrix.canonical(case, *(got if isinstance(got, tuple) else (got,)))
+    return matrix.Launched(o, lse[0] if lse else None, None, 64)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +114,10 @@ def test_a_rule_that_is_left_out_is_noticed(name: str, gate: Any) -> None:
     case, change = WITH_AND_WITHOUT[name]
     case = replace(case, gate=gate)
     host = set_up(case).host
-    assert selftest.judge(case, host, by_numpy(case)).ok
+    assert matrix.judge(case, host, by_numpy(case)).ok
     hides = name in ("window left", "window right", "mask", "mask_mod")
     shows = {None: True, "qk": name != "sink", "softmax": True, "pv": hides}[gate]
-    result = selftest.judge(case, host, by_numpy(replace(case, **change)))
+    result = matrix.judge(case, host, by_numpy(replace(case, **change)))
     assert result.ok != shows, result.reason
 
 
@@ -122,7 +127,7 @@ def test_scores_are_held_to_the_accuracy_of_fp32(name: str) -> None:
     launched = by_numpy(case)
     seen = np.isfinite(launched.got)
     moved = np.where(seen, launched.got + np.float32(1e-3), launched.got)
-    result = selftest.judge(case, set_up(case).host, replace(launched, got=moved))
+    result = matrix.judge(case, set_up(case).host, replace(launched, got=moved))
     assert not result.ok and result.allowed_error is not None and result.allowed_error < 3e-4
 
 
@@ -143,9 +148,9 @@ def test_names_tell_cases_apart() -> None:
 def test_a_case_compiles_ahead_what_it_will_launch() -> None:
     from flashcore_cupy.attention import plan
 
-    arch = jit.device_arch()
+    arch = compiler.device_arch()
     some = CASES[::12]
-    ahead = {case: selftest.case_config(case, arch) for case in some}
+    ahead = {case: matrix.case_config(case, arch) for case in some}
     builds.build_each([(config, arch) for configs in ahead.values() for config in configs])
     for case, configs in ahead.items():
         placed = Placed.of(case, set_up(case), on_gpu=True)
@@ -157,6 +162,6 @@ def test_a_case_compiles_ahead_what_it_will_launch() -> None:
 def test_bits_that_depend_on_the_batch_are_noticed() -> None:
     """Without ``batch_invariant``, a grid this full gets another tile than a sequence alone."""
     case = next(c for c in CASES if c.group == "invariant" and not c.lengths)
-    assert selftest.run_case(case).ok
-    result = selftest.run_case(replace(case, batch=13, batch_invariant=False))
+    assert matrix.run_case(case).ok
+    result = matrix.run_case(replace(case, batch=13, batch_invariant=False))
     assert not result.ok and "alone gives other bits" in result.reason

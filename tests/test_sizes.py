@@ -12,18 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reference import repeatable
 
-from flashcore_cupy import grids, launch, rules, tiles
-from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.problem import (
+from flashcore_cupy.launch.plan import LoadedKernel, Place, _fixed_params
+from flashcore_cupy.problem import rules
+from flashcore_cupy.problem.attention_problem import (
     MAX_SEQLEN,
     AttentionProblem,
     contiguous_problem,
     describe,
     operand,
 )
-from flashcore_cupy.rules import Rules
+from flashcore_cupy.problem.rules import Rules
+from flashcore_cupy.select import grids, registry, selector
+from flashcore_cupy.select.config import KernelConfig
 
-HERE = launch.Place(device=0, arch="sm_90a", multiprocessors=132, sources=None)
+HERE = Place(device=0, arch="sm_90a", multiprocessors=132, sources=None)
 INT = 2**31
 LENGTHS = (0, 1, 2, 63, 64, 65, 1000, 2**16, 2**24, MAX_SEQLEN - 1, MAX_SEQLEN)
 COUNTS = (1, 2, 3, 8, 2**10, 2**20, 2**26, 2**28, INT - 1, INT, 2**40)
@@ -31,14 +33,14 @@ WINDOWS = (-1, 0, 1, 2**20, rules.UNBOUNDED_WINDOW - 1)
 
 
 def config_of(problem: AttentionProblem, kernel: str = "auto") -> KernelConfig:
-    return tiles.select(problem, HERE.arch, kernel=kernel).config
+    return selector.select(problem, HERE.arch, kernel=kernel).config
 
 
 def fixed(problem: AttentionProblem, config: KernelConfig) -> Any:
     """The parameters of a problem, without addresses."""
     built: Any = SimpleNamespace(entries={"fwd": SimpleNamespace(registers=128)})
     o = replace(problem.q, name="o")
-    return launch._fixed_params(problem, launch.LoadedKernel(config, built, {}), o, HERE)
+    return _fixed_params(problem, LoadedKernel(config, built, {}), o, HERE)
 
 
 def largest_numbers(problem: AttentionProblem, config: KernelConfig, p: Any) -> dict[str, int]:
@@ -95,7 +97,7 @@ def problems(draw: Any) -> AttentionProblem:
 
 
 @repeatable
-@given(problems(), st.sampled_from(("auto", *tiles.KERNELS)))
+@given(problems(), st.sampled_from(("auto", *registry.KERNELS)))
 def test_what_is_accepted_fits(problem: AttentionProblem, kernel: str) -> None:
     try:
         config = config_of(problem, kernel)
@@ -107,7 +109,7 @@ def test_what_is_accepted_fits(problem: AttentionProblem, kernel: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("kernel", tiles.KERNELS)
+@pytest.mark.parametrize("kernel", registry.KERNELS)
 def test_sizes_that_are_met_are_accepted(kernel: str) -> None:
     for sizes in ((1, 1, 1), (1024, 128, 2048), (1, 8, 2**20), (2**20, 8, 1), (4, 8, 0), (0, 8, 5)):
         problem = contiguous_problem(*sizes, 64)

@@ -14,7 +14,8 @@ from test_edges import RULED, arrays
 from test_far_scores import TOLERANCE
 
 import flashcore_cupy
-from flashcore_cupy import reference, tiles
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.select import registry
 
 pytestmark = pytest.mark.gpu
 #: Boundaries, and rows in all: behind the last sequence, before the first, both, none; no sequence.
@@ -50,7 +51,7 @@ def test_rows_of_no_sequence_are_zeros(kernel: str, dtype: str, rule: str, heads
     """Whatever memory held, and whatever q, k, v hold there: o = 0, and LSE = -inf, sink or not."""
     import cupy
 
-    if not runs_here(kernel) or dtype not in tiles.KERNELS[kernel].dtypes:
+    if not runs_here(kernel) or dtype not in registry.KERNELS[kernel].dtypes:
         pytest.skip(f"{kernel} does not take {dtype} here")
     for bounds, total in BATCHES:
         operands = arrays(total, total, heads=8, heads_kv=heads_kv, dtype=dtype)

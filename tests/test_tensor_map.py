@@ -20,17 +20,21 @@ from hypothesis import strategies as st
 from test_launch import fixed
 from test_reference import repeatable
 
-from flashcore_cupy import jit, launch, params, repeat, tensor_map, tiles
-from flashcore_cupy.arrays import spec_of
-from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.problem import (
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch import launch_cache, tensor_map
+from flashcore_cupy.launch.parameter_block import ParameterBlock
+from flashcore_cupy.launch.plan import Step, _stored_to
+from flashcore_cupy.problem.array_spec import spec_of
+from flashcore_cupy.problem.attention_problem import (
     AttentionProblem,
     Operand,
     contiguous_problem,
     describe,
     operand,
 )
-from flashcore_cupy.rules import NO_RULES, Scores, describe_rules
+from flashcore_cupy.problem.rules import NO_RULES, Scores, describe_rules
+from flashcore_cupy.select import params, registry, selector
+from flashcore_cupy.select.config import KernelConfig
 
 KERNEL = "wgmma_sm90"
 HOPPER = "sm_90a"
@@ -38,7 +42,7 @@ SMEM_LIMIT = 227 * 1024
 
 
 def config_of(problem: AttentionProblem, **overrides: int) -> KernelConfig:
-    return tiles.select(problem, HOPPER, kernel=KERNEL, overrides=overrides).config
+    return selector.select(problem, HOPPER, kernel=KERNEL, overrides=overrides).config
 
 
 def output_of(problem: AttentionProblem, x: Any = None) -> Operand:
@@ -322,7 +326,7 @@ def test_hopper_s_struct_begins_with_the_others() -> None:
 def test_parameters_are_copied() -> None:
     given = np.zeros((), params.HOPPER_PARAMS)
     given["q_map"], given["splits"] = np.arange(16), 3
-    blocks = [launch.ParameterBlock(given)]
+    blocks = [ParameterBlock(given)]
     blocks.append(blocks[0].copy())
     for block in blocks:
         assert block.bytes.tobytes() == given.tobytes() == block.words.tobytes()
@@ -349,11 +353,11 @@ def test_arrays_without_elements_have_no_address(driver: Driver) -> None:
     assert all(min(call[3]) >= 1 for call in driver.calls)
 
 
-def known_call(problem: AttentionProblem, chosen: KernelConfig) -> repeat._Known:
+def known_call(problem: AttentionProblem, chosen: KernelConfig) -> launch_cache._Known:
     """What is remembered of a call with arrays at 64, 128, ..."""
-    step = launch.Step(0, 1, 32, 0, launch.ParameterBlock(fixed(problem, chosen.kernel)))
+    step = Step(0, 1, 32, 0, ParameterBlock(fixed(problem, chosen.kernel)))
     x = {"shape": (1, 8, 300, 64), "strides": (307200, 38400, 128, 2), "dtype": np.dtype("f2")}
-    return repeat._Known(
+    return launch_cache._Known(
         SimpleNamespace(
             problem=problem,
             selection=SimpleNamespace(config=chosen),
@@ -393,10 +397,10 @@ def test_a_repeated_call_gets_the_maps_of_its_addresses(
         "_known": {"key": known},
         "_environment_changed": lambda: False,
     }.items():
-        monkeypatch.setattr(repeat, name, fake)
+        monkeypatch.setattr(launch_cache, name, fake)
     places = [(4096, 8192, 16384), (4096, 8192, 2**46), (8192, 4096, 16384), (4096, 8192, 16384)]
     for place in places:
-        assert repeat.launch_again(*map(array, place), None, False, ()) is not None
+        assert launch_cache.launch_again(*map(array, place), None, False, ()) is not None
     for place, got in zip(places, launched, strict=True):
         assert [int(got[name]) for name in "qkv"] == list(place)
         assert [int(got[f"{name}_map"][0]) for name in "qkvo"] == [*place, 2**30]
@@ -433,7 +437,7 @@ def moved(
     given = fixed(problem, KERNEL)
     for name, words in tensor_map.maps_of(views, arrays).items():
         given[f"{name}_map"] = words
-    block = launch.ParameterBlock(given)
+    block = ParameterBlock(given)
     for place in (
         (2**40 + 16, 2**30, 2**35 + 4096, 2**44),
         (2**46 + 256, 2**43 - 16, 2**20, 2**12),
@@ -458,7 +462,7 @@ def test_moved_maps_keep_the_distance_to_the_first_key(driver: Driver) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [(-1, -1), (100, 0)])
 def test_moved_maps_are_those_that_the_driver_encodes(window: tuple[int, int]) -> None:
-    if jit.device_arch() != HOPPER:
+    if compiler.device_arch() != HOPPER:
         pytest.skip(f"needs {HOPPER}")
     problem = contiguous_problem(2, 8, 300, 96, heads_kv=2, seqlen_kv=700, head_dim_v=64)
     problem = ruled(problem, window=window)
@@ -472,7 +476,9 @@ def test_moved_maps_are_those_that_the_driver_encodes(window: tuple[int, int]) -
 
 def test_calls_of_other_kernels_have_no_maps(driver: Driver) -> None:
     problem = contiguous_problem(1, 8, 300, 64)
-    assert known_call(problem, tiles.select(problem, HOPPER, kernel="mma_sm80").config).maps is None
+    assert (
+        known_call(problem, selector.select(problem, HOPPER, kernel="mma_sm80").config).maps is None
+    )
     assert known_call(problem, config_of(problem)).maps is not None
 
 
@@ -524,7 +530,7 @@ def test_outputs_that_tma_cannot_address_are_stored_directly() -> None:
         (base[:, :, ::-1, :64], 0, 16),
         (np.empty((2, 8, 300, 68), np.float16)[..., :64], 0, 8),
     ):
-        chosen = launch._stored_to(output_of(problem, x), config_of(problem))
+        chosen = _stored_to(output_of(problem, x), config_of(problem))
         assert (chosen.staged_cols, chosen.align_bytes) == (columns, align)
         whole = config_of(problem).smem_bytes
         assert chosen.smem_bytes == whole - 2 * chosen.tile.block_m * (64 - columns)
@@ -535,16 +541,16 @@ def test_outputs_that_tma_cannot_address_are_stored_directly() -> None:
 
 def refusal(problem: AttentionProblem, arch: str = HOPPER, *, auto: bool = False) -> str:
     with pytest.raises(ValueError) as caught:
-        tiles.configure(problem, tiles.KERNELS[KERNEL], arch, auto=auto)
+        selector.configure(problem, registry.KERNELS[KERNEL], arch, auto=auto)
     return str(caught.value)
 
 
 def test_tiles_fit_and_have_a_warpgroup_more_than_consumers() -> None:
-    for row in tiles.rows_of(KERNEL):
-        chosen = tiles.configure_row(row, contiguous_problem(1, 1, 1, row.dims[0]))
+    for row in selector.rows_of(KERNEL):
+        chosen = selector.configure_row(row, contiguous_problem(1, 1, 1, row.dims[0]))
         assert chosen.smem_bytes <= SMEM_LIMIT and chosen.smem_bytes % 1024 == 0
         assert chosen.threads == 128 + 2 * row.tile.block_m
-        assert tiles.check_target(row, chosen, HOPPER) == chosen
+        assert selector.check_target(row, chosen, HOPPER) == chosen
         assert chosen.softmax_keys == row.tile.block_n
 
 
@@ -579,7 +585,7 @@ def test_it_has_every_rule() -> None:
         {"mask_mod": "true", "softcap": 3.0},
         {"mask": spec_of(mask), "softcap": 3.0},
     ):
-        chosen = tiles.select(ruled(problem, **rules), HOPPER)
+        chosen = selector.select(ruled(problem, **rules), HOPPER)
         assert chosen.kernel.name == KERNEL
         assert set(rules) <= {name.removesuffix("_fp32") for name in chosen.config.rules}
     unaligned = spec_of(np.ones((1, 2049), bool)[:, 1:])
@@ -638,7 +644,7 @@ def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
     ):
         assert refusal(problem, auto=True) == reason
         assert config_of(problem).kernel == KERNEL
-        found = tiles.select(problem, HOPPER)
+        found = selector.select(problem, HOPPER)
         assert found.kernel.name == "mma_sm80" and found.passed_over == ((KERNEL, reason),)
     for problem in (
         contiguous_problem(1, 8, 512, 64),
@@ -650,14 +656,16 @@ def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
         contiguous_problem(64, 32, 1, 128, seqlen_kv=4096),
         contiguous_problem(1, 13, 1, 64),
     ):
-        found = tiles.configure(problem, tiles.KERNELS[KERNEL], HOPPER, auto=True)
+        found = selector.configure(problem, registry.KERNELS[KERNEL], HOPPER, auto=True)
         assert found == config_of(problem)
     packed = [np.empty((100, 8, 64), np.float16)] * 3
     assert refusal(describe(*packed, sequences=3), auto=True) == few_blocks
     packed = [np.empty((6400, 8, 64), np.float16)] * 3
-    assert tiles.configure(describe(*packed, sequences=3), tiles.KERNELS[KERNEL], HOPPER, auto=True)
-    few = tiles.configure(
-        describe(*packed, sequences=6400), tiles.KERNELS[KERNEL], HOPPER, auto=True
+    assert selector.configure(
+        describe(*packed, sequences=3), registry.KERNELS[KERNEL], HOPPER, auto=True
+    )
+    few = selector.configure(
+        describe(*packed, sequences=6400), registry.KERNELS[KERNEL], HOPPER, auto=True
     )
     assert few.tile.split_kv
 
@@ -670,7 +678,7 @@ def test_batch_invariant_problems_do_not_look_at_the_grid(seqlen_q: int) -> None
         packed = [np.empty((batch * seqlen_q, heads, 64), np.float16) for heads in (8, 2, 2)]
         for each in (problem, describe(*packed, sequences=batch)):
             each = replace(each, batch_invariant=True)
-            chosen = tiles.configure(each, tiles.KERNELS[KERNEL], HOPPER, auto=True)
+            chosen = selector.configure(each, registry.KERNELS[KERNEL], HOPPER, auto=True)
             found.add(chosen.tile)
     assert len(found) == 1
 
@@ -718,7 +726,7 @@ def test_legal_tiles() -> None:
 
 
 def test_types_have_maps() -> None:
-    for dtype in tiles.KERNELS[KERNEL].dtypes:
+    for dtype in registry.KERNELS[KERNEL].dtypes:
         kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
         x = np.empty((1, 8, 300, 64), kind)
         assert {view.dtype for view in views(describe(x, x, x)).values()} == {dtype}

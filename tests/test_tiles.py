@@ -11,22 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reference import repeatable
 
-from flashcore_cupy import builds, tiles
-from flashcore_cupy.arrays import spec_of
-from flashcore_cupy.config import Tile
-from flashcore_cupy.problem import AttentionProblem, contiguous_problem, describe
-from flashcore_cupy.rows import PER_SCORE
-from flashcore_cupy.rules import Scores, describe_rules
-from flashcore_cupy.tiles import Row
+from flashcore_cupy.launch import builds
+from flashcore_cupy.problem.array_spec import spec_of
+from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem, describe
+from flashcore_cupy.problem.rules import Scores, describe_rules
+from flashcore_cupy.select import registry, selector, table
+from flashcore_cupy.select.config import Tile
+from flashcore_cupy.select.row import PER_SCORE, Row
 
 HOPPER = "sm_90a"
 KERNEL = "wgmma_sm90"
 MULTIPROCESSORS = 132
-ROWS = [row for row in tiles.rows_of(KERNEL) if row.max_rows is None]
+ROWS = [row for row in selector.rows_of(KERNEL) if row.max_rows is None]
 
 
 def tile_of(problem: AttentionProblem) -> Tile:
-    return tiles.configure(problem, tiles.KERNELS[KERNEL], HOPPER).tile
+    return selector.configure(problem, registry.KERNELS[KERNEL], HOPPER).tile
 
 
 def ruled(problem: AttentionProblem, causal: Any = None, **rules: Any) -> AttentionProblem:
@@ -60,7 +60,7 @@ def ruled(problem: AttentionProblem, causal: Any = None, **rules: Any) -> Attent
 def test_blocks_are_as_large_as_the_grid_is(sizes: tuple[int, int, int, int], block_m: int) -> None:
     problem = contiguous_problem(*sizes)
     assert tile_of(problem).block_m == block_m
-    found = tiles.select(problem, HOPPER)
+    found = selector.select(problem, HOPPER)
     assert found.kernel.name == KERNEL and found.config.tile.block_m == block_m
 
 
@@ -80,7 +80,7 @@ def test_no_other_row_takes_less_time(batch: int, heads: int, seqlen: int, dim: 
     unlimited = [row for row in rows if row.max_keys is None]
     assert len({row.tile.block_m for row in unlimited}) == len(unlimited) >= 2
     by_tile = {row.tile: cost(row, problem) for row in rows}
-    if tiles.select(problem, HOPPER).kernel.name == KERNEL:
+    if selector.select(problem, HOPPER).kernel.name == KERNEL:
         assert by_tile[tile_of(problem)] == min(by_tile.values())
 
 
@@ -97,7 +97,7 @@ def test_every_row_without_other_limits_has_a_grid() -> None:
 
 def test_warmup_builds_every_tile_that_a_plain_problem_may_get() -> None:
     warmed = {(c.head_dim, c.head_dim_v, c.tile) for c in builds.table_configs([KERNEL], HOPPER)}
-    for dim, dim_v in {row.dims for row in tiles.rows_of(KERNEL)}:
+    for dim, dim_v in {row.dims for row in selector.rows_of(KERNEL)}:
         for batch, seqlen in ((1, 512), (1, 1024), (2, 1024), (4, 512), (4, 2048), (16, 4096)):
             problem = contiguous_problem(batch, 16, seqlen, dim, head_dim_v=dim_v)
             assert (dim, dim_v, tile_of(problem)) in warmed
@@ -120,8 +120,8 @@ def test_batch_invariant_problems_have_one_tile(dim: int, rules: dict[str, Any])
         for batch, seqlen in ((1, 1), (1, 100), (1, 512), (1, 1024), (4, 300), (500, 2048)):
             problem = ruled(contiguous_problem(batch, 8, seqlen, dim), **rules)
             problem = replace(problem, batch_invariant=invariant)
-            found.add(tiles.select(problem, HOPPER).config)
-            assert not invariant or tiles.select(problem, HOPPER).kernel.name == KERNEL
+            found.add(selector.select(problem, HOPPER).config)
+            assert not invariant or selector.select(problem, HOPPER).kernel.name == KERNEL
         assert (len({config.tile for config in found}) == 1) == invariant
 
 
@@ -187,10 +187,10 @@ RULED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", tiles.KERNELS)
+@pytest.mark.parametrize("name", registry.KERNELS)
 def test_rules_that_spill_get_another_row(name: str) -> None:
     """What ``spills_with`` names keeps problems out; of "a+b" neither alone does."""
-    rows = tiles.rows_of(name)
+    rows = selector.rows_of(name)
     for row in rows:
         problem = contiguous_problem(1, 16, 64, row.dims[0], head_dim_v=row.dims[1])
         problem = replace(problem, dtype=row.dtypes[0])
@@ -223,7 +223,7 @@ def test_rows_are_taken_by_the_time_of_their_rounds_then_as_they_stand(
     large, small = Tile(128, 64, warps_m=8, num_stages=2), Tile(64, 64, warps_m=4, num_stages=2)
 
     def first(*rows: Row) -> Tile:
-        monkeypatch.setattr(tiles, "ROWS", rows)
+        monkeypatch.setattr(table, "ROWS", rows)
         return tile_of(problem)
 
     def row(tile: Tile, round_cost: float | None = None, **limits: Any) -> Row:

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import flashcore_cupy
-from flashcore_cupy import interop, tracing
 from flashcore_cupy.attention import plan
+from flashcore_cupy.problem import interop, tracing
 
 attention, explain = flashcore_cupy.attention, flashcore_cupy.explain
 B, H, SQ, SKV, D = 1, 2, 5, 7, 8

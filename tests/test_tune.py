@@ -20,10 +20,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import tune
 from side_by_side.results import Entry
 
-from flashcore_cupy import builds, jit, reference, tiles
-from flashcore_cupy.config import Tile
-from flashcore_cupy.problem import contiguous_problem
-from flashcore_cupy.tiles import ROWS, Row
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.jit import compiler, nvrtc
+from flashcore_cupy.launch import builds
+from flashcore_cupy.problem.attention_problem import contiguous_problem
+from flashcore_cupy.select import registry, selector, targets
+from flashcore_cupy.select.config import Tile
+from flashcore_cupy.select.row import Row
+from flashcore_cupy.select.table import ROWS
 
 ARCH = "sm_90a"
 SMALL = tune.Space((64,), (32, 64), (1,), (16, 32))
@@ -75,10 +79,10 @@ def test_every_candidate_is_legal_or_told_why_not(kernel: str, dims: tuple[int, 
     assert len({c.name for c in search.candidates}) == len(search.candidates)
     for c in search.candidates:
         if c.dropped is None:
-            config = tiles.configure_row(c.row, next(iter(problems.values())))
-            assert config.smem_bytes <= tiles.smem_limit(ARCH) and c.row.tile == config.tile
+            config = selector.configure_row(c.row, next(iter(problems.values())))
+            assert config.smem_bytes <= targets.smem_limit(ARCH) and c.row.tile == config.tile
             asked = c.arguments(True)["config"]  # what attention makes of it is the same kernel
-            chosen = tiles.select(problems["1024"], ARCH, kernel=kernel, overrides=asked)
+            chosen = selector.select(problems["1024"], ARCH, kernel=kernel, overrides=asked)
             assert chosen.config == config
         else:
             assert c.dropped[0] in ("illegal", "too large") and c.dropped[1]
@@ -89,7 +93,7 @@ def test_given_values_restrict_the_space() -> None:
     space = tune.SPACES["wgmma_sm90"].restricted(block_m=(128,), block_n=(24, 112), num_stages=())
     found = search_of("wgmma_sm90", 128, space)
     assert len(found.candidates) == 1 + 2 * 4
-    assert found.candidates[0].row.tile == tiles.select(found.cells["1024"], ARCH).config.tile
+    assert found.candidates[0].row.tile == selector.select(found.cells["1024"], ARCH).config.tile
     kinds = kinds_of(found)
     assert kinds["128x24 s1"] == "illegal" and kinds["128x112 s2"] is None
     assert kinds["128x112 s4"] == "too large"
@@ -139,16 +143,18 @@ def fake_compiler(monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> None:
         results: list[Any] = []
         for number, (source, defines, arch, _) in enumerate(jobs):
             entries = build().entries
-            made = jit.CompiledKernel(source, arch, defines, Path("x"), False, 1.0, entries, "")
-            error = jit.CompileError("x.cu", arch, defines, "x.cu(1): error: no\nmore")
+            made = compiler.CompiledKernel(
+                source, arch, defines, Path("x"), False, 1.0, entries, ""
+            )
+            error = nvrtc.CompileError("x.cu", arch, defines, "x.cu(1): error: no\nmore")
             results.append(error if fails and number else made)
         return results
 
-    monkeypatch.setattr(jit, "compile_each", compile_each)
+    monkeypatch.setattr(compiler, "compile_each", compile_each)
 
 
 def build(spilled: int = 0, stack: int = 0) -> builds.Build:
-    entry = jit.EntryResources(168, 0, stack, spilled)
+    entry = nvrtc.EntryResources(168, 0, stack, spilled)
     return builds.Build("mma_sm80", "x.cu", ARCH, True, 1.0, 2048, {"x": entry})
 
 
@@ -206,7 +212,7 @@ class FakeGpu:
 
         dims, seqlen = (q.shape[3], v.shape[3]), q.shape[2]
         problem = contiguous_problem(*q.shape[:2], seqlen, dims[0], head_dim_v=dims[1])
-        kernel = tiles.KERNELS[asked["kernel"]]
+        kernel = registry.KERNELS[asked["kernel"]]
         selection = SimpleNamespace(kernel=kernel, config=SimpleNamespace(tile=tile))
         arrays = {"o": o, "lse": lse} if asked.get("return_lse") else {"o": o}
         return SimpleNamespace(launch=launch, problem=problem, selection=selection, arrays=arrays)
@@ -305,7 +311,9 @@ def invoke(*arguments: str) -> Any:
 
 
 def test_without_a_gpu_the_search_ends_at_the_compiler(tmp_path: Path) -> None:
-    if reason := compiler_skip_reason() or ("a GPU is here" if not jit.no_gpu_reason() else None):
+    if reason := compiler_skip_reason() or (
+        "a GPU is here" if not compiler.no_gpu_reason() else None
+    ):
         pytest.skip(reason)
     path = tmp_path / "x.json"
     asked = ("--kernel", "mma_sm80", "--D", "64", "--block-m", "64", "--block-n", "32")
@@ -325,8 +333,8 @@ def test_with_a_gpu_the_row_is_printed(
     gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = SimpleNamespace(gpu="NVIDIA X", to_json=lambda: {"gpu": "NVIDIA X"})
-    monkeypatch.setattr(tune.bench, "machine", lambda arch: machine)
-    monkeypatch.setattr(jit, "no_gpu_reason", lambda: None)
+    monkeypatch.setattr(tune.machine, "machine", lambda arch: machine)
+    monkeypatch.setattr(compiler, "no_gpu_reason", lambda: None)
     monkeypatch.setattr(builds, "target", lambda arch, on_gpu: ARCH)
     fake_compiler(monkeypatch, fails=False)
     gpu.slow = "64x96"
@@ -336,7 +344,7 @@ def test_with_a_gpu_the_row_is_printed(
     lines = done.stdout.splitlines()
     row = row_of(lines[-1])
     assert row.tile.block_n == 96 and row.kernel == "mma_sm80"
-    tiles.configure_row(row, contiguous_problem(1, 1, 64, 64))
+    selector.configure_row(row, contiguous_problem(1, 1, 64, 64))
     assert max(map(len, lines[:-1])) <= 110
     header = next(line for line in lines if line.startswith("tile  "))
     assert header.split() == ["tile", "speed", "regs", "KiB", "64", "64c", "32", "32c"]

@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from flashcore_cupy import attention as attend
-from flashcore_cupy import builds, jit, tiles
-from flashcore_cupy.arrays import ArraySpec, spec_of_copy
 from flashcore_cupy.attention import plan
-from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.problem import describe
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch import builds
+from flashcore_cupy.problem.array_spec import ArraySpec, spec_of_copy
+from flashcore_cupy.problem.attention_problem import describe
+from flashcore_cupy.select import selector
+from flashcore_cupy.select.config import KernelConfig
 from side_by_side.cells import DTYPE, UNBOUNDED, Cell
 from side_by_side.results import OURS
 
@@ -271,11 +273,11 @@ def compile_ahead(calls: Iterable[Call], on_done: builds.OnDone | None = None) -
     A call that cannot be described, or whose kernel does not compile, fails here in silence: it
     does so again, and is reported, when its turn comes.
     """
-    arch = jit.device_arch()
+    arch = compiler.device_arch()
     wanted: dict[KernelConfig, None] = {}
     for call in calls:
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             problem = describe(*call[:3], **call.rules)
-            chosen = tiles.select(problem, arch, kernel=call.kernel)
-            wanted |= dict.fromkeys(tiles.configs_of(chosen))
+            chosen = selector.select(problem, arch, kernel=call.kernel)
+            wanted |= dict.fromkeys(selector.configs_of(chosen))
     builds.build_each([(config, arch) for config in wanted], on_done)

@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flashcore_cupy import reference
-from flashcore_cupy.reference import InputKind
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.cpu.reference import InputKind
 
 Array = np.ndarray[Any, Any]
 

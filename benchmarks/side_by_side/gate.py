@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy import reference
+from flashcore_cupy.cpu import reference
 from side_by_side.backends import Inputs, to_numpy
 from side_by_side.cells import Cell
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore_cupy._plot import require_matplotlib
+from flashcore_cupy.cli.plots import require_matplotlib
 from side_by_side.cells import DTYPE
 from side_by_side.results import BACKENDS, Report, Row
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flashcore_cupy import bench, jit
+from flashcore_cupy.check import machine
+from flashcore_cupy.jit import compiler
 from side_by_side.results import Entry
 
 #: Microseconds per call, once.
@@ -73,7 +74,7 @@ class Gpu:
         """``bench.machine`` with torch's versions and the GPU's own figures."""
         torch = self.torch
         return {
-            **bench.machine(jit.device_arch()).to_json(),
+            **machine.machine(compiler.device_arch()).to_json(),
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),

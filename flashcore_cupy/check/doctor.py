@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flashcore_cupy import cache, driver, jit, nvrtc
 from flashcore_cupy._version import __version__
-from flashcore_cupy.rungs import HOPPER
+from flashcore_cupy.cuda import driver
+from flashcore_cupy.jit import cache, compiler, nvrtc
+from flashcore_cupy.jit.sources import kernels_digest, kernels_dir, source_files
+from flashcore_cupy.select.registry import HOPPER
 from flashcore_cupy.settings import settings
-from flashcore_cupy.sources import kernels_digest, kernels_dir, source_files
 
 State = Literal["ok", "note", "problem"]
 _FALLBACK_ARCH = "sm_90a"
@@ -105,7 +106,7 @@ def _python() -> Finding:
 
 
 def _flashcore() -> Finding:
-    return Finding("flashcore-cupy", f"{__version__} in {Path(__file__).resolve().parent}")
+    return Finding("flashcore-cupy", f"{__version__} in {Path(__file__).resolve().parents[1]}")
 
 
 def _environment() -> Iterator[Finding]:
@@ -140,7 +141,7 @@ def _driver() -> Finding:
         version = int(_runtime().driverGetVersion())
     except ImportError:
         return Finding("driver", "unknown without CuPy", "note", "See what is said of CuPy.")
-    reason = jit.no_gpu_reason()
+    reason = compiler.no_gpu_reason()
     if version == 0:
         cure = "For CuPy arrays install NVIDIA's driver; NumPy arrays work, and kernels compile."
         return Finding("driver", "none", "note", cure)
@@ -151,7 +152,7 @@ def _driver() -> Finding:
 
 
 def _gpu() -> Finding:
-    reason = jit.no_gpu_reason()
+    reason = compiler.no_gpu_reason()
     if reason is not None:
         return Finding("GPU", f"none: {reason}", "note", "NumPy arrays work, on the CPU.")
     runtime = _runtime()
@@ -166,7 +167,7 @@ def _gpu() -> Finding:
 
 def _nvrtc_library() -> Finding:
     try:
-        major, minor = jit.nvrtc_version()
+        major, minor = nvrtc.nvrtc_version()
     except RuntimeError as error:
         cure = "Kernels cannot be compiled: install CuPy with its NVRTC package as said."
         return Finding("NVRTC", _one_line(error), _severity(), cure)
@@ -183,7 +184,7 @@ def _target() -> Finding:
     try:
         if override is None and not _has_gpu():
             return Finding("target", f"{_fallback_arch()}, for want of a GPU")
-        return Finding("target", jit.device_arch())
+        return Finding("target", compiler.device_arch())
     except RuntimeError:
         return Finding("target", "unknown without NVRTC", "note", "See what is said of NVRTC.")
     except ValueError as error:
@@ -200,7 +201,7 @@ def _tensor_maps() -> Finding:
     try:
         driver.binding()
     except RuntimeError as error:
-        needed = _has_gpu() and jit.device_arch() == HOPPER
+        needed = _has_gpu() and compiler.device_arch() == HOPPER
         cure = "Install it, or name another kernel, such as kernel='mma_sm80'."
         state: State = "problem" if needed else "note"
         return Finding("cuda-bindings", _one_line(error), state, cure)
@@ -232,8 +233,8 @@ def _header_folders() -> Iterator[Path]:
 
 
 def _cache_folder() -> Finding:
-    folder = jit.cache_dir()
-    entries = jit.cache_entries()
+    folder = cache.cache_dir()
+    entries = cache.cache_entries()
     size = sum(entry.size_bytes for entry in entries) / 2**20
     damaged = sum(entry.damaged for entry in entries)
     value = f"{folder}: {len(entries)} kernels, {size:.1f} MiB"
@@ -265,7 +266,7 @@ def _kernels_folder() -> Finding:
 
 def _compile() -> Finding:
     try:
-        arch = settings().arch or (jit.device_arch() if _has_gpu() else _fallback_arch())
+        arch = settings().arch or (compiler.device_arch() if _has_gpu() else _fallback_arch())
         start = time.perf_counter()
         nvrtc.compile_text(_TINY, "tiny.cu", {}, arch)
     except Exception as error:
@@ -295,11 +296,11 @@ def _runtime() -> Any:
 
 
 def _has_gpu() -> bool:
-    return jit.no_gpu_reason() is None
+    return compiler.no_gpu_reason() is None
 
 
 def _fallback_arch() -> str:
-    known = jit.known_archs()
+    known = nvrtc.known_archs()
     return _FALLBACK_ARCH if _FALLBACK_ARCH in known else known[-1]
 
 

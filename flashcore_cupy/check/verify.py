@@ -15,13 +15,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy import reference
-from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import EPSILON, AttentionProblem
-from flashcore_cupy.reference import Comparison
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.cpu.reference import Comparison
+from flashcore_cupy.cpu.tiled_attention import Array
+from flashcore_cupy.problem.attention_problem import EPSILON, AttentionProblem
 
 if TYPE_CHECKING:
-    from flashcore_cupy.launch import Plan
+    from flashcore_cupy.launch.plan import Plan
 
 Rows = NDArray[np.int64]
 Naive = Callable[[Rows], Array]

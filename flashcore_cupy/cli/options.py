@@ -13,15 +13,23 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from flashcore_cupy import builds, jit, nvrtc, tiles
-from flashcore_cupy.config import Tile
-from flashcore_cupy.problem import DTYPES, LAYOUTS, MAX_HEAD_DIM, MAX_SEQLEN, Causal
-from flashcore_cupy.values import shown
+from flashcore_cupy.jit import compiler, nvrtc
+from flashcore_cupy.launch import builds
+from flashcore_cupy.problem.attention_problem import (
+    DTYPES,
+    LAYOUTS,
+    MAX_HEAD_DIM,
+    MAX_SEQLEN,
+    Causal,
+)
+from flashcore_cupy.problem.values import shown
+from flashcore_cupy.select import registry, targets
+from flashcore_cupy.select.config import Tile
 
 Command = TypeVar("Command", bound=Callable[..., None])
 PICTURES = (".pdf", ".png", ".svg")
 _CAUSAL: Mapping[str, Causal] = {"bottom-right": True, "top-left": "top-left"}
-_OLDEST_ARCH = min(map(tiles.capability, tiles.TARGETS))
+_OLDEST_ARCH = min(map(targets.capability, targets.TARGETS))
 
 
 class Whole(click.types.IntParamType):
@@ -77,6 +85,7 @@ def writable(*suffixes: str) -> Callable[..., Path | None]:
 
 
 def json_option(command: Command) -> Command:
+    """Add --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON alone on stdout.")(
         command
     )
@@ -88,6 +97,7 @@ def _size(name: str, variable: str, help_text: str, **more: Any) -> Callable[[An
 
 
 def problem_options(command: Command) -> Command:
+    """Add what describes a problem: sizes, dtype, rules."""
     with_default: dict[str, Any] = {"show_default": True}
     options = (
         _size("--B", "batch", "Batch.", default=1, **with_default),
@@ -131,7 +141,8 @@ def problem_options(command: Command) -> Command:
 
 
 def selection_options(command: Command) -> Command:
-    names = ("auto", *tiles.KERNELS)
+    """Add what chooses the kernel and its tile."""
+    names = ("auto", *registry.KERNELS)
     kernel = click.option("--kernel", type=click.Choice(names), default="auto", show_default=True)
     gate = click.option(
         "--gate",
@@ -153,6 +164,7 @@ def selection_options(command: Command) -> Command:
 
 
 def timing_options(command: Command) -> Command:
+    """Add the seed and how often a call is timed."""
     seed = click.option("--seed", type=Whole(0), metavar="N", default=0, show_default=True)
     iters = click.option(
         "--iters",
@@ -230,7 +242,8 @@ def _value(change: str, text: str, kind: type) -> object:
 
 
 def target_of(arch: str | None, *, gpu_decides: bool = True) -> str:
-    on_gpu = gpu_decides and jit.no_gpu_reason() is None
+    """Return the target to compile for: the one named, else the GPU's."""
+    on_gpu = gpu_decides and compiler.no_gpu_reason() is None
     if arch is not None:
         check_arch(arch)
         if on_gpu:
@@ -242,6 +255,7 @@ def target_of(arch: str | None, *, gpu_decides: bool = True) -> str:
 
 
 def check_arch(arch: str) -> None:
+    """Raise ``click.BadParameter`` unless NVRTC can compile for a target."""
     found = re.fullmatch("sm_([0-9]{2,4})[af]?", arch)
     if found is None:
         raise click.UsageError(f"arch: got {shown(arch)}; use a target such as 'sm_90a'")
@@ -255,6 +269,7 @@ def check_arch(arch: str) -> None:
 
 @contextlib.contextmanager
 def missing_extra() -> Iterator[None]:
+    """Turn a missing optional package into a message that names its extra."""
     try:
         yield
     except RuntimeError as error:

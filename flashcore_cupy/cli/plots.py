@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore_cupy.ladder import Ladder, Rung
+from flashcore_cupy.measure.ladder import Ladder, Rung
 
 _COLOR = "#2f6f9f"
 _OWN_RULE = "#b07a2e"  # fp8: a comparison point, correct by a rule of its own

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from flashcore_cupy import _render
+from flashcore_cupy.cli import tables
 
 #: Where stderr is no terminal: a line after this long, and then every so often. Seconds.
 _FIRST_S = 2.0
@@ -23,10 +23,10 @@ class Steps:
     """Phases of steps: a progress bar on a terminal, elsewhere a line now and then."""
 
     def __init__(self) -> None:
-        console = _render.console(stderr=True)
+        console = tables.console(stderr=True)
         # Colours may be forced upon a file, a bar may not; and a dumb terminal cannot move it.
         moves = sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
-        self._bar = _render.progress(console) if moves else None
+        self._bar = tables.progress(console) if moves else None
         self._task: Any = None
         self._words, self._done, self._steps = "", 0, 0
         self._began = time.monotonic()

@@ -20,16 +20,18 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from flashcore_cupy._plot import describe_problem
-from flashcore_cupy._terminal import PIPE_COLUMNS, Output, columns_of
-from flashcore_cupy.bench import Machine, Timing
-from flashcore_cupy.builds import Build
-from flashcore_cupy.doctor import Report
-from flashcore_cupy.jit import CacheEntry
-from flashcore_cupy.job import Result, problem_json
-from flashcore_cupy.ladder import Ladder, Rung
-from flashcore_cupy.tiles import KERNELS, Selection
-from flashcore_cupy.verify import Check
+from flashcore_cupy.check.doctor import Report
+from flashcore_cupy.check.machine import Machine
+from flashcore_cupy.check.verify import Check
+from flashcore_cupy.cli.plots import describe_problem
+from flashcore_cupy.cli.terminal import PIPE_COLUMNS, Output, columns_of
+from flashcore_cupy.jit.cache import CacheEntry
+from flashcore_cupy.launch.builds import Build
+from flashcore_cupy.measure.job import Result, problem_json
+from flashcore_cupy.measure.ladder import Ladder, Rung
+from flashcore_cupy.measure.timing import Timing
+from flashcore_cupy.select.registry import KERNELS
+from flashcore_cupy.select.selector import Selection
 
 #: Columns in which every page of the command line has room for its figures.
 FEWEST_COLUMNS = 60

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy import numpy_attention, reference
-from flashcore_cupy.arrays import check_out, usable
-from flashcore_cupy.problem import AttentionProblem
-from flashcore_cupy.request import Request
+from flashcore_cupy.cpu import reference, tiled_attention
+from flashcore_cupy.problem.array_spec import check_out, usable
+from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.problem.request import Request
 
 _POSITION_RULES = ("causal", "window", "mask", "mask_mod", "mod_args")
 _RULES = ("softcap", "alibi_slopes", "bias", "sink", "score_mod", *_POSITION_RULES)
@@ -55,7 +55,7 @@ def _packed(
 ) -> tuple[Any, Any]:
     lse = np.empty(problem.lse_shape, np.float32)
     rules = _rules(request, problem)
-    for n, (*one, rows) in enumerate(numpy_attention.sequences(q, k, v, *boundaries)):
+    for n, (*one, rows) in enumerate(tiled_attention.sequences(q, k, v, *boundaries)):
         target = out[rows].swapaxes(0, 1)[None]
         _, found = reference.tiled(*one, **rules, sequence=n, out=target)
         lse[:, rows] = found[0]

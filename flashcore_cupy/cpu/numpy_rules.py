@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy.problem import Causal
-from flashcore_cupy.rules import check_softcap
-from flashcore_cupy.values import shown
+from flashcore_cupy.problem.attention_problem import Causal
+from flashcore_cupy.problem.rules import check_softcap
+from flashcore_cupy.problem.values import shown
 
 Array: TypeAlias = NDArray[Any]
 BoolArray: TypeAlias = NDArray[np.bool_]

@@ -22,8 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from flashcore_cupy.numpy_attention import sequences, tiled
-from flashcore_cupy.numpy_rules import (
+from flashcore_cupy.cpu.numpy_rules import (
     Array,
     Block,
     BoolArray,
@@ -33,7 +32,8 @@ from flashcore_cupy.numpy_rules import (
     causal_offset,
     sizes_of,
 )
-from flashcore_cupy.problem import EPSILON
+from flashcore_cupy.cpu.tiled_attention import sequences, tiled
+from flashcore_cupy.problem.attention_problem import EPSILON
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy.numpy_rules import (
+from flashcore_cupy.cpu.numpy_rules import (
     Array,
     Block,
     BoolArray,

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from flashcore_cupy.driver import binding, checked
+from flashcore_cupy.cuda.driver import binding, checked
 
 _current = threading.local()
 _kept: dict[int, list[Any]] = {}

@@ -21,20 +21,16 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flashcore_cupy import cache, nvrtc
 from flashcore_cupy._version import __version__
-from flashcore_cupy.cache import CacheEntry, cache_dir, cache_entries, clear_cache
-from flashcore_cupy.nvrtc import (
-    CompileError,
+from flashcore_cupy.jit import cache, nvrtc
+from flashcore_cupy.jit.nvrtc import (
     Defines,
     EntryResources,
     Headers,
-    UnknownArchError,
-    known_archs,
     nvrtc_version,
 )
+from flashcore_cupy.jit.sources import kernels_digest, kernels_dir
 from flashcore_cupy.settings import arch_override
-from flashcore_cupy.sources import kernels_digest, kernels_dir
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -42,23 +38,14 @@ if TYPE_CHECKING:
     import cupy
 
 __all__ = [
-    "CacheEntry",
-    "CompileError",
     "CompiledKernel",
-    "EntryResources",
-    "UnknownArchError",
     "allow_shared_memory",
-    "cache_dir",
-    "cache_entries",
-    "clear_cache",
     "compile_each",
     "compile_kernel",
     "compile_many",
     "device_arch",
-    "known_archs",
     "load",
     "no_gpu_reason",
-    "nvrtc_version",
 ]
 
 Job = tuple[str, Defines, str] | tuple[str, Defines, str, Headers]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashcore_cupy.sources import source_files
+from flashcore_cupy.jit.sources import source_files
 
 Defines = Mapping[str, int | str]
 Headers = Sequence[tuple[str, str]]

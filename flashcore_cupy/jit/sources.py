@@ -26,7 +26,7 @@ def kernels_dir() -> Path:
                 "copy of kernels/"
             )
         return override
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     # Inside first: beside an installed package, `kernels` would be somebody else's module.
     for candidate in (package / "kernels", package.parent / "kernels"):
         if (candidate / "flashcore").is_dir():

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from flashcore_cupy import jit, tiles
-from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.problem import contiguous_problem
+from flashcore_cupy.jit import compiler, nvrtc
+from flashcore_cupy.problem.attention_problem import contiguous_problem
+from flashcore_cupy.select import registry, selector
+from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.row import Row
 from flashcore_cupy.settings import settings
 
 #: The target where there is no GPU to ask.
 DEFAULT_ARCH = "sm_90a"
 
-OnDone = Callable[[jit.CompiledKernel | Exception], None]
+OnDone = Callable[[compiler.CompiledKernel | Exception], None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Build:
     from_cache: bool
     compile_seconds: float
     dynamic_shared_bytes: int
-    entries: Mapping[str, jit.EntryResources]
+    entries: Mapping[str, nvrtc.EntryResources]
 
     @property
     def registers(self) -> int:
@@ -76,7 +78,7 @@ def combined(builds: Sequence[Build]) -> dict[str, Any]:
     return most | {"spill_bytes": sum(f["spill_bytes"] for f in figures)}
 
 
-def describe_build(config: KernelConfig, compiled: jit.CompiledKernel) -> Build:
+def describe_build(config: KernelConfig, compiled: compiler.CompiledKernel) -> Build:
     """Join a configuration with what the compiler made of it."""
     return Build(
         kernel=config.kernel,
@@ -89,14 +91,14 @@ def describe_build(config: KernelConfig, compiled: jit.CompiledKernel) -> Build:
     )
 
 
-def job_of(config: KernelConfig, arch: str) -> jit.Job:
+def job_of(config: KernelConfig, arch: str) -> compiler.Job:
     """Return what ``jit.compile_many`` takes for a configuration."""
     return config.source, config.defines(), arch, config.headers
 
 
 def build(config: KernelConfig, arch: str) -> Build:
     """Compile one configuration, or take it from the cache. Raises ``jit.CompileError``."""
-    return describe_build(config, jit.compile_kernel(*job_of(config, arch)))
+    return describe_build(config, compiler.compile_kernel(*job_of(config, arch)))
 
 
 def build_all(
@@ -106,26 +108,26 @@ def build_all(
 
     Raises the first failure, such as ``jit.CompileError``, once all the others are done.
     """
-    compiled = jit.compile_many([job_of(*pair) for pair in wanted], on_done=on_done)
+    compiled = compiler.compile_many([job_of(*pair) for pair in wanted], on_done=on_done)
     return [describe_build(pair[0], c) for pair, c in zip(wanted, compiled, strict=True)]
 
 
 def build_each(
     wanted: Sequence[tuple[KernelConfig, str]], on_done: OnDone | None = None
-) -> list[Build | jit.CompileError]:
+) -> list[Build | nvrtc.CompileError]:
     """``build_all``, where a configuration that does not compile gives its error instead."""
     made = []
-    results = jit.compile_each([job_of(*pair) for pair in wanted], on_done=on_done)
+    results = compiler.compile_each([job_of(*pair) for pair in wanted], on_done=on_done)
     for (config, _), result in zip(wanted, results, strict=True):
-        if isinstance(result, Exception) and not isinstance(result, jit.CompileError):
+        if isinstance(result, Exception) and not isinstance(result, nvrtc.CompileError):
             raise result
         made.append(result if isinstance(result, Exception) else describe_build(config, result))
     return made
 
 
-def what(done: jit.CompiledKernel | Exception) -> str:
+def what(done: compiler.CompiledKernel | Exception) -> str:
     """Word for a progress bar about what ``on_done`` was called with."""
-    return done.source if isinstance(done, jit.CompiledKernel) else "failed"
+    return done.source if isinstance(done, compiler.CompiledKernel) else "failed"
 
 
 def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
@@ -136,10 +138,10 @@ def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
     """
     seen: set[KernelConfig] = set()
     for name in kernels:
-        kernel = tiles.KERNELS[name]
+        kernel = registry.KERNELS[name]
         for dtype, causal in product(kernel.dtypes, (False, True)):
             served = set()
-            for row in tiles.rows_of(name):
+            for row in selector.rows_of(name):
                 meant_for = (row.dims, row.sizes)
                 if dtype not in row.dtypes or meant_for in served:
                     continue
@@ -148,7 +150,7 @@ def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
                 except ValueError:
                     continue
                 served.add(meant_for)
-                for c in tiles.configs_of(tiles.Selection(kernel, config)):
+                for c in selector.configs_of(selector.Selection(kernel, config)):
                     if c not in seen:
                         seen.add(c)
                         yield c
@@ -158,7 +160,7 @@ def why_none(kernel: str, arch: str) -> str | None:
     """Why ``table_configs`` has nothing of a kernel for a target; None if it has something."""
     if next(table_configs([kernel], arch), None) is not None:
         return None
-    row = tiles.rows_of(kernel)[0]
+    row = selector.rows_of(kernel)[0]
     try:
         _row_config(row, row.dtypes[0], False, arch)
     except ValueError as error:
@@ -166,14 +168,14 @@ def why_none(kernel: str, arch: str) -> str | None:
     return None
 
 
-def _row_config(row: tiles.Row, dtype: str, causal: bool, arch: str) -> KernelConfig:
+def _row_config(row: Row, dtype: str, causal: bool, arch: str) -> KernelConfig:
     dim, dim_v = row.dims
     problem = contiguous_problem(1, 1, 1, dim, head_dim_v=dim_v, dtype=dtype, causal=causal)
-    return tiles.check_target(row, tiles.configure_row(row, problem), arch)
+    return selector.check_target(row, selector.configure_row(row, problem), arch)
 
 
 def target(arch: str | None, *, on_gpu: bool) -> str:
     """The target to compile for: the GPU's own, or ``arch``, or the default without a GPU."""
     if on_gpu:
-        return jit.device_arch()
+        return compiler.device_arch()
     return arch or settings().arch or DEFAULT_ARCH

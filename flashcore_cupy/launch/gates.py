@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.problem import AttentionProblem
+from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.select.config import KernelConfig
 
 
 def tiles_of(problem: AttentionProblem, config: KernelConfig) -> int:

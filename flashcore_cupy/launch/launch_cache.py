@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.arrays import span_of
-from flashcore_cupy.grids import query_blocks
-from flashcore_cupy.launch import ParameterBlock, Plan
-from flashcore_cupy.params import ATTENTION_PARAMS
-from flashcore_cupy.problem import MAX_ALIGN
+from flashcore_cupy.launch.parameter_block import ParameterBlock
+from flashcore_cupy.launch.plan import Plan
+from flashcore_cupy.launch.tensor_map import Maps, views_of
+from flashcore_cupy.launch.workspace import split_bytes, workspace
+from flashcore_cupy.problem.array_spec import span_of
+from flashcore_cupy.problem.attention_problem import MAX_ALIGN
+from flashcore_cupy.select.grids import query_blocks
+from flashcore_cupy.select.params import ATTENTION_PARAMS
 from flashcore_cupy.settings import arch_override, kernels_override
-from flashcore_cupy.tensor_map import Maps, views_of
-from flashcore_cupy.workspace import split_bytes, workspace
 
 NO_WINDOW = (-1, -1)  # attention's own default, by identity
 _SETTLED = (Number, str, type, type(None), np.bool_)  # of choices that key a call

@@ -6,7 +6,6 @@ allocates nothing. One function per kernel fills it.
 
 from __future__ import annotations
 
-import array as arrays
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flashcore_cupy import captures, gates, grids, jit, tensor_map
-from flashcore_cupy.config import KernelConfig, round_up
-from flashcore_cupy.params import QUANTIZE_PARAMS, params_of
-from flashcore_cupy.problem import AttentionProblem, Operand
-from flashcore_cupy.rules import Rules
-from flashcore_cupy.tiles import Selection, configs_of, smem_limit
-from flashcore_cupy.workspace import allocate, split_bytes, workspace
+from flashcore_cupy.cuda import captures
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch import gates, tensor_map
+from flashcore_cupy.launch.parameter_block import ParameterBlock
+from flashcore_cupy.launch.workspace import allocate, split_bytes, workspace
+from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
+from flashcore_cupy.problem.rules import Rules
+from flashcore_cupy.select import grids, tma
+from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.params import QUANTIZE_PARAMS, params_of
+from flashcore_cupy.select.selector import Selection, configs_of
+from flashcore_cupy.select.targets import smem_limit
+from flashcore_cupy.select.tile_checks import round_up
 
 if TYPE_CHECKING:
     import cupy
@@ -47,7 +52,7 @@ class LoadedKernel:
     """A compiled kernel on a device, ready to launch."""
 
     config: KernelConfig
-    compiled: jit.CompiledKernel
+    compiled: compiler.CompiledKernel
     entries: Mapping[str, cupy.cuda.Function]
 
     def blocks_per_multiprocessor(self, arch: str) -> int:
@@ -57,22 +62,6 @@ class LoadedKernel:
         # 1 KiB of every block's shared memory is the system's.
         by_memory = (smem_limit(arch) + 1024) // (self.config.smem_bytes + 1024)
         return max(1, min(by_registers, by_memory))
-
-
-class ParameterBlock:
-    """A kernel's argument, its one struct, where the driver reads it at a launch."""
-
-    def __init__(self, params: np.ndarray[Any, Any]) -> None:
-        #: 8 bytes at a time; an array's are written more than twice as fast as a memoryview's.
-        self.words = arrays.array("Q", params.tobytes())
-        #: The same memory.
-        self.bytes: Any = np.frombuffer(self.words, np.uint8)
-        self._pointers = np.array([self.bytes.ctypes.data], np.uint64)
-        self.address = int(self._pointers.ctypes.data)
-
-    def copy(self) -> ParameterBlock:
-        """Another block with the same contents."""
-        return ParameterBlock(self.bytes)
 
 
 @dataclass(frozen=True)
@@ -124,7 +113,7 @@ class Plan:
     """"o" (B, Hq, Sq, Dv) view of the output, "lse" or the gate's arrays, scratch."""
 
     @property
-    def compiled(self) -> tuple[jit.CompiledKernel, ...]:
+    def compiled(self) -> tuple[compiler.CompiledKernel, ...]:
         """What was built, in launch order."""
         return tuple(kernel.compiled for kernel in self.kernels)
 
@@ -216,12 +205,12 @@ def make_plan(
 @functools.cache
 def load_kernel(config: KernelConfig, place: Place) -> LoadedKernel:
     """Compile (or fetch) and load a kernel; once per configuration and place."""
-    compiled = jit.compile_kernel(config.source, config.defines(), place.arch, config.headers)
-    module = jit.load(compiled)
+    compiled = compiler.compile_kernel(config.source, config.defines(), place.arch, config.headers)
+    module = compiler.load(compiled)
     entries = {name: module.get_function(name) for name in compiled.entries}
     if config.smem_bytes > _DEFAULT_SMEM:
         for entry in entries.values():
-            jit.allow_shared_memory(entry, config.smem_bytes)
+            compiler.allow_shared_memory(entry, config.smem_bytes)
     return LoadedKernel(config, compiled, entries)
 
 
@@ -230,7 +219,7 @@ def _stored_to(output: Operand, config: KernelConfig) -> KernelConfig:
     return replace(
         config,
         align_bytes=min(config.align_bytes, output.align_bytes),
-        tma_stores=config.tma_stores and tensor_map.is_addressable(output, config.dtype),
+        tma_stores=config.tma_stores and tma.is_addressable(output, config.dtype),
     )
 
 

@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.driver import binding
-from flashcore_cupy.params import HOPPER_PARAMS
-from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, Operand
-from flashcore_cupy.tile_checks import TMA_ALIGN, panel_cols
+from flashcore_cupy.cuda.driver import binding
+from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, Operand
+from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.params import HOPPER_PARAMS
+from flashcore_cupy.select.tile_checks import TMA_ALIGN, panel_cols
 
 if TYPE_CHECKING:
-    from flashcore_cupy.launch import ParameterBlock
+    from flashcore_cupy.launch.parameter_block import ParameterBlock
 
 ROWS_OF_WARPGROUP = 64
 """Rows of q that one copy takes."""
 ROWS_OF_WARP = 16
 """Rows of o that one copy brings."""
-_MAX_STRIDE = 2**40
 _MAP_BYTES = 128
 _LIMIT = 4096  # maps remembered
 _FIELDS: Mapping[str, Any] = HOPPER_PARAMS.fields or {}
@@ -53,26 +52,6 @@ class View(NamedTuple):
     def swizzle(self) -> int:
         """Bytes of a row of the box, which are also the span of the swizzle."""
         return self.box[0] * ITEMSIZE[self.dtype]
-
-
-def check_layout(problem: AttentionProblem) -> None:
-    """Raise ``ValueError`` if TMA cannot address q, k or v; it names which."""
-    operands = (problem.q, problem.k, problem.v)
-    unfit = [op.name for op in operands if not is_addressable(op, problem.dtype)]
-    if unfit:
-        raise ValueError(
-            f"loads by TMA: needs rows that start and end on multiples of {TMA_ALIGN} bytes, and "
-            f"positive strides, unlike those of {', '.join(unfit)}"
-        )
-
-
-def is_addressable(operand: Operand, dtype: str) -> bool:
-    """Whether a map can describe an array of q, k, v or o."""
-    if 0 in operand.shape:
-        return True
-    size = ITEMSIZE[dtype]
-    used = [step * size for n, step in zip(operand.shape, operand.strides, strict=False) if n > 1]
-    return operand.align_bytes % TMA_ALIGN == 0 and all(0 < step < _MAX_STRIDE for step in used)
 
 
 def views_of(problem: AttentionProblem, config: KernelConfig, output: Operand) -> tuple[View, ...]:

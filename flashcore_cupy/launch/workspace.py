@@ -13,8 +13,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flashcore_cupy import captures
-from flashcore_cupy.config import WARP_SIZE, KernelConfig
+from flashcore_cupy.cuda import captures
+from flashcore_cupy.cuda.streams import stream_key
+from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.tile_checks import WARP_SIZE
 
 if TYPE_CHECKING:
     import cupy
@@ -73,16 +75,6 @@ def workspace(partial: int, arrivals: int) -> Workspace:
         if len(_areas) > _MOST_AREAS:
             _areas.popitem(last=False)
     return area
-
-
-def stream_key() -> tuple[int, int, int]:
-    """What tells the current stream from others: its GPU, its handle and, maybe, its thread."""
-    import cupy
-
-    stream = cupy.cuda.get_current_stream().ptr
-    # The default stream of each thread is another one under the same handle.
-    thread = threading.get_ident() if stream == cupy.cuda.runtime.streamPerThread else 0
-    return cupy.cuda.runtime.getDevice(), stream, thread
 
 
 def _grown(size: int) -> int:

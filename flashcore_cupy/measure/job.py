@@ -9,22 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy import builds, jit, tiles, verify
 from flashcore_cupy.attention import attention, plan
-from flashcore_cupy.bench import (
-    Machine,
-    Peak,
-    Timing,
-    free_memory,
-    inputs,
-    machine,
-    peak,
-    time_calls,
-    time_graph,
-)
-from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import ITEMSIZE, AttentionProblem, contiguous_problem
-from flashcore_cupy.rules import Rules, check_softcap, check_window
+from flashcore_cupy.check import verify
+from flashcore_cupy.check.inputs import inputs
+from flashcore_cupy.check.machine import Machine, machine
+from flashcore_cupy.cpu.tiled_attention import Array
+from flashcore_cupy.jit import compiler, nvrtc
+from flashcore_cupy.launch import builds
+from flashcore_cupy.measure.timing import Peak, Timing, free_memory, peak, time_calls, time_graph
+from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, contiguous_problem
+from flashcore_cupy.problem.rules import Rules, check_softcap, check_window
+from flashcore_cupy.select import selector
 
 OnPhase = Callable[[str], None]
 
@@ -181,14 +176,14 @@ def memory_needed(problem: AttentionProblem) -> int:
     return item * (q + k + v + o) + max(made, judged)
 
 
-def choose(problem: AttentionProblem, arch: str, options: Options) -> tiles.Selection:
+def choose(problem: AttentionProblem, arch: str, options: Options) -> selector.Selection:
     """Check what the user asks for. Raises ``ValueError`` with the reason if it cannot be."""
-    return tiles.select(problem, arch, kernel=options.kernel, overrides=options.overrides)
+    return selector.select(problem, arch, kernel=options.kernel, overrides=options.overrides)
 
 
 def run(
     problem: AttentionProblem,
-    selection: tiles.Selection,
+    selection: selector.Selection,
     arch: str,
     options: Options,
     on_phase: OnPhase = lambda words: None,
@@ -197,7 +192,7 @@ def run(
 
     Raises ``jit.CompileError`` for a kernel that does not compile.
     """
-    no_gpu = jit.no_gpu_reason()
+    no_gpu = compiler.no_gpu_reason()
     if no_gpu is None:
         return _run_on_gpu(problem, arch, options, on_phase)
     return _run_on_cpu(problem, selection, arch, options, no_gpu, on_phase)
@@ -230,7 +225,7 @@ def _run_on_gpu(
         known = verify.expect(problem, *host, tile=bound.selection.config.tile.block_m)
     check = verify.check_plan(bound, *host, known=known)
     timing = {"iters": options.iters, "warmup": options.warmup}
-    configs = tiles.configs_of(bound.selection)
+    configs = selector.configs_of(bound.selection)
     on_phase("timing")
     return Result(
         machine=machine(arch),
@@ -260,7 +255,7 @@ def _target(problem: AttentionProblem, out: Any) -> dict[str, Any]:
 
 def _run_on_cpu(
     problem: AttentionProblem,
-    selection: tiles.Selection,
+    selection: selector.Selection,
     arch: str,
     options: Options,
     no_gpu: str,
@@ -307,11 +302,11 @@ def _run_on_cpu(
 
 
 def build_without_gpu(
-    selection: tiles.Selection, arch: str
+    selection: selector.Selection, arch: str
 ) -> tuple[tuple[builds.Build, ...], str | None]:
     """Compile what a selection launches; nothing, and the reason, without CuPy or NVRTC."""
     try:
-        jit.nvrtc_version()
+        nvrtc.nvrtc_version()
     except RuntimeError as error:
         return (), str(error)
-    return tuple(builds.build(config, arch) for config in tiles.configs_of(selection)), None
+    return tuple(builds.build(config, arch) for config in selector.configs_of(selection)), None

@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from flashcore_cupy import builds, jit, tiles, verify
 from flashcore_cupy.attention import plan
-from flashcore_cupy.bench import Timing, inputs, machine, time_graph
-from flashcore_cupy.job import arguments_of, in_layout, problem_json, to_gpu
-from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import AttentionProblem
+from flashcore_cupy.check import verify
+from flashcore_cupy.check.inputs import inputs
+from flashcore_cupy.check.machine import machine
+from flashcore_cupy.cpu.tiled_attention import Array
+from flashcore_cupy.jit import compiler, nvrtc
+from flashcore_cupy.launch import builds
+from flashcore_cupy.measure.job import arguments_of, in_layout, problem_json, to_gpu
+from flashcore_cupy.measure.timing import Timing, time_graph
+from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.select import registry, selector
 
 #: What JSON has for the types of a rung's fields.
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -123,10 +128,10 @@ def climb(
     """
     announce = on_start or (lambda steps, words: None)
     step = on_step or (lambda words: None)
-    chosen = {name: _choose(problem, arch, kernel) for name, kernel in tiles.KERNELS.items()}
+    chosen = {name: _choose(problem, arch, kernel) for name, kernel in registry.KERNELS.items()}
     rungs = _build(chosen, arch, announce, step)
     rows: int | None = None
-    if jit.no_gpu_reason() is None:
+    if compiler.no_gpu_reason() is None:
         announce(0, "making inputs and what they should give, in float64")
         course = _Course.prepare(problem, seed)
         announce(len(rungs), "checking and timing")
@@ -143,16 +148,16 @@ def climb(
 
 
 def _choose(
-    problem: AttentionProblem, arch: str, kernel: tiles.Kernel
-) -> tiles.Selection | ValueError:
+    problem: AttentionProblem, arch: str, kernel: registry.Kernel
+) -> selector.Selection | ValueError:
     try:
-        return tiles.Selection(kernel, tiles.configure(problem, kernel, arch))
+        return selector.Selection(kernel, selector.configure(problem, kernel, arch))
     except ValueError as error:
         return error
 
 
 def _build(
-    chosen: Mapping[str, tiles.Selection | ValueError],
+    chosen: Mapping[str, selector.Selection | ValueError],
     arch: str,
     announce: Callable[[int, str], None],
     step: Callable[[str], None],
@@ -160,24 +165,24 @@ def _build(
     wanted = [
         (config, arch)
         for choice in chosen.values()
-        if isinstance(choice, tiles.Selection)
-        for config in tiles.configs_of(choice)
+        if isinstance(choice, selector.Selection)
+        for config in selector.configs_of(choice)
     ]
     announce(len(wanted), "compiling")
     made = iter(builds.build_each(wanted, lambda done: step(builds.what(done))))
     rungs = []
     for name, choice in chosen.items():
-        rung = Rung(name, tiles.KERNELS[name].idea)
-        if isinstance(choice, tiles.Selection):
-            parts = [next(made) for _ in tiles.configs_of(choice)]
+        rung = Rung(name, registry.KERNELS[name].idea)
+        if isinstance(choice, selector.Selection):
+            parts = [next(made) for _ in selector.configs_of(choice)]
             rungs.append(_built(replace(rung, config=choice.config.describe()), parts))
         else:
             rungs.append(replace(rung, refused=str(choice)))
     return rungs
 
 
-def _built(rung: Rung, parts: Sequence[builds.Build | jit.CompileError]) -> Rung:
-    errors = [str(part) for part in parts if isinstance(part, jit.CompileError)]
+def _built(rung: Rung, parts: Sequence[builds.Build | nvrtc.CompileError]) -> Rung:
+    errors = [str(part) for part in parts if isinstance(part, nvrtc.CompileError)]
     if errors:
         return replace(rung, builds=False, failure=errors[0])
     made = [part for part in parts if isinstance(part, builds.Build)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import importlib
 import os
 import re
 import time
@@ -15,15 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashcore_cupy import jit, reference
-from flashcore_cupy._version import __version__
-from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import AttentionProblem
-from flashcore_cupy.reference import InputKind
-from flashcore_cupy.sources import kernels_digest
-
 if TYPE_CHECKING:
-    from flashcore_cupy.launch import Plan
+    from flashcore_cupy.launch.plan import Plan
 
 #: A timed sample is at least this long, so that the clock's resolution does not show.
 _SAMPLE_US = 1000.0
@@ -40,74 +31,6 @@ _LONG_US = 1e6
 _TENSOR_FLOP = {75: 1024, 80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 103: 8192, 120: 1024}
 #: fp32 FLOP per clock and SM outside the tensor cores.
 _FP32_FLOP = {75: 128, 80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 103: 256, 120: 256}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a result comes from. ``gpu`` and ``driver`` are None without a GPU."""
-
-    gpu: str | None
-    arch: str
-    driver: str | None
-    nvrtc: str | None
-    cupy: str | None
-    kernels_digest: str
-    version: str
-    date: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as they are."""
-        return asdict(self)
-
-
-def machine(arch: str) -> Machine:
-    """Describe this machine and the moment; ``arch`` is the target that kernels are built for."""
-    on_gpu = jit.no_gpu_reason() is None
-    return Machine(
-        gpu=gpu_name() if on_gpu else None,
-        arch=arch,
-        driver=_driver() if on_gpu else None,
-        nvrtc=_nvrtc(),
-        cupy=_cupy_version(),
-        kernels_digest=kernels_digest(),
-        version=__version__,
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    )
-
-
-def gpu_name() -> str:
-    """Name of the current device, such as "NVIDIA H200"."""
-    import cupy
-
-    name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"]
-    return str(name.decode() if isinstance(name, bytes) else name)
-
-
-def _driver() -> str:
-    import cupy
-
-    cuda = int(cupy.cuda.runtime.driverGetVersion())
-    text = f"CUDA {cuda // 1000}.{cuda % 1000 // 10}"
-    try:
-        report = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return text
-    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", report)
-    return f"{found[0]} ({text})" if found else text
-
-
-def _nvrtc() -> str | None:
-    try:
-        return ".".join(map(str, jit.nvrtc_version()))
-    except RuntimeError:
-        return None
-
-
-def _cupy_version() -> str | None:
-    try:
-        return str(importlib.import_module("cupy").__version__)
-    except ImportError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -144,24 +67,6 @@ def peak_of(dtype: str, capability: int, multiprocessors: int, clock_hz: float) 
         return None
     formula = f"{multiprocessors} SMs x {clock_hz / 1e9:.2f} GHz x {flop} {unit} FLOP/clock"
     return Peak(multiprocessors * clock_hz * flop / 1e12, formula)
-
-
-def inputs(
-    problem: AttentionProblem, seed: int, kind: InputKind = "normal"
-) -> tuple[Array, Array, Array]:
-    """Random q, k, v for a problem as canonical NumPy arrays; the same for the same seed."""
-    return reference.make_inputs(
-        kind,
-        batch=problem.batch,
-        heads=problem.heads_q,
-        heads_kv=problem.heads_kv,
-        seqlen=problem.seqlen_q,
-        seqlen_kv=problem.seqlen_kv,
-        head_dim=problem.head_dim,
-        head_dim_v=problem.head_dim_v,
-        dtype=problem.dtype,
-        seed=seed,
-    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashcore_cupy.problem import MAX_ALIGN, AttentionProblem, dtype_beside
+from flashcore_cupy.problem.attention_problem import MAX_ALIGN, AttentionProblem, dtype_beside
 
 # NumPy 1.25 moved it.
 _TooHardError = getattr(np, "exceptions", np).TooHardError

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flashcore_cupy.rules import NO_RULES, Rules
-from flashcore_cupy.values import check_flag, check_number, shown
+from flashcore_cupy.problem.rules import NO_RULES, Rules
+from flashcore_cupy.problem.values import check_flag, check_number, shown
 
 Causal = bool | Literal["top-left"]
 Layout = Literal["bhsd", "bshd"]

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from flashcore_cupy import captures
-from flashcore_cupy.problem import check_dtype
-from flashcore_cupy.tracing import check_concrete
+from flashcore_cupy.cuda import captures
+from flashcore_cupy.problem.attention_problem import check_dtype
+from flashcore_cupy.problem.tracing import check_concrete
 
 Kind = Literal[
     "numpy", "cupy", "torch", "jax", "numba", "other", "masked", "jax tracer", "torch proxy"

@@ -10,8 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy import captures, interop, jit, launch, packed
-from flashcore_cupy.arrays import (
+from flashcore_cupy.cpu.numpy_rules import check_mods
+from flashcore_cupy.cuda import captures
+from flashcore_cupy.cuda.driver import binding, checked
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch.plan import Place, Plan, Prepared, make_plan, prepare
+from flashcore_cupy.problem import interop, varlen
+from flashcore_cupy.problem.array_spec import (
     ArraySpec,
     check_elements,
     check_out,
@@ -21,10 +26,7 @@ from flashcore_cupy.arrays import (
     usable,
     why_copied,
 )
-from flashcore_cupy.config import check_overrides
-from flashcore_cupy.driver import binding, checked
-from flashcore_cupy.numpy_rules import check_mods
-from flashcore_cupy.problem import (
+from flashcore_cupy.problem.attention_problem import (
     GATES,
     AttentionProblem,
     Causal,
@@ -35,11 +37,13 @@ from flashcore_cupy.problem import (
     describe,
     operand,
 )
-from flashcore_cupy.rule_arrays import few_numbers, rule_array
-from flashcore_cupy.rules import Scores, check_mod_args, describe_rules
+from flashcore_cupy.problem.rule_arrays import few_numbers, rule_array
+from flashcore_cupy.problem.rules import Scores, check_mod_args, describe_rules
+from flashcore_cupy.problem.values import check_flag, shown
+from flashcore_cupy.select.config import check_overrides
+from flashcore_cupy.select.registry import KERNELS
+from flashcore_cupy.select.selector import select
 from flashcore_cupy.settings import kernels_override
-from flashcore_cupy.tiles import KERNELS, select
-from flashcore_cupy.values import check_flag, shown
 
 _DEFAULT_STREAMS = 2  # the handles 0, 1 and 2: default, legacy, per thread
 
@@ -127,7 +131,7 @@ class Request:
             return None
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_dimensions(name, x, self.layout, packed=True)
-        sequences = packed.boundaries(self.cu_seqlens_q, self.cu_seqlens_k, len(q), len(k))
+        sequences = varlen.boundaries(self.cu_seqlens_q, self.cu_seqlens_k, len(q), len(k))
         for name, x in zip(("cu_seqlens_q", "cu_seqlens_k"), sequences or (), strict=False):
             if isinstance(q, np.ndarray) and not isinstance(x, np.ndarray):
                 raise TypeError(f"{name}: a CuPy array while q is a NumPy array; use NumPy's")
@@ -149,7 +153,7 @@ class Request:
         }
         if sequences is not None:
             names = ("cu_seqlens_q", "cu_seqlens_kv")
-            arrays |= zip(names, map(packed.on_gpu, sequences), strict=True)
+            arrays |= zip(names, map(varlen.on_gpu, sequences), strict=True)
         return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -167,7 +171,7 @@ ARGUMENTS = (
 
 def bind(
     request: Request, q: Any, k: Any, v: Any, out: Any, *, want_lse: bool, own_workspace: bool
-) -> launch.Plan:
+) -> Plan:
     """Check everything, build and load the kernel if need be, and bind it to CuPy arrays."""
     import cupy
 
@@ -184,7 +188,7 @@ def bind(
     prepared = _prepare(
         problem, spec_of(out), place_of(q.device.id), request.kernel, tuple(changes.items())
     )
-    return launch.make_plan(
+    return make_plan(
         prepared,
         q,
         k,
@@ -206,7 +210,7 @@ def select_for(request: Request, q: Any, k: Any, v: Any, out: Any = None) -> str
 
         check_out(problem, out, (q, k, v), cupy)
         request.check_apart(out)
-    arch = jit.device_arch(q.device.id)
+    arch = compiler.device_arch(q.device.id)
     selection = select(problem, arch, kernel=request.kernel, overrides=request.config)
     lines = selection.explained(arch)
     lines += [
@@ -265,11 +269,9 @@ def entered(gpu: int, stream: Any) -> Iterator[None]:
             yield
 
 
-def place_of(device: int) -> launch.Place:
+def place_of(device: int) -> Place:
     """Where a call on a device runs, and what it is built from."""
-    return launch.Place(
-        device, jit.device_arch(device), _multiprocessors(device), kernels_override()
-    )
+    return Place(device, compiler.device_arch(device), _multiprocessors(device), kernels_override())
 
 
 @functools.cache
@@ -283,14 +285,14 @@ def _multiprocessors(device: int) -> int:
 def _prepare(
     problem: AttentionProblem,
     out: ArraySpec,
-    place: launch.Place,
+    place: Place,
     kernel: str,
     changes: tuple[tuple[str, int | bool], ...],
-) -> launch.Prepared:
+) -> Prepared:
     """Everything about a call but its addresses: the same for the next call of this shape."""
     selection = select(problem, place.arch, kernel=kernel, overrides=dict(changes))
     o = operand("o", out, "packed" if problem.packed else problem.layout, out.address)
-    return launch.prepare(problem, selection, o, place)
+    return prepare(problem, selection, o, place)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy import captures, interop
-from flashcore_cupy.arrays import check_elements
+from flashcore_cupy.cuda import captures
+from flashcore_cupy.problem import interop
+from flashcore_cupy.problem.array_spec import check_elements
 
 
 def rule_array(name: str, x: Any, cpu: bool) -> Any:

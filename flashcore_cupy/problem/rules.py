@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flashcore_cupy.values import check_number, shown
+from flashcore_cupy.problem.values import check_number, shown
 
 #: A window this wide hides nothing: sequences are not longer (problem.MAX_SEQLEN).
 UNBOUNDED_WINDOW = 2**30

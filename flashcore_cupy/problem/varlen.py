@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy import captures
-from flashcore_cupy.interop import check_device, taken
-from flashcore_cupy.values import shown
-from flashcore_cupy.workspace import stream_key
+from flashcore_cupy.cuda import captures
+from flashcore_cupy.cuda.streams import stream_key
+from flashcore_cupy.problem.interop import check_device, taken
+from flashcore_cupy.problem.values import shown
 
 _NAMES = ("cu_seqlens_q", "cu_seqlens_k")
 _MOST_COPIES = 256

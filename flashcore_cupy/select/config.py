@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from flashcore_cupy.params import params_of
-from flashcore_cupy.problem import AttentionProblem
-from flashcore_cupy.rules import Mods
-from flashcore_cupy.tile_checks import SMEM_BYTES, WARPGROUP, illegal, staged_cols
-from flashcore_cupy.tile_checks import WARP_SIZE as WARP_SIZE
-from flashcore_cupy.tile_checks import padded_row as padded_row
-from flashcore_cupy.tile_checks import round_up as round_up
+from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.problem.rules import Mods
+from flashcore_cupy.select.params import params_of
+from flashcore_cupy.select.tile_checks import SMEM_BYTES, WARP_SIZE, WARPGROUP, illegal, staged_cols
 
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2}
 #: What each rule is in ``FC_RULES``; ``kernels/flashcore/score.cuh`` has the same.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flashcore_cupy.config import WARP_SIZE, KernelConfig
-from flashcore_cupy.problem import AttentionProblem
-from flashcore_cupy.tile_checks import WARPGROUP
+from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.tile_checks import WARP_SIZE, WARPGROUP
 
 # What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged.
 _PART_KEYS, _MERGE_KEYS = 256, 24

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashcore_cupy.config import RULE_BITS, Tile, rules_of
-from flashcore_cupy.problem import AttentionProblem
+from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.select.config import RULE_BITS, Tile, rules_of
 
 # Of an H100 or H200 with SXM. A row is chosen for a target, whichever GPU of it there is, so that a
 # machine without one builds the same kernels.

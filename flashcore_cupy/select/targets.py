@@ -5,7 +5,7 @@ Names are the compiler's: ``"sm_90a"`` is compute capability 9.0 with its own in
 
 from __future__ import annotations
 
-from flashcore_cupy.config import KernelConfig
+from flashcore_cupy.select.config import KernelConfig
 
 _KIB = 1024
 #: Shared memory that one thread block may have, bytes (CUDA C++ Programming Guide, "Compute

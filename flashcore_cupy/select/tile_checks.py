@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flashcore_cupy.problem import ITEMSIZE
+from flashcore_cupy.problem.attention_problem import ITEMSIZE
 
 if TYPE_CHECKING:
-    from flashcore_cupy.config import KernelConfig
+    from flashcore_cupy.select.config import KernelConfig
 
 WARP_SIZE = 32
 WMMA = 16

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from flashcore_cupy.bench import inputs
-from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import AttentionProblem, describe
-from flashcore_cupy.rules import Scores, describe_rules
-from flashcore_cupy.selftest_case import Case
+from flashcore_cupy.check.inputs import inputs
+from flashcore_cupy.check.selftest.case import Case
+from flashcore_cupy.cpu.tiled_attention import Array
+from flashcore_cupy.problem.attention_problem import AttentionProblem, describe
+from flashcore_cupy.problem.rules import Scores, describe_rules
 
 #: NaN elements before and after every array. 64 keeps what follows aligned.
 _GUARD = 64

@@ -13,10 +13,16 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.problem import AttentionProblem, Causal, Gate, Layout, contiguous_problem
-from flashcore_cupy.reference import InputKind
-from flashcore_cupy.rules import Rules
+from flashcore_cupy.cpu.reference import InputKind
+from flashcore_cupy.cpu.tiled_attention import Array
+from flashcore_cupy.problem.attention_problem import (
+    AttentionProblem,
+    Causal,
+    Gate,
+    Layout,
+    contiguous_problem,
+)
+from flashcore_cupy.problem.rules import Rules
 
 View = Literal["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from flashcore_cupy import tiles
-from flashcore_cupy.problem import Causal, Gate, Layout
-from flashcore_cupy.reference import INPUT_KINDS
-from flashcore_cupy.selftest_case import Case
-from flashcore_cupy.selftest_rules import rule_cases, takes_dims, takes_views
+from flashcore_cupy.check.selftest.case import Case
+from flashcore_cupy.check.selftest.rule_cases import rule_cases, takes_dims, takes_views
+from flashcore_cupy.cpu.reference import INPUT_KINDS
+from flashcore_cupy.problem.attention_problem import Causal, Gate, Layout
+from flashcore_cupy.select import registry, selector, table
 
 __all__ = ["Case", "cases"]
 
@@ -25,27 +25,27 @@ _ODD_HEAD_DIMS = (1, 40, 72, 100)
 
 def cases() -> list[Case]:
     """Every case, for every kernel of the ladder, in the same order each time."""
-    return [case for kernel in tiles.KERNELS for case in _cases_of(kernel)]
+    return [case for kernel in registry.KERNELS for case in _cases_of(kernel)]
 
 
 def _cases_of(kernel: str) -> Iterator[Case]:
-    dtypes = tiles.KERNELS[kernel].dtypes
+    dtypes = registry.KERNELS[kernel].dtypes
     yield from _head_dims(kernel, dtypes)
     yield from _shapes(kernel, dtypes)
-    if any({row.max_blocks, row.above_blocks} != {None} for row in tiles.rows_of(kernel)):
+    if any({row.max_blocks, row.above_blocks} != {None} for row in selector.rows_of(kernel)):
         yield from _grids(kernel, dtypes)
     yield from _memory(kernel, dtypes)
     yield from _kinds(kernel, dtypes)
     yield from _gates(kernel, dtypes)
     for dtype in dtypes:
         yield Case("repeat", kernel, dtype, heads=8, heads_kv=8, seqlen_q=300, repeats=10, seed=6)
-    if tiles.KERNELS[kernel].has_rules:
+    if registry.KERNELS[kernel].has_rules:
         yield from rule_cases(kernel, dtypes)
 
 
 def _head_dims(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
     """Every row's head dim, odd ones between them, and Dv apart from D."""
-    rows = {row.head_dim for row in tiles.rows_of(kernel)} | set(tiles.WMMA_HEAD_DIMS)
+    rows = {row.head_dim for row in selector.rows_of(kernel)} | set(table.WMMA_HEAD_DIMS)
     causal = itertools.cycle(_CAUSAL)
     for dim in sorted(rows | set(_ODD_HEAD_DIMS)):
         for dtype in dtypes:
@@ -86,7 +86,7 @@ def _shapes(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
 
 def _tiles(kernel: str) -> list[tuple[int, int]]:
     """Queries and keys per tile of 64 columns, for few queries and for many."""
-    rows = [row for row in tiles.rows_of(kernel) if row.head_dim >= 64]
+    rows = [row for row in selector.rows_of(kernel) if row.head_dim >= 64]
     many = next(row for row in rows if row.max_blocks is row.max_rows is None)
     sizes = [(row.tile.block_m, row.tile.block_n) for row in (rows[0], many)]
     return list(dict.fromkeys(sizes))
@@ -94,7 +94,7 @@ def _tiles(kernel: str) -> list[tuple[int, int]]:
 
 def _grids(kernel: str, dtypes: tuple[str, ...]) -> Iterator[Case]:
     """Heads enough for the tile of a full grid, at the edges of that tile."""
-    rows = [row for row in tiles.rows_of(kernel) if row.max_blocks is row.max_rows is None]
+    rows = [row for row in selector.rows_of(kernel) if row.max_blocks is row.max_rows is None]
     which = itertools.cycle(dtypes[:2])
     for dim in sorted({row.head_dim for row in rows}):
         tile = next(row for row in rows if row.head_dim == dim).tile

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashcore_cupy import builds, jit, tiles, verify
 from flashcore_cupy.attention import plan
-from flashcore_cupy.bench import machine
-from flashcore_cupy.config import KernelConfig
-from flashcore_cupy.numpy_attention import Array
-from flashcore_cupy.selftest_arrays import Placed, Setup, described, set_up
-from flashcore_cupy.selftest_cases import Case, cases
+from flashcore_cupy.check import verify
+from flashcore_cupy.check.machine import machine
+from flashcore_cupy.check.selftest.arrays import Placed, Setup, described, set_up
+from flashcore_cupy.check.selftest.cases import Case, cases
+from flashcore_cupy.cpu.tiled_attention import Array
+from flashcore_cupy.jit import compiler, nvrtc
+from flashcore_cupy.launch import builds
+from flashcore_cupy.select import selector
+from flashcore_cupy.select.config import KernelConfig
 
 if TYPE_CHECKING:
-    from flashcore_cupy.launch import Plan
+    from flashcore_cupy.launch.plan import Plan
 
 __all__ = ["Case", "CaseResult", "cases", "run_all", "run_case"]
 
@@ -57,8 +60,8 @@ class CaseResult:
 
 def case_config(case: Case, arch: str) -> tuple[KernelConfig, ...]:
     """What a case compiles; ``ValueError`` if the kernel refuses it on this target."""
-    selection = tiles.select(described(case), arch, kernel=case.kernel)
-    return tiles.configs_of(selection)
+    selection = selector.select(described(case), arch, kernel=case.kernel)
+    return selector.configs_of(selection)
 
 
 def run_case(case: Case) -> CaseResult:
@@ -69,7 +72,7 @@ def run_case(case: Case) -> CaseResult:
     failures = (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError)
     try:
         launched = _launch(case, setup)
-    except (ValueError, jit.CompileError, *failures) as error:
+    except (ValueError, nvrtc.CompileError, *failures) as error:
         return CaseResult(case, False, None, None, str(error).splitlines()[0])
     return judge(case, setup.host, launched)
 
@@ -189,7 +192,7 @@ def run_all(
     """
     announce = on_start or (lambda steps, words: None)
     step = on_step or (lambda words: None)
-    arch = jit.device_arch()
+    arch = compiler.device_arch()
     chosen = runnable(cases(), arch)
     chosen = chosen[::_QUICK] if quick else chosen
     wanted = list(dict.fromkeys(c for case in chosen for c in case_config(case, arch)))

@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from flashcore_cupy import tiles
-from flashcore_cupy.config import round_up
-from flashcore_cupy.selftest_case import Case, View, packed
+from flashcore_cupy.check.selftest.case import Case, View, packed
+from flashcore_cupy.select import registry, selector
+from flashcore_cupy.select.tile_checks import round_up
 
 _Choice = dict[str, Any]  # fields of Case
 #: Of q and k, and of v: between the table's rows, and apart from each other.
@@ -215,7 +215,7 @@ def _invariant(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
 
 @functools.cache
 def _dims(kernel: str) -> tuple[_Choice, ...]:
-    rows = {row.dims for row in tiles.rows_of(kernel)}
+    rows = {row.dims for row in selector.rows_of(kernel)}
     dims = rows | {more for more in _MORE_DIMS if takes_dims(kernel, "float16", more)}
     return tuple({"head_dim": d, "head_dim_v": d_v} for d, d_v in sorted(dims))
 
@@ -224,7 +224,7 @@ def takes_views(kernel: str) -> tuple[View, ...]:
     """How arrays may lie in memory: by TMA only on multiples of 16 bytes."""
     views: tuple[View, ...] = get_args(View)
     aligned = ("contiguous", "strided", "transposed")
-    return tuple(v for v in views if v in aligned or not tiles.KERNELS[kernel].tma)
+    return tuple(v for v in views if v in aligned or not registry.KERNELS[kernel].tma)
 
 
 def _taken(kernel: str, choices: Sequence[_Choice]) -> list[_Choice]:
@@ -235,9 +235,9 @@ def _taken(kernel: str, choices: Sequence[_Choice]) -> list[_Choice]:
 
 def takes_dims(kernel: str, dtype: str, dims: tuple[int, int]) -> bool:
     """Whether the kernel takes heads of so many columns, of q and k and of v."""
-    if tiles.KERNELS[kernel].tma and any(dim % 8 for dim in dims):
+    if registry.KERNELS[kernel].tma and any(dim % 8 for dim in dims):
         return False  # contiguous rows would not start on 16 bytes
-    rows = [row.dims for row in tiles.rows_of(kernel) if dtype in row.dtypes]
+    rows = [row.dims for row in selector.rows_of(kernel) if dtype in row.dtypes]
     return any(row[0] >= dims[0] and row[1] >= dims[1] for row in rows)
 
 
@@ -248,7 +248,7 @@ def _in_dtype_taken(kernel: str, choice: _Choice) -> _Choice:
 
 def _for_tma(kernel: str, choice: _Choice) -> _Choice:
     """With masks as kernels that load by TMA take them: 16 keys at a time."""
-    if not (tiles.KERNELS[kernel].tma and choice.get("mask")):
+    if not (registry.KERNELS[kernel].tma and choice.get("mask")):
         return choice
     return choice | {"view": "contiguous", "seqlen_kv": round_up(choice["seqlen_kv"], 16)}
 

@@ -11,9 +11,12 @@ from typing import Any
 import click
 from rich.console import RenderableType
 
-from flashcore_cupy import _plot, _render, builds, doctor, jit, job, ladder, selftest, tiles
-from flashcore_cupy._errors import OneLineErrors
-from flashcore_cupy._options import (
+from flashcore_cupy._version import __version__
+from flashcore_cupy.check import doctor
+from flashcore_cupy.check.selftest import matrix
+from flashcore_cupy.cli import plots, tables
+from flashcore_cupy.cli.errors import OneLineErrors
+from flashcore_cupy.cli.options import (
     PICTURES,
     arch_option,
     bad_input,
@@ -29,8 +32,11 @@ from flashcore_cupy._options import (
     timing_options,
     writable,
 )
-from flashcore_cupy._steps import Steps, orderly_end
-from flashcore_cupy._version import __version__
+from flashcore_cupy.cli.progress import Steps, orderly_end
+from flashcore_cupy.jit import cache, compiler
+from flashcore_cupy.launch import builds
+from flashcore_cupy.measure import job, ladder
+from flashcore_cupy.select import registry, targets
 
 #: A call of more operations takes a CPU seconds, at the least.
 _LONG_FLOPS = 5e10
@@ -90,12 +96,12 @@ def run_command(
         selection = job.choose(problem, target, options)
         job.check_memory(problem)
     _note_missing_gpu("the job runs on NumPy arrays")
-    if jit.no_gpu_reason() is not None and problem.flops > _LONG_FLOPS:
+    if compiler.no_gpu_reason() is not None and problem.flops > _LONG_FLOPS:
         tflop = f"{problem.flops / 1e12:.2g} TFLOP"
         click.echo(f"one call is {tflop}, which takes a CPU seconds or minutes", err=True)
     with Steps() as steps:
         result = job.run(problem, selection, target, options, steps.phase)
-    _report(as_json, result.to_json(), lambda _: _render.run_table(result))
+    _report(as_json, result.to_json(), lambda _: tables.run_table(result))
     if not result.check.ok:
         raise click.exceptions.Exit(1)
 
@@ -128,7 +134,7 @@ def explain_command(
         "config": selection.config.describe(),
         "passed_over": dict(selection.passed_over),
     }
-    _report(as_json, data, lambda _: _render.explanation(selection, target))
+    _report(as_json, data, lambda _: tables.explanation(selection, target))
 
 
 @main.command("ladder")
@@ -177,7 +183,7 @@ def ladder_command(
         refuse_beside("--from", ("source", "plot", "baseline_us", "baseline_name", "as_json"))
     if plot is not None:
         with missing_extra():
-            _plot.require_matplotlib()
+            plots.require_matplotlib()
     names = [*baseline_name, *["baseline"] * len(baseline_us)]
     baselines = tuple(ladder.Baseline(*pair) for pair in zip(names, baseline_us, strict=False))
     if source is not None:
@@ -185,8 +191,8 @@ def ladder_command(
     else:
         result = _climb(asked, arch, baselines)
     if plot is not None:
-        _plot.draw(result, plot)
-    _report(as_json, result.to_json(), lambda columns: _render.ladder_table(result, columns))
+        plots.draw(result, plot)
+    _report(as_json, result.to_json(), lambda columns: tables.ladder_table(result, columns))
     if not result.ok:
         raise click.exceptions.Exit(1)
 
@@ -198,7 +204,7 @@ def _climb(
     target = target_of(arch)
     with bad_input():
         problem = job.problem_of(**asked)
-        if jit.no_gpu_reason() is None:  # else no array is made
+        if compiler.no_gpu_reason() is None:  # else no array is made
             job.check_memory(problem)
     _note_missing_gpu("kernels are compiled, not run")
     with orderly_end(), Steps() as steps:
@@ -235,14 +241,14 @@ def selftest_command(quick: bool, output: Path | None, as_json: bool) -> None:
 
     Exit code 1: a case failed, or there is no GPU.
     """
-    reason = jit.no_gpu_reason()
+    reason = compiler.no_gpu_reason()
     if reason is not None:
         raise click.ClickException(f"selftest needs a GPU: {reason}")
     with orderly_end(), Steps() as steps:
-        report = selftest.run_all(quick=quick, on_start=steps.start, on_step=steps.step)
+        report = matrix.run_all(quick=quick, on_start=steps.start, on_step=steps.step)
     if output is not None:
         output.write_text(_as_json(report) + "\n", encoding="utf-8")
-    _report(as_json, report, lambda _: _render.selftest_table(report))
+    _report(as_json, report, lambda _: tables.selftest_table(report))
     if report["failed"]:
         raise click.exceptions.Exit(1)
 
@@ -255,7 +261,7 @@ def doctor_command(as_json: bool) -> None:
     Exit code 1: there is something to cure.
     """
     report = doctor.examine()
-    _report(as_json, report.to_json(), lambda _: _render.doctor_table(report))
+    _report(as_json, report.to_json(), lambda _: tables.doctor_table(report))
     if not report.ok:
         raise click.exceptions.Exit(1)
 
@@ -265,8 +271,8 @@ class _Warmup(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         counts = (
-            f"{len(list(builds.table_configs(tiles.KERNELS, arch)))} for {arch}"
-            for arch in tiles.TARGETS
+            f"{len(list(builds.table_configs(registry.KERNELS, arch)))} for {arch}"
+            for arch in targets.TARGETS
         )
         formatter.write_paragraph()
         formatter.write_text(
@@ -284,11 +290,11 @@ class _Warmup(click.Command):
     help="Target such as sm_90a, may be repeated; default: the GPU's own, "
     f"{builds.DEFAULT_ARCH} without one.",
 )
-@click.option("--all", "everything", is_flag=True, help=f"Targets {', '.join(tiles.TARGETS)}.")
+@click.option("--all", "everything", is_flag=True, help=f"Targets {', '.join(targets.TARGETS)}.")
 @click.option(
     "--kernel",
     "kernels",
-    type=click.Choice(tuple(tiles.KERNELS)),
+    type=click.Choice(tuple(registry.KERNELS)),
     multiple=True,
     help="Only this kernel; may be repeated.",
 )
@@ -300,12 +306,13 @@ def warmup_command(
 
     Rows that a target cannot run are left out.
     """
-    targets = tuple(dict.fromkeys(archs or (tiles.TARGETS if everything else (target_of(None),))))
-    names = tuple(dict.fromkeys(kernels or tiles.KERNELS))
-    for arch in targets:
+    every = targets.TARGETS if everything else (target_of(None),)
+    chosen = tuple(dict.fromkeys(archs or every))
+    names = tuple(dict.fromkeys(kernels or registry.KERNELS))
+    for arch in chosen:
         check_arch(arch)
-    wanted = [(c, arch) for arch in targets for c in builds.table_configs(names, arch)]
-    pairs = ((name, arch, builds.why_none(name, arch)) for arch in targets for name in names)
+    wanted = [(c, arch) for arch in chosen for c in builds.table_configs(names, arch)]
+    pairs = ((name, arch, builds.why_none(name, arch)) for arch in chosen for name in names)
     without = [pair for pair in pairs if pair[2] is not None]
     with orderly_end(), Steps() as steps:
         steps.start(len(wanted), "compiling")
@@ -314,7 +321,7 @@ def warmup_command(
         "kernels": [{"kernel": b.kernel, "arch": b.arch, **b.resources()} for b in made],
         "left_out": [{"kernel": k, "arch": arch, "reason": why} for k, arch, why in without],
     }
-    _report(as_json, data, lambda columns: _render.warmup_table(made, without, columns))
+    _report(as_json, data, lambda columns: tables.warmup_table(made, without, columns))
 
 
 @main.command("cache")
@@ -322,9 +329,9 @@ def warmup_command(
 @json_option
 def cache_command(clear: bool, as_json: bool) -> None:
     """Show the compiled kernels on disk, or remove them."""
-    cleared = jit.clear_cache() if clear else None
-    entries = jit.cache_entries()
-    folder = str(jit.cache_dir())
+    cleared = cache.clear_cache() if clear else None
+    entries = cache.cache_entries()
+    folder = str(cache.cache_dir())
     data = {
         "folder": folder,
         "size_bytes": sum(entry.size_bytes for entry in entries),
@@ -333,11 +340,11 @@ def cache_command(clear: bool, as_json: bool) -> None:
     }
     if clear and not as_json:
         click.echo(f"removed {cleared} kernels")
-    _report(as_json, data, lambda _: _render.cache_table(folder, entries))
+    _report(as_json, data, lambda _: tables.cache_table(folder, entries))
 
 
 def _note_missing_gpu(what: str) -> None:
-    reason = jit.no_gpu_reason()
+    reason = compiler.no_gpu_reason()
     if reason is not None:
         click.echo(f"no GPU ({reason}): {what}", err=True)
 
@@ -346,9 +353,9 @@ def _report(as_json: bool, data: Any, table: Callable[[int], RenderableType]) ->
     if as_json:
         click.echo(_as_json(data))
     else:
-        console = _render.console(fewest=_render.FEWEST_COLUMNS)
+        console = tables.console(fewest=tables.FEWEST_COLUMNS)
         console.print(table(console.width))
 
 
 def _as_json(data: Any) -> str:
-    return json.dumps(_render.clean(data), indent=2, allow_nan=False)
+    return json.dumps(tables.clean(data), indent=2, allow_nan=False)

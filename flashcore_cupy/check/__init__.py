@@ -1,0 +1,1 @@
+"""Is it right: the acceptance rule, expected values, the correctness matrix."""

@@ -1,0 +1,26 @@
+"""Random inputs of a problem, on the host."""
+
+from __future__ import annotations
+
+from flashcore_cupy.cpu import reference
+from flashcore_cupy.cpu.reference import InputKind
+from flashcore_cupy.cpu.tiled_attention import Array
+from flashcore_cupy.problem.attention_problem import AttentionProblem
+
+
+def inputs(
+    problem: AttentionProblem, seed: int, kind: InputKind = "normal"
+) -> tuple[Array, Array, Array]:
+    """Random q, k, v for a problem as canonical NumPy arrays; the same for the same seed."""
+    return reference.make_inputs(
+        kind,
+        batch=problem.batch,
+        heads=problem.heads_q,
+        heads_kv=problem.heads_kv,
+        seqlen=problem.seqlen_q,
+        seqlen_kv=problem.seqlen_kv,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        dtype=problem.dtype,
+        seed=seed,
+    )

@@ -1,0 +1,1 @@
+"""The correctness matrix: its cases, their arrays, and how they run."""

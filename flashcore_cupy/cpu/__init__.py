@@ -1,0 +1,1 @@
+"""The same semantics on NumPy arrays: the tiled attention, and the float64 oracle."""

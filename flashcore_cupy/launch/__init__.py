@@ -1,0 +1,1 @@
+"""How a kernel is started: parameters, tensor maps, workspace, the launch cache."""

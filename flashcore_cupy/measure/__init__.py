@@ -1,0 +1,1 @@
+"""How fast: latency, peak rates, the ladder."""

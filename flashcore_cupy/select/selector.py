@@ -1,0 +1,199 @@
+"""Which kernel and tile a problem gets on a target, and why faster kernels were passed over."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, check_choice
+from flashcore_cupy.select.config import (
+    KernelConfig,
+    check_no_rules,
+    check_overrides,
+    quantize_config,
+    rules_of,
+)
+from flashcore_cupy.select.registry import AUTO_ORDER, HOPPER, KERNELS, Kernel
+from flashcore_cupy.select.row import Row
+from flashcore_cupy.select.table import ROWS
+from flashcore_cupy.select.targets import capability, check_fits
+from flashcore_cupy.select.tma import check_layout
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kernel that a problem gets on a target, and why the faster ones were passed over."""
+
+    kernel: Kernel
+    config: KernelConfig
+    passed_over: tuple[tuple[str, str], ...] = ()
+
+    def explained(self, arch: str) -> list[str]:
+        """Return a line for the kernel on its target, and one for each that was passed over."""
+        lines = [f"{self.kernel.name} on {arch}: {self.config.describe()}"]
+        return lines + [f"passed over {name}: {reason}" for name, reason in self.passed_over]
+
+
+def rows_of(kernel: str) -> list[Row]:
+    """The rows of a kernel, in order of preference."""
+    return [row for row in ROWS if row.kernel == kernel]
+
+
+def configure(
+    problem: AttentionProblem,
+    kernel: Kernel,
+    arch: str,
+    overrides: Mapping[str, object] | None = None,
+    *,
+    auto: bool = False,
+) -> KernelConfig:
+    """The kernel's configuration for a problem; ``ValueError`` says why there is none.
+
+    ``auto``: nor is there one where another kernel is meant for so small a grid.
+    """
+    if problem.dtype not in kernel.dtypes:
+        raise ValueError(f"takes {' and '.join(kernel.dtypes)}, not {problem.dtype}")
+    _check_arch(kernel, arch)
+    if not kernel.has_rules:
+        check_no_rules(problem)
+    if kernel.tma:
+        check_layout(problem)
+        if problem.rules.mask is not None and not problem.rules.mask.chunks:
+            raise ValueError(
+                "reads a mask 16 keys at a time: its rows have to begin on multiples of 16 bytes, "
+                "with a multiple of 16 keys"
+            )
+    if auto and kernel.tma and problem.rules.bias is not None and not problem.rules.bias.pairs:
+        raise ValueError("is slower with a bias that cannot be read two keys at a time")
+    dims = (problem.head_dim, problem.head_dim_v)
+    own = [row for row in rows_of(kernel.name) if problem.dtype in row.dtypes]
+    wide = {row.dims for row in own if row.dims[0] >= dims[0] and row.dims[1] >= dims[1]}
+    if not wide:
+        most = max(row.head_dim for row in own)
+        asked = "/".join(map(str, dict.fromkeys(dims)))
+        raise ValueError(f"takes head dims up to {most} in {problem.dtype}, not {asked}")
+    reasons = []
+    meant = [row for row in own if row.dims == min(wide, key=sum) and row.serves(problem)]
+    filled = [row for row in meant if not row.unfilled_by(problem)]
+    filled.sort(key=lambda row: row.grid_cost(problem))  # otherwise as they stand in the table
+    if auto and meant and not filled:
+        raise ValueError(meant[0].unfilled_by(problem))
+    if not auto:
+        filled += [row for row in meant if row not in filled]
+    for row in filled:
+        try:
+            return check_target(row, configure_row(row, problem, overrides), arch)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError(reasons[0])
+
+
+def configure_row(
+    row: Row, problem: AttentionProblem, overrides: Mapping[str, object] | None = None
+) -> KernelConfig:
+    """Join a row with a problem, for any target; ``ValueError`` says what is wrong with a tile."""
+    kernel = KERNELS[row.kernel]
+    scalar = kernel.source == "scalar.cu"
+    columns = max(problem.head_dim, problem.head_dim_v)
+    head_dim, head_dim_v = (columns, columns) if scalar else row.dims
+    left, right = problem.window
+    config = KernelConfig(
+        kernel=kernel.name,
+        source=kernel.source,
+        dtype=problem.dtype,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dim_qk=problem.head_dim,
+        dim_v=problem.head_dim_v,
+        tile=row.tile.override(overrides or {}),
+        causal=right >= 0,
+        gate=problem.gate,
+        # scalar reads element by element: one build serves every alignment.
+        align_bytes=ITEMSIZE[problem.dtype] if scalar else problem.align_bytes,
+        tma_stores=kernel.tma,
+        window=left >= 0,
+        rules=rules_of(problem) if kernel.has_rules else (),
+        packed=problem.packed,
+        mods=problem.rules.mods,
+    )
+    config.check()
+    group = problem.heads_q // problem.heads_kv
+    if config.tile.pack_gqa and problem.rules.differ_by_head:
+        raise ValueError("config: pack_gqa with a rule that hides keys from some heads of a group")
+    if kernel.tma and config.tile.pack_gqa and config.tile.block_m % group:
+        raise ValueError(
+            f"packs groups of 1, 2, 4, ... {config.tile.block_m} heads, not of {group}"
+        )
+    return config
+
+
+def _check_arch(kernel: Kernel, arch: str) -> None:
+    if kernel.tma and arch != HOPPER:
+        raise ValueError(f"needs wgmma, which {HOPPER} alone has; the target is {arch}")
+
+
+def check_target(row: Row, config: KernelConfig, arch: str) -> KernelConfig:
+    """Return the row's configuration; ``ValueError`` says what of it the target lacks."""
+    _check_arch(KERNELS[row.kernel], arch)
+    if row.max_arch is not None and capability(arch) > row.max_arch:
+        raise ValueError(f"has a row up to sm_{row.max_arch} alone, the target is {arch}")
+    if row.min_arch is not None and capability(arch) < row.min_arch:
+        raise ValueError(f"has a row from sm_{row.min_arch} on alone, the target is {arch}")
+    check_fits(config, arch)
+    return config
+
+
+def configs_of(selection: Selection) -> tuple[KernelConfig, ...]:
+    """Every configuration that a selected kernel launches, in launch order."""
+    if selection.kernel.quantizes:
+        return quantize_config(selection.config), selection.config
+    return (selection.config,)
+
+
+def select(
+    problem: AttentionProblem,
+    arch: str,
+    *,
+    kernel: str = "auto",
+    overrides: Mapping[str, object] | None = None,
+) -> Selection:
+    """The kernel for a problem on a target.
+
+    ``kernel`` names one, or is "auto" for the fastest that can do it. Raises ``ValueError`` with
+    the reason if there is none.
+    """
+    check_choice("kernel", kernel, ("auto", *KERNELS))
+    changes = check_overrides(overrides or {})
+    return _select(problem, arch, kernel, tuple(changes.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(
+    problem: AttentionProblem, arch: str, kernel: str, changes: tuple[tuple[str, int | bool], ...]
+) -> Selection:
+    if kernel == "auto":
+        fastest = _fastest(problem, arch)
+        if not changes:
+            return fastest
+        passed_over, kernel = fastest.passed_over, fastest.kernel.name
+    else:
+        passed_over = ()
+    try:
+        config = configure(problem, KERNELS[kernel], arch, dict(changes))
+    except ValueError as error:
+        raise ValueError(f"kernel {kernel!r}: {error}") from None
+    return Selection(KERNELS[kernel], config, passed_over)
+
+
+def _fastest(problem: AttentionProblem, arch: str) -> Selection:
+    passed_over: list[tuple[str, str]] = []
+    for name in AUTO_ORDER:
+        try:
+            config = configure(problem, KERNELS[name], arch, auto=True)
+        except ValueError as error:
+            passed_over.append((name, str(error)))
+        else:
+            return Selection(KERNELS[name], config, tuple(passed_over))
+    reasons = "; ".join(f"{name} {why}" for name, why in passed_over)
+    raise ValueError(f"kernel: none can do this problem on {arch}: {reasons}")
