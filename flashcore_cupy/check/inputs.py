@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from flashcore_cupy.cpu import reference
 from flashcore_cupy.cpu.reference import InputKind
-from flashcore_cupy.cpu.tiled_attention import Array
 from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.problem.blocks import Array
 
 
 def inputs(

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from flashcore_cupy.cpu import reference
 from flashcore_cupy.cpu.reference import Comparison
-from flashcore_cupy.cpu.tiled_attention import Array
 from flashcore_cupy.problem.attention_problem import EPSILON, AttentionProblem
+from flashcore_cupy.problem.blocks import Array
 
 if TYPE_CHECKING:
     from flashcore_cupy.launch.plan import Plan

@@ -1,38 +1,23 @@
 """The score rules and the mask of attention, as every NumPy path applies them.
 
-Here alone is said what a rule means; the float64 oracle and the tiled attention share it. In this
-order, with b, h, i, j for the batch, the query head, the query and the key:
-
-    s = scale * q.k                             softmax_scale
-    s = cap * tanh(s / cap)                     softcap
-    s = s - slope * |i + offset - j|            alibi_slopes
-    s = s + bias[b, h, i, j]                    bias
-    s = score_mod(s, b, h, i, j)                score_mod
-
-and then query i sees key j where causal, window, mask and mask_mod all let it.
+What a rule means is said in ``problem.rules``; the float64 oracle and the tiled attention share it.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashcore_cupy.problem.attention_problem import Causal
-from flashcore_cupy.problem.rules import check_softcap
-from flashcore_cupy.problem.values import shown
-
-Array: TypeAlias = NDArray[Any]
-BoolArray: TypeAlias = NDArray[np.bool_]
-IntArray: TypeAlias = NDArray[np.int64]
-ScoreMod: TypeAlias = Callable[..., Any]
-MaskMod: TypeAlias = Callable[..., Any]
+from flashcore_cupy.problem.blocks import Array, Block, BoolArray, Scores
+from flashcore_cupy.problem.mods import MaskMod, ScoreMod, check_mods
+from flashcore_cupy.problem.rule import Rule
+from flashcore_cupy.problem.rules import RULES, check_softcap
 
 
 class Sizes(NamedTuple):
@@ -84,36 +69,6 @@ def causal_offset(causal: Causal, seqlen_q: int, seqlen_kv: int) -> int | None:
     if causal == "top-left":
         return 0
     raise ValueError(f"causal: got {causal!r}; use False, True (bottom-right) or 'top-left'")
-
-
-class Block(NamedTuple):
-    """The place of a block of scores (M, N): some queries of one head by consecutive keys."""
-
-    batch: int
-    head: int
-    """The query head."""
-    queries: IntArray
-    """Positions (M,), in any order."""
-    lowest: int
-    highest: int
-    """Of the queries."""
-    keys: slice
-    """Start and stop, inside the sequence: N keys."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(M, N)."""
-        return len(self.queries), self.keys.stop - self.keys.start
-
-    @property
-    def q_idx(self) -> IntArray:
-        """The queries as a column, (M, 1)."""
-        return self.queries[:, None]
-
-    @property
-    def kv_idx(self) -> IntArray:
-        """The keys as a row, (1, N)."""
-        return np.arange(self.keys.start, self.keys.stop)[None, :]
 
 
 class RuleArguments(TypedDict, total=False):
@@ -180,11 +135,6 @@ class Rules:
         return float(self.softmax_scale)
 
     @cached_property
-    def cap(self) -> float:
-        """The softcap as it is applied; 0 is none."""
-        return check_softcap(self.softcap)
-
-    @cached_property
     def offset(self) -> int:
         """Query i stands at key i + offset: there the causal diagonal, windows and ALiBi meet."""
         return 0 if self.causal == "top-left" else self.sizes.seqlen_kv - self.sizes.seqlen_q
@@ -200,21 +150,22 @@ class Rules:
         """Return the sink of a query head; -inf, which adds nothing, if there is none."""
         return -math.inf if self.sink is None else float(self.sink[head])
 
+    @cached_property
+    def scores(self) -> Scores:
+        """Sizes of all scores."""
+        sizes = self.sizes
+        return Scores(sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_kv)
+
+    @cached_property
+    def _given(self) -> list[tuple[Rule, Any]]:
+        given = [(rule, getattr(self, rule.name)) for rule in RULES]
+        return [(rule, value) for rule, value in given if value is not None]
+
     def apply(self, scores: Array, at: Block) -> None:
         """Turn the products q.k of a block, (M, N), into its scores: in place, in their dtype."""
-        number = scores.dtype.type
-        scores *= number(self.scale)
-        if self.cap:
-            _soften(scores, number(self.cap))
-        if self.alibi_slopes is not None:
-            distance = np.abs(at.q_idx + self.offset - at.kv_idx).astype(scores.dtype)
-            scores -= number(self._slope(at)) * distance
-        if self.bias is not None:
-            scores += self._cut(self.bias, at).astype(scores.dtype)
-        if self.score_mod is not None:
-            given = self._number(at.batch), at.head, at.q_idx, at.kv_idx
-            result = self.score_mod(scores, *given, **(self.mod_args or {}))
-            scores[...] = _fitted("score_mod", _numbers(result), scores.shape)
+        scores *= scores.dtype.type(self.scale)
+        for rule, value in self._given:
+            rule.apply(value, scores, at, self)
 
     def visible(self, at: Block) -> BoolArray:
         """Return where the queries of a block see its keys, (M, N)."""
@@ -224,16 +175,13 @@ class Rules:
             parts.append(at.kv_idx <= at.q_idx + (self.offset + right))
         if at.keys.start < at.highest + self.offset - left:
             parts.append(at.kv_idx >= at.q_idx + (self.offset - left))
-        if self.mask is not None:
-            parts.append(self._cut(self.mask, at))
-        if self.mask_mod is not None:
-            given = self._number(at.batch), at.head, at.q_idx, at.kv_idx
-            parts.append(_flags(self.mask_mod(*given, **(self.mod_args or {})), at.shape))
+        seen = (rule.seen(value, at, self) for rule, value in self._given)
+        parts += [part for part in seen if part is not None]
         return reduce(np.logical_and, parts) if parts else np.ones(at.shape, np.bool_)
 
     def doubtful(self, at: Block) -> list[Block]:
         """Return the parts of a block that need a look: in the rest all queries see all keys."""
-        if self.mask is not None or self.mask_mod is not None:
+        if any(rule.hides for rule, _ in self._given):
             return [at]
         left, right = self.reach
         first = max(at.keys.start, at.highest + self.offset - left)
@@ -250,92 +198,9 @@ class Rules:
         end = min(highest + self.offset + right + 1, self.sizes.seqlen_kv)
         return slice(start, max(start, end))
 
-    def _number(self, batch: int) -> int:
+    def number(self, batch: int) -> int:
+        """Return the b of a batch, or of a sequence of a packed batch."""
         return batch if self.sequence is None else self.sequence
-
-    def _slope(self, at: Block) -> float:
-        slopes = np.asarray(self.alibi_slopes)
-        of_batch = slopes if slopes.ndim == 1 else slopes[self._number(at.batch)]
-        return float(of_batch[at.head])
-
-    def _cut(self, x: Array, at: Block) -> Array:
-        """A block of an array that broadcasts to (B, Hq, Sq, Skv), the only part that is copied."""
-        sizes = self.sizes
-        shape = sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_kv
-        cut: Array = np.broadcast_to(x, shape)[at.batch, at.head, at.queries, at.keys]
-        return cut
-
-
-def _soften(scores: Array, cap: Any) -> None:
-    """Turn scores into cap tanh(score / cap), in place."""
-    with np.errstate(all="ignore"):
-        ratio = scores / cap
-        # There tanh(x) is x to the last bit; and x, if subnormal, has lost bits of the score.
-        same = np.abs(ratio) < math.sqrt(np.finfo(scores.dtype).eps)
-        np.tanh(ratio, out=ratio)
-        ratio *= cap
-    np.copyto(scores, ratio, where=~same)
-
-
-def _numbers(result: Any) -> Array:
-    """What a score_mod returned; ``TypeError`` unless that is numbers, or an array of them."""
-    return _returned("score_mod", result, "the block's new scores, real numbers", _is_real)
-
-
-def _flags(result: Any, shape: tuple[int, ...]) -> BoolArray:
-    flags = _returned("mask_mod", result, "booleans, True where a query attends", _is_bool)
-    return _fitted("mask_mod", flags, shape)
-
-
-def _is_real(dtype: np.dtype[Any]) -> bool:
-    # The float types that NumPy does not know itself, such as bfloat16, are of kind V, as records.
-    return dtype.kind in "iuf" or (dtype.kind == "V" and "float" in dtype.name)
-
-
-def _is_bool(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind == "b"
-
-
-def _returned(
-    name: str, result: Any, wanted: str, is_right: Callable[[np.dtype[Any]], bool]
-) -> Array:
-    try:
-        # A masked array loses its mask like this.
-        array = None if isinstance(result, np.ma.MaskedArray) else np.asarray(result)
-    except Exception as error:  # of whatever the user returned: a ragged list, a traced array
-        raise TypeError(f"{name}: returned {shown(result)}; return {wanted}") from error
-    if array is None or not is_right(array.dtype):
-        kind = "" if array is None or array.dtype == object else f", dtype {array.dtype.name}"
-        raise TypeError(f"{name}: returned {shown(result)}{kind}; return {wanted}")
-    return array
-
-
-def _fitted(name: str, result: Array, shape: tuple[int, ...]) -> Array:
-    try:
-        return np.broadcast_to(result, shape)
-    except ValueError:
-        got = result.shape
-        raise ValueError(f"{name}: returned shape {got}; return the block's, {shape}") from None
-
-
-def check_mods(score_mod: Any, mask_mod: Any, mod_args: Mapping[str, Any] | None) -> None:
-    """Raise ``TypeError`` unless these are None, or callables that take what they will be given."""
-    for name, mod, first in (("score_mod", score_mod, "score, "), ("mask_mod", mask_mod, "")):
-        if mod is None:
-            continue
-        call = f"{name}({first}b, h, q_idx, kv_idx, **mod_args)"
-        if not callable(mod):
-            raise TypeError(
-                f"{name}: got {type(mod).__name__}; on NumPy arrays pass a callable, {call}"
-            )
-        try:
-            signature = inspect.signature(mod)
-        except (TypeError, ValueError):  # a function of C need not tell
-            continue
-        try:
-            signature.bind(*[None] * (4 + len(first.split())), **(mod_args or {}))
-        except TypeError as error:
-            raise TypeError(f"{name}: cannot be called as {call}: {error}") from None
 
 
 def _check(rules: Rules) -> None:
@@ -359,28 +224,12 @@ def _check(rules: Rules) -> None:
 
 
 def _check_shapes(rules: Rules) -> None:
-    sizes = rules.sizes
-    full = sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_kv
-    for name, x in (("bias", rules.bias), ("mask", rules.mask)):
-        if x is not None and not _broadcasts(x.shape, full):
-            raise ValueError(
-                f"{name}: got shape {x.shape}; use one that broadcasts to (B, Hq, Sq, Skv) = {full}"
-            )
-    heads = (sizes.heads_q,)
-    if rules.sink is not None and rules.sink.shape != heads:
-        raise ValueError(f"sink: got shape {rules.sink.shape}; use (Hq,) = {heads}")
-    slopes = rules.alibi_slopes
-    if slopes is not None and slopes.shape != heads:
-        # A packed batch passes the slopes of all its sequences to each of them.
-        whole = rules.sequence is not None and slopes.ndim == 2 and len(slopes) > rules.sequence
-        batch = len(slopes) if whole else sizes.batch
-        if slopes.shape != (batch, *heads):
-            raise ValueError(
-                f"alibi_slopes: got shape {slopes.shape}; use (Hq,) = {heads} or "
-                f"(B, Hq) = {(batch, *heads)}"
-            )
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    axes = zip(shape[::-1], to[::-1], strict=False)
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in axes)
+    for rule in RULES:
+        value = getattr(rules, rule.name)
+        if rule.takes == "value" or rule.takes == "formula" or value is None:
+            continue
+        scores = rules.scores
+        if rules.sequence is not None and value.ndim == 2 and len(value) > rules.sequence:
+            # A packed batch passes the slopes of all its sequences to each of them.
+            scores = scores._replace(batch=len(value))
+        rule.check_shape(value.shape, scores)

@@ -22,18 +22,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from flashcore_cupy.cpu.numpy_rules import (
-    Array,
-    Block,
-    BoolArray,
-    IntArray,
-    RuleArguments,
-    Rules,
-    causal_offset,
-    sizes_of,
-)
+from flashcore_cupy.cpu.numpy_rules import RuleArguments, Rules, causal_offset, sizes_of
 from flashcore_cupy.cpu.tiled_attention import sequences, tiled
 from flashcore_cupy.problem.attention_problem import EPSILON
+from flashcore_cupy.problem.blocks import Array, Block, BoolArray, IntArray
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

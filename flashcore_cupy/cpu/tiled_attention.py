@@ -24,15 +24,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy.cpu.numpy_rules import (
-    Array,
-    Block,
-    BoolArray,
-    RuleArguments,
-    Rules,
-    Sizes,
-    sizes_of,
-)
+from flashcore_cupy.cpu.numpy_rules import RuleArguments, Rules, Sizes, sizes_of
+from flashcore_cupy.problem.blocks import Array, Block, BoolArray
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

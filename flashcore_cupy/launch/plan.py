@@ -333,13 +333,9 @@ def _fixed_params(
 
 
 def _set_rules(params: np.ndarray[Any, Any], rules: Rules) -> None:
-    if rules.alibi is not None:
-        params["alibi_strides"] = rules.alibi
-    for name, array in (("bias", rules.bias), ("mask", rules.mask)):
-        if array is not None:
-            params[f"{name}_strides"] = array.strides
-    params["softcap"] = rules.softcap
-    params["inverse_softcap"] = 1 / rules.softcap if rules.softcap else 0
+    for rule, described in rules.given:
+        for name, value in rule.params(described).items():
+            params[name] = value
 
 
 def _resident(kernel: LoadedKernel, place: Place) -> int:

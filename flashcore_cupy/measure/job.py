@@ -13,11 +13,11 @@ from flashcore_cupy.attention import attention, plan
 from flashcore_cupy.check import verify
 from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.machine import Machine, machine
-from flashcore_cupy.cpu.tiled_attention import Array
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure.timing import Peak, Timing, free_memory, peak, time_calls, time_graph
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, contiguous_problem
+from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.problem.rules import Rules, check_softcap, check_window
 from flashcore_cupy.select import selector
 

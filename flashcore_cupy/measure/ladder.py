@@ -10,12 +10,12 @@ from flashcore_cupy.attention import plan
 from flashcore_cupy.check import verify
 from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.machine import machine
-from flashcore_cupy.cpu.tiled_attention import Array
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure.job import arguments_of, in_layout, problem_json, to_gpu
 from flashcore_cupy.measure.timing import Timing, time_graph
 from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.select import registry, selector
 
 #: What JSON has for the types of a rung's fields.

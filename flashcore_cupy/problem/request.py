@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.cpu.numpy_rules import check_mods
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.cuda.driver import binding, checked
 from flashcore_cupy.jit import compiler
@@ -37,8 +36,10 @@ from flashcore_cupy.problem.attention_problem import (
     describe,
     operand,
 )
+from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.mods import check_mod_args, check_mods
 from flashcore_cupy.problem.rule_arrays import few_numbers, rule_array
-from flashcore_cupy.problem.rules import Scores, check_mod_args, describe_rules
+from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.problem.values import check_flag, shown
 from flashcore_cupy.select.config import check_overrides
 from flashcore_cupy.select.registry import KERNELS

@@ -1,4 +1,16 @@
-"""What scores go through besides their scale: checked, and described without any data.
+"""The score rules: what scores go through besides their scale, and which keys a query sees.
+
+One record per argument of ``attention``, in the order in which they apply. With b, h, i, j for the
+batch, the query head, the query and the key:
+
+    s = scale * q.k                             softmax_scale
+    s = cap * tanh(s / cap)                     softcap
+    s = s - slope * |i + offset - j|            alibi_slopes
+    s = s + bias[b, h, i, j]                    bias
+    s = score_mod(s, b, h, i, j)                score_mod
+
+and then query i sees key j where causal, window, mask and mask_mod all let it. To add a rule: its
+record here with a field of ``Rules``, its lines in ``score.cuh``, its inputs in the selftest.
 
 Nothing here needs a GPU or CuPy: an array is looked at through ``shape``, ``dtype``, ``strides``,
 and an ``address``.
@@ -7,100 +19,40 @@ and an ``address``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
+import numpy as np
+
+from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, Scores, cut
+from flashcore_cupy.problem.mods import (
+    Mods,
+    apply_score_mod,
+    describe_mods,
+    flags_of_mask_mod,
+)
+from flashcore_cupy.problem.rule import Broadcast, BroadcastRule, Rule, check_float32
 from flashcore_cupy.problem.values import check_number, shown
 
-#: A window this wide hides nothing: sequences are not longer (problem.MAX_SEQLEN).
+#: A window this wide hides nothing: sequences are not longer (MAX_SEQLEN).
 UNBOUNDED_WINDOW = 2**30
+NO_WINDOW = (-1, -1)
 #: float32's largest number: a cap beyond it caps nothing.
 _FLOAT32_MAX = 3.4028234663852886e38
 #: A smaller cap makes no difference to a softmax, which it makes uniform; its inverse is finite.
 _LEAST_SOFTCAP = 1e-30
-#: Arrays that a score_mod and a mask_mod may use; mods.cuh has the same.
-MAX_MOD_ARGS = 8
-#: dtypes of mod_args, and what they are called in a kernel.
-MOD_TYPES = {
-    "float16": "half_t",
-    "bfloat16": "bfloat16_t",
-    "float32": "float",
-    "bool": "uint8",
-    "uint8": "uint8",
-    "int8": "signed char",
-    "int16": "short",
-    "int32": "int",
-    "int64": "int64",
-}
-_VARIABLES = ("score", "b", "h", "q_idx", "kv_idx")
-# Of C++17, and what a generated function calls its arrays.
-_TAKEN_NAMES = """
-    args alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t
-    char32_t class compl const const_cast constexpr continue decltype default delete do double
-    dynamic_cast else enum explicit export extern false float for friend goto if inline int long
-    mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public
-    register reinterpret_cast return short signed sizeof static static_assert static_cast struct
-    switch template this thread_local throw true try typedef typeid typename union unsigned
-    using virtual void volatile wchar_t while xor xor_eq
-"""
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """An array that is broadcast to (B, Hq, Sq, Skv)."""
-
-    dtype: str
-    strides: tuple[int, int, int, int]
-    """Elements; 0 along an axis that the array lacks."""
-    pairs: bool
-    """Two neighbouring keys can be loaded at once."""
-    chunks: bool = False
-    """Of a mask: 16 of them can."""
-
-
-@dataclass(frozen=True)
-class Mods:
-    """The user's expressions, and the names and dtypes of the arrays that they use."""
-
-    score_mod: str | None
-    mask_mod: str | None
-    args: tuple[tuple[str, str], ...] = ()
-
-    def header(self) -> str:
-        """The text that stands in for ``kernels/flashcore/mods.cuh``."""
-        arrays = "".join(
-            f"    [[maybe_unused]] const ModArray<{MOD_TYPES[dtype]}> {name} = "
-            f"{{static_cast<const {MOD_TYPES[dtype]}*>(args[{index}])}};\n"
-            for index, (name, dtype) in enumerate(self.args)
-        )
-        score = _function("float score_mod", "float score, ", arrays, self.score_mod, "score")
-        mask = _function("bool mask_mod", "", arrays, self.mask_mod, "true")
-        return (
-            "#pragma once\n#include <flashcore/mod_array.cuh>\n"
-            f"namespace flashcore {{\n{score}{mask}}}  // namespace flashcore\n"
-        )
-
-
-def _function(name: str, first: str, arrays: str, expression: str | None, default: str) -> str:
-    # #line, so that the compiler's messages count the lines of the user's own text.
-    place = name.split()[1]
-    return (
-        f"__device__ __forceinline__ {name}(const ModArgs& args, {first}int b, int h, int q_idx, "
-        f"int kv_idx) {{\n{arrays}    return (\n"
-        f'#line 1 "{place}"\n{default if expression is None else expression}\n'
-        '#line 1 "mods.cuh"\n    );\n}\n'
-    )
+#: Softcaps up to here, 50 in Gemma 2, lose 2^-23 of themselves without being wrong about scores.
+_USUAL_SOFTCAP = 128.0
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules of one call; hashable, so that they can key a cache."""
+    """The rules of one call, described without their data; hashable, so that they key a cache."""
 
-    window: tuple[int, int] = (-1, -1)
+    window: tuple[int, int] = NO_WINDOW
     """Keys to the left and to the right of a query's own position; -1 is no bound."""
     softcap: float = 0.0
-    alibi: tuple[int, int] | None = None
+    alibi_slopes: tuple[int, int] | None = None
     """Element strides of the slopes along batches and heads."""
     bias: Broadcast | None = None
     mask: Broadcast | None = None
@@ -110,16 +62,19 @@ class Rules:
     @property
     def names(self) -> tuple[str, ...]:
         """The arguments, beyond the window, that are not at their defaults."""
-        given = {
-            "softcap": self.softcap != 0,
-            "alibi_slopes": self.alibi is not None,
-            "bias": self.bias is not None,
-            "score_mod": self.mods is not None and self.mods.score_mod is not None,
-            "mask": self.mask is not None,
-            "mask_mod": self.mods is not None and self.mods.mask_mod is not None,
-            "sink": self.sink,
-        }
-        return tuple(name for name, present in given.items() if present)
+        return tuple(rule.name for rule, _ in self.given if rule.name != "window")
+
+    @property
+    def given(self) -> tuple[tuple[Rule, Any], ...]:
+        """The rules that are not at their defaults, with their descriptions."""
+        formulas = vars(self.mods) if self.mods is not None else {}
+        described = ((rule, (vars(self) | formulas).get(rule.name)) for rule in RULES)
+        return tuple((rule, x) for rule, x in described if x not in (None, False, rule.default))
+
+    def bits(self, dtype: str) -> tuple[str, ...]:
+        """The names in ``RULE_BITS`` of what a kernel for q of a dtype is built with."""
+        bits = [name for rule, x in self.given for name in rule.bits(x, dtype)]
+        return tuple(bits + [name for rule, x in self.given for name in rule.loads(x)])
 
     @property
     def differ_by_head(self) -> bool:
@@ -128,53 +83,226 @@ class Rules:
         return mask_mod or (self.mask is not None and self.mask.strides[1] != 0)
 
 
+class Window(Rule):
+    """Beltagy et al. 2020, arXiv 2004.05150, section 3.1."""
+
+    name, default, takes = "window", NO_WINDOW, "value"
+
+    def describe(self, value: Any, scores: Scores, dtype: str) -> tuple[int, int]:
+        """Return (left, right)."""
+        return check_window(value)
+
+
+class Softcap(Rule):
+    """Gemma 2, arXiv 2408.00118, section 2."""
+
+    name, default, takes = "softcap", 0.0, "value"
+    codes: ClassVar = {"softcap": 1, "softcap_wide": 4096}
+
+    def describe(self, value: Any, scores: Scores, dtype: str) -> float:
+        """Return the cap."""
+        return check_softcap(value)
+
+    def bits(self, described: Any, dtype: str) -> tuple[str, ...]:
+        """Return the way that is right about scores far below the cap, where that shows."""
+        wide = described > _USUAL_SOFTCAP and dtype != "float32"
+        return ("softcap_wide" if wide else "softcap",)
+
+    def params(self, described: Any) -> dict[str, Any]:
+        """Return the cap and its inverse."""
+        return {"softcap": described, "inverse_softcap": 1 / described}
+
+    def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
+        """Turn s into cap tanh(s / cap)."""
+        cap = scores.dtype.type(check_softcap(value))
+        if not cap:
+            return
+        with np.errstate(all="ignore"):
+            ratio = scores / cap
+            # There tanh(x) is x to the last bit; and x, if subnormal, has lost bits of the score.
+            same = np.abs(ratio) < math.sqrt(np.finfo(scores.dtype).eps)
+            np.tanh(ratio, out=ratio)
+            ratio *= cap
+        np.copyto(scores, ratio, where=~same)
+
+
+class AlibiSlopes(Rule):
+    """Press et al. 2022, arXiv 2108.12409, section 3; by distance, so that it is symmetric."""
+
+    name, takes = "alibi_slopes", "numbers per head"
+    codes: ClassVar = {"alibi": 2}
+    pointer = "alibi"
+
+    def describe(self, value: Any, scores: Scores, dtype: str) -> tuple[int, int]:
+        """Return the element strides of batches and heads."""
+        self.check_shape(tuple(value.shape), scores)
+        check_float32(self.name, value)
+        strides = [s // value.dtype.itemsize for s in value.strides]
+        return (0, strides[0]) if len(strides) == 1 else (strides[0], strides[1])
+
+    def params(self, described: Any) -> dict[str, Any]:
+        """Return the strides."""
+        return {"alibi_strides": described}
+
+    def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
+        """(Hq,) or (B, Hq)."""
+        allowed = ((scores.heads,), (scores.batch, scores.heads))
+        if shape not in allowed:
+            raise ValueError(
+                f"alibi_slopes: got shape {shape}; use (Hq,) = {allowed[0]} or "
+                f"(B, Hq) = {allowed[1]}"
+            )
+
+    def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
+        """Subtract slope * distance."""
+        slopes = np.asarray(value)
+        of_batch = slopes if slopes.ndim == 1 else slopes[around.number(at.batch)]
+        distance = np.abs(at.q_idx + around.offset - at.kv_idx).astype(scores.dtype)
+        scores -= scores.dtype.type(float(of_batch[at.head])) * distance
+
+
+class Bias(BroadcastRule):
+    """Added to the scores."""
+
+    name, pointer, when_packed = "bias", "bias", "score_mod"
+    codes: ClassVar = {"bias": 4, "bias_fp32": 8, "bias_pairs": 256}
+
+    def describe(self, value: Any, scores: Scores, dtype: str) -> Broadcast:
+        """Return how it broadcasts."""
+        if value.dtype.name not in (dtype, "float32"):
+            wanted = "q's, float32" if dtype == "float32" else f"q's, {dtype}, or float32"
+            raise TypeError(f"bias: got dtype {value.dtype.name}; use {wanted}")
+        return self.broadcast(value, scores)
+
+    def bits(self, described: Any, dtype: str) -> tuple[str, ...]:
+        """Return which dtype it has."""
+        return ("bias_fp32" if described.dtype == "float32" else "bias",)
+
+    def loads(self, described: Any) -> tuple[str, ...]:
+        """In pairs, if it can be."""
+        return ("bias_pairs",) if described.pairs else ()
+
+    def params(self, described: Any) -> dict[str, Any]:
+        """Return the strides."""
+        return {"bias_strides": described.strides}
+
+    def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
+        """Add it."""
+        scores += cut(value, at, around).astype(scores.dtype)
+
+
+class ScoreMod(Rule):
+    """A formula of the user's; FlexAttention, Dong et al. 2024, arXiv 2412.05496."""
+
+    name, takes = "score_mod", "formula"
+    codes: ClassVar = {"score_mod": 16}
+
+    def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
+        """Have the function change the block."""
+        apply_score_mod(value, scores, at, around)
+
+
+class Mask(BroadcastRule):
+    """True where a query attends."""
+
+    name, pointer, when_packed = "mask", "mask", "mask_mod"
+    hides = True
+    codes: ClassVar = {"mask": 32, "mask_pairs": 512, "mask_chunks": 2048}
+
+    def describe(self, value: Any, scores: Scores, dtype: str) -> Broadcast:
+        """Return how it broadcasts."""
+        if value.dtype.name != "bool":
+            raise TypeError(
+                f"mask: got dtype {value.dtype.name}; use bool, True where a query attends "
+                f"(an additive mask is a bias)"
+            )
+        return self.broadcast(value, scores)
+
+    def loads(self, described: Any) -> tuple[str, ...]:
+        """16 keys at a time or two, if it can be."""
+        if described.chunks:
+            return ("mask_chunks",)
+        return ("mask_pairs",) if described.pairs else ()
+
+    def params(self, described: Any) -> dict[str, Any]:
+        """Return the strides."""
+        return {"mask_strides": described.strides}
+
+    def seen(self, value: Any, at: Block, around: Around) -> BoolArray:
+        """Return its block."""
+        return cut(value, at, around)
+
+
+class MaskMod(Rule):
+    """A formula of the user's, as ``ScoreMod``."""
+
+    name, takes = "mask_mod", "formula"
+    hides = True
+    codes: ClassVar = {"mask_mod": 64}
+
+    def seen(self, value: Any, at: Block, around: Around) -> BoolArray:
+        """Ask the function."""
+        return flags_of_mask_mod(value, at, around)
+
+
+class Sink(Rule):
+    """A logit that joins the denominator; gpt-oss, after Xiao et al. 2023, arXiv 2309.17453."""
+
+    name, takes = "sink", "numbers per head"
+    codes: ClassVar = {"sink": 128}
+    pointer = "sink"
+
+    def describe(self, value: Any, scores: Scores, dtype: str) -> bool:
+        """Check it."""
+        self.check_shape(tuple(value.shape), scores)
+        check_float32(self.name, value)
+        return True
+
+    def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
+        """(Hq,)."""
+        if shape != (scores.heads,):
+            raise ValueError(f"sink: got shape {shape}; use (Hq,) = ({scores.heads},)")
+
+
+#: In the order in which they apply.
+RULES: tuple[Rule, ...] = (
+    *(Window(), Softcap(), AlibiSlopes(), Bias(), ScoreMod()),
+    *(Mask(), MaskMod(), Sink()),
+)
 NO_RULES = Rules()
 
+#: Every bit of ``FC_RULES``, by name. "scale_first" is of a tiny softmax_scale.
+RULE_BITS = dict(
+    sorted(
+        [*(code for rule in RULES for code in rule.codes.items()), ("scale_first", 1024)],
+        key=lambda code: code[1],
+    )
+)
 
-class Scores(NamedTuple):
-    """Sizes of the scores that rules apply to."""
 
-    batch: int
-    heads: int
-    seqlen_q: int
-    seqlen_kv: int
-
-
-def describe_rules(
-    sizes: Scores,
-    dtype: str,
-    *,
-    window: Any = (-1, -1),
-    softcap: Any = 0.0,
-    alibi_slopes: Any = None,
-    bias: Any = None,
-    mask: Any = None,
-    sink: Any = None,
-    score_mod: Any = None,
-    mask_mod: Any = None,
-    mod_args: Mapping[str, Any] | None = None,
-    packed: bool = False,
-) -> Rules:
+def describe_rules(scores: Scores, dtype: str, *, packed: bool = False, **given: Any) -> Rules:
     """Check every rule of a call and describe it.
 
-    Arrays come as ``ArraySpec`` or anything with shape, strides, dtype and address; ``dtype`` is
-    q's. Raises ``TypeError`` or ``ValueError`` naming the argument, what it got and what works.
+    ``given``: the rules' arguments and ``mod_args``. Arrays come as ``ArraySpec`` or anything with
+    shape, strides, dtype and address; ``dtype`` is q's. Raises ``TypeError`` or ``ValueError``
+    naming the argument, what it got and what works.
     """
-    if packed and (bias is not None or mask is not None):
-        name = "bias" if bias is not None else "mask"
-        raise ValueError(
-            f"{name}: not with cu_seqlens, whose sequences have no common shape; "
-            f"use {'score_mod' if name == 'bias' else 'mask_mod'} with mod_args"
-        )
-    return Rules(
-        window=check_window(window),
-        softcap=check_softcap(softcap),
-        alibi=None if alibi_slopes is None else _alibi(alibi_slopes, sizes),
-        bias=None if bias is None else _bias(bias, sizes, dtype),
-        mask=None if mask is None else _mask(mask, sizes),
-        sink=sink is not None and _sink(sink, sizes),
-        mods=_mods(score_mod, mask_mod, mod_args or {}),
-    )
+    for rule in RULES:
+        if packed and rule.when_packed and given.get(rule.name) is not None:
+            raise ValueError(
+                f"{rule.name}: not with cu_seqlens, whose sequences have no common shape; "
+                f"use {rule.when_packed} with mod_args"
+            )
+    wrong = set(given) - {rule.name for rule in RULES} - {"mod_args"}
+    assert not wrong, f"no rules: {wrong}"
+    described = {
+        rule.name: rule.describe(given[rule.name], scores, dtype)
+        for rule in RULES
+        if (rule.takes == "value" and rule.name in given)
+        or (rule.takes in ("array", "numbers per head") and given.get(rule.name) is not None)
+    }
+    mods = (given.get("score_mod"), given.get("mask_mod"), given.get("mod_args") or {})
+    return Rules(**described, mods=describe_mods(*mods))
 
 
 def check_window(window: Any) -> tuple[int, int]:
@@ -204,110 +332,3 @@ def check_softcap(softcap: Any) -> float:
     if cap == 0 or cap > _FLOAT32_MAX:
         return 0.0
     return max(float(cap), _LEAST_SOFTCAP)
-
-
-def _alibi(slopes: Any, sizes: Scores) -> tuple[int, int]:
-    allowed = ((sizes.heads,), (sizes.batch, sizes.heads))
-    if tuple(slopes.shape) not in allowed:
-        raise ValueError(
-            f"alibi_slopes: got shape {tuple(slopes.shape)}; use (Hq,) = {allowed[0]} or "
-            f"(B, Hq) = {allowed[1]}"
-        )
-    if slopes.dtype.name != "float32":
-        raise TypeError(f"alibi_slopes: got dtype {slopes.dtype.name}; use float32")
-    strides = [s // slopes.dtype.itemsize for s in slopes.strides]
-    return (0, strides[0]) if len(strides) == 1 else (strides[0], strides[1])
-
-
-def _bias(bias: Any, sizes: Scores, dtype: str) -> Broadcast:
-    if bias.dtype.name not in (dtype, "float32"):
-        wanted = "q's, float32" if dtype == "float32" else f"q's, {dtype}, or float32"
-        raise TypeError(f"bias: got dtype {bias.dtype.name}; use {wanted}")
-    return _broadcast("bias", bias, sizes)
-
-
-def _mask(mask: Any, sizes: Scores) -> Broadcast:
-    if mask.dtype.name != "bool":
-        raise TypeError(
-            f"mask: got dtype {mask.dtype.name}; use bool, True where a query attends "
-            f"(an additive mask is a bias)"
-        )
-    return _broadcast("mask", mask, sizes)
-
-
-def _broadcast(name: str, x: Any, sizes: Scores) -> Broadcast:
-    target, shape = tuple(sizes), tuple(x.shape)
-    lacking = 4 - len(shape)
-    fits = lacking >= 0 and all(
-        n in (1, wanted) for n, wanted in zip(shape, target[lacking:], strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"{name}: got shape {shape}, which does not broadcast to (B, Hq, Sq, Skv) = {target}"
-        )
-    size = x.dtype.itemsize
-    own = [0 if n == 1 else s // size for n, s in zip(shape, x.strides, strict=True)]
-    strides = (*(0,) * lacking, *own)
-
-    def loads(keys: int) -> bool:
-        aligned = x.address % (keys * size) == 0 and all(s % keys == 0 for s in strides[:3])
-        return aligned and strides[3] == 1 and sizes.seqlen_kv % keys == 0
-
-    chunks = size == 1 and loads(16)
-    return Broadcast(x.dtype.name, strides, loads(2), chunks)  # type: ignore[arg-type]
-
-
-def _sink(sink: Any, sizes: Scores) -> bool:
-    if tuple(sink.shape) != (sizes.heads,):
-        raise ValueError(f"sink: got shape {tuple(sink.shape)}; use (Hq,) = ({sizes.heads},)")
-    if sink.dtype.name != "float32":
-        raise TypeError(f"sink: got dtype {sink.dtype.name}; use float32")
-    return True
-
-
-def _mods(score_mod: Any, mask_mod: Any, mod_args: Mapping[str, Any]) -> Mods | None:
-    for name, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
-        if mod is None or (isinstance(mod, str) and mod.strip()):
-            continue
-        got = "a Python function" if callable(mod) else shown(mod)
-        raise TypeError(
-            f"{name}: got {got}; on a GPU use a CUDA expression as a string, for example "
-            + ("'score + 0.1f * (kv_idx - q_idx)'" if name == "score_mod" else "'kv_idx % 2 == 0'")
-        )
-    check_mod_args(mod_args, score_mod, mask_mod)
-    if score_mod is None and mask_mod is None:
-        return None
-    if len(mod_args) > MAX_MOD_ARGS:
-        raise ValueError(f"mod_args: got {len(mod_args)} arrays; at most {MAX_MOD_ARGS}")
-    return Mods(score_mod, mask_mod, tuple(_mod_arg(name, x) for name, x in mod_args.items()))
-
-
-def check_mod_args(mod_args: Any, score_mod: Any, mask_mod: Any) -> None:
-    """Check that these are arrays by name, and that one of the mods may use them."""
-    if not isinstance(mod_args, Mapping):
-        raise TypeError(f"mod_args: got {type(mod_args).__name__}; use a dict of names and arrays")
-    if mod_args and score_mod is None and mask_mod is None:
-        raise ValueError("mod_args: given without a score_mod or a mask_mod that uses them")
-    for name in mod_args:
-        if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
-            raise ValueError(f"mod_args: got the name {shown(name)}; use an identifier of C++")
-        if name in _VARIABLES or name in _TAKEN_NAMES.split():
-            raise ValueError(f"mod_args: the name {name!r} is taken; use another one")
-
-
-def _mod_arg(name: str, x: Any) -> tuple[str, str]:
-    if x.dtype.name not in MOD_TYPES:
-        raise TypeError(
-            f"mod_args: {name} has dtype {x.dtype.name}; use one of {', '.join(MOD_TYPES)}"
-        )
-    if math.prod(x.shape) == 0:
-        raise ValueError(f"mod_args: {name} has no elements")
-    step = x.dtype.itemsize
-    for n, stride in zip(reversed(x.shape), reversed(x.strides), strict=True):
-        if n != 1 and stride != step:
-            raise ValueError(
-                f"mod_args: {name} is not C-contiguous (strides {tuple(x.strides)} bytes); "
-                f"expressions index it by element, so pass a contiguous copy"
-            )
-        step *= n
-    return name, x.dtype.name

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from flashcore_cupy.problem.attention_problem import AttentionProblem
-from flashcore_cupy.problem.rules import Mods
+from flashcore_cupy.problem.mods import Mods
 from flashcore_cupy.select.params import params_of
 from flashcore_cupy.select.tile_checks import SMEM_BYTES, WARP_SIZE, WARPGROUP, illegal, staged_cols
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.problem.rules import MAX_MOD_ARGS
+from flashcore_cupy.problem.mods import MAX_MOD_ARGS
 
 STRIDES = np.dtype([("batch", "i8"), ("head", "i8"), ("row", "i8")])
 HEAD_STRIDES = np.dtype([("batch", "i8"), ("head", "i8")])

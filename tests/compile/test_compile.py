@@ -17,7 +17,8 @@ from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, contiguous_problem
-from flashcore_cupy.problem.rules import Scores, describe_rules
+from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import registry, selector, table, targets
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.row import Row

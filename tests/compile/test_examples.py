@@ -14,7 +14,8 @@ from conftest import ROOT, compiler_skip_reason
 
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.problem.attention_problem import contiguous_problem
-from flashcore_cupy.problem.rules import Mods, Rules
+from flashcore_cupy.problem.mods import Mods
+from flashcore_cupy.problem.rules import Rules
 from flashcore_cupy.select import selector
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -20,7 +20,9 @@ from flashcore_cupy.jit.sources import kernels_dir
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import contiguous_problem
-from flashcore_cupy.problem.rules import MAX_MOD_ARGS, MOD_TYPES, Scores, describe_rules
+from flashcore_cupy.problem.mods import MAX_MOD_ARGS, MOD_TYPES
+from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import selector
 from flashcore_cupy.select.config import KernelConfig
 

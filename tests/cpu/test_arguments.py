@@ -28,17 +28,11 @@ from flashcore_cupy.cpu import reference
 from flashcore_cupy.problem import values
 from flashcore_cupy.problem.array_spec import ArraySpec, spec_of
 from flashcore_cupy.problem.attention_problem import describe
+from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.mods import MAX_MOD_ARGS, MOD_TYPES, Mods
 from flashcore_cupy.problem.request import ARGUMENTS
-from flashcore_cupy.problem.rules import (
-    MAX_MOD_ARGS,
-    MOD_TYPES,
-    NO_RULES,
-    Broadcast,
-    Mods,
-    Rules,
-    Scores,
-    describe_rules,
-)
+from flashcore_cupy.problem.rule import Broadcast
+from flashcore_cupy.problem.rules import NO_RULES, Rules, describe_rules
 
 attention = flashcore_cupy.attention
 
@@ -360,7 +354,7 @@ def test_rules_as_kernels_get_them() -> None:
     assert found == Rules(
         window=(3, -1),
         softcap=30.0,
-        alibi=(HQ, -1),
+        alibi_slopes=(HQ, -1),
         bias=Broadcast("float16", (SQ * SKV, 0, SKV, 1), True),
         mask=Broadcast("bool", (0, SKV, 0, 1), True),
         sink=True,
@@ -368,7 +362,7 @@ def test_rules_as_kernels_get_them() -> None:
     )
     names = ("softcap", "alibi_slopes", "bias", "score_mod", "mask", "sink")
     assert found.names == names
-    assert through_rules(alibi_slopes=slopes[0]).alibi == (0, 1)
+    assert through_rules(alibi_slopes=slopes[0]).alibi_slopes == (0, 1)
     assert hash(found) != hash(NO_RULES)
 
 

@@ -34,7 +34,9 @@ from flashcore_cupy.problem.attention_problem import (
     describe,
     operand,
 )
-from flashcore_cupy.problem.rules import MAX_MOD_ARGS, Scores, describe_rules
+from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.mods import MAX_MOD_ARGS
+from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import config, grids, params, selector
 
 KERNELS = ROOT / "kernels"

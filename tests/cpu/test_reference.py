@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashcore_cupy.cpu import reference, tiled_attention
+from flashcore_cupy.cpu import numpy_rules, reference, tiled_attention
 from flashcore_cupy.cpu.reference import Comparison, compare, make_inputs, naive, oracle, tiled
 
 FLOAT16, BFLOAT16, FLOAT32 = (np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
@@ -517,7 +517,7 @@ def test_same_bits_twice_and_with_any_number_of_threads(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("workers", [1, 2, 64])
 def test_tasks_cover_every_tile_once(sizes: tuple[int, int, int], workers: int) -> None:
     batch, heads_kv, seqlen = sizes
-    problem = tiled_attention.Sizes(batch, 3 * heads_kv, heads_kv, seqlen, seqlen, 64, 64)
+    problem = numpy_rules.Sizes(batch, 3 * heads_kv, heads_kv, seqlen, seqlen, 64, 64)
     tasks = list(tiled_attention._tasks(problem, workers))
     covered = [(t.batch, head, row) for t in tasks for head, row in t.tiles]
     block = tiled_attention.BLOCK_M

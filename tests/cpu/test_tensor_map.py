@@ -32,7 +32,8 @@ from flashcore_cupy.problem.attention_problem import (
     describe,
     operand,
 )
-from flashcore_cupy.problem.rules import NO_RULES, Scores, describe_rules
+from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.rules import NO_RULES, describe_rules
 from flashcore_cupy.select import params, registry, selector
 from flashcore_cupy.select.config import KernelConfig
 

@@ -14,8 +14,9 @@ from test_reference import repeatable
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem, describe
-from flashcore_cupy.problem.rules import Scores, describe_rules
-from flashcore_cupy.select import registry, selector, table
+from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.rules import describe_rules
+from flashcore_cupy.select import registry, selector
 from flashcore_cupy.select.config import Tile
 from flashcore_cupy.select.row import PER_SCORE, Row
 
@@ -223,7 +224,7 @@ def test_rows_are_taken_by_the_time_of_their_rounds_then_as_they_stand(
     large, small = Tile(128, 64, warps_m=8, num_stages=2), Tile(64, 64, warps_m=4, num_stages=2)
 
     def first(*rows: Row) -> Tile:
-        monkeypatch.setattr(table, "ROWS", rows)
+        monkeypatch.setattr(selector, "ROWS", rows)
         return tile_of(problem)
 
     def row(tile: Tile, round_cost: float | None = None, **limits: Any) -> Row:

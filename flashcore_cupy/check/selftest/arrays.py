@@ -14,9 +14,9 @@ from numpy.lib.stride_tricks import as_strided
 
 from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.selftest.case import Case
-from flashcore_cupy.cpu.tiled_attention import Array
 from flashcore_cupy.problem.attention_problem import AttentionProblem, describe
-from flashcore_cupy.problem.rules import Scores, describe_rules
+from flashcore_cupy.problem.blocks import Array, Scores
+from flashcore_cupy.problem.rules import describe_rules
 
 #: NaN elements before and after every array. 64 keeps what follows aligned.
 _GUARD = 64

@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 
 from flashcore_cupy.cpu.reference import InputKind
-from flashcore_cupy.cpu.tiled_attention import Array
 from flashcore_cupy.problem.attention_problem import (
     AttentionProblem,
     Causal,
@@ -22,6 +21,7 @@ from flashcore_cupy.problem.attention_problem import (
     Layout,
     contiguous_problem,
 )
+from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.problem.rules import Rules
 
 View = Literal["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]

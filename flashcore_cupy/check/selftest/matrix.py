@@ -18,9 +18,9 @@ from flashcore_cupy.check import verify
 from flashcore_cupy.check.machine import machine
 from flashcore_cupy.check.selftest.arrays import Placed, Setup, described, set_up
 from flashcore_cupy.check.selftest.cases import Case, cases
-from flashcore_cupy.cpu.tiled_attention import Array
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
+from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.select import selector
 from flashcore_cupy.select.config import KernelConfig
 

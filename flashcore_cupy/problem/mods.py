@@ -1,0 +1,200 @@
+"""score_mod and mask_mod: the user's own formulas, as CUDA expressions or as Python functions."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray
+from flashcore_cupy.problem.values import shown
+
+ScoreMod: TypeAlias = Callable[..., Any]
+MaskMod: TypeAlias = Callable[..., Any]
+
+#: Arrays that a score_mod and a mask_mod may use; mods.cuh has the same.
+MAX_MOD_ARGS = 8
+#: dtypes of mod_args, and what they are called in a kernel.
+MOD_TYPES = {
+    "float16": "half_t",
+    "bfloat16": "bfloat16_t",
+    "float32": "float",
+    "bool": "uint8",
+    "uint8": "uint8",
+    "int8": "signed char",
+    "int16": "short",
+    "int32": "int",
+    "int64": "int64",
+}
+_VARIABLES = ("score", "b", "h", "q_idx", "kv_idx")
+# Of C++17, and what a generated function calls its arrays.
+_TAKEN_NAMES = """
+    args alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t
+    char32_t class compl const const_cast constexpr continue decltype default delete do double
+    dynamic_cast else enum explicit export extern false float for friend goto if inline int long
+    mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public
+    register reinterpret_cast return short signed sizeof static static_assert static_cast struct
+    switch template this thread_local throw true try typedef typeid typename union unsigned
+    using virtual void volatile wchar_t while xor xor_eq
+"""
+
+
+@dataclass(frozen=True)
+class Mods:
+    """The user's expressions, and the names and dtypes of the arrays that they use."""
+
+    score_mod: str | None
+    mask_mod: str | None
+    args: tuple[tuple[str, str], ...] = ()
+
+    def header(self) -> str:
+        """The text that stands in for ``kernels/flashcore/mods.cuh``."""
+        arrays = "".join(
+            f"    [[maybe_unused]] const ModArray<{MOD_TYPES[dtype]}> {name} = "
+            f"{{static_cast<const {MOD_TYPES[dtype]}*>(args[{index}])}};\n"
+            for index, (name, dtype) in enumerate(self.args)
+        )
+        score = _function("float score_mod", "float score, ", arrays, self.score_mod, "score")
+        mask = _function("bool mask_mod", "", arrays, self.mask_mod, "true")
+        return (
+            "#pragma once\n#include <flashcore/mod_array.cuh>\n"
+            f"namespace flashcore {{\n{score}{mask}}}  // namespace flashcore\n"
+        )
+
+
+def _function(name: str, first: str, arrays: str, expression: str | None, default: str) -> str:
+    # #line, so that the compiler's messages count the lines of the user's own text.
+    place = name.split()[1]
+    return (
+        f"__device__ __forceinline__ {name}(const ModArgs& args, {first}int b, int h, int q_idx, "
+        f"int kv_idx) {{\n{arrays}    return (\n"
+        f'#line 1 "{place}"\n{default if expression is None else expression}\n'
+        '#line 1 "mods.cuh"\n    );\n}\n'
+    )
+
+
+def describe_mods(score_mod: Any, mask_mod: Any, mod_args: Mapping[str, Any]) -> Mods | None:
+    """Check a GPU's mods and their arrays; None if there are none."""
+    for name, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+        if mod is None or (isinstance(mod, str) and mod.strip()):
+            continue
+        got = "a Python function" if callable(mod) else shown(mod)
+        raise TypeError(
+            f"{name}: got {got}; on a GPU use a CUDA expression as a string, for example "
+            + ("'score + 0.1f * (kv_idx - q_idx)'" if name == "score_mod" else "'kv_idx % 2 == 0'")
+        )
+    check_mod_args(mod_args, score_mod, mask_mod)
+    if score_mod is None and mask_mod is None:
+        return None
+    if len(mod_args) > MAX_MOD_ARGS:
+        raise ValueError(f"mod_args: got {len(mod_args)} arrays; at most {MAX_MOD_ARGS}")
+    return Mods(score_mod, mask_mod, tuple(_mod_arg(name, x) for name, x in mod_args.items()))
+
+
+def check_mod_args(mod_args: Any, score_mod: Any, mask_mod: Any) -> None:
+    """Check that these are arrays by name, and that one of the mods may use them."""
+    if not isinstance(mod_args, Mapping):
+        raise TypeError(f"mod_args: got {type(mod_args).__name__}; use a dict of names and arrays")
+    if mod_args and score_mod is None and mask_mod is None:
+        raise ValueError("mod_args: given without a score_mod or a mask_mod that uses them")
+    for name in mod_args:
+        if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
+            raise ValueError(f"mod_args: got the name {shown(name)}; use an identifier of C++")
+        if name in _VARIABLES or name in _TAKEN_NAMES.split():
+            raise ValueError(f"mod_args: the name {name!r} is taken; use another one")
+
+
+def _mod_arg(name: str, x: Any) -> tuple[str, str]:
+    if x.dtype.name not in MOD_TYPES:
+        raise TypeError(
+            f"mod_args: {name} has dtype {x.dtype.name}; use one of {', '.join(MOD_TYPES)}"
+        )
+    if math.prod(x.shape) == 0:
+        raise ValueError(f"mod_args: {name} has no elements")
+    step = x.dtype.itemsize
+    for n, stride in zip(reversed(x.shape), reversed(x.strides), strict=True):
+        if n != 1 and stride != step:
+            raise ValueError(
+                f"mod_args: {name} is not C-contiguous (strides {tuple(x.strides)} bytes); "
+                f"expressions index it by element, so pass a contiguous copy"
+            )
+        step *= n
+    return name, x.dtype.name
+
+
+def _numbers(result: Any) -> Array:
+    """What a score_mod returned; ``TypeError`` unless that is numbers, or an array of them."""
+    return _returned("score_mod", result, "the block's new scores, real numbers", _is_real)
+
+
+def _flags(result: Any, shape: tuple[int, ...]) -> BoolArray:
+    flags = _returned("mask_mod", result, "booleans, True where a query attends", _is_bool)
+    return _fitted("mask_mod", flags, shape)
+
+
+def _is_real(dtype: np.dtype[Any]) -> bool:
+    # The float types that NumPy does not know itself, such as bfloat16, are of kind V, as records.
+    return dtype.kind in "iuf" or (dtype.kind == "V" and "float" in dtype.name)
+
+
+def _is_bool(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "b"
+
+
+def _returned(
+    name: str, result: Any, wanted: str, is_right: Callable[[np.dtype[Any]], bool]
+) -> Array:
+    try:
+        # A masked array loses its mask like this.
+        array = None if isinstance(result, np.ma.MaskedArray) else np.asarray(result)
+    except Exception as error:  # of whatever the user returned: a ragged list, a traced array
+        raise TypeError(f"{name}: returned {shown(result)}; return {wanted}") from error
+    if array is None or not is_right(array.dtype):
+        kind = "" if array is None or array.dtype == object else f", dtype {array.dtype.name}"
+        raise TypeError(f"{name}: returned {shown(result)}{kind}; return {wanted}")
+    return array
+
+
+def _fitted(name: str, result: Array, shape: tuple[int, ...]) -> Array:
+    try:
+        return np.broadcast_to(result, shape)
+    except ValueError:
+        got = result.shape
+        raise ValueError(f"{name}: returned shape {got}; return the block's, {shape}") from None
+
+
+def check_mods(score_mod: Any, mask_mod: Any, mod_args: Mapping[str, Any] | None) -> None:
+    """Raise ``TypeError`` unless these are None, or callables that take what they will be given."""
+    for name, mod, first in (("score_mod", score_mod, "score, "), ("mask_mod", mask_mod, "")):
+        if mod is None:
+            continue
+        call = f"{name}({first}b, h, q_idx, kv_idx, **mod_args)"
+        if not callable(mod):
+            raise TypeError(
+                f"{name}: got {type(mod).__name__}; on NumPy arrays pass a callable, {call}"
+            )
+        try:
+            signature = inspect.signature(mod)
+        except (TypeError, ValueError):  # a function of C need not tell
+            continue
+        try:
+            signature.bind(*[None] * (4 + len(first.split())), **(mod_args or {}))
+        except TypeError as error:
+            raise TypeError(f"{name}: cannot be called as {call}: {error}") from None
+
+
+def apply_score_mod(mod: ScoreMod, scores: Array, at: Block, around: Around) -> None:
+    """Have a function change a block's scores, in place."""
+    given = around.number(at.batch), at.head, at.q_idx, at.kv_idx
+    result = _numbers(mod(scores, *given, **(around.mod_args or {})))
+    scores[...] = _fitted("score_mod", result, scores.shape)
+
+
+def flags_of_mask_mod(mod: MaskMod, at: Block, around: Around) -> BoolArray:
+    """Ask a function where a block's queries see its keys."""
+    given = around.number(at.batch), at.head, at.q_idx, at.kv_idx
+    return _flags(mod(*given, **(around.mod_args or {})), at.shape)

@@ -1,0 +1,98 @@
+"""What there is to say of a score rule; ``rules`` has one record of it per rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, Scores
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """An array that is broadcast to (B, Hq, Sq, Skv)."""
+
+    dtype: str
+    strides: tuple[int, int, int, int]
+    """Elements; 0 along an axis that the array lacks."""
+    pairs: bool
+    """Two neighbouring keys can be loaded at once."""
+    chunks: bool = False
+    """Of a mask: 16 of them can."""
+
+
+class Rule:
+    """One argument of ``attention`` that changes scores, or hides keys: all that is said of it."""
+
+    name: ClassVar[str]
+    default: ClassVar[Any] = None
+    takes: ClassVar[Literal["value", "array", "numbers per head", "formula"]] = "array"
+    codes: ClassVar[Mapping[str, int]] = {}
+    """Its bits in ``FC_RULES``, by name; ``score.cuh`` has the same."""
+    pointer: ClassVar[str | None] = None
+    """The field of ``AttentionParams`` that holds its array's address."""
+    hides: ClassVar[bool] = False
+    """Whether it hides keys one by one, wherever they are."""
+    when_packed: ClassVar[str | None] = None
+    """What to use instead in a packed batch; None if it goes with one."""
+
+    def describe(self, value: Any, scores: Scores, dtype: str) -> Any:
+        """Check the argument and describe it without its data; ``dtype`` is q's."""
+        raise NotImplementedError
+
+    # Of a call that has the rule; ``described``: what ``describe`` has returned.
+
+    def bits(self, described: Any, dtype: str) -> tuple[str, ...]:
+        """Return the names in ``codes`` of what its kernel is built with."""
+        return tuple(self.codes)[:1]
+
+    def loads(self, described: Any) -> tuple[str, ...]:
+        """Return those of how its array is loaded."""
+        return ()
+
+    def params(self, described: Any) -> dict[str, Any]:
+        """Return fields of ``AttentionParams``, besides the address of its array."""
+        return {}
+
+    def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
+        """Raise ``ValueError`` for an array that does not fit the scores."""
+
+    def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
+        """Change a block of scores (M, N) in place, in their dtype."""
+
+    def seen(self, value: Any, at: Block, around: Around) -> BoolArray | None:
+        """Return where the queries of a block see its keys, (M, N); None for everywhere."""
+        return None
+
+
+class BroadcastRule(Rule):
+    """An array that broadcasts to the scores."""
+
+    def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
+        """(B, Hq, Sq, Skv), or what broadcasts to it."""
+        axes = zip(shape[::-1], tuple(scores)[::-1], strict=False)
+        if len(shape) > 4 or not all(n in (1, wanted) for n, wanted in axes):
+            raise ValueError(
+                f"{self.name}: got shape {shape}, which does not broadcast to "
+                f"(B, Hq, Sq, Skv) = {tuple(scores)}"
+            )
+
+    def broadcast(self, x: Any, scores: Scores) -> Broadcast:
+        """Describe an array."""
+        shape, size = tuple(x.shape), x.dtype.itemsize
+        self.check_shape(shape, scores)
+        own = [0 if n == 1 else s // size for n, s in zip(shape, x.strides, strict=True)]
+        strides = (*(0,) * (4 - len(shape)), *own)
+
+        def loads(keys: int) -> bool:
+            aligned = x.address % (keys * size) == 0 and all(s % keys == 0 for s in strides[:3])
+            return aligned and strides[3] == 1 and scores.seqlen_kv % keys == 0
+
+        return Broadcast(x.dtype.name, strides, loads(2), size == 1 and loads(16))  # type: ignore[arg-type]
+
+
+def check_float32(name: str, x: Any) -> None:
+    """Raise ``TypeError`` for an array of another dtype."""
+    if x.dtype.name != "float32":
+        raise TypeError(f"{name}: got dtype {x.dtype.name}; use float32")
