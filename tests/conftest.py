@@ -1,4 +1,4 @@
-"""What all tests share: a cache folder of their own, and when a test cannot run here."""
+"""What all tests get: the package to test, a cache folder of their own, the marker of a folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from helpers import PROBES, ROOT, compiler_skip_reason, gpu_skip_reason
 
-ROOT = Path(__file__).resolve().parent.parent
+#: A folder is a marker: what its tests need, and what says why that is not here.
+NEEDS = {"compile": ("NVRTC", compiler_skip_reason), "gpu": ("a GPU", gpu_skip_reason)}
+
+pytest.register_assert_rewrite("cases_edges", "cases_far_scores", "cases_reference")
 
 
 def _test_what_is_installed() -> None:
@@ -32,26 +36,6 @@ def _test_what_is_installed() -> None:
 _test_what_is_installed()
 
 
-def gpu_skip_reason() -> str | None:
-    """Why tests marked ``gpu`` cannot run here; None if they can."""
-    from flashcore_cupy.jit.compiler import no_gpu_reason
-
-    return no_gpu_reason()
-
-
-def compiler_skip_reason() -> str | None:
-    """Why nothing can be compiled here: only for want of CuPy, a broken NVRTC is a failure."""
-    return None if importlib.util.find_spec("cupy") else "CuPy, which brings NVRTC, is missing"
-
-
-def runs_here(kernel: str) -> bool:
-    """Whether this machine's GPU has the instructions that a kernel is made of."""
-    from flashcore_cupy.jit import compiler
-    from flashcore_cupy.select import registry
-
-    return not registry.KERNELS[kernel].tma or compiler.device_arch() == registry.HOPPER
-
-
 def pytest_configure(config: pytest.Config) -> None:
     # Set before xdist starts its workers, which inherit it: one cache for the whole session.
     if not hasattr(config, "workerinput") and not os.environ.get("FLASHCORE_CACHE_DIR"):
@@ -66,30 +50,27 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    reason = gpu_skip_reason() if marked else None
-    if reason is not None:
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
+    for folder, (what, skip_reason) in NEEDS.items():
+        inside = [
+            item
+            for item in items
+            if ROOT / "tests" / folder in item.path.parents or item.get_closest_marker(folder)
+        ]
+        reason = skip_reason() if inside else None
+        for item in inside:
+            item.add_marker(folder)
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=f"needs {what}: {reason}"))
 
 
-def use_kernels(folder: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Have everything in the test compile these sources, by their names, into an empty cache."""
-    from flashcore_cupy.jit import cache
-
-    kernels = folder / "kernels"
-    for name, text in texts.items():
-        (kernels / name).parent.mkdir(parents=True, exist_ok=True)
-        (kernels / name).write_text(text)
-    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(kernels))
-    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(folder / "cache"))
-    monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
-    monkeypatch.setattr(cache, "_unwritten", {})
-    return kernels
-
-
-@pytest.fixture(scope="session")
-def root() -> Path:
-    """The checkout, or the unpacked source distribution, that these tests belong to."""
-    return ROOT
+@pytest.fixture
+def probe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of kernels/ with the probes beside the entry files, so that jit compiles them."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", folder)
+    for probe in PROBES:
+        shutil.copy(probe, folder / f"probe_{probe.name}")
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
+    return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, compiler_skip_reason
+from helpers import ROOT, compiler_skip_reason
 
 import flashcore_cupy
 from flashcore_cupy.cpu import reference

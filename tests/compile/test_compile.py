@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import compiler_skip_reason
+from helpers import compiler_skip_reason
 
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds

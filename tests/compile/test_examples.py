@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, compiler_skip_reason
+from helpers import ROOT, compiler_skip_reason
 
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.problem.attention_problem import contiguous_problem

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT, compiler_skip_reason
+from helpers import ROOT, compiler_skip_reason
 
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.jit.sources import kernels_dir

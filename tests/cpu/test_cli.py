@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from conftest import ROOT, compiler_skip_reason, gpu_skip_reason
+from helpers import ROOT, compiler_skip_reason, gpu_skip_reason
 from rich.console import Console
 
 import flashcore_cupy

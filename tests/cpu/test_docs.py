@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, gpu_skip_reason
+from helpers import ROOT, gpu_skip_reason
 
 import flashcore_cupy
 from flashcore_cupy.problem.request import ARGUMENTS

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import compiler_skip_reason, gpu_skip_reason
+from helpers import compiler_skip_reason, gpu_skip_reason
 
 from flashcore_cupy.check import doctor
 from flashcore_cupy.check.doctor import Finding, examine

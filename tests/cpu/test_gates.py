@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import runs_here
+from helpers import runs_here
 
 import flashcore_cupy
 from flashcore_cupy.check import verify

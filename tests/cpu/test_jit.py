@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, compiler_skip_reason, use_kernels
+from helpers import ROOT, compiler_skip_reason, use_kernels
 
 from flashcore_cupy.jit import cache, compiler, nvrtc, sources
 

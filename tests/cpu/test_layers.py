@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 KERNELS = ROOT / "kernels"
 DEVICE_FILES = sorted(KERNELS.rglob("*.cu*"))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
+from helpers import ROOT
 from rich.console import Console
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import compiler_skip_reason, use_kernels
+from helpers import compiler_skip_reason, use_kernels
 
 import flashcore_cupy
 from flashcore_cupy.cpu import tiled_attention

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, compiler_skip_reason, runs_here
+from helpers import ROOT, compiler_skip_reason, runs_here
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

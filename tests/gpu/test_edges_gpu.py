@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import runs_here
+from helpers import runs_here
 from test_edges import LENGTHS, RULED, arrays, check, pack, run
 
 import flashcore_cupy

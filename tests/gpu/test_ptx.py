@@ -1,55 +1,15 @@
-"""Every wrapper of an instruction, alone, against known answers.
-
-The probes compile for every target anywhere; they run where there is a GPU.
-"""
+"""Every wrapper of an instruction, alone, against known answers."""
 
 from __future__ import annotations
 
-import re
-import shutil
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT, compiler_skip_reason
+from cases_ptx import lane_offsets_f32
 
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.select import targets
-
-PROBES = sorted((ROOT / "tests" / "probes").glob("*.cu"))
-HEADERS = sorted((ROOT / "kernels" / "flashcore").glob("ptx_*.cuh"))
-WRAPPER = re.compile(r"__device__ (?:__forceinline__ )?[\w<>:]+ (\w+)\(")
-
-
-@pytest.fixture
-def probe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of kernels/ with the probes beside the entry files, so that jit compiles them."""
-    if reason := compiler_skip_reason():
-        pytest.skip(reason)
-    folder = tmp_path / "kernels"
-    shutil.copytree(ROOT / "kernels", folder)
-    for probe in PROBES:
-        shutil.copy(probe, folder / f"probe_{probe.name}")
-    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
-    return folder
-
-
-def test_every_wrapper_has_a_probe() -> None:
-    probes = "".join(path.read_text() for path in PROBES)
-    wrappers = {name for header in HEADERS for name in WRAPPER.findall(header.read_text())}
-    assert len(wrappers) > 20
-    missing = sorted(name for name in wrappers if not re.search(rf"\b{name}\b", probes))
-    assert not missing, f"no probe in tests/probes/ uses {missing}"
-
-
-@pytest.mark.parametrize("arch", targets.TARGETS)
-def test_probes_compile(probe_folder: Path, arch: str) -> None:
-    for probe in PROBES:
-        if probe.name in ("cp_async.cu", "mma.cu", "mma_tf32.cu") and targets.capability(arch) < 80:
-            continue  # the instructions do not exist there
-        compiled = compiler.compile_kernel(f"probe_{probe.name}", {}, arch)
-        assert compiled.entries
 
 
 class Probe:
@@ -72,7 +32,6 @@ def _zeros(n: int, dtype: object) -> np.ndarray:
     return np.zeros(n, dtype)
 
 
-@pytest.mark.gpu
 def test_conversions(probe_folder: Path) -> None:
     run = Probe("convert")
     bits = np.arange(65536, dtype=np.uint16)
@@ -95,7 +54,6 @@ def test_conversions(probe_folder: Path) -> None:
         np.testing.assert_array_equal(two, expected | negated.astype(np.uint32) << 16)
 
 
-@pytest.mark.gpu
 def test_e4m3(probe_folder: Path) -> None:
     run = Probe("convert")
     pairs = np.arange(65536, dtype=np.uint16)
@@ -124,7 +82,6 @@ def test_e4m3(probe_folder: Path) -> None:
     assert (got == 0x7E).all(), "saturates at 448"
 
 
-@pytest.mark.gpu
 def test_products_are_rounded_before_a_subtraction(probe_folder: Path) -> None:
     x, y = np.random.default_rng(2).standard_normal((2, 65536), np.float32)
     (left,) = Probe("convert")("rounded_product", 65536, [x, y, x * y], [_zeros(65536, "f4")])
@@ -133,7 +90,6 @@ def test_products_are_rounded_before_a_subtraction(probe_folder: Path) -> None:
     assert np.count_nonzero(exact - x * y) > 60000, "a multiply-add would have left these"
 
 
-@pytest.mark.gpu
 def test_exp2(probe_folder: Path) -> None:
     run = Probe("convert")
     x = np.concatenate([np.linspace(-140, 100, 65532), [0.0, -np.inf, np.inf, np.nan]])
@@ -146,7 +102,6 @@ def test_exp2(probe_folder: Path) -> None:
     assert (y[x < -127] == 0).all(), "subnormal results are flushed to zero"
 
 
-@pytest.mark.gpu
 def test_reciprocal(probe_folder: Path) -> None:
     run = Probe("convert")
     powers = np.random.default_rng(11).uniform(-120, 120, 65530)
@@ -159,14 +114,12 @@ def test_reciprocal(probe_folder: Path) -> None:
     np.testing.assert_array_equal(y[-6:], [1.0, -0.25, 0.0, -0.0, np.nan, 0.0])
 
 
-@pytest.mark.gpu
 def test_bytes(probe_folder: Path) -> None:
     numbers = np.arange(256, dtype=np.uint8)
     (y,) = Probe("convert")("widen_bytes", 256, [numbers], [_zeros(256, "f4")])
     np.testing.assert_array_equal(y, np.arange(256))
 
 
-@pytest.mark.gpu
 def test_bytes_in_turn(probe_folder: Path) -> None:
     a, b = np.random.default_rng(16).integers(0, 2**32, (2, 256), np.uint32)
     (y,) = Probe("convert")("interleave", 256, [a, b], [_zeros(256, "u4")])
@@ -174,7 +127,6 @@ def test_bytes_in_turn(probe_folder: Path) -> None:
     np.testing.assert_array_equal(y.view("u1"), taken.reshape(-1))
 
 
-@pytest.mark.gpu
 def test_warp(probe_folder: Path) -> None:
     run = Probe("warp")
     x = np.random.default_rng(2).integers(-1000, 1000, 256).astype(np.float32)
@@ -197,7 +149,6 @@ def test_warp(probe_folder: Path) -> None:
     np.testing.assert_array_equal(warp, x[np.arange(256) ^ 31])
 
 
-@pytest.mark.gpu
 def test_integers_in_a_warp(probe_folder: Path) -> None:
     rng = np.random.default_rng(12)
     x = rng.integers(-(2**31), 2**31, 32, np.int32)
@@ -210,7 +161,6 @@ def test_integers_in_a_warp(probe_folder: Path) -> None:
     np.testing.assert_array_equal(partner, bits[np.arange(32) ^ 12])
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("pairs", [2, 4, 6, 8, 10, 16])
 def test_bits_of_keys(probe_folder: Path, pairs: int) -> None:
     """Lane l has keys 8 n + 2 (l % 4) and the next of row l / 4; any byte but 0 is true."""
@@ -233,14 +183,12 @@ def test_bits_of_keys(probe_folder: Path, pairs: int) -> None:
     np.testing.assert_array_equal(together, np.broadcast_to(expected.any(0), (8, keys)))
 
 
-@pytest.mark.gpu
 def test_transposed_quads(probe_folder: Path) -> None:
     x = np.random.default_rng(15).integers(0, 2**32, (8, 4, 4), np.uint32)  # quads, lanes, words
     (y,) = Probe("warp")("transposed_quads", 32, [x], [np.zeros((8, 4, 4), np.uint32)])
     np.testing.assert_array_equal(y, x.transpose(0, 2, 1))
 
 
-@pytest.mark.gpu
 def test_any_of_the_threads_at_a_named_barrier(probe_folder: Path) -> None:
     x = _zeros(256, "i4")
     x[70] = 1  # the second pair's first warp, and no other's
@@ -250,7 +198,6 @@ def test_any_of_the_threads_at_a_named_barrier(probe_folder: Path) -> None:
     np.testing.assert_array_equal(partner, np.arange(256) ^ 32)
 
 
-@pytest.mark.gpu
 def test_named_barriers(probe_folder: Path) -> None:
     x = np.random.default_rng(13).integers(-1000, 1000, 256).astype(np.float32)
     (y,) = Probe("warp")("pairs_of_warps", 256, [x], [_zeros(256, "f4")])
@@ -259,7 +206,6 @@ def test_named_barriers(probe_folder: Path) -> None:
     np.testing.assert_array_equal(y, x[np.where(laps % 2, threads ^ 32, threads)] + laps)
 
 
-@pytest.mark.gpu
 def test_the_last_to_arrive_reads_what_all_wrote(probe_folder: Path) -> None:
     blocks = 500
     x = np.random.default_rng(14).integers(-1000, 1000, (blocks, 256)).astype(np.float32)
@@ -277,14 +223,12 @@ def test_the_last_to_arrive_reads_what_all_wrote(probe_folder: Path) -> None:
     np.testing.assert_array_equal(total, x.sum(0))
 
 
-@pytest.mark.gpu
 def test_wide_loads(probe_folder: Path) -> None:
     x = np.random.default_rng(15).standard_normal(128).astype(np.float32)
     (y,) = Probe("global")("wide_loads", 32, [x], [np.full(192, np.nan, np.float32)])
     np.testing.assert_array_equal(y, np.concatenate([x[:64], x]))
 
 
-@pytest.mark.gpu
 def test_cp_async(probe_folder: Path) -> None:
     run = Probe("cp_async")
     x = np.random.default_rng(3).integers(1, 255, 512).astype(np.uint8)
@@ -298,7 +242,6 @@ def test_cp_async(probe_folder: Path) -> None:
     assert aligned[0] == 1
 
 
-@pytest.mark.gpu
 def test_copies_are_counted(probe_folder: Path) -> None:
     """A barrier that every thread's copies arrive at is over when all of them are there."""
     import cupy
@@ -311,7 +254,6 @@ def test_copies_are_counted(probe_folder: Path) -> None:
     np.testing.assert_array_equal(cupy.asnumpy(y), np.roll(x, -1, axis=1))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_wmma(probe_folder: Path, dtype: type) -> None:
     run = Probe("wmma")
@@ -328,7 +270,6 @@ def test_wmma(probe_folder: Path, dtype: type) -> None:
     np.testing.assert_array_equal(direct, col)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("columns", [16, 96, 128])
 def test_mma_and_ldmatrix(probe_folder: Path, dtype: type, columns: int) -> None:
@@ -344,7 +285,6 @@ def test_mma_and_ldmatrix(probe_folder: Path, dtype: type, columns: int) -> None
     np.testing.assert_array_equal(col, a32 @ b32.T + c)
 
 
-@pytest.mark.gpu
 def test_split_tf32(probe_folder: Path) -> None:
     rng = np.random.default_rng(7)
     exact = (rng.integers(-2047, 2048, 4096) * 2.0 ** rng.integers(-60, 60, 4096)).astype("f4")
@@ -367,7 +307,6 @@ def test_split_tf32(probe_folder: Path) -> None:
     assert abs(np.mean(cut / x)) < 2.0**-15, "of both signs"
 
 
-@pytest.mark.gpu
 def test_mma_tf32(probe_folder: Path) -> None:
     rng = np.random.default_rng(8)
     a, b, c = (rng.integers(-8, 8, (n, 8)).astype(np.float32) for n in (16, 8, 16))
@@ -388,7 +327,6 @@ def _assert_fp32_accurate(x: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
     assert np.max(np.abs(x - a @ b) / (np.abs(a) @ np.abs(b))) < 1e-6
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("depth", [48, 64])
 def test_products_of_fp32(probe_folder: Path, depth: int) -> None:
     rng = np.random.default_rng(9)
@@ -405,7 +343,6 @@ def test_products_of_fp32(probe_folder: Path, depth: int) -> None:
     _assert_fp32_accurate(o, p, v)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_products_of_what_is_not_finite(probe_folder: Path, value: float) -> None:
     rng = np.random.default_rng(10)
@@ -422,35 +359,12 @@ def test_products_of_what_is_not_finite(probe_folder: Path, value: float) -> Non
         np.testing.assert_allclose(got[~bad], expected[~bad], atol=2e-5)
 
 
-def _lane_offsets_f32(ld: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each lane reads Q, K and V, in bytes from a tile's start, rows ``ld`` floats apart."""
-    lane = np.arange(32)
-    q = lane % 16 * ld + lane // 16 * 4
-    k = lane % 8 * ld + lane // 8 * 4
-    v = lane % 4 * 2 * ld + lane // 4
-    return 4 * q, 4 * k, 4 * v
-
-
-@pytest.mark.gpu
 def test_lane_offsets_of_fp32(probe_folder: Path) -> None:
     got = Probe("mma_tf32")("offsets_64", 32, [], [_zeros(32, "u4") for _ in range(3)])
-    for offsets, expected in zip(got, _lane_offsets_f32(64 + 4), strict=True):
+    for offsets, expected in zip(got, lane_offsets_f32(64 + 4), strict=True):
         np.testing.assert_array_equal(offsets, expected)
 
 
-@pytest.mark.parametrize("head_dim", range(16, 513, 16))
-def test_fp32_tiles_are_read_without_bank_conflicts(head_dim: int) -> None:
-    q, k, v = _lane_offsets_f32(head_dim + 4)
-    for offsets in (q, k):  # ldmatrix: eight lanes' rows of 16 bytes at a time
-        assert (offsets % 16 == 0).all()
-        for rows in offsets.reshape(4, 8):
-            banks = (rows[:, None] // 4 + np.arange(4)) % 32
-            assert np.unique(banks).size == 32
-    assert np.unique(v // 4 % 32).size == 32
-    assert np.unique((v // 4 + head_dim + 4) % 32).size == 32  # the lane's other key
-
-
-@pytest.mark.gpu
 def test_accumulator_rows(probe_folder: Path) -> None:
     run = Probe("wmma")
     rng = np.random.default_rng(5)

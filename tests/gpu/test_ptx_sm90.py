@@ -1,42 +1,29 @@
 """The wrappers of Hopper's instructions, alone, against known answers.
 
 Matrix products of operands in swizzled shared memory, copies of a tensor's boxes, barriers that
-count. The probes compile for every target anywhere; they run on a GPU of capability 9.0.
+count. They run on a GPU of capability 9.0.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-import test_ptx
-from conftest import ROOT
+from cases_ptx_sm90 import (
+    MAX_BOX,
+    PRODUCTS,
+    WARPGROUP,
+    a_registers,
+    accumulator_places,
+    as_it_lands,
+)
 
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.select import targets
 
-probe_folder = test_ptx.probe_folder
-
-REPORT = re.compile(
-    r"ptxas info\s*: (\d+ bytes gmem.*|Compiling entry function .*|Function properties for \w+"
-    r"|Used \d+ registers.*|Compile time = .*)"
-    r"|(ptxas\s+\.)?\s*0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-    r"|\s*"
-)
-"""A line of a compiler's report that has nothing to object."""
-
-PRODUCTS = re.findall(
-    r"^(SS|RS)\((half_t|bfloat16_t), (\d+), (rows|transposed), (\d+)\)$",
-    (ROOT / "tests/probes/wgmma.cu").read_text(),
-    re.MULTILINE,
-)
-WARPGROUP = 128
-MAX_BOX = 256 * 128
 SHARED = 1024 + 64 * 128 * 2 + 256 * 128 * 2
 """Bytes for any probe of a product: to align, a, and b 128 deep."""
 
@@ -66,45 +53,6 @@ def hopper(probe_folder: object) -> None:
         pytest.skip(f"needs a GPU of capability 9.0, this one has {capability}")
 
 
-@pytest.mark.parametrize("name", ["cluster", "mbarrier", "tma", "wgmma"])
-def test_the_compiler_has_nothing_to_object(probe_folder: object, name: str) -> None:
-    """Such as wgmma serialized for want of a fence, setmaxnreg ignored, or spills."""
-    compiled = compiler.compile_kernel(f"probe_{name}.cu", {}, "sm_90a")
-    lines = compiled.log.splitlines()
-    assert [line for line in lines if not REPORT.fullmatch(line)] == []
-    if name == "wgmma":
-        assert len(compiled.entries) == len(PRODUCTS) + 1
-        assert compiled.entries["shared_out"].registers == 65536 // 384 // 8 * 8
-
-
-@pytest.mark.parametrize("arch", targets.TARGETS)
-@pytest.mark.parametrize("name", ["mbarrier", "tma", "wgmma"])
-def test_the_headers_do_no_harm_elsewhere(probe_folder: object, name: str, arch: str) -> None:
-    """A kernel that includes them and uses nothing of them compiles, without a word."""
-    log = compiler.compile_kernel(f"probe_{name}.cu", {}, arch).log
-    assert not re.search("warning|error|remark", log, re.IGNORECASE), log
-
-
-def test_every_width_has_a_probe() -> None:
-    widths = {int(n) for form, *_, n in PRODUCTS if form == "SS"}
-    assert widths == set(range(16, 257, 16))
-    assert {swizzle for _, _, swizzle, *_ in PRODUCTS} == {"128", "64", "32"}
-
-
-def _accumulator_places(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of element e of thread t, each (n / 2, 128)."""
-    e, t = np.ogrid[: n // 2, :WARPGROUP]
-    return 16 * (t // 32) + t % 32 // 4 + e // 2 % 2 * 8, e // 4 * 8 + t % 4 * 2 + e % 2
-
-
-def _a_registers(a: np.ndarray) -> np.ndarray:
-    """What the threads hold of A: (steps, 4, 128) pairs of its 16-bit values."""
-    step, i, t = np.ogrid[: a.shape[1] // 16, :4, :WARPGROUP]
-    row = 16 * (t // 32) + t % 32 // 4 + i % 2 * 8
-    col = 16 * step + t % 4 * 2 + i // 2 * 8
-    return np.ascontiguousarray(a[row, col] | a[row, col + 1].astype(np.uint32) << 16)
-
-
 def _products() -> list:
     """(form, type, swizzle, how b is stored, N, depth): SS over one panel, and over several."""
     depths = {128: (64, 128), 64: (32, 96), 32: (16, 80)}
@@ -115,7 +63,6 @@ def _products() -> list:
     return cases
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("form", "dtype", "swizzle", "way", "n", "depth"), _products())
 def test_wgmma(
     hopper: None, form: str, dtype: str, swizzle: int, way: str, n: int, depth: int
@@ -128,9 +75,9 @@ def test_wgmma(
     a, b = (rng.integers(-8, 9, (rows, depth)).astype("f4") for rows in (64, n))
     c = rng.integers(-100, 101, (64, n)).astype(np.float32)
     bits_a, bits_b = (x.astype(numpy_type).view(np.uint16) for x in (a, b))
-    given_a = cupy.asarray(bits_a if form == "SS" else _a_registers(bits_a))
+    given_a = cupy.asarray(bits_a if form == "SS" else a_registers(bits_a))
     given_b = cupy.asarray(np.ascontiguousarray(bits_b if way == "rows" else bits_b.T))
-    rows, cols = _accumulator_places(n)
+    rows, cols = accumulator_places(n)
     run, kernel = Probe("wgmma"), f"{form.lower()}_{dtype}_{swizzle}_{way}_{n}"
     for accumulate in (False, True):
         before = c if accumulate else np.full_like(c, np.nan)
@@ -142,17 +89,6 @@ def test_wgmma(
         np.testing.assert_array_equal(got, a @ b.T + c * accumulate, f"{accumulate=}")
 
 
-def test_fragments_cover_the_matrix() -> None:
-    """The maps that the products are judged by name each place once."""
-    for n in (16, 256):
-        rows, cols = _accumulator_places(n)
-        assert np.array_equal(np.sort((rows * n + cols).ravel()), np.arange(64 * n))
-    a = np.arange(64 * 32, dtype=np.uint16).reshape(64, 32)
-    halves = _a_registers(a).astype("<u4").view(np.uint16)
-    assert np.array_equal(np.sort(halves.ravel()), np.arange(64 * 32))
-
-
-@pytest.mark.gpu
 def test_registers_change_hands(hopper: None) -> None:
     import cupy
 
@@ -162,7 +98,6 @@ def test_registers_change_hands(hopper: None) -> None:
     np.testing.assert_array_equal(cupy.asnumpy(y), 8128 * x)
 
 
-@pytest.mark.gpu
 def test_barrier_phases(hopper: None) -> None:
     import cupy
 
@@ -173,7 +108,6 @@ def test_barrier_phases(hopper: None) -> None:
     np.testing.assert_array_equal(cupy.asnumpy(passed).reshape(3, 3), expected)
 
 
-@pytest.mark.gpu
 def test_hand_over(hopper: None) -> None:
     import cupy
 
@@ -185,7 +119,6 @@ def test_hand_over(hopper: None) -> None:
     np.testing.assert_array_equal(cupy.asnumpy(y), np.repeat(x[:, None], WARPGROUP, 1))
 
 
-@pytest.mark.gpu
 def test_named_barriers_take_turns(hopper: None) -> None:
     import cupy
 
@@ -195,7 +128,6 @@ def test_named_barriers_take_turns(hopper: None) -> None:
     np.testing.assert_array_equal(cupy.asnumpy(order), [0, 1] * rounds)
 
 
-@pytest.mark.gpu
 def test_one_lane_is_elected(hopper: None) -> None:
     import cupy
 
@@ -247,26 +179,6 @@ def _box(x: np.ndarray, at: Sequence[int], rows: int, cols: int) -> np.ndarray:
     return box
 
 
-def _as_it_lands(box: np.ndarray, swizzle: int) -> np.ndarray:
-    """Shared memory after a box has come: pieces of 16 bytes, permuted every 128 bytes."""
-    memory = np.full((MAX_BOX // 16, 16), 0xAB, np.uint8)
-    pieces = swizzle // 16
-    row, piece = np.divmod(np.arange(len(box) * pieces), pieces)
-    place = row * pieces + (piece ^ row * swizzle // 128 % pieces)
-    memory[place] = np.ascontiguousarray(box).view(np.uint8).reshape(-1, 16)
-    return memory.ravel()
-
-
-def test_boxes_land_without_bank_conflicts() -> None:
-    """What the copies are judged by: the same 16 bytes of eight rows fall into different banks."""
-    numbered = np.arange(64, dtype=np.uint16).repeat(8).reshape(8, 64)  # row * 8 + piece
-    landed = _as_it_lands(numbered, 128)[:1024].view(np.uint16).reshape(8, 8, 8)[:, :, 0]
-    for piece in range(8):
-        rows, slots = np.nonzero(landed % 8 == piece)
-        assert sorted(rows) == sorted(slots) == list(range(8))
-        assert np.array_equal(landed[rows, slots], rows * 8 + piece)
-
-
 BOXES = [
     (128, 32, (0, 0, 0, 0)),
     (128, 32, (8, 7, 2, 1)),
@@ -289,7 +201,6 @@ BOXES = [
 ]
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("hint", [0, 1, 2])
 @pytest.mark.parametrize(("swizzle", "rows", "at"), BOXES)
 def test_tma(hopper: None, swizzle: int, rows: int, at: tuple, hint: int) -> None:
@@ -306,11 +217,10 @@ def test_tma(hopper: None, swizzle: int, rows: int, at: tuple, hint: int) -> Non
     numbers = [np.int32(number) for number in (*at, rows * swizzle, hint)]
     Probe("tma").launch("load_box", 128, [encoded, *numbers, words, state])
     assert state.tolist() == [0, 1], "an aligned place, and all bytes came"
-    expected = _as_it_lands(_box(whole[inside], at, rows, swizzle // 2), swizzle)
+    expected = as_it_lands(_box(whole[inside], at, rows, swizzle // 2), swizzle)
     np.testing.assert_array_equal(cupy.asnumpy(words).view(np.uint8), expected)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("swizzle", "rows", "at"), [box for box in BOXES if min(box[2]) >= 0])
 def test_tma_store(hopper: None, swizzle: int, rows: int, at: tuple) -> None:
     import cupy
@@ -327,13 +237,12 @@ def test_tma_store(hopper: None, swizzle: int, rows: int, at: tuple) -> None:
         for r in range(min(rows, tensor.shape[2] - row)):
             for c in range(min(swizzle // 2, tensor.shape[3] - column)):
                 tensor[batch, head, row + r, column + c] = box[r, c]
-    words = cupy.asarray(_as_it_lands(box, swizzle).view("u4"))
+    words = cupy.asarray(as_it_lands(box, swizzle).view("u4"))
     encoded = _encode_tensor_map(on_gpu[inside], swizzle, rows)
     Probe("tma").launch("store_box", 128, [encoded, *map(np.int32, at), words])
     np.testing.assert_array_equal(cupy.asnumpy(on_gpu), expected)
 
 
-@pytest.mark.gpu
 def test_stmatrix(hopper: None) -> None:
     import cupy
 
@@ -348,7 +257,6 @@ def test_stmatrix(hopper: None) -> None:
     np.testing.assert_array_equal(got[:, :, 8:], 0xABAB)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("late", range(-1, 4))
 def test_clusters_read_each_others_memory(hopper: None, late: int) -> None:
     """Whoever of four is late; two rounds in the same place, and a warp that has ended."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import runs_here
+from helpers import runs_here
 from test_edges import RULED, arrays
 from test_far_scores import TOLERANCE
 

@@ -1,0 +1,49 @@
+"""What tests of several modules share: where they are, what can run here, sources of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+# The package is imported inside: conftest.py decides first which one is tested.
+
+#: The checkout, or the unpacked source distribution, that these tests belong to.
+ROOT = Path(__file__).resolve().parent.parent
+PROBES = sorted((ROOT / "tests" / "probes").glob("*.cu"))
+
+
+def gpu_skip_reason() -> str | None:
+    """Why tests below ``tests/gpu`` cannot run here; None if they can."""
+    from flashcore_cupy.jit.compiler import no_gpu_reason
+
+    return no_gpu_reason()
+
+
+def compiler_skip_reason() -> str | None:
+    """Why nothing can be compiled here: only for want of CuPy, a broken NVRTC is a failure."""
+    return None if importlib.util.find_spec("cupy") else "CuPy, which brings NVRTC, is missing"
+
+
+def runs_here(kernel: str) -> bool:
+    """Whether this machine's GPU has the instructions that a kernel is made of."""
+    from flashcore_cupy.jit import compiler
+    from flashcore_cupy.select import registry
+
+    return not registry.KERNELS[kernel].tma or compiler.device_arch() == registry.HOPPER
+
+
+def use_kernels(folder: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have everything in the test compile these sources, by their names, into an empty cache."""
+    from flashcore_cupy.jit import cache
+
+    kernels = folder / "kernels"
+    for name, text in texts.items():
+        (kernels / name).parent.mkdir(parents=True, exist_ok=True)
+        (kernels / name).write_text(text)
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(kernels))
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(folder / "cache"))
+    monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
+    monkeypatch.setattr(cache, "_unwritten", {})
+    return kernels
