@@ -1,4 +1,4 @@
-"""The public function: describe -> select -> build -> launch."""
+"""The public functions: describe a call, choose a kernel, build it, launch it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.launch import launch_cache
+from flashcore_cupy.launch.bind import bind
+from flashcore_cupy.launch.bind import explain as explain_on_gpu
 from flashcore_cupy.launch.plan import Plan
 from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.attention_problem import Causal, Gate, Layout
-from flashcore_cupy.problem.request import (
-    ARGUMENTS,
-    Request,
-    bind,
-    check_on_host,
-    check_results,
-    entered,
-    refuse_gpu_arguments,
-    select_for,
-)
+from flashcore_cupy.problem.request import ARGUMENTS, Call, Request, check_results
+from flashcore_cupy.problem.stream import entered
 from flashcore_cupy.problem.tracing import leave_dynamo, untraced
 from flashcore_cupy.problem.values import check_names
 
@@ -170,16 +164,21 @@ def attention(
             return done
     leave_dynamo()
     check_names("attention", unknown, ARGUMENTS)
+    rules = dict(
+        window=window, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink,
+        score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
+    )  # fmt: skip
     request = Request(
-        layout, softmax_scale, causal, window, softcap, alibi_slopes, bias, mask, sink, score_mod,
-        mask_mod, mod_args, cu_seqlens_q, cu_seqlens_k, batch_invariant, kernel, config, gate,
+        layout=layout, softmax_scale=softmax_scale, causal=causal, rules=rules,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant,
+        kernel=kernel, config=config, gate=gate,
     )  # fmt: skip
     return_lse = check_results(gate, return_lse, out)
     gpu = interop.gpu_of("q", q)
     if gpu is None:
         return _on_host(request, q, k, v, out, stream, return_lse)
-    call = choices if plain else None
-    return _on_gpu(gpu, request, q, k, v, out, stream, return_lse, call)
+    known_by = choices if plain else None
+    return _on_gpu(gpu, request, q, k, v, out, stream, return_lse, known_by)
 
 
 @untraced
@@ -202,7 +201,7 @@ def plan(
 
     leave_dynamo()
     check_names("plan", arguments, set(ARGUMENTS) - {"stream"})
-    request = Request(**arguments)
+    request = Request.of(arguments)
     return_lse = check_results(request.gate, return_lse, out)
     gpu = interop.gpu_of("q", q)
     if gpu is None:
@@ -211,7 +210,9 @@ def plan(
         raise ValueError(f"q: on GPU {gpu}, which is not the current device")
     with captures.captured_call():
         q, k, v, _ = interop.taken_together(q, k, v)
-        return bind(request, q, k, v, out, want_lse=return_lse, own_workspace=True)
+        return bind(
+            request.call(q, k, v, out, on_gpu=True), want_lse=return_lse, own_workspace=True
+        )
 
 
 @untraced
@@ -232,19 +233,16 @@ def explain(
     """
     leave_dynamo()
     check_names("explain", arguments, ARGUMENTS)
-    request = Request(**arguments)
+    request = Request.of(arguments)
     check_results(request.gate, return_lse, out)
     gpu = interop.gpu_of("q", q)
     if gpu is None:
-        q, k, v, _ = interop.taken_together(q, k, v)
-        target = None if out is None else interop.taken_out(out)[0]
-        refuse_gpu_arguments(request, stream)
-        check_on_host(request, q, k, v, target)
+        _call_on_host(request, q, k, v, out, stream)
         return "NumPy arrays: tiled online-softmax attention on the CPU, fp32 accumulation"
     with entered(gpu, stream):
         q, k, v, _ = interop.taken_together(q, k, v)
         target = None if out is None else interop.taken_out(out)[0]
-        return select_for(request, q, k, v, target)
+        return explain_on_gpu(request.call(q, k, v, target, on_gpu=True))
 
 
 def _on_host(
@@ -252,15 +250,22 @@ def _on_host(
 ) -> Any:
     from flashcore_cupy.cpu.host import attend  # not imported where there is a GPU to do the work
 
+    call, kind, out_kind = _call_on_host(request, q, k, v, out, stream)
+    o, lse = attend(call)
+    o = interop.returned(o, out_kind, out)
+    return (o, interop.returned(lse, kind)) if return_lse else o
+
+
+def _call_on_host(
+    request: Request, q: Any, k: Any, v: Any, out: Any, stream: Any
+) -> tuple[Call, interop.Kind, interop.Kind]:
+    """Describe a call; with it the kinds of arrays that its results become, o's last."""
+    from flashcore_cupy.cpu.host import refuse_gpu_arguments
+
     q, k, v, kind = interop.taken_together(q, k, v)
     target, out_kind = (None, kind) if out is None else interop.taken_out(out)
     refuse_gpu_arguments(request, stream)
-    request = request.taken(cpu=True)
-    if target is not None:
-        request.check_apart(target)
-    o, lse = attend(request, q, k, v, target)
-    o = interop.returned(o, out_kind, out)
-    return (o, interop.returned(lse, kind)) if return_lse else o
+    return request.call(q, k, v, target, on_gpu=False), kind, out_kind
 
 
 def _on_gpu(
@@ -272,18 +277,19 @@ def _on_gpu(
     out: Any,
     stream: Any,
     return_lse: bool,
-    choices: tuple[Any, ...] | None,
+    known_by: tuple[Any, ...] | None,
 ) -> Any:
-    """Launch a call, and remember one that has ``choices`` to be known by."""
+    """Launch a call; ``known_by`` says what the launch cache is to know it by, if it may."""
     stream = interop.stream_of(q) if stream is None else stream
     with entered(gpu, stream), captures.captured_call():
         q, k, v, kind = interop.taken_together(q, k, v)
         target, out_kind = (None, kind) if out is None else interop.taken_out(out)
-        bound = bind(request, q, k, v, target, want_lse=return_lse, own_workspace=False)
+        call = request.call(q, k, v, target, on_gpu=True)
+        bound = bind(call, want_lse=return_lse, own_workspace=False)
         bound.launch()
         if request.gate in ("qk", "softmax"):
             return interop.returned(bound.gate_output(), kind)
-        if choices is not None:
-            launch_cache.remember(bound, choices, out_given=out is not None)
+        if known_by is not None:
+            launch_cache.remember(bound, known_by, out_given=out is not None)
         o = interop.returned(bound.arrays["o"], out_kind, out)
         return (o, interop.returned(bound.arrays["lse"], kind)) if return_lse else o

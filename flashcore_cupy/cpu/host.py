@@ -1,67 +1,83 @@
-"""Attention on NumPy arrays: the request's rules, handed to the tiled attention on the CPU."""
+"""Attention on NumPy arrays: a described call, handed to the tiled attention."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from flashcore_cupy.cpu import reference, tiled_attention
-from flashcore_cupy.problem.array_spec import check_out, usable
-from flashcore_cupy.problem.attention_problem import AttentionProblem
-from flashcore_cupy.problem.request import Request
+from flashcore_cupy.cpu import gates, tiled_attention
+from flashcore_cupy.cpu.numpy_rules import RuleArguments
+from flashcore_cupy.problem.array_spec import usable
+from flashcore_cupy.problem.attention_problem import check_choice
+from flashcore_cupy.problem.request import Call, Request
+from flashcore_cupy.problem.rules import RULES
+from flashcore_cupy.select.registry import KERNELS
 
-_POSITION_RULES = ("causal", "window", "mask", "mask_mod", "mod_args")
-_RULES = ("softcap", "alibi_slopes", "bias", "sink", "score_mod", *_POSITION_RULES)
 
-
-def attend(request: Request, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
+def attend(call: Call) -> tuple[Any, Any]:
     """Return the output, or what the gate asks for, and the log-sum-exp; None with such a gate."""
     with np.errstate(all="ignore"):  # NaN, infinity and underflow are data here, as on a GPU
-        return _attend(request, q, k, v, out)
+        return _attend(call)
 
 
-def _attend(request: Request, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
-    request = request.taken(cpu=True)
-    problem, sequences = request.describe(q, k, v)
-    q, k, v = (usable(x, np) for x in (q, k, v))
+def _attend(call: Call) -> tuple[Any, Any]:
+    problem, rules = call.problem, _rules(call)
+    q, k, v = (usable(call.arrays[name], np) for name in "qkv")
+    out = call.arrays.get("out")
     if out is None:
         out = np.empty(problem.output_shape, q.dtype)
-    else:
-        check_out(problem, out, (q, k, v), np)
-    if sequences is not None:
-        return _packed(request, problem, sequences, q, k, v, out)
+    if problem.packed:
+        return _packed(call, rules, q, k, v, out)
     views = [x if problem.layout == "bhsd" else x.transpose(0, 2, 1, 3) for x in (q, k, v, out)]
-    rules = _rules(request, problem)
-    if request.gate == "qk":
-        return reference.gate_scores(*views[:3], **rules).astype(np.float32), None
-    if request.gate == "softmax":
-        return reference.gate_probabilities(*views[:3], **rules).astype(np.float32), None
-    if request.gate == "pv":  # all scores 0, whatever q and k hold and the rules make of them
+    if problem.gate == "qk":
+        return gates.scores(views[0], views[1], views[2], rules), None
+    if problem.gate == "softmax":
+        return gates.probabilities(views[0], views[1], views[2], rules), None
+    if problem.gate == "pv":  # all scores 0, whatever q and k hold and the rules make of them
         views[0], views[1] = np.zeros_like(views[0]), np.zeros_like(views[1])
-        rules = {name: rules[name] for name in _POSITION_RULES if name in rules}
-    _, lse = reference.tiled(*views[:3], **rules, out=views[3])
+        kept = ("softmax_scale", "causal", "window", "mod_args")
+        hiding = [rule.name for rule in RULES if rule.hides]
+        for name in set(rules) - {*kept, *hiding}:
+            del rules[name]  # type: ignore[misc]
+    _, lse = tiled_attention.tiled(*views[:3], **rules, out=views[3])
     return out, lse
 
 
-def _packed(
-    request: Request,
-    problem: AttentionProblem,
-    boundaries: tuple[Any, Any],
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-) -> tuple[Any, Any]:
-    lse = np.empty(problem.lse_shape, np.float32)
-    rules = _rules(request, problem)
+def _packed(call: Call, rules: RuleArguments, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
+    lse = np.empty(call.problem.lse_shape, np.float32)
+    boundaries = (call.arrays[name] for name in ("cu_seqlens_q", "cu_seqlens_k"))
     for n, (*one, rows) in enumerate(tiled_attention.sequences(q, k, v, *boundaries)):
         target = out[rows].swapaxes(0, 1)[None]
-        _, found = reference.tiled(*one, **rules, sequence=n, out=target)
+        own: RuleArguments = {**rules, "sequence": n}
+        _, found = tiled_attention.tiled(*one, **own, out=target)
         lse[:, rows] = found[0]
     return out, lse
 
 
-def _rules(request: Request, problem: AttentionProblem) -> dict[str, Any]:
-    given = {name: getattr(request, name) for name in _RULES}
-    return {"softmax_scale": problem.softmax_scale, **given}
+def _rules(call: Call) -> RuleArguments:
+    """Every rule of the call, with its data."""
+    problem = call.problem
+    values = {
+        rule.name: getattr(problem.rules, rule.name) for rule in RULES if rule.takes == "value"
+    }
+    arrays = {rule.name: call.arrays[rule.name] for rule in RULES if rule.name in call.arrays}
+    found: Any = {"softmax_scale": problem.softmax_scale, "causal": problem.causal, **values}
+    rules: Any = {**found, **arrays, **call.formulas, "mod_args": call.mod_args}
+    return cast(RuleArguments, rules)
+
+
+def refuse_gpu_arguments(request: Request, stream: Any) -> None:
+    """Raise ``ValueError`` for what chooses how a GPU runs, given with arrays of the host."""
+    check_choice("kernel", request.kernel, ("auto", *KERNELS))
+    given = {
+        "kernel": request.kernel != "auto",
+        "config": request.config is not None,
+        "stream": stream is not None,
+    }
+    for name, present in given.items():
+        if present:
+            raise ValueError(
+                f"{name}: chooses how a GPU runs, but q, k, v are NumPy arrays; "
+                f"leave it out, or pass CuPy arrays"
+            )

@@ -83,26 +83,28 @@ def usable(x: Any, xp: Any) -> Any:
     return xp.array(x, order="C", copy=True) if why_copied(x) else x
 
 
-def check_out(problem: AttentionProblem, out: Any, inputs: tuple[Any, ...], xp: Any) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless ``out`` can take the output of ``inputs``."""
-    q, k, v = inputs
-    if not isinstance(out, xp.ndarray):
+def check_out(problem: AttentionProblem, out: Any, inputs: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``out`` can take the output of q, k and v."""
+    q = inputs["q"]
+    on_host = isinstance(q, np.ndarray)
+    if isinstance(out, np.ndarray) != on_host:
         got = f"{type(out).__module__.partition('.')[0]}.{type(out).__name__}"
-        raise TypeError(f"out: got {got}; use a {xp.__name__} array like q")
+        raise TypeError(f"out: got {got}; use a {'numpy' if on_host else 'cupy'} array like q")
     if out.shape != problem.output_shape:
         raise ValueError(f"out: got shape {out.shape}; this problem's is {problem.output_shape}")
     if out.dtype != q.dtype:
         own, wanted = dtype_beside(out.dtype, q.dtype), dtype_beside(q.dtype, out.dtype)
         raise TypeError(f"out: got dtype {own}; q's is {wanted}")
-    if xp is not np and out.device != q.device:
+    if not on_host and out.device != q.device:
         raise ValueError(f"out: on GPU {out.device.id}, but q is on GPU {q.device.id}")
     if reason := why_copied(out):
         raise ValueError(f"out: {reason}; use a contiguous array")
-    if xp is np and not out.flags.writeable:
+    if on_host and not out.flags.writeable:
         raise ValueError("out: is read-only; use an array of your own")
     if _overlaps_itself(out):
         raise ValueError("out: its elements share memory, as a broadcast view's; use a real array")
-    check_overlaps(out, {"q": q, "k": k, "v": v})
+    # What is copied before is read no more.
+    check_overlaps(out, {name: x for name, x in inputs.items() if not why_copied(x)})
 
 
 def check_overlaps(out: Any, arrays: Mapping[str, Any]) -> None:

@@ -32,6 +32,8 @@ class Rule:
     """Its bits in ``FC_RULES``, by name; ``score.cuh`` has the same."""
     pointer: ClassVar[str | None] = None
     """The field of ``AttentionParams`` that holds its array's address."""
+    contiguous: ClassVar[bool] = False
+    """Whether a kernel reads that array without strides."""
     hides: ClassVar[bool] = False
     """Whether it hides keys one by one, wherever they are."""
     when_packed: ClassVar[str | None] = None
@@ -89,7 +91,8 @@ class BroadcastRule(Rule):
             aligned = x.address % (keys * size) == 0 and all(s % keys == 0 for s in strides[:3])
             return aligned and strides[3] == 1 and scores.seqlen_kv % keys == 0
 
-        return Broadcast(x.dtype.name, strides, loads(2), size == 1 and loads(16))  # type: ignore[arg-type]
+        chunks = size == 1 and loads(16)
+        return Broadcast(x.dtype.name, strides, loads(2), chunks)  # type: ignore[arg-type]
 
 
 def check_float32(name: str, x: Any) -> None:

@@ -250,7 +250,7 @@ class Sink(Rule):
 
     name, takes = "sink", "numbers per head"
     codes: ClassVar = {"sink": 128}
-    pointer = "sink"
+    pointer, contiguous = "sink", True
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> bool:
         """Check it."""

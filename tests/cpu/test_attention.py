@@ -17,10 +17,11 @@ import flashcore_cupy
 from flashcore_cupy.check.selftest import cases, matrix
 from flashcore_cupy.cpu import reference
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.launch import builds
+from flashcore_cupy.launch import bind, builds
 from flashcore_cupy.problem import request
 from flashcore_cupy.problem import rules as rules_module
 from flashcore_cupy.problem.attention_problem import GATES, LAYOUTS, contiguous_problem
+from flashcore_cupy.problem.request import Request
 from flashcore_cupy.select import registry, selector, table, targets
 
 attention = flashcore_cupy.attention
@@ -237,9 +238,10 @@ class _OnGpu(np.ndarray):
 
 
 def _explained(monkeypatch: pytest.MonkeyPatch, arch: str, *operands: Any, **choices: Any) -> str:
-    monkeypatch.setattr(request.compiler, "device_arch", lambda device: arch)
+    monkeypatch.setattr(bind.compiler, "device_arch", lambda device: arch)
     monkeypatch.setattr(request, "rule_array", lambda name, x, cpu: x)
-    return request.select_for(request.Request(**choices), *(x.view(_OnGpu) for x in operands))
+    q, k, v = (x.view(_OnGpu) for x in operands)
+    return bind.explain(Request.of(choices).call(q, k, v, None, on_gpu=True))
 
 
 def test_explain_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,3 +153,13 @@ def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     if ast.get_docstring(node) is None:
         return 0
     return (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+
+
+def test_what_computes_on_the_cpu_does_not_ask_the_oracle() -> None:
+    reached, todo = set(), {"attention", "cpu.host"}
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        path = next(path for path in MODULES if name_of(path) == name)
+        todo |= imports_of(path) - reached
+    assert "cpu.tiled_attention" in reached and "cpu.reference" not in reached

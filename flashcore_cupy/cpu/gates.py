@@ -1,0 +1,59 @@
+"""What the gates give on NumPy arrays: one stage of attention, of every head at once per block.
+
+In float64, so that a kernel's stage can be compared with it; in blocks of queries, so that nothing
+but the result is of size Sq x Skv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from flashcore_cupy.cpu.numpy_rules import RuleArguments, Rules, sizes_of
+from flashcore_cupy.problem.blocks import Array, Block, BoolArray
+
+_BLOCK_ELEMENTS = 2**22  # scores of a block, 32 MB
+
+
+def scores(q: Array, k: Array, v: Array, rules: RuleArguments) -> Array:
+    """Gate "qk": scores by all rules, -inf where hidden, float32 (B, Hq, Sq, Skv)."""
+    return _stage(q, k, Rules(sizes_of(q, k, v), **rules), normalise=False)
+
+
+def probabilities(q: Array, k: Array, v: Array, rules: RuleArguments) -> Array:
+    """Gate "softmax": P, 0 where hidden, float32 (B, Hq, Sq, Skv). A sink leaves rows less."""
+    return _stage(q, k, Rules(sizes_of(q, k, v), **rules), normalise=True)
+
+
+def _stage(q: Array, k: Array, rules: Rules, *, normalise: bool) -> Array:
+    sizes = rules.sizes
+    out = np.empty((*q.shape[:3], sizes.seqlen_kv), np.float32)
+    for at in _blocks(rules):
+        rows = at.batch, at.head, slice(at.lowest, at.highest + 1)
+        keys = k[at.batch, at.head // sizes.group].astype(np.float64)
+        block = q[rows].astype(np.float64) @ keys.T
+        rules.apply(block, at)
+        seen = rules.visible(at)
+        block = np.where(seen, block, -np.inf)
+        out[rows] = _softmax(block, seen, rules.sink_of(at.head)) if normalise else block
+    return out
+
+
+def _blocks(rules: Rules) -> Iterator[Block]:
+    sizes = rules.sizes
+    step = max(1, _BLOCK_ELEMENTS // max(1, sizes.seqlen_kv))
+    for batch, head in np.ndindex(sizes.batch, sizes.heads_q):
+        for first in range(0, sizes.seqlen_q, step):
+            end = min(first + step, sizes.seqlen_q)
+            queries = np.arange(first, end)
+            yield Block(batch, head, queries, first, end - 1, slice(0, sizes.seqlen_kv))
+
+
+def _softmax(scores: Array, seen: BoolArray, sink: float) -> Array:
+    top = scores.max(axis=1, initial=sink)
+    shift = np.where(np.isneginf(top), 0, top)
+    p = np.exp(scores - shift[:, None])
+    total = p.sum(axis=1) + np.exp(sink - shift)
+    found: Array = np.where(seen, p / np.where(total == 0, 1, total)[:, None], 0.0)
+    return found
