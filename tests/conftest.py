@@ -15,7 +15,7 @@ from helpers import PROBES, ROOT, compiler_skip_reason, gpu_skip_reason
 #: A folder is a marker: what its tests need, and what says why that is not here.
 NEEDS = {"compile": ("NVRTC", compiler_skip_reason), "gpu": ("a GPU", gpu_skip_reason)}
 
-pytest.register_assert_rewrite("cases_edges", "cases_far_scores", "cases_reference")
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*.py")))
 
 
 def _test_what_is_installed() -> None:

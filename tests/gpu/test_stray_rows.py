@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases_edges import RULED, arrays
+from cases_far_scores import TOLERANCE
 from helpers import runs_here
-from test_edges import RULED, arrays
-from test_far_scores import TOLERANCE
 
 import flashcore_cupy
 from flashcore_cupy.cpu import reference
 from flashcore_cupy.select import registry
 
-pytestmark = pytest.mark.gpu
 #: Boundaries, and rows in all: behind the last sequence, before the first, both, none; no sequence.
 BATCHES: tuple[tuple[tuple[int, ...], int], ...] = (
     ((0, 3, 3, 5), 200),

@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from cases_edges import LENGTHS, RULED, arrays, check, off_by_a_byte, pack, run
 from helpers import runs_here
-from test_edges import LENGTHS, RULED, arrays, check, pack, run
 
 import flashcore_cupy
 from flashcore_cupy.attention import plan
@@ -17,8 +17,6 @@ from flashcore_cupy.check.selftest.arrays import embed
 from flashcore_cupy.cpu import reference
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.select import registry
-
-pytestmark = pytest.mark.gpu
 
 
 def test_streams() -> None:
@@ -508,3 +506,37 @@ def test_a_long_batch_beyond_2_to_31_elements() -> None:
     _, expected = reference.oracle(*few, causal=True)
     np.testing.assert_allclose(cupy.asnumpy(lse[places]), expected, atol=1e-3)
     assert not o[1].any() and not o[batch - 2].any()
+
+
+# ---- where arrays lie ----------------------------------------------------------------------------
+
+
+def test_elements_off_their_multiples_are_refused() -> None:
+    import cupy
+
+    q, k, v = (cupy.asarray(x) for x in arrays(30, 40))
+    off = off_by_a_byte(cupy.asnumpy(k), cupy)
+    for call in (flashcore_cupy.attention, flashcore_cupy.explain):
+        with pytest.raises(ValueError, match="k: its elements do not lie on multiples of their 2"):
+            call(q, off, v)
+    with pytest.raises(ValueError, match="out: its elements do not lie"):
+        flashcore_cupy.attention(q, k, v, out=off_by_a_byte(cupy.asnumpy(q), cupy))
+
+
+@pytest.mark.parametrize("queries", [3, 200])
+@pytest.mark.parametrize("where", ["late", "reversed", "boxes"])
+def test_out_of_a_full_grid_lies_anywhere(where: str, queries: int) -> None:
+    """Rows that TMA can store, and others: an element late, or from the last to the first."""
+    import cupy
+
+    q, k, v = arrays(queries, 900, heads=32, heads_kv=8)
+    base = cupy.full((1, 32, queries, 80), cupy.nan, cupy.float16)
+    out = {
+        "late": base[..., 1:65],
+        "reversed": base[:, :, ::-1, 8:72],
+        "boxes": base[..., 8:72],
+    }[where]
+    flashcore_cupy.attention(*(cupy.asarray(x) for x in (q, k, v)), out=out)
+    check(cupy.asnumpy(out), q, k, v)
+    out.fill(cupy.nan)
+    assert cupy.isnan(base).all(), "nothing else was written"
