@@ -38,15 +38,3 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"{project} {version}"
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
 html_copy_source = html_show_sourcelink = False
-
-
-def _plain_sections(app, what, name, obj, options, lines: list[str]) -> None:
-    """Take the colon off an underlined title like ``Returns:``, which napoleon does not know."""
-    for n, underline in enumerate(lines[1:]):
-        if lines[n].endswith(":") and underline and set(underline) == {"-"}:
-            lines[n] = lines[n][:-1]
-
-
-def setup(app) -> None:
-    """Sphinx calls this with the application."""
-    app.connect("autodoc-process-docstring", _plain_sections, priority=0)

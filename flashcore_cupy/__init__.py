@@ -11,3 +11,7 @@ from flashcore_cupy.attention import attention, explain
 from flashcore_cupy.select.registry import KERNELS
 
 __all__ = ["KERNELS", "__version__", "attention", "explain"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,9 +1,8 @@
 """The public functions: describe a call, choose a kernel, build it, launch it."""
 
-from __future__ import annotations
-
+# Annotations are not made text here, so that help() shows them as they are.
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.launch import launch_cache
@@ -16,11 +15,6 @@ from flashcore_cupy.problem.request import ARGUMENTS, Call, Request, check_resul
 from flashcore_cupy.problem.stream import entered
 from flashcore_cupy.problem.tracing import leave_dynamo, untraced
 from flashcore_cupy.problem.values import check_names
-
-if TYPE_CHECKING:
-    from typing import NoReturn
-
-    import cupy
 
 __all__ = ["attention", "explain", "plan"]
 
@@ -132,13 +126,13 @@ def attention(
     **unknown
         No other name is taken; the error tells which one is meant.
 
-    Returns:
+    Returns
     -------
     o, or (o, lse) : arrays of the inputs' kind
         o has q's dtype, (B, Hq, Sq, Dv) in ``layout``, or (total, Hq, Dv). A query that sees no key
         gives o = 0, lse = -inf (with a sink: lse = sink). The same call gives the same bits.
 
-    Raises:
+    Raises
     ------
     TypeError, ValueError
         Before anything is launched; names the argument, what it got and what works.
@@ -183,12 +177,12 @@ def attention(
 
 @untraced
 def plan(
-    q: cupy.ndarray,
-    k: cupy.ndarray,
-    v: cupy.ndarray,
+    q: Any,
+    k: Any,
+    v: Any,
     *,
     return_lse: bool = False,
-    out: cupy.ndarray | None = None,
+    out: Any = None,
     **arguments: Any,
 ) -> Plan:
     """``attention`` up to, but without, the launch, for CuPy arrays.

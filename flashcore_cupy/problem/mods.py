@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -177,6 +176,8 @@ def check_mods(score_mod: Any, mask_mod: Any, mod_args: Mapping[str, Any] | None
             raise TypeError(
                 f"{name}: got {type(mod).__name__}; on NumPy arrays pass a callable, {call}"
             )
+        import inspect  # which takes as long to import as all else here
+
         try:
             signature = inspect.signature(mod)
         except (TypeError, ValueError):  # a function of C need not tell
