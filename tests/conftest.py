@@ -15,7 +15,7 @@ from helpers import PROBES, ROOT, compiler_skip_reason, gpu_skip_reason
 #: A folder is a marker: what its tests need, and what says why that is not here.
 NEEDS = {"compile": ("NVRTC", compiler_skip_reason), "gpu": ("a GPU", gpu_skip_reason)}
 
-pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*.py")))
+pytest.register_assert_rewrite("fuzz", *(path.stem for path in ROOT.glob("tests/cases_*.py")))
 
 
 def _test_what_is_installed() -> None:
@@ -53,11 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for folder, (what, skip_reason) in NEEDS.items():
-        inside = [
-            item
-            for item in items
-            if ROOT / "tests" / folder in item.path.parents or item.get_closest_marker(folder)
-        ]
+        inside = [item for item in items if ROOT / "tests" / folder in item.path.parents]
         reason = skip_reason() if inside else None
         for item in inside:
             item.add_marker(folder)
@@ -74,3 +70,17 @@ def probe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(probe, folder / f"probe_{probe.name}")
     monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and nothing else that the environment says."""
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
+    monkeypatch.delenv("FLASHCORE_KERNELS_DIR", raising=False)
+
+
+@pytest.fixture
+def lines_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as they are by default: a worker of pytest inherits COLUMNS."""
+    monkeypatch.delenv("COLUMNS", raising=False)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 # The package is imported inside: conftest.py decides first which one is tested.
@@ -47,3 +50,18 @@ def use_kernels(folder: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("FLASHCORE_ARCH", raising=False)
     monkeypatch.setattr(cache, "_unwritten", {})
     return kernels
+
+
+def finding(name: str) -> Any:
+    """What the doctor says of one thing."""
+    from flashcore_cupy.check import doctor
+
+    (found,) = (item for item in doctor.examine().findings if item.name == name)
+    return found
+
+
+def three_arrays(dtype: Any = "float16", shape: tuple[int, ...] = (1, 2, 8, 16)) -> list[Any]:
+    """q, k and v of N(0, 1) on the host."""
+    rng = np.random.default_rng(0)
+    element = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    return [rng.standard_normal(shape).astype(element) for _ in range(3)]

@@ -13,22 +13,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import ROOT, compiler_skip_reason
+from helpers import ROOT
 
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.jit.sources import kernels_dir
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import contiguous_problem
-from flashcore_cupy.problem.mods import MAX_MOD_ARGS, MOD_TYPES
 from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.mods import MAX_MOD_ARGS, MOD_TYPES
 from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import selector
 from flashcore_cupy.select.config import KernelConfig
-
-pytestmark = pytest.mark.skipif(
-    compiler_skip_reason() is not None, reason=str(compiler_skip_reason())
-)
 
 ARCH = "sm_90a"
 

@@ -18,9 +18,24 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from cases_arguments import (
+    DV,
+    HKV,
+    HQ,
+    SKV,
+    SLOPES,
+    SQ,
+    B,
+    D,
+    attention,
+    ones,
+    operands,
+    random,
+    refusal,
+)
+from cases_reference import repeatable
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reference import repeatable
 
 import flashcore_cupy
 from flashcore_cupy.attention import plan
@@ -34,25 +49,8 @@ from flashcore_cupy.problem.request import ARGUMENTS
 from flashcore_cupy.problem.rule import Broadcast
 from flashcore_cupy.problem.rules import NO_RULES, Rules, describe_rules
 
-attention = flashcore_cupy.attention
-
-B, HQ, HKV, SQ, SKV, D, DV = 2, 4, 2, 9, 14, 16, 8
 SCORES = Scores(B, HQ, SQ, SKV)
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
-
-
-def random(*shape: int, dtype: Any = np.float32, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
-
-
-def operands(dtype: Any = np.float16) -> list[np.ndarray]:
-    """q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv)."""
-    shapes = (B, HQ, SQ, D), (B, HKV, SKV, D), (B, HKV, SKV, DV)
-    return [random(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
-
-
-def ones(*shape: int, dtype: Any = np.float32) -> np.ndarray:
-    return np.ones(shape, dtype)
 
 
 def through_attention(**arguments: Any) -> Any:
@@ -65,13 +63,6 @@ def through_rules(**arguments: Any) -> Rules:
         if isinstance(x, np.ndarray):
             arguments[name] = spec_of(x)
     return describe_rules(SCORES, "float16", **arguments)
-
-
-def refusal(error: type[Exception], call: Callable[[], Any]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- arguments that are wrong wherever the arrays are --------------------------------------------
@@ -302,31 +293,6 @@ BAD_ON_A_GPU: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_bad_arguments_with_arrays_on_a_gpu(name: str) -> None:
     arguments, error, message = BAD_ON_A_GPU[name]
     assert message in refusal(error, lambda: through_rules(**arguments))
-
-
-@pytest.mark.gpu
-def test_bad_rules_with_cupy_arrays() -> None:
-    import cupy
-
-    q, k, v = (cupy.asarray(x) for x in operands())
-    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"mask": ones(SQ, SKV, dtype=bool)}, TypeError, "mask: a NumPy array while q is a CuPy"),
-        (
-            {"score_mod": "score", "mod_args": {"x": ones(3)}},
-            TypeError,
-            "mod_args['x']: a NumPy array",
-        ),
-        ({"mask_mod": lambda *at: True}, TypeError, "mask_mod: got a Python function"),
-        ({"kernel": "wmma_fused_64", "softcap": 30.0}, ValueError, "has no softcap"),
-        ({"kernel": "scalar", "window": (3, 0)}, ValueError, "has no window"),
-    ]
-    for arguments, error, message in cases:
-        assert message in refusal(error, lambda rules=arguments: attention(q, k, v, **rules))
-    packed = [x[0].swapaxes(0, 1) for x in (q, k, v)]
-    for cu_seqlens in (cupy.asarray([0.0, SQ]), cupy.asarray([0, SQ], "i8")):
-        both = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": [0, SKV]}
-        message = refusal(TypeError, lambda both=both: attention(*packed, **both))
-        assert "cu_seqlens_q: got" in message and "int32" in message
 
 
 # --- what is described ----------------------------------------------------------------------------
@@ -902,9 +868,6 @@ def test_a_cap_far_above_the_scores_changes_no_bit() -> None:
         np.testing.assert_array_equal(attention(small, k, v, softcap=1e37, gate="qk"), plain)
 
 
-# --- slopes and sinks of other dtypes, and in lists -----------------------------------------------
-
-SLOPES = np.array([0.5, 0.25, 2.0, 1.0], np.float32)
 KINDS: dict[str, Callable[[np.ndarray], Any]] = {
     "float64": lambda x: x.astype(np.float64),
     "float16": lambda x: x.astype(np.float16),
@@ -949,28 +912,6 @@ def test_kernels_get_slopes_and_sinks_as_float32() -> None:
             TypeError, lambda name=name: through_rules(**{name: ones(HQ, dtype=np.float64)})
         )
         assert message == f"{name}: got dtype float64; use float32"
-
-
-@pytest.mark.gpu
-def test_slopes_sinks_and_numbers_on_a_gpu() -> None:
-    import cupy
-
-    q, k, v = (cupy.asarray(x) for x in operands())
-    for name in ("alibi_slopes", "sink"):
-        wanted = attention(q, k, v, **{name: cupy.asarray(SLOPES)})
-        for x in (SLOPES.tolist(), cupy.asarray(SLOPES, "f8"), cupy.asarray(SLOPES, "f2")):
-            cupy.testing.assert_array_equal(attention(q, k, v, **{name: x}), wanted)
-    for name in ("softmax_scale", "softcap"):
-        wanted = attention(q, k, v, **{name: 0.25})
-        for number in (np.array(0.25), cupy.array(0.25), np.float32(0.25)):
-            for _ in range(2):  # the second by the short way, if there is one
-                cupy.testing.assert_array_equal(attention(q, k, v, **{name: number}), wanted)
-    wanted = attention(q, k, v, causal=True)
-    for _ in range(2):
-        cupy.testing.assert_array_equal(attention(q, k, v, causal=np.True_), wanted)
-        attention(q, k, v, return_lse=True)
-        assert refusal(TypeError, lambda: attention(q, k, v, return_lse=1)).startswith("return_lse")
-        assert refusal(ValueError, lambda: attention(q, k, v, causal=1)).startswith("causal: got 1")
 
 
 # --- what mods return, take and raise -------------------------------------------------------------

@@ -444,28 +444,3 @@ def test_the_report_counts_and_names_what_failed() -> None:
     row = report["rows"][1]
     assert {"kernel", "dtype", "head_dim", "case", "ok", "max_error", "allowed_error"} <= set(row)
     assert not row["ok"] and row["reason"] == "because"
-
-
-# --- on a GPU ----------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-def test_a_plan_is_timed_in_a_graph() -> None:
-    import cupy
-
-    from flashcore_cupy.attention import plan
-
-    q, k, v = (cupy.asarray(x) for x in inputs.inputs(small(seqlen=256, head_dim=64), 0))
-    bound = plan(q, k, v)
-    got = timing.time_graph(bound, iters=10, warmup=2)
-    assert got.samples == 10 and got.per_sample > 1
-    assert 0.5 < got.p10_us <= got.median_us <= got.p90_us < 1000
-    peak = timing.peak("float16")
-    assert peak is None or peak.tflops > 1
-
-
-@pytest.mark.gpu
-def test_quick_selftest_passes() -> None:
-    report = matrix.run_all(quick=True)
-    failed = [row for row in report["rows"] if not row["ok"]]
-    assert report["passed"] > 20 and not failed

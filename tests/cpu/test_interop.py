@@ -12,17 +12,17 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from helpers import three_arrays
 
 import flashcore_cupy
 from flashcore_cupy.problem import interop
 
-DTYPES = ("float16", "bfloat16", "float32")
-
 # Else JAX takes most of a GPU's memory for itself as soon as it is asked for any device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 class HostDLPack:
@@ -53,30 +53,6 @@ class ArrayInterface:
         self.__array_interface__ = array.__array_interface__
 
 
-class CudaArrayInterface:
-    """Speaks Numba's protocol, for a CuPy array."""
-
-    def __init__(self, array: Any, read_only: bool = False) -> None:
-        self.array = array
-        self.__cuda_array_interface__ = dict(array.__cuda_array_interface__)
-        self.__cuda_array_interface__["data"] = (array.data.ptr, read_only)
-
-
-class GpuDLPack:
-    """Speaks DLPack, for a CuPy array; writes down which stream was to wait."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-        self.streams: list[object] = []
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
-
-    def __dlpack__(self, *, stream: Any = None, **kwargs: Any) -> Any:
-        self.streams.append(stream)
-        return self.array.__dlpack__(stream=stream, **kwargs)
-
-
 class Elsewhere:
     """Says where it lies, and would not export anything."""
 
@@ -90,18 +66,12 @@ class Elsewhere:
         raise AssertionError("nobody asks a device that cannot serve")
 
 
-def _arrays(dtype: str = "float16", shape: tuple[int, ...] = (1, 2, 8, 16)) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    element = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    return [rng.standard_normal(shape).astype(element) for _ in range(3)]
-
-
 def _same_memory(x: np.ndarray, y: np.ndarray) -> bool:
     return x.ctypes.data == y.ctypes.data and x.shape == y.shape and x.strides == y.strides
 
 
 def test_numpy_arrays_pass_as_they_are() -> None:
-    x = _arrays()[0]
+    x = three_arrays()[0]
     mapped = np.frombuffer(mmap.mmap(-1, 64), np.float16)
     for array in (x, x[:, ::2, ::-1], mapped, x.view(type("Mine", (np.ndarray,), {}))):
         got, kind = interop.taken("q", array)
@@ -139,7 +109,7 @@ def test_hosts_do_not_import_cupy() -> None:
 
 @pytest.mark.parametrize("exporter", [HostDLPack, OldHostDLPack, ArrayInterface])
 def test_host_exporters_share_memory(exporter: type) -> None:
-    base = _arrays()[0]
+    base = three_arrays()[0]
     for x in (base, base[:, ::-1, 1:7, ::2], base[:, :0]):
         got, kind = interop.taken("q", exporter(x))
         assert isinstance(got, np.ndarray) and got.dtype == x.dtype and kind == "other"
@@ -152,7 +122,7 @@ def test_host_exporters_share_memory(exporter: type) -> None:
 
 @pytest.mark.parametrize("exporter", [HostDLPack, OldHostDLPack, ArrayInterface])
 def test_attention_takes_host_exporters(exporter: type) -> None:
-    q, k, v = _arrays()
+    q, k, v = three_arrays()
     o, lse = flashcore_cupy.attention(*map(exporter, (q, k, v)), causal=True, return_lse=True)
     wanted, wanted_lse = flashcore_cupy.attention(q, k, v, causal=True, return_lse=True)
     assert isinstance(o, np.ndarray)
@@ -161,7 +131,7 @@ def test_attention_takes_host_exporters(exporter: type) -> None:
 
 
 def test_out_of_a_host_exporter_is_written_in_place() -> None:
-    q, k, v = _arrays()
+    q, k, v = three_arrays()
     memory = np.empty_like(q)
     out = ArrayInterface(memory)
     assert flashcore_cupy.attention(q, k, v, out=out) is out
@@ -197,7 +167,7 @@ def test_what_does_not_export_says_why() -> None:
         def __dlpack_device__(self) -> tuple[int, int]:
             raise ValueError("nowhere to be found")
 
-    x = _arrays()[0]
+    x = three_arrays()[0]
     with pytest.raises(TypeError, match=r"v: this Refuses does not export .*: the moon is full$"):
         interop.taken("v", Refuses(x))
     with pytest.raises(TypeError, match="v: this Nowhere does not export its memory: nowhere"):
@@ -205,7 +175,7 @@ def test_what_does_not_export_says_why() -> None:
 
 
 def test_a_read_only_out_is_an_error() -> None:
-    x = _arrays()[0]
+    x = three_arrays()[0]
     frozen = x.copy()
     frozen.flags.writeable = False
     outs = [ArrayInterface(frozen), OldHostDLPack(x)]
@@ -221,7 +191,7 @@ def test_a_read_only_out_is_an_error() -> None:
     np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="needs a NumPy that exports DLPack 1.0"
 )
 def test_flags_of_an_export_are_read() -> None:
-    x = _arrays()[0]
+    x = three_arrays()[0]
     assert interop._versioned(x.__dlpack__()) is None  # the capsule of before 1.0
 
     def flags(**how: Any) -> int:
@@ -237,14 +207,14 @@ def test_flags_of_an_export_are_read() -> None:
 
 
 def test_the_kind_of_the_result_is_that_of_q() -> None:
-    q, k, v = _arrays()
+    q, k, v = three_arrays()
     views = interop.taken_together(q, HostDLPack(k), ArrayInterface(v))
     assert views[3] == "numpy" and all(isinstance(x, np.ndarray) for x in views[:3])
     assert interop.taken_together(HostDLPack(q), k, v)[3] == "other"
 
 
 def test_gpu_and_cpu_do_not_mix() -> None:
-    q, k, v = _arrays()
+    q, k, v = three_arrays()
     members = {"__module__": "cupy", "dtype": np.dtype("f2"), "device": SimpleNamespace(id=0)}
     on_gpu = type("ndarray", (), members)()
     for arrays, named in (((on_gpu, k, v), "k, v:"), ((q, on_gpu, on_gpu), "q:")):
@@ -295,7 +265,7 @@ class TestJax:
     def test_taken_and_returned(self, dtype: str) -> None:
         jax = pytest.importorskip("jax")
         cpu = jax.local_devices(backend="cpu")[0]
-        x = jax.device_put(_arrays(dtype)[0], cpu)
+        x = jax.device_put(three_arrays(dtype)[0], cpu)
         got, kind = interop.taken("q", x)
         assert kind == "jax" and got.dtype.name == dtype
         assert got.ctypes.data == x.unsafe_buffer_pointer()
@@ -308,7 +278,7 @@ class TestJax:
 
     def test_immutable_as_out(self) -> None:
         jax = pytest.importorskip("jax")
-        x = jax.device_put(_arrays()[0], jax.local_devices(backend="cpu")[0])
+        x = jax.device_put(three_arrays()[0], jax.local_devices(backend="cpu")[0])
         with pytest.raises(TypeError, match="out: got a JAX array, which is immutable"):
             interop.taken_out(x)
 
@@ -328,171 +298,3 @@ def test_numba_is_asked_for_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba.cuda", fake)
     assert interop.returned(1, "numba") == ("numba", 1)
     assert interop.returned(1, "numba", 2) == 2
-
-
-def _gpu_arrays(dtype: str = "float16", shape: tuple[int, ...] = (1, 2, 64, 64)) -> list[Any]:
-    import cupy
-
-    return [cupy.asarray(x) for x in _arrays(dtype, shape)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("exporter", [CudaArrayInterface, GpuDLPack])
-def test_gpu_exporters_share_memory(exporter: type, dtype: str) -> None:
-    import cupy
-
-    if exporter is CudaArrayInterface and dtype == "bfloat16":
-        pytest.skip("__cuda_array_interface__ has no bfloat16")
-    base = _gpu_arrays(dtype)[0]
-    for x in (base, base.swapaxes(1, 2), base[:, ::-1, 1:7], base[:, :0]):
-        got, kind = interop.taken("q", exporter(x))
-        assert isinstance(got, cupy.ndarray) and got.dtype == x.dtype and kind == "other"
-        assert got.shape == x.shape
-        assert x.size == 0 or (got.data.ptr == x.data.ptr and got.strides == x.strides)
-        assert interop.returned(got, kind) is got
-        assert interop.gpu_of("q", exporter(base)) == base.device.id
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("exporter", [CudaArrayInterface, GpuDLPack])
-def test_attention_takes_gpu_exporters(exporter: type) -> None:
-    import cupy
-
-    q, k, v = _gpu_arrays()
-    wanted = flashcore_cupy.attention(q, k, v)
-    o = flashcore_cupy.attention(*map(exporter, (q, k, v)))
-    assert isinstance(o, cupy.ndarray)
-    cupy.testing.assert_array_equal(o.view("u2"), wanted.view("u2"))
-    memory = cupy.empty_like(q)
-    out = exporter(memory)
-    assert flashcore_cupy.attention(q, k, v, out=out) is out
-    cupy.testing.assert_array_equal(memory.view("u2"), wanted.view("u2"))
-
-
-@pytest.mark.gpu
-def test_the_producer_is_told_the_stream_that_the_kernel_runs_on() -> None:
-    import cupy
-
-    arrays = [GpuDLPack(x) for x in _gpu_arrays()]
-    flashcore_cupy.attention(*arrays)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        flashcore_cupy.attention(*arrays)
-    flashcore_cupy.attention(*arrays, stream=stream)
-    stream.synchronize()
-    for x in arrays:
-        assert x.streams == [1, stream.ptr, stream.ptr]  # DLPack's 1 is CUDA's default stream
-
-
-@pytest.mark.gpu
-def test_a_read_only_out_on_a_gpu_is_an_error() -> None:
-    x = _gpu_arrays()[0]
-    assert interop.taken_out(CudaArrayInterface(x))[0].data.ptr == x.data.ptr
-    assert interop.taken_out(GpuDLPack(x))[0].data.ptr == x.data.ptr
-    with pytest.raises(ValueError, match=r"out: this CudaArrayInterface .* read-only"):
-        interop.taken_out(CudaArrayInterface(x, read_only=True))
-
-    class Frozen(GpuDLPack):
-        def __dlpack__(self, **kwargs: Any) -> Any:
-            capsule = super().__dlpack__(**kwargs)
-            pointer = interop._versioned(capsule)
-            assert pointer is not None
-            pointer.flags |= interop._READ_ONLY
-            return capsule
-
-    with pytest.raises(ValueError, match="out: this Frozen exports its memory as read-only"):
-        interop.taken_out(Frozen(x))
-
-
-def _cuda_torch() -> Any:
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch sees no GPU")
-    return torch
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_torch_on_a_gpu(dtype: str) -> None:
-    torch = _cuda_torch()
-    import cupy
-
-    arrays = _gpu_arrays(dtype)
-    wanted, wanted_lse = flashcore_cupy.attention(*arrays, causal=True, return_lse=True)
-    q, k, v = (torch.from_dlpack(x) for x in arrays)
-    assert interop.taken("q", q)[0].data.ptr == q.data_ptr()
-    with torch.no_grad():
-        o, lse = flashcore_cupy.attention(q.requires_grad_(), k, v, causal=True, return_lse=True)
-    assert o.is_cuda and o.dtype == q.dtype and not o.requires_grad
-    bits = [cupy.from_dlpack(x).view(f"u{x.element_size()}") for x in (o, lse)]
-    for got, expected in zip(bits, (wanted, wanted_lse), strict=True):
-        cupy.testing.assert_array_equal(got, expected.view(got.dtype))
-    q = q.detach()
-    out = torch.empty_like(o)
-    assert flashcore_cupy.attention(q, k, v, causal=True, out=out) is out
-    assert torch.equal(out, o)
-    assert flashcore_cupy.attention(q[:, :, :0], k, v).shape == (1, 2, 0, 64)
-    mixed = flashcore_cupy.attention(arrays[0], k, v, causal=True)
-    assert isinstance(mixed, cupy.ndarray)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("explicit", [False, True])
-def test_torch_streams_wait_for_each_other(in_place: bool, explicit: bool) -> None:
-    """Inputs made, and the output read, on a torch stream that CUDA does not order by itself."""
-    torch = _cuda_torch()
-    if explicit and not hasattr(torch.cuda.Stream, "__cuda_stream__"):
-        pytest.skip("the streams of this torch are for torch alone")
-    shape = (1, 8, 1024, 64)
-    x = torch.randn(shape, device="cuda", dtype=torch.float16)
-    wanted = flashcore_cupy.attention(x, x, x) + 1
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    for _ in range(10):
-        q = torch.full_like(x, torch.nan)
-        out = torch.full_like(x, torch.nan) if in_place else None
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)  # 10 ms in which nobody may look at q
-            q.copy_(x)
-            chosen = {"stream": stream} if explicit else {}
-            o = flashcore_cupy.attention(q, q, q, out=out, **chosen)
-            q.fill_(torch.nan)  # only once the kernel has read it
-            got = o + 1
-        stream.synchronize()
-        assert torch.equal(got, wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_jax_on_a_gpu(dtype: str) -> None:
-    jax = pytest.importorskip("jax")
-    try:
-        gpu = jax.devices("cuda")[0]
-    except RuntimeError:
-        pytest.skip("this JAX sees no GPU")
-    host = _arrays(dtype, (1, 2, 64, 64))
-    q, k, v = (jax.device_put(x, gpu) for x in host)
-    assert interop.taken("q", q)[0].data.ptr == q.unsafe_buffer_pointer()
-    o = flashcore_cupy.attention(q, k, v)
-    assert isinstance(o, jax.Array) and o.devices() == {gpu} and o.dtype == q.dtype
-    wanted = flashcore_cupy.attention(*_gpu_arrays(dtype)).get()
-    np.testing.assert_array_equal(np.asarray(o), wanted)
-
-
-@pytest.mark.gpu
-def test_numba_on_a_gpu() -> None:
-    cuda = pytest.importorskip("numba.cuda")
-    if not cuda.is_available():
-        pytest.skip("this Numba sees no GPU")
-    host = _arrays("float32", (1, 2, 64, 64))
-    q, k, v = (cuda.to_device(x) for x in host)
-    o = flashcore_cupy.attention(q, k, v)
-    assert type(o) is type(q)
-    wanted = flashcore_cupy.attention(*_gpu_arrays("float32")).get()
-    np.testing.assert_array_equal(o.copy_to_host(), wanted)
-    out = cuda.device_array_like(q)
-    assert flashcore_cupy.attention(q, k, v, out=out) is out
-    np.testing.assert_array_equal(out.copy_to_host(), wanted)

@@ -18,21 +18,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from cases_launch import HERE, fixed
+from cases_reference import repeatable
 from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reference import repeatable
 
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.launch import launch_cache, workspace
 from flashcore_cupy.launch.parameter_block import ParameterBlock
-from flashcore_cupy.launch.plan import LoadedKernel, Place, Step, _fixed_params
+from flashcore_cupy.launch.plan import LoadedKernel, Step
 from flashcore_cupy.problem.array_spec import span_of, spec_of
 from flashcore_cupy.problem.attention_problem import (
     AttentionProblem,
     contiguous_problem,
     describe,
-    operand,
 )
 from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.mods import MAX_MOD_ARGS
@@ -40,7 +40,6 @@ from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import config, grids, params, selector
 
 KERNELS = ROOT / "kernels"
-HERE = Place(device=0, arch="sm_90a", multiprocessors=132, sources=None)
 
 # --- structs --------------------------------------------------------------------------------------
 
@@ -107,16 +106,6 @@ def test_the_first_fields_are_those_that_a_repeated_call_writes() -> None:
 
 
 # --- what a problem fixes -------------------------------------------------------------------------
-
-
-def fixed(problem: AttentionProblem, kernel: str = "mma_sm80", registers: int = 128) -> Any:
-    """The parameters of a problem, without addresses."""
-    chosen = selector.select(problem, HERE.arch, kernel=kernel).config
-    out = np.empty(problem.output_shape, np.float16)
-    o = operand("o", out, "packed" if problem.packed else problem.layout)
-    built = SimpleNamespace(entries={"fwd": SimpleNamespace(registers=registers)})
-    kernel = LoadedKernel(chosen, built, {})
-    return _fixed_params(problem, kernel, o, HERE)
 
 
 def test_parameters_of_rules() -> None:

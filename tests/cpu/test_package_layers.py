@@ -135,6 +135,19 @@ PYTHON_FILES = sorted(
 )
 
 
+def test_no_test_module_is_imported() -> None:
+    """What several of them use lies beside their folders, and each folder sets its marker."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        in_a_folder = path.parent.name in ("cpu", "compile", "gpu")
+        assert path.name == "conftest.py" or path.name.startswith("test_") == in_a_folder, path
+        text = path.read_text(encoding="utf-8")
+        imported = re.findall(
+            r"^\s*(?:from|import) (test_\w+|conftest|tests)\b", text, re.MULTILINE
+        )
+        assert not imported, f"{path.name} imports {imported}"
+        assert not re.search(r"\bmark\.(gpu|compile)\b", text), f"{path.name} sets a marker"
+
+
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_files_stay_small(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from cases_reference import CAUSAL, DTYPES, judge, largest_score, normal, repeatable, tiles
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reference import CAUSAL, DTYPES, judge, largest_score, normal, repeatable, tiles
 
 from flashcore_cupy.cpu import reference, tiled_attention
 from flashcore_cupy.cpu.numpy_rules import Rules, Sizes

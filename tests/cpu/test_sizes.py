@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases_reference import repeatable
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reference import repeatable
 
 from flashcore_cupy.launch.plan import LoadedKernel, Place, _fixed_params
 from flashcore_cupy.problem import rules

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,54 +14,31 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from cases_launch import HOPPER, KERNEL, array_at, config_of, fixed, moved, output_of, ruled, views
+from cases_reference import repeatable
 from hypothesis import given
 from hypothesis import strategies as st
-from test_launch import fixed
-from test_reference import repeatable
 
-from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import launch_cache, tensor_map
 from flashcore_cupy.launch.parameter_block import ParameterBlock
 from flashcore_cupy.launch.plan import Step, _stored_to
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import (
     AttentionProblem,
-    Operand,
     contiguous_problem,
     describe,
-    operand,
 )
-from flashcore_cupy.problem.blocks import Scores
-from flashcore_cupy.problem.rules import NO_RULES, describe_rules
+from flashcore_cupy.problem.rules import NO_RULES
 from flashcore_cupy.select import params, registry, selector
 from flashcore_cupy.select.config import KernelConfig
 
-KERNEL = "wgmma_sm90"
-HOPPER = "sm_90a"
 SMEM_LIMIT = 227 * 1024
 
 
-def config_of(problem: AttentionProblem, **overrides: int) -> KernelConfig:
-    return selector.select(problem, HOPPER, kernel=KERNEL, overrides=overrides).config
-
-
-def output_of(problem: AttentionProblem, x: Any = None) -> Operand:
-    """The output as an operand: ``x``, or else a new array."""
-    if x is None:
-        x = np.empty(problem.output_shape, np.float16)
-    return operand("o", x, "packed" if problem.packed else problem.layout)
-
-
-def views(problem: AttentionProblem, **overrides: int) -> dict[str, tensor_map.View]:
-    chosen = config_of(problem, **overrides)
-    found = tensor_map.views_of(problem, chosen, output_of(problem))
-    return {view.name: view for view in found}
-
-
-def ruled(problem: AttentionProblem, **rules: Any) -> AttentionProblem:
-    sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
-    described = describe_rules(sizes, problem.dtype, packed=problem.packed, **rules)
-    return replace(problem, rules=described)
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Any:
+    yield
+    tensor_map.encode.cache_clear()
 
 
 # --- what a map says ------------------------------------------------------------------------------
@@ -247,12 +223,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return fake
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_kept() -> Any:
-    yield
-    tensor_map.encode.cache_clear()
-
-
 def test_what_the_driver_is_asked_for(driver: Driver) -> None:
     problem = contiguous_problem(2, 8, 70, 96, seqlen_kv=500, causal=True, dtype="bfloat16")
     problem = ruled(problem, window=(100, -1))
@@ -304,13 +274,6 @@ def test_the_binding_has_what_is_asked_of_it() -> None:
     for name in ("cuTensorMapEncodeTiled", "cuuint64_t", "cuuint32_t"):
         assert callable(getattr(real, name))
     assert callable(real.CUtensorMap.getPtr)
-
-
-# --- parameters -----------------------------------------------------------------------------------
-
-
-def array_at(address: int, like: Any = None) -> Any:
-    return SimpleNamespace(data=SimpleNamespace(ptr=address, device_id=0), **(like or {}))
 
 
 def test_hopper_s_struct_begins_with_the_others() -> None:
@@ -427,30 +390,6 @@ def test_maps_that_cannot_be_moved_are_encoded(driver: Driver) -> None:
         assert found[5::16].tolist() == [n >> 33 for n in place]
 
 
-def moved(
-    problem: AttentionProblem, chosen: KernelConfig, *, movable: bool = True
-) -> Iterator[tuple[np.ndarray[Any, Any], tuple[int, int, int, int]]]:
-    """Words of the four maps in one block of parameters, moved from place to place."""
-    views = tensor_map.views_of(problem, chosen, output_of(problem))
-    maps = tensor_map.Maps(views, {"q": 2**40, "k": 2**41, "v": 2**42, "o": 2**39})
-    assert maps.movable == movable
-    arrays = {name: array_at(2**40) for name in "qkvo"}
-    given = fixed(problem, KERNEL)
-    for name, words in tensor_map.maps_of(views, arrays).items():
-        given[f"{name}_map"] = words
-    block = ParameterBlock(given)
-    for place in (
-        (2**40 + 16, 2**30, 2**35 + 4096, 2**44),
-        (2**46 + 256, 2**43 - 16, 2**20, 2**12),
-        (16, 0, 0, 32),
-    ):
-        maps.move(block, *place)
-        q, k, v, o = place
-        found = block.bytes.view(params.HOPPER_PARAMS)[0]
-        yield np.concatenate([found[f"{name}_map"] for name in "qkvo"]), (q, k or q, v or q, o)
-        assert found["seqlen_q"] == problem.seqlen_q
-
-
 def test_moved_maps_keep_the_distance_to_the_first_key(driver: Driver) -> None:
     """A window's v begins at the first key that is seen."""
     problem = ruled(contiguous_problem(1, 8, 300, 64, seqlen_kv=700), window=(100, 0))
@@ -458,21 +397,6 @@ def test_moved_maps_keep_the_distance_to_the_first_key(driver: Driver) -> None:
     assert first == 300 * 128
     for found, (q, k, v, o) in moved(problem, config_of(problem)):
         assert found[0::16].tolist() == [q, k, v + first, o]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("window", [(-1, -1), (100, 0)])
-def test_moved_maps_are_those_that_the_driver_encodes(window: tuple[int, int]) -> None:
-    if compiler.device_arch() != HOPPER:
-        pytest.skip(f"needs {HOPPER}")
-    problem = contiguous_problem(2, 8, 300, 96, heads_kv=2, seqlen_kv=700, head_dim_v=64)
-    problem = ruled(problem, window=window)
-    chosen = config_of(problem)
-    views = tensor_map.views_of(problem, chosen, output_of(problem))
-    assert len(views) == 4
-    for found, place in moved(problem, chosen):
-        expected = [tensor_map.encode(n, view) for n, view in zip(place, views, strict=True)]
-        assert (found == np.concatenate(expected)).all()
 
 
 def test_calls_of_other_kernels_have_no_maps(driver: Driver) -> None:

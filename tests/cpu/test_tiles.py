@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases_reference import repeatable
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reference import repeatable
 
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of

@@ -12,12 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases_tune import ARCH, SMALL, invoke, kinds_of, row_of, search_of, tune
 from click.testing import CliRunner
-from helpers import ROOT, compiler_skip_reason, runs_here
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import tune
 from side_by_side.results import Entry
 
 from flashcore_cupy.cpu import reference
@@ -28,27 +24,6 @@ from flashcore_cupy.select import registry, selector, targets
 from flashcore_cupy.select.config import Tile
 from flashcore_cupy.select.row import Row
 from flashcore_cupy.select.table import ROWS
-
-ARCH = "sm_90a"
-SMALL = tune.Space((64,), (32, 64), (1,), (16, 32))
-
-
-def search_of(
-    kernel: str = "mma_sm80", dim: int = 64, space: tune.Space = SMALL, masks: Any = (False, True)
-) -> tune.Search:
-    problems = tune.cells_of((dim, dim), "bfloat16", (1024, 2048), masks)
-    return tune.begin(kernel, problems, space, ARCH)
-
-
-def kinds_of(search: tune.Search) -> dict[str, str | None]:
-    return {c.name: c.dropped and c.dropped[0] for c in search.candidates}
-
-
-def row_of(text: str) -> Row:
-    row = eval(text, {"Row": Row, "Tile": Tile})
-    assert isinstance(row, Row)
-    return row
-
 
 # --- what is tried -------------------------------------------------------------------------------
 
@@ -110,24 +85,6 @@ def test_lengths_of_several_rows_are_refused() -> None:
         tune.begin("wgmma_sm90", {"512": problems["512"]}, SMALL, "sm_80")
 
 
-# --- what the compiler says ----------------------------------------------------------------------
-
-
-def test_what_spills_is_dropped() -> None:
-    if reason := compiler_skip_reason():
-        pytest.skip(reason)
-    search = search_of(space=tune.Space((64,), (64,), (1,), (16,), (1, 8)), masks=(True,))
-    tune.compile_all(search)
-    assert kinds_of(search) == {
-        search.current.name: None,
-        "64x64 s1": None,
-        "64x64 s1 b8": "spills",
-    }
-    assert all(c.builds[True].registers for c in search.candidates)
-    (line,) = tune.dropped_lines(search)
-    assert line.startswith("1 dropped, spills: 64x64 s1 b8 (") and line.endswith(" bytes)")
-
-
 def test_what_does_not_compile_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     search = search_of(masks=(True,))
     fake_compiler(monkeypatch, fails=True)
@@ -151,28 +108,6 @@ def fake_compiler(monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> None:
         return results
 
     monkeypatch.setattr(compiler, "compile_each", compile_each)
-
-
-def build(spilled: int = 0, stack: int = 0) -> builds.Build:
-    entry = nvrtc.EntryResources(168, 0, stack, spilled)
-    return builds.Build("mma_sm80", "x.cu", ARCH, True, 1.0, 2048, {"x": entry})
-
-
-def test_faults_of_a_build() -> None:
-    info = "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are "
-    serialized = info + "serialized due to insufficient register resources for the function 'x'"
-    assert list(tune.faults(build(), "ptxas info    : Used 168 registers")) == []
-    assert list(tune.faults(build(stack=8), "")) == [("spills", "8 bytes")]
-    assert list(tune.faults(build(), serialized)) == [("serialised", "C7512")]
-    assert next(tune.faults(build(576, 176), serialized)) == ("spills", "576 bytes")
-
-
-def test_the_current_row_may_be_slow_but_not_wrong() -> None:
-    current = search_of().current
-    current.drop("spills", "8 bytes")
-    assert current.dropped is None
-    with pytest.raises(RuntimeError, match=r"the current row, 128x128.*: wrong: nan"):
-        current.drop("wrong", "nan")
 
 
 # --- what the GPU says ---------------------------------------------------------------------------
@@ -245,6 +180,28 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     yield fake
 
 
+def build(spilled: int = 0, stack: int = 0) -> builds.Build:
+    entry = nvrtc.EntryResources(168, 0, stack, spilled)
+    return builds.Build("mma_sm80", "x.cu", ARCH, True, 1.0, 2048, {"x": entry})
+
+
+def test_faults_of_a_build() -> None:
+    info = "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are "
+    serialized = info + "serialized due to insufficient register resources for the function 'x'"
+    assert list(tune.faults(build(), "ptxas info    : Used 168 registers")) == []
+    assert list(tune.faults(build(stack=8), "")) == [("spills", "8 bytes")]
+    assert list(tune.faults(build(), serialized)) == [("serialised", "C7512")]
+    assert next(tune.faults(build(576, 176), serialized)) == ("spills", "576 bytes")
+
+
+def test_the_current_row_may_be_slow_but_not_wrong() -> None:
+    current = search_of().current
+    current.drop("spills", "8 bytes")
+    assert current.dropped is None
+    with pytest.raises(RuntimeError, match=r"the current row, 128x128.*: wrong: nan"):
+        current.drop("wrong", "nan")
+
+
 def built(masks: Any = (False, True)) -> tune.Search:
     """A search of which all has been compiled, as it were: three tiles of 64 rows and 8 warps."""
     problems = tune.cells_of((64, 64), "bfloat16", (64,), masks)
@@ -304,31 +261,6 @@ def test_a_row_is_written_as_in_the_table() -> None:
     )
 
 
-def invoke(*arguments: str) -> Any:
-    done = CliRunner().invoke(tune.main, arguments)
-    assert done.exit_code == 0, done.output
-    return done
-
-
-def test_without_a_gpu_the_search_ends_at_the_compiler(tmp_path: Path) -> None:
-    if reason := compiler_skip_reason() or (
-        "a GPU is here" if not compiler.no_gpu_reason() else None
-    ):
-        pytest.skip(reason)
-    path = tmp_path / "x.json"
-    asked = ("--kernel", "mma_sm80", "--D", "64", "--block-m", "64", "--block-n", "32")
-    done = invoke(*asked, "--stages", "1", "--causal", "--S", "512", "--json", str(path))
-    assert "compiled, but neither checked nor timed" in done.stdout.splitlines()[-1]
-    assert "7 tiles" in done.stdout and "64x32 s1 w2 b3" in done.stdout
-    data = json.loads(path.read_text())
-    assert data["best"] is None and data["machine"]["gpu"] is None
-    assert row_of(data["current"]) in ROWS and list(data["cells"]) == ["512c"]
-    assert len(data["candidates"]) == 7 and data["candidates"][0]["current"] is True
-    for found in data["candidates"]:
-        assert Tile(**found["tile"]) == row_of(found["row"]).tile
-        assert found["builds"]["causal"]["registers"] > 0 and found["speed"] is None
-
-
 def test_with_a_gpu_the_row_is_printed(
     gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,17 +303,3 @@ def test_what_cannot_be_searched_is_one_message(asked: tuple[str, ...], told: st
     done = CliRunner().invoke(tune.main, asked)
     assert done.exit_code != 0 and told in " ".join(done.output.split())
     assert "Traceback" not in done.output
-
-
-@pytest.mark.gpu
-def test_a_search_on_this_gpu(tmp_path: Path) -> None:
-    kernel = "wgmma_sm90" if runs_here("wgmma_sm90") else "mma_sm80"
-    path = tmp_path / "x.json"
-    asked = ("--kernel", kernel, "--D", "64", "--S", "1024", "--block-m", "64", "--block-n", "64")
-    done = invoke(*asked, "--stages", "2", "--top", "2", "--rounds", "5", "--json", str(path))
-    data = json.loads(path.read_text())
-    assert tune.source_of(row_of(done.stdout.splitlines()[-1])) == data["best"]
-    timed = [c for c in data["candidates"] if c["dropped"] is None]
-    assert len(timed) >= 2 and all(c["speed"] > 0 and c["error"] < 1 for c in timed)
-    assert all(set(c["cells"]) == {"1024", "1024c"} for c in timed)
-    assert next(c for c in timed if c["current"])["speed"] == 1.0

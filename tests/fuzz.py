@@ -1,0 +1,267 @@
+"""Whole problems at random, every argument of ``attention``, against the float64 oracle.
+
+What a kernel is compiled for comes from a list of configurations, all compiled in parallel before
+the first example; lengths, heads, bounds and values are drawn freely. Every array is cut from a
+buffer that is NaN elsewhere.
+
+    pytest tests/cpu/test_fuzz.py tests/gpu/test_fuzz.py    the same examples each time
+    python tests/fuzz.py 2000                               others, on a GPU if there is one
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flashcore_cupy
+from flashcore_cupy.check.selftest import matrix, rule_cases
+from flashcore_cupy.check.selftest.arrays import Placed, set_up
+from flashcore_cupy.check.selftest.case import MASK_MODS, SCORE_MODS, Case, packed
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.select import registry
+
+CONFIGURATIONS = 300
+KERNEL = "mma_sm80"  # takes all of these; on Hopper "auto" has a faster one for some
+DIMS = (8, 32, 33, 40, 64, 72, 80, 96, 100, 128, 160, 192, 256, 512)
+KINDS = ("normal", "outliers", "constant", "onehot")
+
+# Sizes by the tile that they get of either kernel, which is part of a configuration: the most heads
+# in all batches, the fewest and the most queries, the most keys.
+GRIDS = {
+    "decode": (12, 1, 16, 3000),  # and at most 16 rows: queries times grouped heads
+    "pairs": (48, 1, 16, 500),  # the same, by clusters of 2, 4 and 8 where they are not packed
+    "fours": (48, 1, 16, 500),
+    "eights": (48, 1, 16, 500),
+    "grouped": (48, 3, 8, 500),  # 17 to 64 rows
+    "few": (4, 17, 384, 700),
+    "some": (48, 17, 128, 200),
+    "enough": (104, 65, 128, 130),
+    "invariant": (12, 1, 200, 300),
+}
+# Of q, of k and v: how many there are of the latter decides the cluster.
+HEADS = {"pairs": ((8, 8), (4, 2)), "fours": ((8, 2),), "eights": ((8, 1),), "grouped": ((8, 1),)}
+CLUSTERED = ("pairs", "fours", "eights")
+OF_ANY_LENGTHS = ("decode", *CLUSTERED, "few", "invariant")
+FULL = (*HEADS, "some", "enough")  # thread blocks are counted: all of the heads, always
+SETTINGS = settings(
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+# ---- what is compiled ----------------------------------------------------------------------------
+
+
+@functools.cache
+def configurations() -> tuple[Case, ...]:
+    """Cases of the smallest sizes; ``group`` names the line of GRIDS."""
+    return tuple(dict.fromkeys(configuration(seed) for seed in range(CONFIGURATIONS)))
+
+
+def configuration(seed: int) -> Case:
+    rng = random.Random(seed)
+    grid = rng.choice([*GRIDS, "invariant"])
+    packs = grid in OF_ANY_LENGTHS and rng.random() < 0.35
+    dtype = rng.choice(registry.KERNELS[KERNEL].dtypes)
+    dims = (rng.choice(DIMS), rng.choice(DIMS))
+    while not rule_cases.takes_dims(KERNEL, dtype, dims) or rng.random() < 0.6:
+        dims = (rng.choice(DIMS),) * 2
+
+    def sometimes(chance: float, *values: Any) -> Any:
+        return rng.choice(values) if rng.random() < chance else type(values[0])()
+
+    case = Case(
+        *(grid, rng.choice(["auto", "auto", KERNEL]), dtype),
+        head_dim=dims[0],
+        head_dim_v=dims[1],
+        causal=rng.choice([False, False, True, True, "top-left"]),
+        window=(rng.choice([-1, -1, 0]), rng.choice([-1, -1, 0])),
+        view=rng.choice(["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]),
+        layout=rng.choice(["bhsd", "bshd"]),
+        softcap=sometimes(0.2, 1.0),
+        alibi=sometimes(0.25, "h", "bh"),
+        sink=sometimes(0.25, True),
+        score_mod=sometimes(0.15, *SCORE_MODS),
+        mask_mod=sometimes(0.15, *MASK_MODS),
+        bias="" if packs else sometimes(0.3, "bhqk", "1h1k", "qk", "b1q1", "1"),
+        bias_fp32=rng.random() < 0.5,
+        mask="" if packs else sometimes(0.3, "bhqk", "b11k", "1hqk", "k", "q1"),
+        gate=None if packs or rng.random() < 0.85 else rng.choice(["qk", "softmax", "pv"]),
+        boundaries=rng.choice(["host", "device"]),
+        batch_invariant=grid == "invariant",
+        seqlen_kv=rng.choice([2, 3, 16]),  # which decides how a bias and a mask are loaded
+        softmax_scale=-0.2 if rng.random() < 0.15 else None,
+    )
+    return at_smallest(case, packs)
+
+
+def at_smallest(case: Case, packs: bool) -> Case:
+    most_heads, fewest, _, _ = GRIDS[case.group]
+    most = min(16 if packs and case.group in FULL else 8, most_heads)
+    of_q, of_kv = (most, most) if packs else HEADS.get(case.group, ((most, most),))[0]
+    heads = {"heads": of_q, "heads_kv": of_kv}
+    batch = most_heads // of_q if case.group in FULL else 1
+    fewest = max(fewest, 2)
+    if packs:
+        return packed(replace(case, **heads), ((fewest, case.seqlen_kv),))
+    return replace(case, **heads, batch=batch, seqlen_q=fewest)
+
+
+def compiled_for(case: Case, arch: str) -> Any:
+    (config,) = matrix.case_config(case, arch)
+    return config
+
+
+# ---- what is drawn -------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: Any) -> Case:
+    case = draw(st.sampled_from(configurations()))
+    case = draw_packed(draw, case) if case.lengths else draw_sizes(draw, case)
+    left, right = (n if n < 0 else draw(st.integers(0, 300)) for n in case.window)
+    bare = replace(case, group="", seed=0, kind="normal")
+    plain = not (case.softcap or case.alibi or case.bias or case.score_mod)
+    scales = (None, None, 0.05, 0.3) if case.softmax_scale is None else (-0.2, -0.01, 0.0)
+    scale = draw(st.sampled_from(scales))
+    kinds = (*KINDS, "large") if plain and scale is None else KINDS
+    return replace(
+        bare,
+        window=(left, right),
+        softcap=case.softcap and draw(st.sampled_from([1.0, 5.0, 30.0])),
+        softmax_scale=scale,
+        kind=draw(st.sampled_from(kinds)),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def draw_heads(draw: Any, case: Case, most: int) -> dict[str, int]:
+    """Heads of k and v, times how many query heads share one; several where rows are padded."""
+    group = draw(st.sampled_from([n for n in (1, 2, 3, 4, 8) if n <= most]))
+    fewest = 2 if group == 1 and is_padded(case) else 1
+    heads_kv = draw(st.integers(fewest, min(3, most // group)))
+    return {"heads": group * heads_kv, "heads_kv": heads_kv}
+
+
+def is_padded(case: Case) -> bool:
+    """Whether an axis of length 1, whose stride does not count, could change the alignment."""
+    return case.view not in ("contiguous", "transposed")
+
+
+def draw_sizes(draw: Any, case: Case) -> Case:
+    most_heads, fewest, most, most_keys = GRIDS[case.group]
+    batch = 1
+    if case.group in FULL:
+        heads = draw(st.sampled_from(HEADS.get(case.group, ((8, 8), (8, 2), (8, 1), (4, 2)))))
+        sizes = {"heads": heads[0], "heads_kv": heads[1]}
+        batch = most_heads // heads[0]
+    else:
+        sizes = draw_heads(draw, case, min(8, most_heads))
+        batch = draw(st.integers(1, min(3, most_heads // sizes["heads"])))
+    group = sizes["heads"] // sizes["heads_kv"]
+    if case.group in ("decode", *CLUSTERED):
+        most = 16 // group
+    elif case.group == "some" and group > 1:  # fewer are packed
+        fewest = max(fewest, 64 // group + 1)
+    # A bias of one query lies the same way transposed, and its keys can be loaded in pairs.
+    fewest = max(fewest, 2 if case.view == "transposed" else 1)
+    sizes["seqlen_q"] = draw(st.integers(fewest, most))
+    sizes["seqlen_kv"] = draw_keys(draw, case, most_keys)
+    return replace(case, batch=batch, **sizes)
+
+
+def draw_keys(draw: Any, case: Case, most: int) -> int:
+    if case.bias or case.mask:
+        step = 16 if case.seqlen_kv == 16 else 2
+        return case.seqlen_kv + step * draw(st.integers(0, most // step))
+    return draw(st.integers(2 if is_padded(case) else 0, most))
+
+
+def draw_packed(draw: Any, case: Case) -> Case:
+    count = draw(st.integers(1, 5))
+    if case.group in CLUSTERED:
+        count, group = min(count, 2), draw(st.sampled_from([1, 2, 4, 8]))
+        heads = {"heads": 16, "heads_kv": 16 // group}
+    else:
+        heads = draw_heads(draw, case, 4 if case.group == "few" else 8)
+    decodes = case.group in ("decode", *CLUSTERED)
+    most = 16 // (heads["heads"] // heads["heads_kv"]) if decodes else 150
+    if case.group == "few":
+        most = GRIDS["few"][2] // count - 17
+    if case.group in CLUSTERED:
+        most -= 1
+    queries = [draw(st.integers(0, most)) for _ in range(count)]
+    keys = [draw(st.integers(0, 400)) for _ in range(count)]
+    if case.group == "few":  # the mean decides, for only the device knows the lengths
+        queries[-1] += 17 * count
+    if case.group in CLUSTERED:  # without queries there are no blocks
+        queries[-1] += 1
+    keys[0] += 2 * is_padded(case)
+    return packed(replace(case, **heads), tuple(zip(queries, keys, strict=True)))
+
+
+# ---- what has to hold ----------------------------------------------------------------------------
+
+
+def check(case: Case, on_gpu: bool) -> None:
+    setup = set_up(case)
+    placed = Placed.of(case, setup, on_gpu=on_gpu)
+    first = attend(case, placed)
+    if on_gpu:  # on the short way, if nothing keeps it from being remembered
+        again = attend(case, placed)
+        assert all(x.tobytes() == y.tobytes() for x, y in zip(first, again, strict=True))
+    buffer = placed.out_buffer.get() if on_gpu else placed.out_buffer
+    assert setup.out.surroundings_are_nan(buffer), "wrote beside the output"
+    lse = first[1] if len(first) > 1 else None
+    result = matrix.judge(case, setup.host, matrix.Launched(first[0], lse, None, 64))
+    assert result.ok, f"{case.dtype} {case.name}: {result.reason}"
+
+
+def attend(case: Case, placed: Placed) -> list[np.ndarray]:
+    wanted: dict[str, Any] = {}
+    if case.gate not in ("qk", "softmax"):
+        wanted = {"out": placed.out, "return_lse": case.gate is None}
+        placed.out.fill(np.nan)
+    if not isinstance(placed.out_buffer, np.ndarray):
+        wanted["kernel"] = case.kernel
+    got = flashcore_cupy.attention(*placed.inputs, **wanted, **placed.arguments)
+    each = got if isinstance(got, tuple) else (got,)
+    arrays = [x if isinstance(x, np.ndarray) else x.get() for x in each]
+    return arrays if case.gate in ("qk", "softmax") else matrix.canonical(case, *arrays)
+
+
+def warm_up() -> None:
+    arch = compiler.device_arch()
+    wanted = dict.fromkeys(compiled_for(case, arch) for case in configurations())
+    compiler.compile_many([(c.source, c.defines(), arch, c.headers) for c in wanted])
+
+
+def run(examples: int, *, on_gpu: bool, derandomize: bool, report_every: int = 0) -> None:
+    if on_gpu:
+        warm_up()
+    clean = 0
+
+    @settings(SETTINGS, max_examples=examples, derandomize=derandomize)
+    @given(problems())
+    def each(case: Case) -> None:
+        nonlocal clean
+        check(case, on_gpu)
+        clean += 1
+        if report_every and clean % report_every == 0:
+            print(f"{clean} clean", flush=True)
+
+    each()
+
+
+if __name__ == "__main__":
+    examples = int(sys.argv[1]) if sys.argv[1:] else 2000
+    run(examples, on_gpu=compiler.no_gpu_reason() is None, derandomize=False, report_every=50)
