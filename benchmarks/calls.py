@@ -24,7 +24,7 @@ import flashcore_cupy
 from flashcore_cupy.check import machine
 from flashcore_cupy.cli.tables import console
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.select.registry import HOPPER
+from flashcore_cupy.select.targets import HOPPER
 
 SHAPE = (1, 8, 64, 64)
 RUNS, CALLS, SETS = 200, 20, 5

@@ -1,4 +1,4 @@
-"""The fastest tile for a head dim: a search for the row of ``flashcore_cupy/tiles.py``.
+"""The fastest tile for a head dim: a search for the row of ``flashcore_cupy/select/table.py``.
 
     python benchmarks/tune.py --D 128
     python benchmarks/tune.py --D 192 --Dv 128 --block-m 128 --stages 2 --json d192.json

@@ -56,7 +56,11 @@ def everywhere(*kernels: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 def _is_refusal(on: str, error: ValueError) -> bool:
     """Whether a kernel for one target, which has not all rules, says that it does not do this."""
-    return on != NUMPY and registry.KERNELS[on].tma and str(error).startswith(f"kernel {on!r}: ")
+    return (
+        on != NUMPY
+        and registry.KERNELS[on].family.row_align > 1
+        and str(error).startswith(f"kernel {on!r}: ")
+    )
 
 
 def run(on: str, q: Any, k: Any, v: Any, **rules: Any) -> Any:

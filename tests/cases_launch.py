@@ -21,6 +21,7 @@ from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import params, selector
 from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.tensor_view import View
 
 HERE = Place(device=0, arch="sm_90a", multiprocessors=132, sources=None)
 KERNEL = "wgmma_sm90"
@@ -48,9 +49,9 @@ def output_of(problem: AttentionProblem, x: Any = None) -> Operand:
     return operand("o", x, "packed" if problem.packed else problem.layout)
 
 
-def views(problem: AttentionProblem, **overrides: int) -> dict[str, tensor_map.View]:
+def views(problem: AttentionProblem, **overrides: int) -> dict[str, View]:
     chosen = config_of(problem, **overrides)
-    found = tensor_map.views_of(problem, chosen, output_of(problem))
+    found = chosen.views(problem, output_of(problem))
     return {view.name: view for view in found}
 
 
@@ -68,7 +69,7 @@ def moved(
     problem: AttentionProblem, chosen: KernelConfig, *, movable: bool = True
 ) -> Iterator[tuple[np.ndarray[Any, Any], tuple[int, int, int, int]]]:
     """Words of the four maps in one block of parameters, moved from place to place."""
-    views = tensor_map.views_of(problem, chosen, output_of(problem))
+    views = chosen.views(problem, output_of(problem))
     maps = tensor_map.Maps(views, {"q": 2**40, "k": 2**41, "v": 2**42, "o": 2**39})
     assert maps.movable == movable
     arrays = {name: array_at(2**40) for name in "qkvo"}

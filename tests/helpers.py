@@ -34,7 +34,7 @@ def runs_here(kernel: str) -> bool:
     from flashcore_cupy.jit import compiler
     from flashcore_cupy.select import registry
 
-    return not registry.KERNELS[kernel].tma or compiler.device_arch() == registry.HOPPER
+    return registry.KERNELS[kernel].runs_on(compiler.device_arch())
 
 
 def use_kernels(folder: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:

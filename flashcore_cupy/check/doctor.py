@@ -19,7 +19,7 @@ from flashcore_cupy._version import __version__
 from flashcore_cupy.cuda import driver
 from flashcore_cupy.jit import cache, compiler, nvrtc
 from flashcore_cupy.jit.sources import kernels_digest, kernels_dir, source_files
-from flashcore_cupy.select.registry import HOPPER
+from flashcore_cupy.select.targets import HOPPER
 from flashcore_cupy.settings import settings
 
 State = Literal["ok", "note", "problem"]

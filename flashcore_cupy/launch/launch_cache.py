@@ -16,11 +16,10 @@ import numpy as np
 
 from flashcore_cupy.launch.parameter_block import ParameterBlock
 from flashcore_cupy.launch.plan import Plan
-from flashcore_cupy.launch.tensor_map import Maps, views_of
-from flashcore_cupy.launch.workspace import split_bytes, workspace
+from flashcore_cupy.launch.tensor_map import Maps
+from flashcore_cupy.launch.workspace import workspace
 from flashcore_cupy.problem.array_spec import span_of
 from flashcore_cupy.problem.attention_problem import MAX_ALIGN
-from flashcore_cupy.select.grids import query_blocks
 from flashcore_cupy.select.params import ATTENTION_PARAMS
 from flashcore_cupy.settings import arch_override, kernels_override
 
@@ -58,17 +57,11 @@ class _Known:
         # First byte of q, k, v, o and the one after the last, relative to the address.
         spans = [span_of(plan.arrays[name], 0) for name in "qkvo"]
         self.spans = tuple(edge for span in spans for edge in span)
-        config = plan.selection.config
         self.maps: Maps | None = None
-        if config.uses_tma:
+        if views := plan.views:
             addresses = {name: plan.arrays[name].data.ptr for name in "qkvo"}
-            self.maps = Maps(views_of(problem, config, plan.output), addresses)
-        self.split: tuple[int, int] | None = None
-        if "split" in plan.arrays:
-            splits = int(
-                self.params.bytes[: ATTENTION_PARAMS.itemsize].view(ATTENTION_PARAMS)["splits"][0]
-            )
-            self.split = split_bytes(config, query_blocks(problem, config), splits)
+            self.maps = Maps(views, addresses)
+        self.workspace_bytes = plan.workspace_bytes if any(plan.workspace_bytes) else None
         # Taken and put back whole, so that threads never share one.
         self.launches: list[_Launch] = []
 
@@ -161,8 +154,8 @@ def launch_again(
             known.launches.append(launch)
             return None  # the long way looks closer, or says what is wrong
         launch.move(addresses, known.maps)
-    if known.split is not None:
-        area = workspace(*known.split)
+    if known.workspace_bytes is not None:
+        area = workspace(*known.workspace_bytes)
         _SPLIT.pack_into(launch.block.words, _SPLIT_OFFSET, area.partial, area.arrivals)
     _launch(*known.geometry, stream, launch.block.address, 0)
     known.launches.append(launch)

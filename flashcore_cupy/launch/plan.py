@@ -1,7 +1,7 @@
 """From a configured kernel and arrays to launches: grid, block, shared memory, parameters.
 
 A ``Plan`` is one problem bound to its arrays: ``launch()`` enqueues it, as often as wanted, and
-allocates nothing. One function per kernel fills it.
+allocates nothing. What differs between kernels their configurations say.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from flashcore_cupy.cuda import captures
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import gates, tensor_map
 from flashcore_cupy.launch.parameter_block import ParameterBlock
-from flashcore_cupy.launch.workspace import allocate, split_bytes, workspace
+from flashcore_cupy.launch.workspace import allocate, workspace
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.problem.rules import Rules
-from flashcore_cupy.select import grids, tma
+from flashcore_cupy.select import grids
 from flashcore_cupy.select.config import KernelConfig
-from flashcore_cupy.select.params import QUANTIZE_PARAMS, params_of
 from flashcore_cupy.select.selector import Selection, configs_of
 from flashcore_cupy.select.targets import smem_limit
-from flashcore_cupy.select.tile_checks import round_up
+from flashcore_cupy.select.tensor_view import View
+from flashcore_cupy.select.units import MAX_GRID, round_up
 
 if TYPE_CHECKING:
     import cupy
 
 _LOG2_E = math.log2(math.e)
-_MAX_GRID = 2**31 - 1
 _REGISTERS = 65536  # of a multiprocessor
 _DEFAULT_SMEM = 48 * 1024  # more than this has to be asked for, once per kernel
 
@@ -96,8 +95,7 @@ class Prepared:
     params: np.ndarray[Any, Any]
     """``AttentionParams``, or what begins with them, with all addresses 0."""
     output: Operand
-    most_blocks: int = _MAX_GRID
-    """Thread blocks of a launch; kernels that take more work than that hand it out themselves."""
+    multiprocessors: int
 
 
 @dataclass
@@ -111,11 +109,18 @@ class Plan:
     steps: tuple[Step, ...]
     arrays: dict[str, Any] = field(default_factory=dict)
     """"o" (B, Hq, Sq, Dv) view of the output, "lse" or the gate's arrays, scratch."""
+    workspace_bytes: tuple[int, int] = (0, 0)
+    """Of the partial results and the counters in arrays["split"], if there is that."""
 
     @property
     def compiled(self) -> tuple[compiler.CompiledKernel, ...]:
         """What was built, in launch order."""
         return tuple(kernel.compiled for kernel in self.kernels)
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """How the kernel's tensor maps see its arrays; empty if it has none."""
+        return self.selection.config.views(self.problem, self.output)
 
     def launch(self) -> None:
         """Enqueue on the current stream; returns without waiting.
@@ -143,11 +148,10 @@ def prepare(
     ``o_operand`` describes the output; ``place`` names the current device.
     """
     grids.check_sizes(problem, selection.config)
-    selection = replace(selection, config=_stored_to(o_operand, selection.config))
+    selection = replace(selection, config=selection.config.stored_to(o_operand))
     kernels = tuple(load_kernel(config, place) for config in configs_of(selection))
     params = _fixed_params(problem, kernels[-1], o_operand, place)
-    most = place.multiprocessors if selection.config.uses_tma else _MAX_GRID
-    return Prepared(problem, selection, kernels, params, o_operand, most)
+    return Prepared(problem, selection, kernels, params, o_operand, place.multiprocessors)
 
 
 def make_plan(
@@ -189,16 +193,13 @@ def make_plan(
         params[name] = array.data.ptr
     if problem.seqlen_q == 0 or (problem.batch == 0 and not problem.packed):
         return plan  # rows of a packed batch without sequences are zeros, too
-    if prepared.selection.config.uses_tma:
-        views = tensor_map.views_of(problem, prepared.selection.config, prepared.output)
-        for name, words in tensor_map.maps_of(views, plan.arrays).items():
-            params[f"{name}_map"] = words
-    if prepared.selection.kernel.name == "wmma_unfused":
-        _plan_unfused(plan, params)
-    elif prepared.selection.kernel.quantizes:
-        _plan_fp8(plan, params)
-    else:
-        _plan_one_entry(plan, params, own_workspace, prepared.most_blocks)
+    _add_scratch(plan)
+    for name, words in tensor_map.maps_of(plan.views, plan.arrays).items():
+        params[f"{name}_map"] = words
+    blocks = _give_workspace(plan, params, prepared.multiprocessors, own=own_workspace)
+    for kernel in plan.kernels[:-1]:
+        _add_steps(plan, kernel, np.zeros((), kernel.config.params), blocks)
+    _add_steps(plan, plan.kernels[-1], params, blocks)
     return plan
 
 
@@ -214,99 +215,50 @@ def load_kernel(config: KernelConfig, place: Place) -> LoadedKernel:
     return LoadedKernel(config, compiled, entries)
 
 
-def _stored_to(output: Operand, config: KernelConfig) -> KernelConfig:
-    """Loads of q, k, v and stores of o share one width: a less aligned output sets it."""
-    return replace(
-        config,
-        align_bytes=min(config.align_bytes, output.align_bytes),
-        tma_stores=config.tma_stores and tma.is_addressable(output, config.dtype),
-    )
+def _add_scratch(plan: Plan) -> None:
+    """Allocate what the launches leave for each other."""
+    import cupy
+
+    like_q = plan.problem.dtype, plan.arrays["q"].dtype  # NumPy may not know bfloat16 by its name
+    for name, (shape, dtype) in plan.selection.config.scratch(plan.problem).items():
+        plan.arrays[name] = cupy.empty(shape, like_q[1] if dtype == like_q[0] else dtype)
 
 
-def _plan_one_entry(
-    plan: Plan,
-    params: np.ndarray[Any, Any],
-    own_workspace: bool = True,
-    most_blocks: int = _MAX_GRID,
-) -> None:
-    """One block per BLOCK_M queries of a head, times the parts of the keys.
+def _give_workspace(
+    plan: Plan, params: np.ndarray[Any, Any], multiprocessors: int, *, own: bool
+) -> int:
+    """Allocate what the parts of split rows leave for each other; return the thread blocks.
 
-    Or ``most_blocks``, which then take work from a counter that is 0 between launches.
+    There is one per row of tiles and part, or as many as the kernel takes at most: then they take
+    work from a counter, which is 0 between launches.
     """
-    (name,) = plan.selection.kernel.entries
     config = plan.selection.config
     blocks, splits = grids.query_blocks(plan.problem, config), int(params["splits"])
-    grid = blocks * splits
-    if config.tile.cluster == 1:  # clusters need no memory, and each has one block of rows
-        if splits > 1 or grid > most_blocks:
-            partial, arrivals = split_bytes(config, blocks, splits)
-            area = (allocate if own_workspace else workspace)(partial, arrivals)
-            params["split_partial"], params["split_arrivals"] = area.partial, area.arrivals
-            plan.arrays["split"] = area
-        grid = min(grid, most_blocks)
-    plan.steps += (_step(plan.kernels[-1], name, grid, params),)
+    most = config.most_blocks(multiprocessors)
+    plan.workspace_bytes = config.workspace_bytes(blocks, splits, most)
+    if any(plan.workspace_bytes):
+        area = (allocate if own else workspace)(*plan.workspace_bytes)
+        params["split_partial"], params["split_arrivals"] = area.partial, area.arrivals
+        plan.arrays["split"] = area
+    return min(blocks * splits, most)
 
 
-def _plan_unfused(plan: Plan, params: np.ndarray[Any, Any]) -> None:
-    import cupy
-
-    problem, (kernel,) = plan.problem, plan.kernels
-    tile = kernel.config.tile
-    heads = problem.batch * problem.heads_q
-    rows = round_up(problem.seqlen_q, tile.block_m)
-    cols = round_up(problem.visible_kv, tile.block_n)
-    scratch = {
-        "scratch_scores": cupy.empty((heads, rows, cols), cupy.float32),
-        "scratch_probs": cupy.empty((heads, rows, cols), plan.arrays["q"].dtype),
-        "scratch_sum": cupy.empty((heads, rows), cupy.float32),
-    }
-    plan.arrays |= scratch
-    for name, array in scratch.items():
-        params[name] = array.data.ptr
-    params["rows_padded"], params["cols_padded"] = rows, cols
-    tiles = heads * (rows // tile.block_m) * (cols // tile.block_n)
-    row_blocks = -(-heads * problem.seqlen_q // kernel.config.num_warps)
-    if tiles:
-        plan.steps += (_step(kernel, "wmma_scores", tiles, params),)
-    plan.steps += (
-        _step(kernel, "wmma_softmax", row_blocks, params),
-        _step(kernel, "wmma_pv", grids.query_blocks(plan.problem, plan.selection.config), params),
+def _add_steps(plan: Plan, kernel: LoadedKernel, params: np.ndarray[Any, Any], blocks: int) -> None:
+    """Add the launches of a kernel, the last of which takes so many thread blocks."""
+    config = kernel.config
+    arrays = {name: x for name, x in plan.arrays.items() if name != "split"}
+    config.bind(params, plan.problem, {name: x.data.ptr for name, x in arrays.items()})
+    grid = config.grids(plan.problem, blocks)
+    plan.steps += tuple(
+        _step(kernel, entry, n, params) for entry, n in zip(config.entries, grid, strict=True) if n
     )
-
-
-def _plan_fp8(plan: Plan, params: np.ndarray[Any, Any]) -> None:
-    """Quantise q, k, v, then attend to the e4m3 copies."""
-    import cupy
-
-    quantizer, kernel = plan.kernels
-    row = kernel.config.head_dim
-    pack = np.zeros((), QUANTIZE_PARAMS)
-    blocks = 0
-    for index, operand in enumerate((plan.problem.q, plan.problem.k, plan.problem.v)):
-        name = operand.name
-        batch, heads, seqlen, dim = operand.shape
-        x8 = cupy.empty((batch, heads, seqlen, row), cupy.uint8)
-        scale = cupy.empty((batch, heads), cupy.float32)
-        plan.arrays |= {f"{name}8": x8, f"{name}_scale": scale}
-        params[name] = x8.data.ptr
-        params[f"{name}_scale"] = scale.data.ptr
-        params[f"{name}_strides"] = (heads * seqlen * row, seqlen * row, row)
-        tensor = pack["tensor"][index]
-        tensor["x"], tensor["x8"] = plan.arrays[name].data.ptr, x8.data.ptr
-        tensor["scale"], tensor["strides"] = scale.data.ptr, operand.strides
-        tensor["heads"], tensor["seqlen"], tensor["dim"] = heads, seqlen, dim
-        tensor["visible"] = seqlen if name == "q" else plan.problem.visible_kv
-        tensor["blocks"] = batch * heads
-        blocks += batch * heads
-    plan.steps += (_step(quantizer, "fp8_quantize", blocks, pack),)
-    _plan_one_entry(plan, params)
 
 
 def _fixed_params(
     problem: AttentionProblem, kernel: LoadedKernel, o_operand: Operand, place: Place
 ) -> np.ndarray[Any, Any]:
     config = kernel.config
-    params = np.zeros((), params_of(config.source))
+    params = np.zeros((), config.params)
     for operand in (problem.q, problem.k, problem.v, o_operand):
         params[f"{operand.name}_strides"] = operand.strides
     params["batch"], params["heads_q"] = problem.batch, problem.heads_q
@@ -322,10 +274,8 @@ def _fixed_params(
     params["gate_row"] = problem.seqlen_kv
     params["gate_tiles"] = gates.tiles_of(problem, config)
     params["m_blocks"] = grids.blocks_per_head(problem, config)
-    params["splits"] = grids.splits(problem, config, _resident(kernel, place))
-    params["section"] = (
-        grids.section(problem, config, place.multiprocessors) if config.uses_tma else 1
-    )
+    params["splits"] = config.splits(problem, _resident(kernel, place))
+    params["section"] = config.section(problem, place.multiprocessors)
     _set_rules(params, problem.rules)
     params["softmax_scale"] = problem.softmax_scale
     params["scale_log2"] = problem.softmax_scale * _LOG2_E
@@ -344,7 +294,7 @@ def _resident(kernel: LoadedKernel, place: Place) -> int:
 
 
 def _step(kernel: LoadedKernel, entry: str, grid: int, params: np.ndarray[Any, Any]) -> Step:
-    if grid > _MAX_GRID:
+    if grid > MAX_GRID:
         raise ValueError(f"q: needs {grid} thread blocks, a launch has at most 2**31 - 1")
     config = kernel.config
     function = kernel.entries[entry].ptr

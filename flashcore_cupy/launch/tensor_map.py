@@ -1,7 +1,7 @@
 """Tensor maps: what the unit that copies boxes of an array (TMA) is told of q, k, v and o.
 
-A map holds an array's address, sizes, strides, and the box that one copy takes of it. The driver
-encodes it on the host; the kernel takes its 128 bytes as they are.
+A map holds an array's address and what its ``View`` says. The driver encodes it on the host; the
+kernel takes its 128 bytes as they are.
 """
 
 from __future__ import annotations
@@ -9,104 +9,23 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashcore_cupy.cuda.driver import binding
-from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, Operand
-from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.params import HOPPER_PARAMS
-from flashcore_cupy.select.tile_checks import TMA_ALIGN, panel_cols
+from flashcore_cupy.select.tensor_view import TMA_ALIGN, View
 
 if TYPE_CHECKING:
     from flashcore_cupy.launch.parameter_block import ParameterBlock
 
-ROWS_OF_WARPGROUP = 64
-"""Rows of q that one copy takes."""
-ROWS_OF_WARP = 16
-"""Rows of o that one copy brings."""
 _MAP_BYTES = 128
 _LIMIT = 4096  # maps remembered
 _FIELDS: Mapping[str, Any] = HOPPER_PARAMS.fields or {}
 # The first words of the maps, in words of 8 bytes.
 _Q_MAP, _K_MAP, _V_MAP, _O_MAP = (_FIELDS[f"{name}_map"][1] // 8 for name in "qkvo")
 _ELSEWHERE = 2**33 + 2**21 + TMA_ALIGN  # bytes on: bits of both halves of an address
-
-
-class View(NamedTuple):
-    """What a map says of an array besides its address, columns first; sizes in elements."""
-
-    name: str
-    dtype: str
-    dims: tuple[int, int, int, int]
-    """Columns, rows, heads, batch; of q whose groups are packed, heads before rows."""
-    strides: tuple[int, int, int]
-    """Bytes between those, from the rows on."""
-    box: tuple[int, int, int]
-    """What one copy takes of all but the batch."""
-    offset: int = 0
-    """Bytes from the array's first element to the first that the map describes."""
-
-    @property
-    def swizzle(self) -> int:
-        """Bytes of a row of the box, which are also the span of the swizzle."""
-        return self.box[0] * ITEMSIZE[self.dtype]
-
-
-def views_of(problem: AttentionProblem, config: KernelConfig, output: Operand) -> tuple[View, ...]:
-    """How the kernel's maps see q, k and v, and o where it is stored by one.
-
-    k and v end behind the last key that any query sees, and v begins at the first: what lies
-    outside comes as zeros, not as what is there, which may be NaN.
-    """
-    first, end = _first_key(problem), problem.visible_kv
-    if first >= end:  # no key is seen, and none is loaded
-        first = 0
-    block_n = config.tile.block_n
-    q = _view(problem.q, problem, config.head_dim, ROWS_OF_WARPGROUP, 0, problem.seqlen_q)
-    views = [
-        _packed(q, problem) if config.tile.pack_gqa else q,
-        _view(problem.k, problem, config.head_dim, block_n, 0, end),
-        _view(problem.v, problem, config.head_dim_v, block_n, first, end),
-    ]
-    if config.staged_cols:
-        views += [_view(output, problem, config.staged_cols, ROWS_OF_WARP, 0, problem.seqlen_q)]
-    return tuple(views)
-
-
-def _first_key(problem: AttentionProblem) -> int:
-    """The first key that any query sees; of packed batches only the device knows it."""
-    left = problem.window[0]
-    if left < 0 or problem.packed:
-        return 0
-    return max(0, problem.causal_offset - left)
-
-
-def _view(
-    operand: Operand, problem: AttentionProblem, columns: int, box_rows: int, first: int, end: int
-) -> View:
-    """Rows from first to end of an operand; a map has at least one row."""
-    size = ITEMSIZE[problem.dtype]
-    batch, heads, _, dim = operand.shape
-    batch_step, head_step, row_step = (step * size for step in operand.strides)
-    dims = (dim, max(1, end - first), heads, batch)
-    # A stride that leads nowhere may be anything, but has to be legal.
-    unused = -(-dim * size // TMA_ALIGN) * TMA_ALIGN
-    empty = 0 in operand.shape
-    used = [unused if empty or step == 0 else step for step in (row_step, head_step, batch_step)]
-    strides = (used[0], used[1], used[2])
-    box = (panel_cols(columns), box_rows, 1)
-    return View(operand.name, problem.dtype, dims, strides, box, first * row_step)
-
-
-def _packed(q: View, problem: AttentionProblem) -> View:
-    """Q with heads before rows, so that a copy takes a group's heads of the same rows."""
-    columns, rows, heads, batch = q.dims
-    row, head, step = q.strides
-    group = problem.heads_q // problem.heads_kv
-    box = (q.box[0], group, ROWS_OF_WARPGROUP // group)
-    return q._replace(dims=(columns, heads, rows, batch), strides=(head, row, step), box=box)
 
 
 def maps_of(views: Sequence[View], arrays: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

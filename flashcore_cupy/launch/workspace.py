@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.cuda.streams import stream_key
-from flashcore_cupy.select.config import KernelConfig
-from flashcore_cupy.select.tile_checks import WARP_SIZE
 
 if TYPE_CHECKING:
     import cupy
@@ -47,17 +45,6 @@ class Workspace:
     def arrivals(self) -> int:
         """Address of the counters."""
         return int(self.arrivals_array.data.ptr)
-
-
-def split_bytes(config: KernelConfig, blocks: int, splits: int) -> tuple[int, int]:
-    """Bytes of partial results and of counters for a grid of ``blocks`` times ``splits``."""
-    t = config.tile
-    if config.uses_tma:  # SplitRows in split_merge.cuh; the first counter is of blocks taken
-        part = t.block_m * (config.head_dim_v + 2) * 4
-        return (blocks * splits * part, 4 + blocks * 4) if splits > 1 else (0, 4)
-    fragments = t.block_m // t.warps_m // 16
-    values = fragments * 2 * (2 + config.head_dim_v // 8 * 2)  # WarpRows::VALUES in rows.cuh
-    return blocks * splits * t.warps_m * values * WARP_SIZE * 4, blocks * 4
 
 
 def workspace(partial: int, arrivals: int) -> Workspace:

@@ -2,40 +2,34 @@
 
 ``KernelConfig.defines()`` is all that a kernel is compiled from; sequence lengths, batch and heads
 are not in it, so no kernel is compiled again because one of them changed.
+
+A family of kernels is a subclass: ``ladder.py``, ``sm80.py`` and ``sm90.py`` have one each, or a
+few. It answers whatever differs between kernels, so that nobody else compares their names.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
-from flashcore_cupy.problem.attention_problem import AttentionProblem
+import numpy as np
+
+from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.problem.mods import Mods
-from flashcore_cupy.select.params import params_of
-from flashcore_cupy.select.tile_checks import SMEM_BYTES, WARP_SIZE, WARPGROUP, illegal, staged_cols
+from flashcore_cupy.problem.rules import NO_WINDOW, RULE_BITS
+from flashcore_cupy.select.params import ATTENTION_PARAMS
+from flashcore_cupy.select.tensor_view import View
+from flashcore_cupy.select.units import MAX_GRID, MMA, WARP_SIZE
 
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2}
-#: What each rule is in ``FC_RULES``; ``kernels/flashcore/score.cuh`` has the same.
-RULE_BITS = {
-    "softcap": 1,
-    "alibi": 2,
-    "bias": 4,
-    "bias_fp32": 8,
-    "score_mod": 16,
-    "mask": 32,
-    "mask_mod": 64,
-    "sink": 128,
-    "bias_pairs": 256,
-    "mask_pairs": 512,
-    "scale_first": 1024,
-    "mask_chunks": 2048,
-    "softcap_wide": 4096,
-}
+_GATE_CODE = {None: 0, "qk": 1, "softmax": 2, "pv": 3}
 #: Of float32: scales from here on keep the order of the scores.
 _SMALLEST_SCALE = 2.0**-126
-#: Softcaps up to here, 50 in Gemma 2, lose 2^-23 of themselves without being wrong about scores.
-_USUAL_SOFTCAP = 128.0
-_GATE_CODE = {None: 0, "qk": 1, "softmax": 2, "pv": 3}
+
+Scratch = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shapes and dtypes of arrays, by name."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +81,32 @@ def check_overrides(changes: object) -> dict[str, int | bool]:
     return dict(changes)
 
 
+def rules_of(problem: AttentionProblem) -> tuple[str, ...]:
+    """The names in ``RULE_BITS`` of what a problem asks for."""
+    scale_first = ("scale_first",) * (problem.softmax_scale < _SMALLEST_SCALE)
+    return problem.rules.bits(problem.dtype) + scale_first
+
+
 @dataclass(frozen=True)
-class KernelConfig:
-    """Everything that one compiled kernel depends on."""
+class KernelConfig(ABC):
+    """Everything that one compiled kernel depends on. A subclass is a family of kernels."""
+
+    source: ClassVar[str]
+    """File in ``kernels/``."""
+    entries: ClassVar[tuple[str, ...]]
+    """Entry points, in launch order; the last writes the output."""
+    params: ClassVar[np.dtype[Any]] = ATTENTION_PARAMS
+    """The struct that they take."""
+    has_rules: ClassVar[bool] = False
+    """Windows, score rules, masks, sinks, packed batches; the others are causal or not."""
+    quantizes: ClassVar[bool] = False
+    """Rounds its inputs to fp8 first, so ``auto`` never takes it."""
+    row_align: ClassVar[int] = 1
+    """Every row of q, k and v starts and ends on a multiple of so many bytes."""
+    mask_keys: ClassVar[int] = 1
+    """Keys of a mask that are read at a time; its rows are whole multiples."""
 
     kernel: str
-    source: str
-    """File in ``kernels/``."""
     dtype: str
     head_dim: int
     """Columns of the tiles of Q and K; those from dim_qk on are zeros."""
@@ -105,8 +118,6 @@ class KernelConfig:
     causal: bool = False
     gate: str | None = None
     align_bytes: int = 16
-    tma_stores: bool = False
-    """wgmma_sm90: whether TMA can address the output."""
     window: bool = False
     """Queries see no key far to the left of their own position; causal: to the right."""
     rules: tuple[str, ...] = ()
@@ -114,11 +125,104 @@ class KernelConfig:
     packed: bool = False
     mods: Mods | None = None
 
+    # --- which problems and targets ---------------------------------------------------------------
+
+    @classmethod
+    def why_not_on(cls, arch: str) -> str | None:
+        """Why a target lacks what every kernel of the family needs; None if it does not."""
+        return None
+
+    @classmethod
+    def check_problem(cls, problem: AttentionProblem) -> None:
+        """Raise ``ValueError`` that names what the family lacks for a problem."""
+        if cls.has_rules:
+            return
+        asked = [*problem.rules.names]
+        asked += ["window"] * (problem.rules.window != NO_WINDOW)
+        asked += ["cu_seqlens"] * problem.packed
+        if asked:
+            raise ValueError(f"has no {', '.join(asked)}")
+
+    @classmethod
+    def why_slow(cls, problem: AttentionProblem) -> str | None:
+        """Why "auto" does better with the next kernel; None if it does not."""
+        return None
+
+    @classmethod
+    def of(
+        cls, kernel: str, dims: tuple[int, int], tile: Tile, problem: AttentionProblem
+    ) -> KernelConfig:
+        """Join a kernel's name and its tiles with a problem."""
+        left, right = problem.window
+        return cls(
+            kernel=kernel,
+            dtype=problem.dtype,
+            head_dim=dims[0],
+            head_dim_v=dims[1],
+            dim_qk=problem.head_dim,
+            dim_v=problem.head_dim_v,
+            tile=tile,
+            causal=right >= 0,
+            gate=problem.gate,
+            align_bytes=problem.align_bytes,
+            window=left >= 0,
+            rules=rules_of(problem) if cls.has_rules else (),
+            packed=problem.packed,
+            mods=problem.rules.mods,
+        )
+
+    def stored_to(self, output: Operand) -> KernelConfig:
+        """Loads of q, k, v and stores of o share one width: a less aligned output sets it."""
+        return replace(self, align_bytes=min(self.align_bytes, output.align_bytes))
+
+    def check(self) -> None:
+        """Raise ``ValueError`` with the reason if the kernel cannot be built with this tile."""
+        for reason in self.illegal():
+            raise ValueError(f"config: {reason}")
+
+    def check_heads(self, problem: AttentionProblem) -> None:
+        """Raise ``ValueError`` if the tile cannot hold a problem's heads side by side."""
+        if self.tile.pack_gqa and problem.rules.differ_by_head:
+            raise ValueError(
+                "config: pack_gqa with a rule that hides keys from some heads of a group"
+            )
+
+    # --- what is compiled -------------------------------------------------------------------------
+
+    def illegal(self) -> list[str]:
+        """Why a tile does not fit its kernel, most basic reason first."""
+        sizes = {f.name: getattr(self.tile, f.name) for f in fields(Tile) if f.type == "int"}
+        reasons = [f"{name}={value} is not positive" for name, value in sizes.items() if value < 1]
+        if reasons:
+            return reasons
+        if self.threads > 1024:
+            reasons.append(
+                f"warps_m x warps_n = {self.num_warps} warps; a thread block holds at most 32"
+            )
+        return reasons + self.unfit()
+
+    @abstractmethod
+    def unfit(self) -> list[str]:
+        """The family's own reasons against a tile whose sizes are positive."""
+
+    def uncut(self) -> list[str]:
+        """Why the tile's warps do not get whole fragments."""
+        reasons = []
+        for block, warps in (("block_m", "warps_m"), ("block_n", "warps_n")):
+            size, step = getattr(self.tile, block), MMA * getattr(self.tile, warps)
+            if size % step:
+                reasons.append(f"{block}={size} is not a multiple of 16 x {warps} = {step}")
+        return reasons
+
+    @property
+    @abstractmethod
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a thread block; the kernel asserts the same size."""
+
     @property
     def num_warps(self) -> int:
         """Warps of a thread block."""
-        loading = WARPGROUP if self.uses_tma else 0
-        return self.tile.warps_m * self.tile.warps_n * self.tile.warps_d + loading
+        return self.tile.warps_m * self.tile.warps_n * self.tile.warps_d
 
     @property
     def threads(self) -> int:
@@ -126,25 +230,9 @@ class KernelConfig:
         return self.num_warps * WARP_SIZE
 
     @property
-    def uses_tma(self) -> bool:
-        """Whether a warpgroup of its own loads q, k, v, by tensor maps."""
-        return self.source == "fwd_sm90.cu"
-
-    @property
-    def smem_bytes(self) -> int:
-        """Dynamic shared memory of a thread block; the kernel asserts the same size."""
-        return SMEM_BYTES[self.source](self)
-
-    @property
-    def staged_cols(self) -> int:
-        """Columns of O that leave through shared memory, by TMA; the others are stored directly."""
-        return staged_cols(self)
-
-    @property
     def softmax_keys(self) -> int:
         """Keys between two updates of a row's running maximum."""
-        t = self.tile
-        return t.block_n // t.warps_n if self.source == "fwd_sm80.cu" else t.block_n
+        return self.tile.block_n
 
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -154,7 +242,7 @@ class KernelConfig:
     @property
     def params_bytes(self) -> int:
         """Size of the struct that the kernel takes; the kernel asserts the same size."""
-        return int(params_of(self.source).itemsize)
+        return int(self.params.itemsize)
 
     def defines(self) -> dict[str, int]:
         """The ``-DFC_*`` defines, read by ``kernels/flashcore/config.cuh``."""
@@ -183,84 +271,93 @@ class KernelConfig:
             "FC_VARLEN": int(self.packed),
             "FC_GATE": _GATE_CODE[self.gate],
             "FC_ALIGN_BYTES": self.align_bytes,
-            "FC_STAGED_COLS": self.staged_cols,
+            "FC_STAGED_COLS": 0,
             "FC_MIN_BLOCKS": t.min_blocks,
             "FC_SMEM_BYTES": self.smem_bytes,
             "FC_PARAMS_BYTES": self.params_bytes,
+            **self.own_defines(),
         }
 
-    def check(self) -> None:
-        """Raise ``ValueError`` with the reason if the kernel cannot be built with this tile."""
-        for reason in illegal(self):
-            raise ValueError(f"config: {reason}")
+    def own_defines(self) -> dict[str, int]:
+        """What the family's kernels are told besides; replaces those of the same name."""
+        return {}
+
+    # --- what is launched -------------------------------------------------------------------------
+
+    def before(self) -> tuple[KernelConfig, ...]:
+        """What is launched ahead of the kernel."""
+        return ()
+
+    def grids(self, problem: AttentionProblem, blocks: int) -> tuple[int, ...]:
+        """Thread blocks of each entry point, where the last has ``blocks``; 0: no launch."""
+        return (blocks,)
+
+    def splits(self, problem: AttentionProblem, resident: int) -> int:
+        """Parts of the keys that the thread blocks of one row of tiles share out.
+
+        ``resident``: the thread blocks that run side by side on the whole GPU.
+        """
+        return 1
+
+    def section(self, problem: AttentionProblem, multiprocessors: int) -> int:
+        """Heads whose blocks take turns, the longest first."""
+        return 1
+
+    def most_blocks(self, multiprocessors: int) -> int:
+        """Thread blocks of a launch; a kernel with more work than that hands it out itself."""
+        return MAX_GRID
+
+    def workspace_bytes(self, blocks: int, splits: int, most_blocks: int) -> tuple[int, int]:
+        """Bytes of partial results and of counters that a launch needs, (0, 0) if none.
+
+        ``blocks``: rows of tiles, each of which has ``splits`` parts.
+        """
+        return 0, 0
+
+    def scratch(self, problem: AttentionProblem) -> Scratch:
+        """Arrays that the launches of a problem leave for each other."""
+        return {}
+
+    def views(self, problem: AttentionProblem, output: Operand) -> tuple[View, ...]:
+        """What the struct's tensor maps are told of q, k, v and o; a kernel without has none."""
+        return ()
+
+    def bind(
+        self, params: np.ndarray[Any, Any], problem: AttentionProblem, addresses: Mapping[str, int]
+    ) -> None:
+        """Write into the struct what depends on the addresses of arrays, scratch among them."""
+        for name in self.scratch(problem):
+            params[name] = addresses[name]
+
+    # --- for people -------------------------------------------------------------------------------
 
     def describe(self) -> str:
         """One line for people."""
         t = self.tile
-        warps = f"{self.num_warps} warps"
-        if self.uses_tma:
-            consumers = t.warps_m // WARPGROUP
-            warps = f"{consumers} consumer warpgroup{'s' * (consumers > 1)}"
-        parts = [f"{t.block_m}x{t.block_n} tile", warps]
-        if t.warps_n > 1:
-            parts[-1] += f" ({t.warps_m}x{t.warps_n})"
-        if t.warps_d > 1:
-            parts[-1] += f" ({t.warps_m}x{t.warps_d} on columns)"
+        parts = [f"{t.block_m}x{t.block_n} tile", self.describe_warps()]
         if t.num_stages > 1:
             parts.append(f"{t.num_stages} stages")
-        switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
-        parts += [name for name in switches if getattr(t, name)] + ["TMA"] * self.uses_tma
+        parts += [name for name in SWITCHES if getattr(t, name)] + self.describe_units()
         parts += [f"cluster of {t.cluster}"] * (t.cluster > 1)
         dims = {self.head_dim, self.head_dim_v}
         parts.append(f"head dim {'/'.join(map(str, sorted(dims)))}")
-        parts += self.rules
-        if self.uses_tma:
-            ways = ["by TMA"] * (self.staged_cols > 0)
-            ways += [f"of {self.align_bytes} bytes"] * (self.staged_cols < self.head_dim_v)
-            parts.append(f"stores {' and '.join(ways)}")
-        else:
-            parts.append(f"{self.align_bytes}-byte loads")
-        return ", ".join(parts)
+        return ", ".join([*parts, *self.rules, self.describe_accesses()])
+
+    def describe_warps(self) -> str:
+        """Who works on a tile."""
+        t = self.tile
+        found = f"{self.num_warps} warps"
+        found += f" ({t.warps_m}x{t.warps_n})" * (t.warps_n > 1)
+        return found + f" ({t.warps_m}x{t.warps_d} on columns)" * (t.warps_d > 1)
+
+    def describe_units(self) -> list[str]:
+        """What of the hardware it uses that the tile does not say."""
+        return []
+
+    def describe_accesses(self) -> str:
+        """How wide loads and stores are."""
+        return f"{self.align_bytes}-byte loads"
 
 
-#: The quantiser that runs ahead of fp8_wmma: one block per head.
-_QUANTIZE_TILE = Tile(16, 16, warps_m=32)
-
-
-def quantize_config(config: KernelConfig) -> KernelConfig:
-    """The quantiser's configuration that goes with an fp8 kernel's."""
-    return KernelConfig(
-        kernel=config.kernel,
-        source="fp8_quantize.cu",
-        dtype=config.dtype,
-        head_dim=config.head_dim,
-        head_dim_v=config.head_dim_v,
-        dim_qk=config.dim_qk,
-        dim_v=config.dim_v,
-        tile=_QUANTIZE_TILE,
-        align_bytes=config.align_bytes,
-    )
-
-
-def check_no_rules(problem: AttentionProblem) -> None:
-    """Raise ``ValueError`` that names what a kernel without rules lacks for a problem."""
-    asked = [*problem.rules.names]
-    asked += ["window"] * (problem.rules.window != (-1, -1)) + ["cu_seqlens"] * problem.packed
-    if asked:
-        raise ValueError(f"has no {', '.join(asked)}")
-
-
-def rules_of(problem: AttentionProblem) -> tuple[str, ...]:
-    """The names in ``RULE_BITS`` of what a problem asks for."""
-    rules, names = problem.rules, {"alibi_slopes": "alibi"}
-    found = [names.get(name, name) for name in rules.names]
-    if rules.softcap > _USUAL_SOFTCAP and problem.dtype != "float32":
-        found[found.index("softcap")] = "softcap_wide"
-    if rules.bias is not None:
-        if rules.bias.dtype == "float32":
-            found[found.index("bias")] = "bias_fp32"
-        found += ["bias_pairs"] * rules.bias.pairs
-    if rules.mask is not None:
-        found += ["mask_chunks"] if rules.mask.chunks else ["mask_pairs"] * rules.mask.pairs
-    found += ["scale_first"] * (problem.softmax_scale < _SMALLEST_SCALE)
-    return tuple(found)
+#: The fields of a tile that are on or off.
+SWITCHES = tuple(f.name for f in fields(Tile) if f.type == "bool")

@@ -1,19 +1,14 @@
-"""How a problem's work is cut: blocks of queries, parts of the keys, heads that take turns."""
+"""How a problem's work is cut: blocks of queries, and parts of the keys."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from flashcore_cupy.problem.attention_problem import AttentionProblem
 from flashcore_cupy.select.config import KernelConfig
-from flashcore_cupy.select.tile_checks import WARP_SIZE, WARPGROUP
 
-# What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged.
-_PART_KEYS, _MERGE_KEYS = 256, 24
-# The same of fwd_sm90, where the next part is loaded meanwhile; that there are parts at all; and a
-# round of merging eight of them.
-_HOPPER_PART_KEYS, _HOPPER_SPLIT_KEYS, _HOPPER_MERGE_KEYS = 64, 128, 100
 _MOST_SPLITS = 128
-# Measured on an H200 at D=64, 128, 256 and 512 to 16384 queries; a long head has so many blocks.
-_L2_BYTES, _LONG, _ROUNDS = 34_000_000, 40, 8
 _INT_MAX = 2**31 - 1
 #: Thread blocks of a launch, and heads of a problem. Kernels count them in 32 bits, and fwd_sm90
 #: adds to them those that run side by side.
@@ -47,25 +42,21 @@ def _heads(problem: AttentionProblem) -> int:
 
 def _largest_grid(problem: AttentionProblem, config: KernelConfig) -> int:
     """Of all launches; keys are split only as far as the grid allows."""
-    grid = query_blocks(problem, config) * config.tile.cluster
-    if config.tile.fp8:  # the quantiser has a block per head of q, k and v
-        grid = max(grid, problem.batch * (problem.heads_q + 2 * problem.heads_kv))
-    if config.source == "wmma_unfused.cu":  # a block per tile of scores, a warp per row
-        tiles = -(-problem.visible_kv // config.tile.block_n)
-        per_row = -(-_heads(problem) * problem.seqlen_q // config.num_warps)
-        grid = max(grid, grid * tiles, per_row)
-    return grid
+    blocks = query_blocks(problem, config) * config.tile.cluster
+    launched = (*config.before(), config)
+    return max(grid for each in launched for grid in each.grids(problem, blocks))
 
 
 def blocks_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
     """Blocks of rows per head of q, or of k and v where a group's heads are packed."""
-    block_m, rows = config.tile.block_m, _rows_per_head(problem, config)
+    block_m, rows = config.tile.block_m, rows_per_head(problem, config)
     # Each packed sequence may start within a block, and so may the rows before and behind them: see
     # PackedBatch in schedule.cuh.
     return rows // block_m + problem.batch + 2 if problem.packed else -(-rows // block_m)
 
 
-def _rows_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
+def rows_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
+    """Rows per head of q, or of k and v where a group's heads are packed."""
     group = problem.heads_q // problem.heads_kv if config.tile.pack_gqa else 1
     return problem.seqlen_q * group
 
@@ -76,15 +67,29 @@ def query_blocks(problem: AttentionProblem, config: KernelConfig) -> int:
     return _heads(problem) // group * blocks_per_head(problem, config)
 
 
-def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> int:
-    """Parts of the keys that the thread blocks of one row of tiles share out.
+class Split(NamedTuple):
+    """A number of parts of the keys, and what it makes of a grid."""
 
-    A cluster's thread blocks have one each. Else the number that ends first if all blocks that fit
-    on the GPU, ``resident``, run side by side, each taking as long as its keys, and some more for
+    parts: int
+    waves: int
+    """Rounds of the thread blocks that fit on the GPU side by side."""
+    own_keys: int
+    """Keys that are read in all rounds, one thread block after the other."""
+    share: float
+    """Keys that each would read if all that fit were busy to the end."""
+
+
+def fastest_split(
+    problem: AttentionProblem,
+    config: KernelConfig,
+    resident: int,
+    cost: Callable[[Split], float],
+) -> int:
+    """The number of parts that ends first by ``cost``, a time in keys; of equals the fewest keys.
+
+    ``resident`` thread blocks fit on the GPU, each taking as long as its keys, and some more for
     its beginning and for the merge.
     """
-    if config.tile.cluster > 1:
-        return config.tile.cluster
     if not config.tile.split_kv or problem.batch_invariant:
         return 1
     blocks, keys = query_blocks(problem, config), problem.visible_kv
@@ -94,44 +99,9 @@ def splits(problem: AttentionProblem, config: KernelConfig, resident: int) -> in
         blocks = max(1, blocks // 2)  # about every other one has no sequence
     tiles = max(1, -(-keys // config.tile.block_n))
 
-    def cost(parts: int) -> tuple[float, int]:
+    def order(parts: int) -> tuple[float, int]:
         waves = -(-blocks * parts // resident)
         own = waves * -(-tiles // parts) * config.tile.block_n
-        if not config.uses_tma:
-            return own + waves * _PART_KEYS + _MERGE_KEYS * (parts - 1), own
-        # Half of the thread blocks read about as fast as memory delivers; between that and all of
-        # them some have the way to memory for themselves, and others wait: B=1, 8 heads, 65536
-        # keys, D=128 71, 77 and 69 us in 9, 12 and 16 parts. So of equals the most parts.
-        busy = max(own, 2 * blocks * keys / resident)
-        merge = _hopper_merge_keys(problem, config, parts)
-        return busy + waves * _HOPPER_PART_KEYS + merge, own
+        return cost(Split(parts, waves, own, blocks * keys / resident)), own
 
-    return min(range(1, min(tiles, most) + 1), key=cost)
-
-
-def _hopper_merge_keys(problem: AttentionProblem, config: KernelConfig, parts: int) -> int:
-    """What fwd_sm90 takes to merge the parts: a warpgroup, four columns per thread at a time."""
-    if parts == 1:
-        return 0
-    rows = min(config.tile.block_m, _rows_per_head(problem, config))
-    rounds = -(-rows * config.head_dim_v // (4 * WARPGROUP * WARP_SIZE))
-    return _HOPPER_SPLIT_KEYS + _HOPPER_MERGE_KEYS * rounds * -(-parts // 8)
-
-
-def section(problem: AttentionProblem, config: KernelConfig, multiprocessors: int) -> int:
-    """Heads whose blocks take turns, the longest first; see ``take_turns`` in ``schedule.cuh``.
-
-    As many as have their K and V in L2 together, or, of long sequences, as make up several rounds
-    of blocks: there a few blocks of every head are under way at a time and share what they read.
-    """
-    blocks = blocks_per_head(problem, config)
-    head_bytes = 2 * problem.visible_kv * (config.head_dim + config.head_dim_v)
-    room = _L2_BYTES // 2 if blocks <= 4 else _L2_BYTES
-    heads = max(1, room // max(1, head_bytes))
-    size = 1 << heads.bit_length() - 1
-    if blocks >= _LONG:
-        rounds = -(-_ROUNDS * multiprocessors // blocks)
-        size = max(size, 1 << (rounds - 1).bit_length())
-    # The scheduler multiplies it by the blocks of a head, in 32 bits: keys that take no room in L2
-    # must not make it larger than all heads.
-    return min(size, query_blocks(problem, config) // max(1, blocks))
+    return min(range(1, min(tiles, most) + 1), key=order)

@@ -54,18 +54,17 @@ _MAP_BYTES = 128
 _MAPS_OFFSET = -(-ATTENTION_PARAMS.itemsize // 64) * 64
 _SHARED: Mapping[str, Any] = ATTENTION_PARAMS.fields or {}
 
+_HOPPER: Any = {
+    "names": [*_SHARED, *_MAPS],
+    "formats": [*(field[0] for field in _SHARED.values()), *[("u8", (16,))] * len(_MAPS)],
+    "offsets": [
+        *(field[1] for field in _SHARED.values()),
+        *(_MAPS_OFFSET + _MAP_BYTES * n for n in range(len(_MAPS))),
+    ],
+    "itemsize": _MAPS_OFFSET + _MAP_BYTES * len(_MAPS),
+}
 #: ``HopperParams``: the same, and behind it the tensor maps of q, k, v, o from the driver.
-HOPPER_PARAMS = np.dtype(
-    {
-        "names": [*_SHARED, *_MAPS],
-        "formats": [*(field[0] for field in _SHARED.values()), *[("u8", (16,))] * len(_MAPS)],
-        "offsets": [
-            *(field[1] for field in _SHARED.values()),
-            *(_MAPS_OFFSET + _MAP_BYTES * n for n in range(len(_MAPS))),
-        ],
-        "itemsize": _MAPS_OFFSET + _MAP_BYTES * len(_MAPS),
-    }
-)
+HOPPER_PARAMS = np.dtype(_HOPPER)
 
 _QUANTIZE_TENSOR = np.dtype(
     [
@@ -78,10 +77,3 @@ _QUANTIZE_TENSOR = np.dtype(
 
 #: ``QuantizeParams`` of ``fp8_quantize.cu``: q, k, v.
 QUANTIZE_PARAMS = np.dtype([("tensor", _QUANTIZE_TENSOR, (3,))], align=True)
-
-
-def params_of(source: str) -> np.dtype[Any]:
-    """The struct that the kernels of a file take."""
-    return {"fp8_quantize.cu": QUANTIZE_PARAMS, "fwd_sm90.cu": HOPPER_PARAMS}.get(
-        source, ATTENTION_PARAMS
-    )

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-#: The one target that has wgmma.
-HOPPER = "sm_90a"
+from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.ladder import Fused, Quantized, Scalar, Unfused
+from flashcore_cupy.select.sm80 import Sm80
+from flashcore_cupy.select.sm90 import Sm90
+
+_HALF = ("float16", "bfloat16")
+_ALL = (*_HALF, "float32")
 
 
 @dataclass(frozen=True)
@@ -14,82 +19,72 @@ class Kernel:
     """A rung of the ladder: a name that ``kernel=`` and ``--kernel`` take."""
 
     name: str
-    source: str
-    entries: tuple[str, ...]
-    """Entry points, in launch order."""
+    family: type[KernelConfig]
+    """What answers for it."""
+    dtypes: tuple[str, ...]
     idea: str
-    dtypes: tuple[str, ...] = ("float16", "bfloat16")
-    quantizes: bool = False
-    """Rounds its inputs to fp8 first, so ``auto`` never takes it."""
-    has_rules: bool = False
-    """Windows, score rules, masks, sinks, packed batches; the others are causal or not."""
-    tma: bool = False
-    """Loads by TMA and multiplies by wgmma: for ``HOPPER`` alone."""
+
+    @property
+    def source(self) -> str:
+        """File in ``kernels/``."""
+        return self.family.source
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Entry points, in launch order."""
+        return self.family.entries
+
+    def runs_on(self, arch: str) -> bool:
+        """Whether a target has what every tile of the kernel needs."""
+        return self.family.why_not_on(arch) is None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it rounds its inputs to fp8 first; ``auto`` never takes it then."""
+        return self.family.quantizes
+
+    @property
+    def has_rules(self) -> bool:
+        """Windows, score rules, masks, sinks, packed batches; the others are causal or not."""
+        return self.family.has_rules
 
 
 #: The ladder, slowest first.
 KERNELS: Mapping[str, Kernel] = {
     k.name: k
     for k in (
+        Kernel("scalar", Scalar, _ALL, "one fused kernel, online softmax, no tensor cores"),
         Kernel(
-            "scalar",
-            "scalar.cu",
-            ("scalar",),
-            "one fused kernel, online softmax, no tensor cores",
-            dtypes=("float16", "bfloat16", "float32"),
+            *("wmma_unfused", Unfused, _HALF),
+            idea="two tensor-core products with a softmax between, S and P in global memory",
         ),
         Kernel(
-            "wmma_unfused",
-            "wmma_unfused.cu",
-            ("wmma_scores", "wmma_softmax", "wmma_pv"),
-            "two tensor-core products with a softmax between, S and P in global memory",
+            *("wmma_fused_32", Fused, _HALF),
+            idea="FlashAttention in one kernel: 32 x 32 tiles, S and P in shared memory",
         ),
         Kernel(
-            "wmma_fused_32",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "FlashAttention in one kernel: 32 x 32 tiles, S and P in shared memory",
+            *("wmma_fused_64", Fused, _HALF),
+            idea="64 x 64 tiles: each K and V row is loaded half as often",
         ),
         Kernel(
-            "wmma_fused_64",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "64 x 64 tiles: each K and V row is loaded half as often",
+            *("wmma_cp_async", Fused, _HALF),
+            idea="two stages: the next K and V tile is on its way while this one is used",
         ),
         Kernel(
-            "wmma_cp_async",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "two stages: the next K and V tile is on its way while this one is used",
+            *("wmma_warp_softmax", Fused, _HALF),
+            idea="a warp owns its rows: softmax by shuffle, O in registers, one barrier per tile",
         ),
         Kernel(
-            "wmma_warp_softmax",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "a warp owns its rows: softmax by shuffle, O in registers, one barrier per tile",
+            *("mma_sm80", Sm80, _ALL),
+            idea="mma.sync and ldmatrix: scores, probabilities and output stay in registers",
         ),
         Kernel(
-            "mma_sm80",
-            "fwd_sm80.cu",
-            ("fwd_sm80",),
-            "mma.sync and ldmatrix: scores, probabilities and output stay in registers",
-            dtypes=("float16", "bfloat16", "float32"),
-            has_rules=True,
+            *("wgmma_sm90", Sm90, _HALF),
+            idea="TMA and wgmma: a warp that loads, warpgroups that overlap softmax with products",
         ),
         Kernel(
-            "wgmma_sm90",
-            "fwd_sm90.cu",
-            ("fwd_sm90",),
-            "TMA and wgmma: a warp that loads, warpgroups that overlap softmax with products",
-            has_rules=True,
-            tma=True,
-        ),
-        Kernel(
-            "fp8_wmma",
-            "wmma_fused.cu",
-            ("wmma_fused",),
-            "q, k, v quantised to e4m3 with a scale per head, widened to 16 bit on load",
-            quantizes=True,
+            *("fp8_wmma", Quantized, _HALF),
+            idea="q, k, v quantised to e4m3 with a scale per head, widened to 16 bit on load",
         ),
     )
 }

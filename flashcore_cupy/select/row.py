@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from flashcore_cupy.problem.attention_problem import AttentionProblem
-from flashcore_cupy.select.config import RULE_BITS, Tile, rules_of
+from flashcore_cupy.problem.rules import RULE_BITS
+from flashcore_cupy.select.config import Tile, rules_of
 
 # Of an H100 or H200 with SXM. A row is chosen for a target, whichever GPU of it there is, so that a
 # machine without one builds the same kernels.
@@ -22,6 +23,7 @@ class Row:
     kernel: str
     head_dim: int
     tile: Tile
+    _: KW_ONLY
     max_blocks: int | None = None
     """Only for grids that would hold at most this many blocks of 128 queries."""
     max_keys: int | None = None
@@ -50,7 +52,7 @@ class Row:
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     spills_with: tuple[str, ...] = ()
     """Only without these rules, of which "a+b" is both together, for with them the compiler spills;
-    named as in ``config.RULE_BITS``, "window" for one on the left, and "causal"."""
+    named as in ``RULE_BITS``, "window" for one on the left, and "causal"."""
 
     @property
     def dims(self) -> tuple[int, int]:

@@ -6,19 +6,12 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, check_choice
-from flashcore_cupy.select.config import (
-    KernelConfig,
-    check_no_rules,
-    check_overrides,
-    quantize_config,
-    rules_of,
-)
-from flashcore_cupy.select.registry import AUTO_ORDER, HOPPER, KERNELS, Kernel
+from flashcore_cupy.problem.attention_problem import AttentionProblem, check_choice
+from flashcore_cupy.select.config import KernelConfig, check_overrides
+from flashcore_cupy.select.registry import AUTO_ORDER, KERNELS, Kernel
 from flashcore_cupy.select.row import Row
 from flashcore_cupy.select.table import ROWS
 from flashcore_cupy.select.targets import capability, check_fits
-from flashcore_cupy.select.tma import check_layout
 
 
 @dataclass(frozen=True)
@@ -54,18 +47,10 @@ def configure(
     """
     if problem.dtype not in kernel.dtypes:
         raise ValueError(f"takes {' and '.join(kernel.dtypes)}, not {problem.dtype}")
-    _check_arch(kernel, arch)
-    if not kernel.has_rules:
-        check_no_rules(problem)
-    if kernel.tma:
-        check_layout(problem)
-        if problem.rules.mask is not None and not problem.rules.mask.chunks:
-            raise ValueError(
-                "reads a mask 16 keys at a time: its rows have to begin on multiples of 16 bytes, "
-                "with a multiple of 16 keys"
-            )
-    if auto and kernel.tma and problem.rules.bias is not None and not problem.rules.bias.pairs:
-        raise ValueError("is slower with a bias that cannot be read two keys at a time")
+    _refuse(kernel.family.why_not_on(arch))
+    kernel.family.check_problem(problem)
+    if auto:
+        _refuse(kernel.family.why_slow(problem))
     dims = (problem.head_dim, problem.head_dim_v)
     own = [row for row in rows_of(kernel.name) if problem.dtype in row.dtypes]
     wide = {row.dims for row in own if row.dims[0] >= dims[0] and row.dims[1] >= dims[1]}
@@ -94,48 +79,21 @@ def configure_row(
 ) -> KernelConfig:
     """Join a row with a problem, for any target; ``ValueError`` says what is wrong with a tile."""
     kernel = KERNELS[row.kernel]
-    scalar = kernel.source == "scalar.cu"
-    columns = max(problem.head_dim, problem.head_dim_v)
-    head_dim, head_dim_v = (columns, columns) if scalar else row.dims
-    left, right = problem.window
-    config = KernelConfig(
-        kernel=kernel.name,
-        source=kernel.source,
-        dtype=problem.dtype,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        dim_qk=problem.head_dim,
-        dim_v=problem.head_dim_v,
-        tile=row.tile.override(overrides or {}),
-        causal=right >= 0,
-        gate=problem.gate,
-        # scalar reads element by element: one build serves every alignment.
-        align_bytes=ITEMSIZE[problem.dtype] if scalar else problem.align_bytes,
-        tma_stores=kernel.tma,
-        window=left >= 0,
-        rules=rules_of(problem) if kernel.has_rules else (),
-        packed=problem.packed,
-        mods=problem.rules.mods,
-    )
+    tile = row.tile.override(overrides or {})
+    config = kernel.family.of(kernel.name, row.dims, tile, problem)
     config.check()
-    group = problem.heads_q // problem.heads_kv
-    if config.tile.pack_gqa and problem.rules.differ_by_head:
-        raise ValueError("config: pack_gqa with a rule that hides keys from some heads of a group")
-    if kernel.tma and config.tile.pack_gqa and config.tile.block_m % group:
-        raise ValueError(
-            f"packs groups of 1, 2, 4, ... {config.tile.block_m} heads, not of {group}"
-        )
+    config.check_heads(problem)
     return config
 
 
-def _check_arch(kernel: Kernel, arch: str) -> None:
-    if kernel.tma and arch != HOPPER:
-        raise ValueError(f"needs wgmma, which {HOPPER} alone has; the target is {arch}")
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(reason)
 
 
 def check_target(row: Row, config: KernelConfig, arch: str) -> KernelConfig:
     """Return the row's configuration; ``ValueError`` says what of it the target lacks."""
-    _check_arch(KERNELS[row.kernel], arch)
+    _refuse(KERNELS[row.kernel].family.why_not_on(arch))
     if row.max_arch is not None and capability(arch) > row.max_arch:
         raise ValueError(f"has a row up to sm_{row.max_arch} alone, the target is {arch}")
     if row.min_arch is not None and capability(arch) < row.min_arch:
@@ -146,9 +104,7 @@ def check_target(row: Row, config: KernelConfig, arch: str) -> KernelConfig:
 
 def configs_of(selection: Selection) -> tuple[KernelConfig, ...]:
     """Every configuration that a selected kernel launches, in launch order."""
-    if selection.kernel.quantizes:
-        return quantize_config(selection.config), selection.config
-    return (selection.config,)
+    return (*selection.config.before(), selection.config)
 
 
 def select(

@@ -100,10 +100,13 @@ ROWS: tuple[Row, ...] = (
     *(Row("mma_sm80", d, _DECODE, max_rows=_DECODE_ROWS) for d in MMA_HEAD_DIMS),
     *(Row("mma_sm80", d, replace(_DECODE, block_n=64), max_rows=_DECODE_ROWS) for d in (192, 256)),
     # B=1 H=8 S=512 D=64: 8.2 us; 8.5 with 8 warps, or on tiles of 256 keys.
-    *(Row("mma_sm80", d, _FEW, _FEW_BLOCKS) for d in MMA_HEAD_DIMS[:5]),
-    *(Row("mma_sm80", d, replace(_FEW, block_n=64), _FEW_BLOCKS) for d in MMA_HEAD_DIMS[3:]),
-    *(Row("mma_sm80", d, replace(_FEW, block_n=32), _FEW_BLOCKS) for d in (192, 256)),
-    *(Row("mma_sm80", d, _SOME, _SOME_BLOCKS) for d in WMMA_HEAD_DIMS),
+    *(Row("mma_sm80", d, _FEW, max_blocks=_FEW_BLOCKS) for d in MMA_HEAD_DIMS[:5]),
+    *(
+        Row("mma_sm80", d, replace(_FEW, block_n=64), max_blocks=_FEW_BLOCKS)
+        for d in MMA_HEAD_DIMS[3:]
+    ),
+    *(Row("mma_sm80", d, replace(_FEW, block_n=32), max_blocks=_FEW_BLOCKS) for d in (192, 256)),
+    *(Row("mma_sm80", d, _SOME, max_blocks=_SOME_BLOCKS) for d in WMMA_HEAD_DIMS),
     # D=64, S=512 causal: 184 us, 190 with the row below.
     Row(
         *("mma_sm80", 64, replace(_MMA, num_stages=2, min_blocks=3)),

@@ -22,6 +22,7 @@ from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import registry, selector, table, targets
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.row import Row
+from flashcore_cupy.select.sm90 import Sm90
 
 # Whichever test is first waits for all builds: six minutes on two cores.
 pytestmark = pytest.mark.timeout(1800)
@@ -107,7 +108,7 @@ def _configs(row: Row, arch: str) -> list[KernelConfig]:
             ]
             taken = [problem for problem in ruled if row.takes_rules(problem)]
             # Rows of clusters differ in the merge alone.
-            in_turns = not kernel.tma or row.tile.cluster > 1
+            in_turns = kernel.family is not Sm90 or row.tile.cluster > 1
             problems += [taken[turn % len(taken)]] if in_turns else taken
     found = [_fits(row, problem, arch) for problem in problems]
     if arch == MAIN_TARGET and any(found):
@@ -121,7 +122,7 @@ def _configs(row: Row, arch: str) -> list[KernelConfig]:
 
 def _rules_of(kernel: registry.Kernel) -> list[dict[str, Any]]:
     """RULES as the kernel takes them, and is not passed over for."""
-    if not kernel.tma:
+    if kernel.family.mask_keys == 1:
         return list(RULES)
     aligned = {name: _scores(t, LENGTH, LENGTH) for name, t in (("bias", "f4"), ("mask", "?"))}
     return [rules | {n: x for n, x in aligned.items() if n in rules} for rules in RULES]
@@ -173,8 +174,8 @@ def test_which_kernels_a_target_has(arch: str) -> None:
     missing = {kernel for kernel in registry.KERNELS if not WANTED[kernel, arch]}
     with_cp_async = {"wmma_unfused", "wmma_cp_async", "wmma_warp_softmax", "mma_sm80"}
     expected = with_cp_async if arch == "sm_75" else set()
-    with_tma = {name for name, kernel in registry.KERNELS.items() if kernel.tma}
-    assert missing == expected | (set() if arch == registry.HOPPER else with_tma)
+    expected |= {name for name, kernel in registry.KERNELS.items() if not kernel.runs_on(arch)}
+    assert missing == expected
 
 
 def test_every_row_is_built_somewhere() -> None:

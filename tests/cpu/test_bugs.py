@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 
 from flashcore_cupy.problem.attention_problem import operand
-from flashcore_cupy.select import table, tile_checks
+from flashcore_cupy.select import ladder, table
 
 # ---- shared rows against bank conflicts ----------------------------------------------------------
 
@@ -20,7 +20,7 @@ def conflicts(row_bytes: int) -> int:
 
 @pytest.mark.parametrize("head_dim", table.WMMA_HEAD_DIMS)
 def test_shared_rows_do_not_conflict(head_dim: int) -> None:
-    row = tile_checks.padded_row(head_dim)
+    row = ladder.padded_row(head_dim)
     assert row % 8 == 0, "WMMA takes row lengths that are a multiple of 8"
     assert conflicts(2 * row) == 1
 
@@ -34,7 +34,7 @@ def test_kernels_and_launcher_pad_alike() -> None:
     """Only the sum of all sizes is asserted when compiling; the pad itself is one number."""
     text = (ROOT / "kernels" / "flashcore" / "smem_tile.cuh").read_text()
     assert "int padded_row(int cols) { return cols + 8; }" in text
-    assert tile_checks.padded_row(64) == 72
+    assert ladder.padded_row(64) == 72
 
 
 def _softmax_banks(access_bytes: int, row_bytes: int, lanes: int, block_n: int) -> int:
@@ -56,7 +56,7 @@ def _softmax_banks(access_bytes: int, row_bytes: int, lanes: int, block_n: int) 
 
 @pytest.mark.parametrize("block_n", [32, 64])
 def test_warp_softmax_does_not_conflict(block_n: int) -> None:
-    row = tile_checks.padded_row(block_n)
+    row = ladder.padded_row(block_n)
     assert _softmax_banks(16, 4 * row, 8, block_n) == 1, "reading four scores"
     assert _softmax_banks(8, 2 * row, 16, block_n) == 1, "writing four probabilities"
 

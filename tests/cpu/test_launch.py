@@ -36,8 +36,9 @@ from flashcore_cupy.problem.attention_problem import (
 )
 from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.mods import MAX_MOD_ARGS
-from flashcore_cupy.problem.rules import describe_rules
-from flashcore_cupy.select import config, grids, params, selector
+from flashcore_cupy.problem.rules import RULE_BITS, describe_rules
+from flashcore_cupy.select import grids, params, selector
+from flashcore_cupy.select.config import Tile
 
 KERNELS = ROOT / "kernels"
 
@@ -88,7 +89,7 @@ def test_structs_are_the_kernels_field_by_field(struct: str, file: str, dtype: n
 def test_rule_bits_are_the_kernels() -> None:
     text = (KERNELS / "flashcore" / "score.cuh").read_text()
     bits = {name.lower(): int(bit) for name, bit in re.findall(r"int RULE_(\w+) = (\d+);", text)}
-    assert bits == config.RULE_BITS
+    assert bits == RULE_BITS
     assert all(bit & (bit - 1) == 0 for bit in bits.values()), "one bit each"
     assert len(set(bits.values())) == len(bits)
 
@@ -380,7 +381,7 @@ def test_blocks_that_run_side_by_side() -> None:
 def test_batch_invariant_tiles_do_not_look_at_the_batch(
     seqlen_q: int, head_dim: int, dtype: str
 ) -> None:
-    def tile(problem: AttentionProblem) -> config.Tile:
+    def tile(problem: AttentionProblem) -> Tile:
         return selector.select(replace(problem, batch_invariant=True), HERE.arch).config.tile
 
     alone = contiguous_problem(1, 8, seqlen_q, head_dim, heads_kv=2, dtype=dtype)
@@ -426,8 +427,9 @@ def plan_of(*operands: Any) -> Any:
     step = Step(0, 1, 32, 0, ParameterBlock(np.zeros((), params.ATTENTION_PARAMS)))
     problem = SimpleNamespace(output_shape=operands[3].shape, lse_shape=(), gate=None)
     arrays = dict(zip("qkvo", map(_Array.like, operands), strict=True))
-    selection = SimpleNamespace(config=SimpleNamespace(uses_tma=False))
-    return SimpleNamespace(problem=problem, selection=selection, steps=(step,), arrays=arrays)
+    return SimpleNamespace(
+        problem=problem, steps=(step,), arrays=arrays, views=(), workspace_bytes=(0, 0)
+    )
 
 
 def known_of(q: Any, k: Any, v: Any, o: Any) -> launch_cache._Known:
@@ -587,17 +589,18 @@ def test_parts_of_the_keys_on_hopper() -> None:
     chosen = selector.select(problem, "sm_90a").config
     assert chosen.kernel == "wgmma_sm90" and chosen.tile.split_kv and chosen.tile.cluster == 1
     rows = chosen.tile.block_m
-    assert workspace.split_bytes(chosen, 8, 4) == (8 * 4 * rows * (128 + 2) * 4, 4 * (1 + 8))
-    assert workspace.split_bytes(chosen, 8, 1) == (0, 4)
+    assert chosen.workspace_bytes(8, 4, 132) == (8 * 4 * rows * (128 + 2) * 4, 4 * (1 + 8))
+    assert chosen.workspace_bytes(133, 1, 132) == (0, 4), "blocks are taken from a counter"
+    assert chosen.workspace_bytes(132, 1, 132) == (0, 0), "each has one"
     text = (KERNELS / "flashcore" / "split_merge.cuh").read_text()
     assert "PART = ROWS * (COLS + 2)" in text and "split_arrivals + 1 + block" in text
     for seqlen_kv in (0, 1, 128, 129, 5000, 100_000):
         one = replace(contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=seqlen_kv))
-        parts = grids.splits(one, chosen, 132)
+        parts = chosen.splits(one, 132)
         assert 1 <= parts <= max(1, math.ceil(seqlen_kv / chosen.tile.block_n))
-    assert grids.splits(problem, chosen, 132) == 16, "one round; of equals the most"
+    assert chosen.splits(problem, 132) == 16, "one round; of equals the most"
     many = contiguous_problem(128, 32, 1, 128, heads_kv=8, seqlen_kv=8192)
-    assert grids.splits(many, chosen, 132) == 1
+    assert chosen.splits(many, 132) == 1
 
 
 @pytest.mark.parametrize(
@@ -614,7 +617,7 @@ def test_clusters_share_out_the_keys_of_a_few_heads(
     chosen = selector.select(problem, "sm_90a").config
     assert chosen.kernel == "wgmma_sm90" and chosen.tile.cluster == cluster
     if cluster > 1:
-        assert grids.splits(problem, chosen, 132) == cluster
+        assert chosen.splits(problem, 132) == cluster
         invariant = selector.select(replace(problem, batch_invariant=True), "sm_90a").config
         assert invariant.tile.cluster == 1, "which would depend on the batch"
 
@@ -730,5 +733,5 @@ def test_workspaces_hold_what_warps_leave_in_them() -> None:
     tile = replace(chosen.tile, block_m=64, warps_m=2, warps_n=2)
     fragments_m, tiles_d = 64 // 2 // 16, 128 // 8
     values = fragments_m * 2 * (2 + tiles_d * 2)
-    partial, arrivals = workspace.split_bytes(replace(chosen, tile=tile, head_dim_v=128), 10, 3)
+    partial, arrivals = replace(chosen, tile=tile, head_dim_v=128).workspace_bytes(10, 3, 2**31 - 1)
     assert (partial, arrivals) == (10 * 3 * 2 * values * 32 * 4, 10 * 4)

@@ -24,6 +24,7 @@ from flashcore_cupy.problem.attention_problem import (
 from flashcore_cupy.problem.rules import Rules
 from flashcore_cupy.select import grids, registry, selector
 from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.sm90 import Sm90
 
 HERE = Place(device=0, arch="sm_90a", multiprocessors=132, sources=None)
 INT = 2**31
@@ -54,7 +55,7 @@ def largest_numbers(problem: AttentionProblem, config: KernelConfig, p: Any) -> 
     found = {
         "batch * heads": heads,
         "batch * heads * m_blocks * parts": blocks,
-        "gridDim.x + blocks": HERE.multiprocessors * config.uses_tma + blocks,
+        "gridDim.x + blocks": HERE.multiprocessors * isinstance(config, Sm90) + blocks,
         "section * m_blocks": n["section"] * n["m_blocks"],
         "(first block + 1) * block_m": n["m_blocks"] * tile.block_m,
         "seqlen_q * group": n["seqlen_q"] * group,
@@ -158,17 +159,17 @@ def test_a_section_has_no_more_heads_than_there_are(
     """Of keys that take no room there would be 2^32 / blocks, and the scheduler divided by 0."""
     problem = contiguous_problem(1, 8, queries, head_dim, seqlen_kv=keys, causal=causal)
     config = config_of(problem, "wgmma_sm90")
-    assert 1 <= grids.section(problem, config, HERE.multiprocessors) <= 8
+    assert 1 <= config.section(problem, HERE.multiprocessors) <= 8
 
 
 def test_keys_are_split_as_far_as_the_grid_allows() -> None:
     problem = contiguous_problem(1, 8, 1, 64, seqlen_kv=100_000)
     config = config_of(problem, "mma_sm80")
     resident = 2**40  # all blocks would run at once, so the more parts the better
-    assert grids.splits(problem, config, resident) > 64
+    assert config.splits(problem, resident) > 64
     for batch in (2**20, 2**24, 2**27, 2**28 - 2**14):
         many = contiguous_problem(batch, 8, 1, 64, seqlen_kv=100_000)
-        parts = grids.splits(many, config, resident)
+        parts = config.splits(many, resident)
         assert parts >= 1 and parts * grids.query_blocks(many, config) <= grids.MAX_BLOCKS
 
 

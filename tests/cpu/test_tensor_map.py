@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from flashcore_cupy.launch import launch_cache, tensor_map
 from flashcore_cupy.launch.parameter_block import ParameterBlock
-from flashcore_cupy.launch.plan import Step, _stored_to
+from flashcore_cupy.launch.plan import Step
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import (
     AttentionProblem,
@@ -325,7 +325,8 @@ def known_call(problem: AttentionProblem, chosen: KernelConfig) -> launch_cache.
         SimpleNamespace(
             problem=problem,
             selection=SimpleNamespace(config=chosen),
-            output=output_of(problem),
+            views=chosen.views(problem, output_of(problem)),
+            workspace_bytes=(0, 0),
             steps=(step,),
             arrays={name: array_at(64 * n, x) for n, name in enumerate("qkvo", 1)},
         )
@@ -455,7 +456,7 @@ def test_outputs_that_tma_cannot_address_are_stored_directly() -> None:
         (base[:, :, ::-1, :64], 0, 16),
         (np.empty((2, 8, 300, 68), np.float16)[..., :64], 0, 8),
     ):
-        chosen = _stored_to(output_of(problem, x), config_of(problem))
+        chosen = config_of(problem).stored_to(output_of(problem, x))
         assert (chosen.staged_cols, chosen.align_bytes) == (columns, align)
         whole = config_of(problem).smem_bytes
         assert chosen.smem_bytes == whole - 2 * chosen.tile.block_m * (64 - columns)
@@ -645,7 +646,7 @@ def test_legal_tiles() -> None:
             problem, block_m=16 * warps_m, warps_m=warps_m, block_n=block_n, num_stages=stages
         )
         assert chosen.defines()["FC_SMEM_BYTES"] == chosen.smem_bytes
-        found = tensor_map.views_of(problem, chosen, output_of(problem))
+        found = chosen.views(problem, output_of(problem))
         expected = [(64, 64, 1), (64, block_n, 1), (64, block_n, 1), (64, 16, 1)]
         assert [view.box for view in found] == expected[: 3 + (chosen.staged_cols > 0)]
 

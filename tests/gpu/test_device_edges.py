@@ -17,6 +17,7 @@ from flashcore_cupy.check.selftest.arrays import embed
 from flashcore_cupy.cpu import reference
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.select import registry
+from flashcore_cupy.select.targets import HOPPER
 
 
 def test_streams() -> None:
@@ -309,7 +310,7 @@ def test_these_calls_split_their_keys() -> None:
     for queries, rules in DECODE:
         found = plan(*decode(queries), **on_gpu(rules))
         few, in_memory = queries * 4 <= 16, "split" in found.arrays
-        if compiler.device_arch() == registry.HOPPER:
+        if compiler.device_arch() == HOPPER:
             assert found.selection.config.tile.cluster == (8 if few else 1)
             assert in_memory == (not few)
         else:

@@ -20,7 +20,7 @@ def test_moved_maps_are_those_that_the_driver_encodes(window: tuple[int, int]) -
     problem = contiguous_problem(2, 8, 300, 96, heads_kv=2, seqlen_kv=700, head_dim_v=64)
     problem = ruled(problem, window=window)
     chosen = config_of(problem)
-    views = tensor_map.views_of(problem, chosen, output_of(problem))
+    views = chosen.views(problem, output_of(problem))
     assert len(views) == 4
     for found, place in moved(problem, chosen):
         expected = [tensor_map.encode(n, view) for n, view in zip(place, views, strict=True)]

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from flashcore_cupy.check.selftest.case import Case, View, packed
+from flashcore_cupy.problem.attention_problem import ITEMSIZE
 from flashcore_cupy.select import registry, selector
-from flashcore_cupy.select.tile_checks import round_up
+from flashcore_cupy.select.units import round_up
 
 _Choice = dict[str, Any]  # fields of Case
 #: Of q and k, and of v: between the table's rows, and apart from each other.
@@ -139,7 +140,7 @@ def _pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
         rest = _in_dtype_taken(kernel, _merged(row.values()))
         for size in sizes:
             keys = {"seqlen_kv": round_up(size["seqlen_kv"] + more, multiple)}
-            yield Case("rules", kernel, **_for_tma(kernel, rest | size | keys), seed=8)
+            yield Case("rules", kernel, **_whole_masks(kernel, rest | size | keys), seed=8)
 
 
 def _packed_pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
@@ -178,7 +179,7 @@ def _gates(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
         }
     )
     for row in chosen:
-        yield Case("rules gate", kernel, **_for_tma(kernel, _merged(row.values())), seed=10)
+        yield Case("rules gate", kernel, **_whole_masks(kernel, _merged(row.values())), seed=10)
 
 
 def _decode(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
@@ -221,10 +222,11 @@ def _dims(kernel: str) -> tuple[_Choice, ...]:
 
 
 def takes_views(kernel: str) -> tuple[View, ...]:
-    """How arrays may lie in memory: by TMA only on multiples of 16 bytes."""
+    """How arrays may lie in memory, as far as the kernel needs its rows aligned."""
     views: tuple[View, ...] = get_args(View)
     aligned = ("contiguous", "strided", "transposed")
-    return tuple(v for v in views if v in aligned or not registry.KERNELS[kernel].tma)
+    anywhere = registry.KERNELS[kernel].family.row_align == 1
+    return tuple(v for v in views if v in aligned or anywhere)
 
 
 def _taken(kernel: str, choices: Sequence[_Choice]) -> list[_Choice]:
@@ -235,8 +237,9 @@ def _taken(kernel: str, choices: Sequence[_Choice]) -> list[_Choice]:
 
 def takes_dims(kernel: str, dtype: str, dims: tuple[int, int]) -> bool:
     """Whether the kernel takes heads of so many columns, of q and k and of v."""
-    if registry.KERNELS[kernel].tma and any(dim % 8 for dim in dims):
-        return False  # contiguous rows would not start on 16 bytes
+    align = registry.KERNELS[kernel].family.row_align
+    if any(dim * ITEMSIZE[dtype] % align for dim in dims):
+        return False  # contiguous rows would not start on it
     rows = [row.dims for row in selector.rows_of(kernel) if dtype in row.dtypes]
     return any(row[0] >= dims[0] and row[1] >= dims[1] for row in rows)
 
@@ -246,11 +249,12 @@ def _in_dtype_taken(kernel: str, choice: _Choice) -> _Choice:
     return choice if takes_dims(kernel, choice["dtype"], dims) else choice | {"dtype": "bfloat16"}
 
 
-def _for_tma(kernel: str, choice: _Choice) -> _Choice:
-    """With masks as kernels that load by TMA take them: 16 keys at a time."""
-    if not (registry.KERNELS[kernel].tma and choice.get("mask")):
+def _whole_masks(kernel: str, choice: _Choice) -> _Choice:
+    """With masks that the kernel can read so many keys at a time as it does."""
+    keys = registry.KERNELS[kernel].family.mask_keys
+    if keys == 1 or not choice.get("mask"):
         return choice
-    return choice | {"view": "contiguous", "seqlen_kv": round_up(choice["seqlen_kv"], 16)}
+    return choice | {"view": "contiguous", "seqlen_kv": round_up(choice["seqlen_kv"], keys)}
 
 
 def _merged(choices: Any) -> _Choice:
