@@ -150,6 +150,8 @@ class Fused(KernelConfig):
             reasons.append(
                 "fp8 widens on load, so its copies cannot be asynchronous: cp_async=False"
             )
+        if t.fp8 != self.quantizes:
+            reasons.append("fp8 goes with fp8_wmma, and that with fp8: its inputs are quantised")
         return reasons
 
     @property

@@ -236,6 +236,8 @@ ILLEGAL_TILES = [
     ("wmma_warp_softmax", {"warps_m": 2}, "a warp owns 16 whole rows"),
     ("wmma_warp_softmax", {"block_n": 16}, "block_m <= num_stages * block_n"),
     ("fp8_wmma", {"cp_async": True}, "cp_async=False"),
+    ("fp8_wmma", {"fp8": False}, "fp8 goes with fp8_wmma, and that with fp8"),
+    ("wmma_warp_softmax", {"fp8": True, "cp_async": False}, "fp8 goes with fp8_wmma"),
     ("scalar", {"pack_gqa": True}, "warps_d, pack_gqa and split_kv are mma_sm80's"),
     ("wmma_fused_64", {"warps_d": 2}, "warps_d, pack_gqa and split_kv are mma_sm80's"),
     ("mma_sm80", {"num_stages": 3}, "num_stages=3"),
