@@ -43,11 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["FLASHCORE_CACHE_DIR"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         config.add_cleanup(lambda: os.environ.pop("FLASHCORE_CACHE_DIR", None))
-    # Every worker would start as many of NumPy's threads as there are cores, and they wait for each
-    # other: with 12 on 16 cores the tests of a GPU took 268 s, and 84 like this.
-    if workers := getattr(config.option, "numprocesses", None):
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
+    # Read when NumPy is imported, here or in a worker. Its threads wait for each other and for
+    # those of attention: with a thread per core, tests/cpu took twice the time of two busy cores, and the
+    # tests of a GPU, with 12 workers on 16 cores, three times.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers

@@ -6,11 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import pytest
 
-# The package is imported inside: conftest.py decides first which one is tested.
+# NumPy and the package are imported inside: conftest.py decides first with how many threads, and
+# which one is tested.
 
 #: The checkout, or the unpacked source distribution, that these tests belong to.
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +61,9 @@ def finding(name: str) -> Any:
 
 def three_arrays(dtype: Any = "float16", shape: tuple[int, ...] = (1, 2, 8, 16)) -> list[Any]:
     """q, k and v of N(0, 1) on the host."""
+    import ml_dtypes
+    import numpy as np
+
     rng = np.random.default_rng(0)
     element = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     return [rng.standard_normal(shape).astype(element) for _ in range(3)]
