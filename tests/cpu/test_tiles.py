@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from cases_reference import repeatable
+from helpers import ROOT as CHECKOUT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,8 +18,8 @@ from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem, describe
 from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.rules import describe_rules
-from flashcore_cupy.select import registry, selector
-from flashcore_cupy.select.config import Tile
+from flashcore_cupy.select import registry, selector, table
+from flashcore_cupy.select.config import KernelConfig, Tile
 from flashcore_cupy.select.row import PER_SCORE, Row
 
 HOPPER = "sm_90a"
@@ -239,3 +241,65 @@ def test_rows_are_taken_by_the_time_of_their_rounds_then_as_they_stand(
     assert first(row(large, 1.0, max_keys=64), row(small, 2.0)) == large
     assert first(row(large, 1.0, max_blocks=127), row(small, 2.0)) == small
     assert first(row(replace(large, num_stages=4, block_n=256), 1.0), row(small, 2.0)) == small
+
+
+def test_a_row_names_its_limits() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Row(KERNEL, 64, Tile(128, 64, warps_m=8), 40)  # type: ignore[misc]
+
+
+# --- any family -----------------------------------------------------------------------------------
+
+
+class _Other(KernelConfig):
+    """A kernel for another architecture, as a newcomer would write it."""
+
+    source, entries = "fwd_other.cu", ("fwd_other",)
+
+    @classmethod
+    def why_not_on(cls, arch: str) -> str | None:
+        return None if arch == "sm_100" else f"needs sm_100; the target is {arch}"
+
+    def unfit(self) -> list[str]:
+        return self.uncut()
+
+    @property
+    def smem_bytes(self) -> int:
+        return 2 * self.tile.block_m * self.head_dim
+
+    def own_defines(self) -> dict[str, int]:
+        return {"FC_OTHER": 7}
+
+    def most_blocks(self, multiprocessors: int) -> int:
+        return multiprocessors
+
+
+def test_a_kernel_is_a_family_a_row_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = registry.Kernel("other", _Other, ("float16",), "an idea")
+    monkeypatch.setitem(registry.KERNELS, other.name, other)
+    row = Row("other", 160, Tile(128, 64, warps_m=4))
+    monkeypatch.setattr(selector, "ROWS", (*table.ROWS, row))
+    problem = contiguous_problem(2, 8, 300, 150)
+    found = selector.select(problem, "sm_100", kernel="other")
+    assert (found.kernel, found.config.head_dim, found.config.dim_qk) == (other, 160, 150)
+    assert found.config.defines()["FC_OTHER"] == 7 and found.config.smem_bytes == 2 * 128 * 160
+    assert selector.configs_of(found) == (found.config,) and found.config.most_blocks(3) == 3
+    assert [c.tile for c in builds.table_configs(["other"], "sm_100")] == [row.tile, row.tile]
+    for arch, rules, reason in (
+        ("sm_90a", {}, "needs sm_100; the target is sm_90a"),
+        ("sm_100", {"softcap": 3.0, "window": (3, 3)}, "has no softcap, window"),
+    ):
+        with pytest.raises(ValueError, match=f"kernel 'other': {reason}"):
+            selector.select(ruled(problem, **rules), arch, kernel="other")
+    with pytest.raises(ValueError, match="block_m=72 is not a multiple of 16 x warps_m = 64"):
+        selector.select(problem, "sm_100", kernel="other", overrides={"block_m": 72})
+
+
+@pytest.mark.parametrize("folder", ["select", "launch"])
+def test_no_kernel_is_told_by_its_name(folder: str) -> None:
+    for path in (CHECKOUT / "flashcore_cupy" / folder).glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        told = re.findall(
+            r"(?:source|kernel|name) [!=]= [\"'](?:scalar|wmma|mma|wgmma|fp8|fwd)", text
+        )
+        assert not told, path.name
