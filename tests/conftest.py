@@ -44,8 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         config.add_cleanup(lambda: os.environ.pop("FLASHCORE_CACHE_DIR", None))
     # Read when NumPy is imported, here or in a worker. Its threads wait for each other and for
-    # those of attention: with a thread per core, tests/cpu took twice the time of two busy cores, and the
-    # tests of a GPU, with 12 workers on 16 cores, three times.
+    # those of attention: with one per core, tests/cpu took twice as long on two busy cores, and
+    # tests/gpu, with 12 workers on 16 cores, three times.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
