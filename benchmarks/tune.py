@@ -16,7 +16,7 @@ Needs this package installed (or PYTHONPATH=.). In turn:
 
 Printed are the tiles by their speed relative to the current one (the geometric mean over lengths
 and masks), the TFLOP/s of each length, and last the row to paste into the table. Let
-``pytest tests/test_compile.py`` build it with every rule then: those that spill go into its
+``pytest tests/compile`` build it with every rule then: those that spill go into its
 ``spills_with``. Its ``round_cost`` is the current row's: with another block_m, measure it anew, on
 a full round of blocks. A head dim without rows gets the next wider one's, so give it a row of any
 tile first. Without a GPU, and then with fewer columns and without the row:

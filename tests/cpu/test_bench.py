@@ -82,11 +82,11 @@ def test_the_memory_of_a_job_is_what_it_takes() -> None:
     import tracemalloc
 
     for problem in (
-        job.problem_of(1, 4, 2048, 64),
-        job.problem_of(8, 64, 32, 256, seqlen_kv=128),
+        job.problem_of(1, 4, 1024, 64),
+        job.problem_of(4, 32, 32, 256, seqlen_kv=128),
         job.problem_of(2, 2, 512, 128, seqlen_kv=2048, dtype="float32", layout="bshd"),
         job.problem_of(1, 2, 1024, 64, gate="softmax"),
-        job.problem_of(1, 2, 1024, 64, gate="qk", seqlen_kv=3000),
+        job.problem_of(1, 2, 512, 64, gate="qk", seqlen_kv=3000),
     ):
         tracemalloc.start()
         host = inputs.inputs(problem, 0)

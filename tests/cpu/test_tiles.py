@@ -18,7 +18,7 @@ from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem, describe
 from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.rules import describe_rules
-from flashcore_cupy.select import registry, selector, table
+from flashcore_cupy.select import registry, selector, table, targets
 from flashcore_cupy.select.config import KernelConfig, Tile
 from flashcore_cupy.select.row import PER_SCORE, Row
 
@@ -303,3 +303,10 @@ def test_no_kernel_is_told_by_its_name(folder: str) -> None:
             r"(?:source|kernel|name) [!=]= [\"'](?:scalar|wmma|mma|wgmma|fp8|fwd)", text
         )
         assert not told, path.name
+
+
+@pytest.mark.parametrize("arch", targets.TARGETS)
+def test_auto_finds_a_tensor_core_kernel(arch: str) -> None:
+    for dim in table.WMMA_HEAD_DIMS:
+        problem = contiguous_problem(1, 8, 512, dim)
+        assert selector.select(problem, arch).kernel.name.startswith(("wgmma", "mma", "wmma"))
