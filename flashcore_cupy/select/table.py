@@ -1,199 +1,290 @@
 """THE table: which tile a kernel uses for which head dim, and which kernel a problem gets.
 
-To add a head dim or a tile, add a ``Row``; compile checks, tests, ``warmup`` and the ladder iterate
-over ``ROWS``. Times in the comments: one H200, B=4 H=16 S=2048 D=64 float16, a replayed graph.
+A line is a kernel and a head dim, or a pair (D, Dv): its choices, in order of preference. A choice
+is a tile and what it is meant for; those that several lines share stand above them, with their
+reasons. Compile checks, tests, ``warmup`` and the ladder iterate over ``ROWS``.
+
+For head dim 160 add a line between 128 and 192 to ``_SM80_ROWS``, and for Hopper one to
+``_SM90_ROWS``; nothing else. ``benchmarks/tune.py`` finds the tile; the ``Row`` that it prints may
+stand among the lines as it is.
+
+Times in the comments: one H200, B=4 H=16 S=2048 D=64 float16, a replayed graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flashcore_cupy.problem.attention_problem import DTYPES
 from flashcore_cupy.select.config import Tile
 from flashcore_cupy.select.row import PER_SCORE, Row
 
-#: Head dims with rows of their own in the WMMA kernels; others are padded to the next one.
-WMMA_HEAD_DIMS = (32, 64, 80, 96, 128)
-#: Those of the mma.sync kernel.
-MMA_HEAD_DIMS = (*WMMA_HEAD_DIMS, 192, 256)
-FP32 = ("float32",)
+_Choice = Callable[..., Row]
 
+
+def _line(kernel: str, dims: int | tuple[int, int], *choices: _Choice) -> list[Row]:
+    """What a kernel may take for a head dim, or for a pair of D and Dv."""
+    head_dim, head_dim_v = (dims, None) if isinstance(dims, int) else dims
+    return [choice(kernel=kernel, head_dim=head_dim, head_dim_v=head_dim_v) for choice in choices]
+
+
+def _choice(tile: Tile, **limits: Any) -> _Choice:
+    """A tile, and what it is meant for: fields of ``Row`` by name."""
+    return partial(Row, tile=tile, **limits)
+
+
+# --- the ladder -----------------------------------------------------------------------------------
+
+#: Head dims of the WMMA kernels; others are padded to the next one.
+WMMA_HEAD_DIMS = (32, 64, 80, 96, 128)
+
+# 1651 us; 64 queries per block 1959, 256 queries 2152.
 _UNFUSED = Tile(128, 64, warps_m=4, warps_n=4, num_stages=2, cp_async=True)
-_FUSED_32 = Tile(32, 32, warps_m=2, warps_n=2, min_blocks=5)
-_FUSED_64 = Tile(64, 64, warps_m=4, warps_n=2)
+_unfused = partial(_line, "wmma_unfused")
+_TALL = _choice(_UNFUSED)
+_HALF = _choice(replace(_UNFUSED, block_m=64))
+
+# 1154 us; bounded to five blocks' worth of registers, 96 and fewer.
+_FUSED_32 = _choice(Tile(32, 32, warps_m=2, warps_n=2, min_blocks=5))
+# 837 us with 8 warps as 4 x 2; 4 warps 1045, 2 x 4 869, 16 warps 1228.
+_FUSED_64 = _choice(Tile(64, 64, warps_m=4, warps_n=2))
+
+# 800 us with 128 keys per tile, 818 with 64.
 _CP_ASYNC = Tile(64, 64, warps_m=4, warps_n=2, num_stages=2, cp_async=True)
+_cp_async = partial(_line, "wmma_cp_async")
+
+
+def _async(keys: int) -> _Choice:
+    return _choice(replace(_CP_ASYNC, block_n=keys))
+
+
+# 425 us bounded to three blocks' worth of registers, 477 unbounded.
 _WARP = Tile(64, 64, warps_m=4, num_stages=2, cp_async=True, warp_softmax=True, min_blocks=3)
+_warp = partial(_line, "wmma_warp_softmax")
+_THREE_WARP = _choice(_WARP)
+# Two blocks are all that shared memory holds; a third one's worth of registers would spill.
+_TWO_WARP = _choice(replace(_WARP, min_blocks=2))
+_WARP_32 = _choice(replace(_WARP, block_n=32))
+
+# 569 us with two stages, 647 with one.
+_FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
+_fp8 = partial(_line, "fp8_wmma")
+_FP8_64, _FP8_32 = _choice(_FP8), _choice(replace(_FP8, block_n=32))
+
+_LADDER_ROWS = (
+    # 5597 us.
+    *_line("scalar", 128, _choice(Tile(16, 32, warps_m=4), dtypes=DTYPES)),
+    # The accumulators of 256 columns need the registers of half of the queries.
+    *_line("scalar", 256, _choice(Tile(8, 32, warps_m=4), dtypes=DTYPES)),
+    *_unfused(32, _TALL),
+    *_unfused(64, _TALL),
+    *_unfused(80, _TALL, _HALF),
+    *_unfused(96, _TALL, _HALF),
+    *_unfused(128, _TALL, _HALF),
+    *(row for dim in WMMA_HEAD_DIMS for row in _line("wmma_fused_32", dim, _FUSED_32)),
+    *(row for dim in WMMA_HEAD_DIMS for row in _line("wmma_fused_64", dim, _FUSED_64)),
+    *_cp_async(32, _async(128), _async(64)),
+    *_cp_async(64, _async(128), _async(64)),
+    *_cp_async(80, _async(64)),
+    *_cp_async(96, _async(64), _async(32)),
+    *_cp_async(128, _async(64), _async(32)),
+    *_warp(32, _THREE_WARP),
+    *_warp(64, _THREE_WARP),
+    *_warp(80, _THREE_WARP),
+    *_warp(96, _TWO_WARP),
+    *_warp(128, _TWO_WARP, _WARP_32),
+    *_fp8(32, _FP8_64),
+    *_fp8(64, _FP8_64),
+    *_fp8(80, _FP8_64, _FP8_32),
+    *_fp8(96, _FP8_64, _FP8_32),
+    *_fp8(128, _FP8_64, _FP8_32),
+)
+
+# --- mma_sm80 -------------------------------------------------------------------------------------
+
+_sm80 = partial(_line, "mma_sm80")
+
 # 32 rows per warp: a 16-row warp reads K and V from shared memory twice as often.
 _MMA = Tile(128, 64, warps_m=4, cp_async=True)
-# Short of queries, a GPU is filled by small blocks whose warps share out the keys.
-_FEW = Tile(32, 128, warps_m=2, warps_n=2, num_stages=2, cp_async=True)
-_FEW_BLOCKS = 40
-_SOME = Tile(64, 128, warps_m=4, warps_n=2, num_stages=2, cp_async=True)
-_SOME_BLOCKS = 100
-# One query, or a few, per sequence: K and V are read once, by as many blocks as fill the GPU.
+_MMA_2 = replace(_MMA, num_stages=2)
+_MMA_64 = replace(_MMA, block_m=64)
+_PLAIN = (*PER_SCORE, "window")
 _DECODE = Tile(16, 128, warps_m=1, warps_n=4, cp_async=True, pack_gqa=True, split_kv=True)
 _DECODE_ROWS = 16
-# A tile of wgmma's; heads that share nothing gain nothing by it.
-_GROUPED: dict[str, Any] = {"max_rows": 64, "min_group": 2}
-# Thread blocks that merge in shared memory, 2 us sooner than in global memory. B=1, 32/8 heads,
-# D=128, 1024 keys: 6.1 us, 8.6 without. But only 64 of them find a place at once, in twos 128, and
-# 64 do not read as fast as all: 65536 keys 75 us, 69 without.
-_CLUSTERS: tuple[tuple[int, dict[str, Any]], ...] = tuple(
-    (size, {"max_rows": _DECODE_ROWS, "max_heads_kv": heads, "max_head_keys": 3 << 16})
-    for size, heads in ((8, 8), (4, 16), (2, 64))
+_SMALL = Tile(32, 128, warps_m=2, warps_n=2, num_stages=2, cp_async=True)
+
+
+def _one(keys: int) -> _Choice:
+    """One query, or a few: K and V are read once, by as many blocks as fill the GPU."""
+    return _choice(replace(_DECODE, block_n=keys), max_rows=_DECODE_ROWS)
+
+
+def _few(keys: int) -> _Choice:
+    """Short of queries, a GPU is filled by small blocks whose warps share out the keys.
+
+    B=1 H=8 S=512 D=64: 8.2 us; 8.5 with 8 warps, or on tiles of 256 keys.
+    """
+    return _choice(replace(_SMALL, block_n=keys), max_blocks=40)
+
+
+_SOME = _choice(Tile(64, 128, warps_m=4, warps_n=2, num_stages=2, cp_async=True), max_blocks=100)
+# Three blocks of 168 registers' threads.
+_THREE = _choice(replace(_MMA_2, min_blocks=3), max_arch=90, spills_with=_PLAIN)
+# D=64, S=512 causal: 184 us, 190 with _LONG.
+_SHORT = partial(_THREE, max_keys=512)
+# Two blocks on long tiles: S=2048 is 5 % faster than with three on short ones.
+_LONG = _choice(
+    replace(_MMA_2, block_n=128, min_blocks=2), min_arch=90, max_arch=100, spills_with=_PLAIN
 )
+# D=128: 1.02 to 1.17 times.
+_TWO = _choice(_MMA_2, spills_with=PER_SCORE)
+# Rules take registers, too.
+_RULED = _choice(replace(_MMA_64, min_blocks=2))
+# D=64: 1 to 11 % faster than _RULED.
+_RULED_64 = _choice(replace(_MMA_2, min_blocks=2))
+_WIDE = _choice(_MMA_64)
+# Two blocks of 64 rows per SM. Warps of 32 rows on half of the columns read shared memory 28 %
+# less, which is what this head dim waits for: D=256 4 to 10 % faster than _WIDE.
+_COLUMNS = _choice(replace(_MMA_64, warps_m=2, warps_d=2), spills_with=PER_SCORE)
+
+# fmt: off
+_SM80_ROWS = (
+    # D         one query, a few     small grids          larger   all others
+    *_sm80(32,  _one(128),           _few(128),           _SOME,   _THREE, _TWO, _RULED),
+    *_sm80(64,  _one(128),           _few(128),           _SOME,   _SHORT, _LONG, _THREE,
+                                                                   _TWO, _RULED_64),
+    *_sm80(80,  _one(128),           _few(128),           _SOME,   _TWO, _RULED),
+    *_sm80(96,  _one(128),           _few(128), _few(64), _SOME,   _TWO, _RULED),
+    *_sm80(128, _one(128),           _few(128), _few(64), _SOME,   _TWO, _RULED),
+    *_sm80(192, _one(128), _one(64), _few(64), _few(32),           _WIDE),
+    *_sm80(256, _one(128), _one(64), _few(64), _few(32),           _COLUMNS, _WIDE),
+    # (D, Dv) and wider heads, for whatever grid
+    *_sm80((192, 128), _choice(replace(_MMA, block_n=48), spills_with=PER_SCORE), _WIDE),
+    *_sm80((64, 256),  _choice(_MMA_64, spills_with=PER_SCORE),
+                       _choice(replace(_MMA_64, block_n=32))),
+    *_sm80(512,        _choice(replace(_MMA_64, warps_d=4), max_arch=90,
+                               spills_with=("bias_fp32+mask",)),
+                       _choice(replace(_MMA, block_m=32, block_n=32, warps_m=2, warps_d=2))),
+)
+# fmt: on
+
+# --- mma_sm80 in float32: which tile fits the registers without spilling depends on the target ----
+
+_fp32 = partial(_choice, dtypes=("float32",))
 _FP32 = Tile(64, 32, warps_m=4, cp_async=True)
 _FP32_WIDE = replace(_FP32, block_n=16)
 _FP32_TALL = replace(_FP32_WIDE, block_m=96, warps_m=6)
-_FP32_DECODE = replace(_DECODE, block_n=64)
+_FP32_ONE = _fp32(replace(_DECODE, block_n=64), max_rows=_DECODE_ROWS)
+_FP32_ALL = _fp32(_FP32)
+
+# fmt: off
+_SM80_FP32_ROWS = (
+    # D         one query, a few   all others
+    *_sm80(32,  _FP32_ONE,         _FP32_ALL),
+    *_sm80(64,  _FP32_ONE,         _FP32_ALL),
+    *_sm80(80,  _FP32_ONE,         _FP32_ALL),
+    *_sm80(96,  _FP32_ONE,         _FP32_ALL),
+    *_sm80(128, _FP32_ONE,         _fp32(_FP32, max_arch=100), _fp32(_FP32_WIDE, min_arch=120)),
+    *_sm80(192,                    _fp32(_FP32_WIDE, max_arch=90),
+                                   _fp32(_FP32_TALL, min_arch=100, max_arch=100),
+                                   _fp32(_FP32_WIDE, min_arch=120)),
+    *_sm80(256,                    _fp32(_FP32_WIDE, max_arch=100)),
+)
+# fmt: on
+
+# --- wgmma_sm90 -----------------------------------------------------------------------------------
+
+_sm90 = partial(_line, "wgmma_sm90")
+
+_TINY_BLOCKS = 12
 _WGMMA = Tile(128, 128, warps_m=8, num_stages=2)
 _WGMMA_192 = Tile(192, 128, warps_m=12, num_stages=3)
 _WGMMA_64 = Tile(64, 128, warps_m=4, num_stages=2)
-_WGMMA_NARROW = replace(_WGMMA, block_n=64)
+_NARROW = replace(_WGMMA, block_n=64)
+# Thread blocks that merge in shared memory, 2 us sooner than in global memory. B=1, 32/8 heads,
+# D=128, 1024 keys: 6.1 us, 8.6 without. But only 64 of them find a place at once, in twos 128, and
+# 64 do not read as fast as all: 65536 keys 75 us, 69 without.
+_CLUSTER_HEADS = {8: 8, 4: 16, 2: 64}
+_CLUSTER_KEYS = 3 << 16
+# A tile of wgmma's; heads that share nothing gain nothing by it.
+_GROUPED_ROWS = 64
+
+
+def _few_rows(block_n: int, num_stages: int) -> list[_Choice]:
+    """One query, or a few, per sequence: in clusters of few heads, apart, and grouped.
+
+    As many bytes of K and V on their way as shared memory holds. B=16, 32/8 heads, 16 queries, 4096
+    keys, D=128: 65 us, 151 unpacked.
+    """
+    tile = Tile(64, block_n, warps_m=4, num_stages=num_stages, pack_gqa=True, split_kv=True)
+    choice = partial(_choice, above_blocks=_TINY_BLOCKS)
+    clusters = [
+        choice(
+            replace(tile, cluster=cluster),
+            max_rows=_DECODE_ROWS,
+            max_heads_kv=heads,
+            max_head_keys=_CLUSTER_KEYS,
+        )
+        for cluster, heads in _CLUSTER_HEADS.items()
+    ]
+    apart = choice(tile, max_rows=_DECODE_ROWS)
+    return [*clusters, apart, choice(tile, max_rows=_GROUPED_ROWS, min_group=2)]
+
+
+def _rounds(tile: Tile, cost: float, **limits: Any) -> _Choice:
+    """For grids by their rounds of thread blocks, each of which takes so long."""
+    return _choice(
+        tile, round_cost=cost, above_blocks=_TINY_BLOCKS, above_rows=_DECODE_ROWS, **limits
+    )
+
+
+_FULL = _rounds(_WGMMA, 1)
 _BIAS = ("bias", "bias_fp32")
-_MODS = ("score_mod", "mask_mod")
 _SOFTCAP = ("softcap", "softcap_wide")
 _BOTH_MODS = "score_mod+mask_mod"
 _MOST = ("bias_fp32", "alibi+causal", _BOTH_MODS)
-_TINY_BLOCKS = 12
-_FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
+_HALF_ROUND = _rounds(_WGMMA_64, 0.75, spills_with=(*_BIAS, _BOTH_MODS))
 
-
-def _wgmma_decode(block_n: int, num_stages: int) -> Tile:
-    return Tile(64, block_n, warps_m=4, num_stages=num_stages, pack_gqa=True, split_kv=True)
-
-
-def _wgmma_row(head_dim: int, tile: Tile, round_cost: float, **limits: Any) -> Row:
-    return Row(
-        *("wgmma_sm90", head_dim, tile),
-        round_cost=round_cost,
-        above_blocks=_TINY_BLOCKS,
-        above_rows=_DECODE_ROWS,
-        **limits,
-    )
-
+# Time per round: D=64 S=1024 13.4, 10.9 and 7.9 us, D=128 14.7 and 11.4.
+_SM90_ROWS = (
+    *_sm90(
+        64,
+        *_few_rows(128, num_stages=4),
+        _rounds(_WGMMA_192, 1, spills_with=(*_BIAS, *_SOFTCAP, "score_mod")),
+        # One tile of keys needs no second place: B=32 H=8 S=128 on an H100 7.50 us, 7.76 with two.
+        _rounds(replace(_WGMMA, num_stages=1), 0.83, max_keys=128),
+        _rounds(_WGMMA, 0.83),
+        _rounds(_WGMMA_64, 0.6),
+    ),
+    *_sm90(96, *_few_rows(128, num_stages=4), _FULL, _HALF_ROUND),
+    *_sm90(128, *_few_rows(128, num_stages=3), _FULL, _HALF_ROUND),
+    *_sm90(
+        (192, 128),
+        *_few_rows(64, num_stages=4),
+        _rounds(_WGMMA, 1, spills_with=PER_SCORE),
+        _rounds(replace(_WGMMA, block_n=112), 1.05),
+    ),
+    *_sm90(
+        192,
+        *_few_rows(64, num_stages=4),
+        _rounds(replace(_WGMMA, block_n=96), 1, spills_with=_MOST),
+        _rounds(_NARROW, 1.1),  # for all rules; not yet timed
+    ),
+    *_sm90(
+        256,
+        *_few_rows(64, num_stages=3),
+        # 512 keys: 130 us against 134, causal 97 against 104, for half of O is stored by TMA.
+        _rounds(_NARROW, 0.97, max_keys=512, spills_with=_MOST),
+        _rounds(replace(_WGMMA, block_n=80), 1, spills_with=PER_SCORE),
+        _rounds(_NARROW, 1.05, spills_with=_MOST),
+        _rounds(replace(_WGMMA, block_n=48), 1.1),  # likewise
+    ),
+)
 
 #: In order of preference: a problem gets the first row of its kernel and head dim that is meant for
 #: it (see ``Row``; those with a ``round_cost`` by that) and for the target (``max_arch``), and fits
 #: the target's shared memory.
-ROWS: tuple[Row, ...] = (
-    # 5597 us. Half the queries per block where the accumulators of 256 columns need the registers.
-    Row("scalar", 128, Tile(16, 32, warps_m=4), dtypes=DTYPES),
-    Row("scalar", 256, Tile(8, 32, warps_m=4), dtypes=DTYPES),
-    # 1651 us; 64 queries per block 1959, 256 queries 2152.
-    *(Row("wmma_unfused", d, _UNFUSED) for d in WMMA_HEAD_DIMS),
-    *(Row("wmma_unfused", d, replace(_UNFUSED, block_m=64)) for d in (80, 96, 128)),
-    # 1154 us; bounded to five blocks' worth of registers, 96 and fewer.
-    *(Row("wmma_fused_32", d, _FUSED_32) for d in WMMA_HEAD_DIMS),
-    # 837 us with 8 warps as 4 x 2; 4 warps 1045, 2 x 4 869, 16 warps 1228.
-    *(Row("wmma_fused_64", d, _FUSED_64) for d in WMMA_HEAD_DIMS),
-    # 800 us with 128 keys per tile, 818 with 64.
-    *(Row("wmma_cp_async", d, replace(_CP_ASYNC, block_n=128)) for d in (32, 64)),
-    *(Row("wmma_cp_async", d, _CP_ASYNC) for d in WMMA_HEAD_DIMS),
-    *(Row("wmma_cp_async", d, replace(_CP_ASYNC, block_n=32)) for d in (96, 128)),
-    # 425 us bounded to three blocks' worth of registers, 477 unbounded.
-    *(Row("wmma_warp_softmax", d, _WARP) for d in (32, 64, 80)),
-    # Two blocks are all that shared memory holds; a third one's worth of registers would spill.
-    *(Row("wmma_warp_softmax", d, replace(_WARP, min_blocks=2)) for d in (96, 128)),
-    Row("wmma_warp_softmax", 128, replace(_WARP, block_n=32)),
-    *(Row("mma_sm80", d, _DECODE, max_rows=_DECODE_ROWS) for d in MMA_HEAD_DIMS),
-    *(Row("mma_sm80", d, replace(_DECODE, block_n=64), max_rows=_DECODE_ROWS) for d in (192, 256)),
-    # B=1 H=8 S=512 D=64: 8.2 us; 8.5 with 8 warps, or on tiles of 256 keys.
-    *(Row("mma_sm80", d, _FEW, max_blocks=_FEW_BLOCKS) for d in MMA_HEAD_DIMS[:5]),
-    *(
-        Row("mma_sm80", d, replace(_FEW, block_n=64), max_blocks=_FEW_BLOCKS)
-        for d in MMA_HEAD_DIMS[3:]
-    ),
-    *(Row("mma_sm80", d, replace(_FEW, block_n=32), max_blocks=_FEW_BLOCKS) for d in (192, 256)),
-    *(Row("mma_sm80", d, _SOME, max_blocks=_SOME_BLOCKS) for d in WMMA_HEAD_DIMS),
-    # D=64, S=512 causal: 184 us, 190 with the row below.
-    Row(
-        *("mma_sm80", 64, replace(_MMA, num_stages=2, min_blocks=3)),
-        max_keys=512,
-        max_arch=90,
-        spills_with=(*PER_SCORE, "window"),
-    ),
-    # Two blocks on long tiles: S=2048 is 5 % faster than with three on short ones.
-    Row(
-        *("mma_sm80", 64, replace(_MMA, block_n=128, num_stages=2, min_blocks=2)),
-        min_arch=90,
-        max_arch=100,
-        spills_with=(*PER_SCORE, "window"),
-    ),
-    # Three blocks of 168 registers' threads.
-    *(
-        Row(
-            "mma_sm80",
-            d,
-            replace(_MMA, num_stages=2, min_blocks=3),
-            max_arch=90,
-            spills_with=(*PER_SCORE, "window"),
-        )
-        for d in (32, 64)
-    ),
-    # D=128: 1.02 to 1.17 times.
-    *(
-        Row("mma_sm80", d, replace(_MMA, num_stages=2), spills_with=PER_SCORE)
-        for d in WMMA_HEAD_DIMS
-    ),
-    Row("mma_sm80", 192, replace(_MMA, block_n=48), head_dim_v=128, spills_with=PER_SCORE),
-    # Rules take registers, too. D=64: 1 to 11 % faster than 64 queries and one stage.
-    Row("mma_sm80", 64, replace(_MMA, num_stages=2, min_blocks=2)),
-    *(Row("mma_sm80", d, replace(_MMA, block_m=64, min_blocks=2)) for d in (32, 80, 96, 128)),
-    Row("mma_sm80", 192, replace(_MMA, block_m=64), head_dim_v=128),
-    # Two blocks of 64 rows per SM. Warps of 32 rows on half of the columns read shared memory 28 %
-    # less, which is what this head dim waits for: D=256 4 to 10 % faster than the next.
-    Row("mma_sm80", 256, replace(_MMA, block_m=64, warps_m=2, warps_d=2), spills_with=PER_SCORE),
-    *(Row("mma_sm80", d, replace(_MMA, block_m=64)) for d in (192, 256)),
-    Row("mma_sm80", 64, replace(_MMA, block_m=64), head_dim_v=256, spills_with=PER_SCORE),
-    Row("mma_sm80", 64, replace(_MMA, block_m=64, block_n=32), head_dim_v=256),
-    Row(
-        *("mma_sm80", 512, replace(_MMA, block_m=64, warps_m=4, warps_d=4)),
-        max_arch=90,
-        spills_with=("bias_fp32+mask",),
-    ),
-    Row("mma_sm80", 512, replace(_MMA, block_m=32, block_n=32, warps_m=2, warps_d=2)),
-    *(Row("mma_sm80", d, _FP32_DECODE, max_rows=_DECODE_ROWS, dtypes=FP32) for d in WMMA_HEAD_DIMS),
-    *(Row("mma_sm80", d, _FP32, dtypes=FP32) for d in WMMA_HEAD_DIMS[:-1]),
-    # Which tile fits the registers without spilling depends on the target.
-    Row("mma_sm80", 128, _FP32, max_arch=100, dtypes=FP32),
-    Row("mma_sm80", 128, _FP32_WIDE, min_arch=120, dtypes=FP32),
-    Row("mma_sm80", 192, _FP32_WIDE, max_arch=90, dtypes=FP32),
-    Row("mma_sm80", 256, _FP32_WIDE, max_arch=100, dtypes=FP32),
-    Row("mma_sm80", 192, _FP32_TALL, min_arch=100, max_arch=100, dtypes=FP32),
-    Row("mma_sm80", 192, _FP32_WIDE, min_arch=120, dtypes=FP32),
-    # As many bytes of K and V on their way as shared memory holds. B=16, 32/8 heads, 16 queries,
-    # 4096 keys, D=128: 65 us, 151 unpacked.
-    *(
-        Row(
-            *("wgmma_sm90", d, replace(_wgmma_decode(block_n, stages), cluster=cluster)),
-            **{"head_dim_v": dv, "above_blocks": _TINY_BLOCKS, **limits},
-        )
-        for cluster, limits in (*_CLUSTERS, (1, {"max_rows": _DECODE_ROWS}), (1, _GROUPED))
-        for d, dv, block_n, stages in (
-            *((64, 64, 128, 4), (96, 96, 128, 4), (128, 128, 128, 3)),
-            *((192, 128, 64, 4), (192, 192, 64, 4), (256, 256, 64, 3)),
-        )
-    ),
-    # Time per round: D=64 S=1024 13.4, 10.9 and 7.9 us, D=128 14.7 and 11.4.
-    _wgmma_row(64, _WGMMA_192, 1, spills_with=(*_BIAS, *_SOFTCAP, "score_mod")),
-    # One tile of keys needs no second place: B=32 H=8 S=128 on an H100 7.50 us, 7.76 with two.
-    _wgmma_row(64, replace(_WGMMA, num_stages=1), 0.83, max_keys=128),
-    _wgmma_row(64, _WGMMA, 0.83),
-    _wgmma_row(64, _WGMMA_64, 0.6),
-    *(_wgmma_row(d, _WGMMA, 1) for d in (96, 128)),
-    *(_wgmma_row(d, _WGMMA_64, 0.75, spills_with=(*_BIAS, _BOTH_MODS)) for d in (96, 128)),
-    _wgmma_row(192, _WGMMA, 1, head_dim_v=128, spills_with=PER_SCORE),
-    _wgmma_row(192, replace(_WGMMA, block_n=112), 1.05, head_dim_v=128),
-    _wgmma_row(192, replace(_WGMMA, block_n=96), 1, spills_with=_MOST),
-    _wgmma_row(192, _WGMMA_NARROW, 1.1),  # for all rules; not yet timed
-    # 512 keys: 130 us against 134, causal 97 against 104, for half of O is stored by TMA.
-    _wgmma_row(256, _WGMMA_NARROW, 0.97, max_keys=512, spills_with=_MOST),
-    _wgmma_row(256, replace(_WGMMA, block_n=80), 1, spills_with=PER_SCORE),
-    _wgmma_row(256, _WGMMA_NARROW, 1.05, spills_with=_MOST),
-    _wgmma_row(256, replace(_WGMMA, block_n=48), 1.1),  # likewise
-    # 569 us with two stages, 647 with one.
-    *(Row("fp8_wmma", d, _FP8) for d in WMMA_HEAD_DIMS),
-    *(Row("fp8_wmma", d, replace(_FP8, block_n=32)) for d in (80, 96, 128)),
-)
+ROWS: tuple[Row, ...] = (*_LADDER_ROWS, *_SM80_ROWS, *_SM80_FP32_ROWS, *_SM90_ROWS)
