@@ -18,7 +18,7 @@ from flashcore_cupy.tile_checks import padded_row as padded_row
 from flashcore_cupy.tile_checks import round_up as round_up
 
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2}
-#: What each rule is in ``FC_RULES``; ``kernels/flashcore/score.cuh`` has the same.
+#: What each rule is in ``FC_RULES``; ``kernels/flashcore/rules/score.cuh`` has the same.
 RULE_BITS = {
     "softcap": 1,
     "alibi": 2,
@@ -152,7 +152,7 @@ class KernelConfig:
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
         """Name and text of the headers that stand in for files of ``kernels/``."""
-        return () if self.mods is None else (("flashcore/mods.cuh", self.mods.header()),)
+        return () if self.mods is None else (("flashcore/rules/mods.cuh", self.mods.header()),)
 
     @property
     def params_bytes(self) -> int:
@@ -160,7 +160,7 @@ class KernelConfig:
         return int(params_of(self.source).itemsize)
 
     def defines(self) -> dict[str, int]:
-        """The ``-DFC_*`` defines, read by ``kernels/flashcore/config.cuh``."""
+        """The ``-DFC_*`` defines, read by ``kernels/config.cuh``."""
         t = self.tile
         return {
             "FC_DTYPE": _DTYPE_CODE[self.dtype],
@@ -234,7 +234,7 @@ def quantize_config(config: KernelConfig) -> KernelConfig:
     """The quantiser's configuration that goes with an fp8 kernel's."""
     return KernelConfig(
         kernel=config.kernel,
-        source="fp8_quantize.cu",
+        source="ladder/fp8_quantize.cu",
         dtype=config.dtype,
         head_dim=config.head_dim,
         head_dim_v=config.head_dim_v,

@@ -50,7 +50,7 @@ def _largest_grid(problem: AttentionProblem, config: KernelConfig) -> int:
     grid = query_blocks(problem, config) * config.tile.cluster
     if config.tile.fp8:  # the quantiser has a block per head of q, k and v
         grid = max(grid, problem.batch * (problem.heads_q + 2 * problem.heads_kv))
-    if config.source == "wmma_unfused.cu":  # a block per tile of scores, a warp per row
+    if config.source == "ladder/wmma_unfused.cu":  # a block per tile of scores, a warp per row
         tiles = -(-problem.visible_kv // config.tile.block_n)
         per_row = -(-_heads(problem) * problem.seqlen_q // config.num_warps)
         grid = max(grid, grid * tiles, per_row)

@@ -1,7 +1,7 @@
 """The structs that kernels take by value, as NumPy structured dtypes.
 
 Each mirrors a struct of ``kernels/`` field by field (``flashcore/params.cuh``,
-``fp8_quantize.cu``). The sizes are asserted against each other when a kernel is compiled.
+``ladder/fp8_quantize.cu``). The sizes are asserted against each other when a kernel is compiled.
 """
 
 from __future__ import annotations
@@ -82,6 +82,6 @@ QUANTIZE_PARAMS = np.dtype([("tensor", _QUANTIZE_TENSOR, (3,))], align=True)
 
 def params_of(source: str) -> np.dtype[Any]:
     """The struct that the kernels of a file take."""
-    return {"fp8_quantize.cu": QUANTIZE_PARAMS, "fwd_sm90.cu": HOPPER_PARAMS}.get(
+    return {"ladder/fp8_quantize.cu": QUANTIZE_PARAMS, "fwd_sm90.cu": HOPPER_PARAMS}.get(
         source, ATTENTION_PARAMS
     )

@@ -33,38 +33,38 @@ KERNELS: Mapping[str, Kernel] = {
     for k in (
         Kernel(
             "scalar",
-            "scalar.cu",
+            "ladder/scalar.cu",
             ("scalar",),
             "one fused kernel, online softmax, no tensor cores",
             dtypes=("float16", "bfloat16", "float32"),
         ),
         Kernel(
             "wmma_unfused",
-            "wmma_unfused.cu",
+            "ladder/wmma_unfused.cu",
             ("wmma_scores", "wmma_softmax", "wmma_pv"),
             "two tensor-core products with a softmax between, S and P in global memory",
         ),
         Kernel(
             "wmma_fused_32",
-            "wmma_fused.cu",
+            "ladder/wmma_fused.cu",
             ("wmma_fused",),
             "FlashAttention in one kernel: 32 x 32 tiles, S and P in shared memory",
         ),
         Kernel(
             "wmma_fused_64",
-            "wmma_fused.cu",
+            "ladder/wmma_fused.cu",
             ("wmma_fused",),
             "64 x 64 tiles: each K and V row is loaded half as often",
         ),
         Kernel(
             "wmma_cp_async",
-            "wmma_fused.cu",
+            "ladder/wmma_fused.cu",
             ("wmma_fused",),
             "two stages: the next K and V tile is on its way while this one is used",
         ),
         Kernel(
             "wmma_warp_softmax",
-            "wmma_fused.cu",
+            "ladder/wmma_fused.cu",
             ("wmma_fused",),
             "a warp owns its rows: softmax by shuffle, O in registers, one barrier per tile",
         ),
@@ -86,7 +86,7 @@ KERNELS: Mapping[str, Kernel] = {
         ),
         Kernel(
             "fp8_wmma",
-            "wmma_fused.cu",
+            "ladder/wmma_fused.cu",
             ("wmma_fused",),
             "q, k, v quantised to e4m3 with a scale per head, widened to 16 bit on load",
             quantizes=True,

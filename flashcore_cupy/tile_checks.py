@@ -42,7 +42,7 @@ def illegal(c: KernelConfig) -> list[str]:
         reasons.append("cluster is wgmma_sm90's")
     if source != "fwd_sm80.cu" and (t.warps_d > 1 or t.pack_gqa or t.split_kv):
         reasons.append("warps_d, pack_gqa and split_kv are mma_sm80's")
-    if source == "scalar.cu":
+    if source == "ladder/scalar.cu":
         if t.block_n != WARP_SIZE:
             reasons.append(
                 f"block_n={t.block_n}; scalar gives each of 32 lanes one key: block_n=32"
@@ -56,7 +56,7 @@ def illegal(c: KernelConfig) -> list[str]:
         reasons.append(f"block_m={t.block_m} is not a multiple of 16 x warps_m = {16 * t.warps_m}")
     if t.block_n % (WMMA * t.warps_n):
         reasons.append(f"block_n={t.block_n} is not a multiple of 16 x warps_n = {16 * t.warps_n}")
-    if source == "wmma_unfused.cu":
+    if source == "ladder/wmma_unfused.cu":
         if t.num_stages != 2 or t.warp_softmax or t.fp8:
             reasons.append("wmma_unfused has num_stages=2 and neither warp_softmax nor fp8")
         return reasons
@@ -140,7 +140,7 @@ def _illegal_sm90(c: KernelConfig) -> list[str]:
         reasons.append("wgmma_sm90 has pack_gqa and split_kv for one consumer warpgroup alone")
     if t.cluster not in (1, 2, 4, 8) or (t.cluster > 1 and not t.split_kv):
         reasons.append(f"cluster={t.cluster}; 2, 4 or 8 thread blocks, with split_kv")
-    part = 4 * t.block_m * (c.head_dim_v + 8 + 2)  # O, padded, and m and l: see split_merge.cuh
+    part = 4 * t.block_m * (c.head_dim_v + 8 + 2)  # O, padded, and m and l: see split_combine.cuh
     if t.cluster > 1 and part > ITEMSIZE[c.dtype] * t.num_stages * t.block_n * c.head_dim:
         reasons.append(f"cluster={t.cluster}: a part does not fit over K for the merge")
     if others:
@@ -151,7 +151,7 @@ def _illegal_sm90(c: KernelConfig) -> list[str]:
 
 
 def padded_row(columns: int) -> int:
-    """Elements between rows of a shared tile; see ``padded_row`` in ``smem_tile.cuh``."""
+    """Elements between rows of a shared tile; see ``padded_row`` in ``ladder/tile_load.cuh``."""
     return columns + 8
 
 
@@ -248,10 +248,10 @@ def _quantize_smem(c: KernelConfig) -> int:
 
 
 SMEM_BYTES = {
-    "scalar.cu": _scalar_smem,
-    "wmma_unfused.cu": _unfused_smem,
-    "wmma_fused.cu": _fused_smem,
+    "ladder/scalar.cu": _scalar_smem,
+    "ladder/wmma_unfused.cu": _unfused_smem,
+    "ladder/wmma_fused.cu": _fused_smem,
     "fwd_sm80.cu": _sm80_smem,
     "fwd_sm90.cu": _sm90_smem,
-    "fp8_quantize.cu": _quantize_smem,
+    "ladder/fp8_quantize.cu": _quantize_smem,
 }

@@ -288,7 +288,7 @@ def configure_row(
 ) -> KernelConfig:
     """Join a row with a problem, for any target; ``ValueError`` says what is wrong with a tile."""
     kernel = KERNELS[row.kernel]
-    scalar = kernel.source == "scalar.cu"
+    scalar = kernel.source == "ladder/scalar.cu"
     columns = max(problem.head_dim, problem.head_dim_v)
     head_dim, head_dim_v = (columns, columns) if scalar else row.dims
     left, right = problem.window

@@ -50,11 +50,11 @@ class Workspace:
 def split_bytes(config: KernelConfig, blocks: int, splits: int) -> tuple[int, int]:
     """Bytes of partial results and of counters for a grid of ``blocks`` times ``splits``."""
     t = config.tile
-    if config.uses_tma:  # SplitRows in split_merge.cuh; the first counter is of blocks taken
+    if config.uses_tma:  # SplitRows in split_combine.cuh; the first counter is of blocks taken
         part = t.block_m * (config.head_dim_v + 2) * 4
         return (blocks * splits * part, 4 + blocks * 4) if splits > 1 else (0, 4)
     fragments = t.block_m // t.warps_m // 16
-    values = fragments * 2 * (2 + config.head_dim_v // 8 * 2)  # WarpRows::VALUES in rows.cuh
+    values = fragments * 2 * (2 + config.head_dim_v // 8 * 2)  # WarpRows::VALUES in warp_rows.cuh
     return blocks * splits * t.warps_m * values * WARP_SIZE * 4, blocks * 4
 
 

@@ -12,7 +12,7 @@
 //
 // The warps of a block need not be at the same tile: whoever comes first to what is
 // still being copied, or to a place that a slower warp still reads, waits there for that alone
-// (places.cuh).
+// (mbarrier_pipeline.cuh).
 // NUM_STAGES = 1: V_j is asked for before S = Q K_j^T, K_{j+1} before P V_j.
 // NUM_STAGES = 2: K_{j+1} and V_{j+1}, before P V_j.
 //
@@ -25,24 +25,25 @@
 // Shared memory (each tile as shared_layout.cuh has it)
 //   | sQ, BLOCK_M rows | sK, NUM_STAGES x BLOCK_N rows | sV, NUM_STAGES x BLOCK_N rows | sP, sRow |
 //   at the end: the other warps' m, l, O over sK and sV; then O, as T, over sQ
-#include <flashcore/config.cuh>
+#include <config.cuh>
 #include <flashcore/debug.cuh>
-#include <flashcore/epilogue.cuh>
-#include <flashcore/exact_row.cuh>
-#include <flashcore/finish_row.cuh>
-#include <flashcore/key_bits.cuh>
-#include <flashcore/mask.cuh>
-#include <flashcore/mma_sync_tile.cuh>
-#include <flashcore/mma_tf32_tile.cuh>
+#include <flashcore/output/epilogue.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/places.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/row_sharing.cuh>
-#include <flashcore/rows.cuh>
-#include <flashcore/schedule.cuh>
-#include <flashcore/score.cuh>
-#include <flashcore/smem_tile.cuh>
-#include <flashcore/softmax.cuh>
+#include <flashcore/pipeline/mbarrier_pipeline.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/key_bits.cuh>
+#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/score.cuh>
+#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/softmax/exact_row.cuh>
+#include <flashcore/softmax/finish_row.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
+#include <flashcore/softmax/row_sharing.cuh>
+#include <flashcore/softmax/warp_rows.cuh>
+#include <flashcore/tile/mma_sync_tile.cuh>
+#include <flashcore/tile/mma_tf32_tile.cuh>
+#include <flashcore/tile/tile_copy.cuh>
 
 namespace flashcore {
 
@@ -66,9 +67,9 @@ constexpr bool EARLY_V = NUM_STAGES == 1 && SPLIT_KV;
 // fewer, for all but the operands, and from sm_90 on for these, too.
 constexpr bool HAS_ROOM = NUM_THREADS * MIN_BLOCKS <= 256;
 constexpr bool KEEPS_WALK =
-    sizeof(T) == 2 && NUM_THREADS <= 256 && (HAS_ROOM || __CUDA_ARCH__ >= 900);
+    sizeof(T) == 2 && NUM_THREADS <= 256 && (HAS_ROOM || CUDA_ARCH >= 900);
 constexpr bool KEEPS_EDGES = KEEPS_WALK && HAS_ROOM;
-constexpr bool KEEPS_OPERANDS = KEEPS_EDGES && __CUDA_ARCH__ >= 900;
+constexpr bool KEEPS_OPERANDS = KEEPS_EDGES && CUDA_ARCH >= 900;
 constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
 // A gate asks for all scores, and warps that share rows do all tiles together.
 constexpr bool SKIPS_TILES = HIDES_KEYS && GATE == GATE_NONE && !SHARES_ROWS;
@@ -100,7 +101,7 @@ struct Tiles {
 };
 // The block's work lies here rather than in each thread: the main loop needs every register.
 struct alignas(128) SharedStorage : Tiles, Sharing, Seen {
-    Places<2> places;  // one stage: that of K and that of V; two stages, of K and V each
+    Pipeline<2> places;  // one stage: that of K and that of V; two stages, of K and V each
     Work work;
     int arrived;       // parts of a split row of blocks that have finished
     const T *gK, *gV;  // the sequence's first rows of the head
@@ -521,7 +522,7 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     leave(c, turn.place_v);
 }
 
-// Whether the loop cannot be trusted with some row of the warp's: see softmax.cuh. Warps that share
+// Whether the loop cannot be trusted with some row of the warp's: see online_softmax.cuh. Warps that share
 // rows agree on it, for they have to subtract the same.
 __device__ __forceinline__ bool has_far_rows(const Context& c, const Rows& rows) {
     bool is_any = false;
@@ -622,13 +623,12 @@ __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     fwd_sm80(const __grid_constant__ AttentionParams params) {
-    extern __shared__ __align__(128) char smem_raw[];
-    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
+    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared<128>());
     Work work;
-    const BlockPart part = SPLIT_KV ? block_part(blockIdx.x, gridDim.x / params.splits)
-                                    : BlockPart{int(blockIdx.x), 0};
+    const BlockPart part = SPLIT_KV ? block_part(block_index(), grid_size() / params.splits)
+                                    : BlockPart{int(block_index()), 0};
     if (!find_work<CAUSAL, VARLEN, PACK_GQA>(params, BLOCK_M, work, part)) return;
-    if (threadIdx.x == 0) {
+    if (thread_index() == 0) {
         smem.places.init(NUM_THREADS, NUM_THREADS);
         smem.work = work;
         smem.gK = head_row<T>(params.k, params.k_strides, work.batch, work.head_kv, work.start_kv);

@@ -20,29 +20,30 @@
 // There are as many thread blocks as multiprocessors; each takes blocks of rows, the longest first,
 // until none is left, and loads for the next one while it finishes the last. A row is a query; with
 // PACK_GQA the query heads that share a head of K and V are rows side by side. With SPLIT_KV the
-// keys of a block of rows are in parts, each taken by itself; see split_merge.cuh. (With CLUSTER
+// keys of a block of rows are in parts, each taken by itself; see split_combine.cuh. (With CLUSTER
 // there is a thread block for every part, and those of a block of rows come and go together.)
 //
 // Shared memory, tiles as shared_layout.cuh has them, which is TMA's and wgmma's swizzle:
 //   | sQ, one or two | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | sO, or none | barriers, work |
-#include <flashcore/config.cuh>
+#include <config.cuh>
 #include <flashcore/debug.cuh>
-#include <flashcore/epilogue.cuh>
-#include <flashcore/exact_row.cuh>
-#include <flashcore/finish_row.cuh>
-#include <flashcore/key_bits.cuh>
-#include <flashcore/mask.cuh>
+#include <flashcore/output/epilogue.cuh>
+#include <flashcore/output/split_combine.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/schedule.cuh>
-#include <flashcore/score.cuh>
-#include <flashcore/seen_keys.cuh>
-#include <flashcore/shared_layout.cuh>
-#include <flashcore/softmax.cuh>
-#include <flashcore/split_merge.cuh>
-#include <flashcore/tma_pipeline.cuh>
-#include <flashcore/wgmma_tile.cuh>
-#include <flashcore/work_queue.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/key_bits.cuh>
+#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/score.cuh>
+#include <flashcore/rules/seen_keys.cuh>
+#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/scheduler/tile_scheduler.cuh>
+#include <flashcore/softmax/exact_row.cuh>
+#include <flashcore/softmax/finish_row.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
+#include <flashcore/tile/shared_layout.cuh>
+#include <flashcore/tile/tma_tile.cuh>
+#include <flashcore/tile/wgmma_tile.cuh>
 
 namespace flashcore {
 
@@ -104,8 +105,8 @@ static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels
 static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,
               "others are slower than fwd_sm80's");
 
-using StagesQ = Ring<Q_STAGES>;
-using Stages = Ring<NUM_STAGES>;
+using StagesQ = PipelineState<Q_STAGES>;
+using Stages = PipelineState<NUM_STAGES>;
 using Dispatch =
     Dispatcher<BLOCK_M, BLOCK_N, PositionMask, CAUSAL, VARLEN, PACK_GQA, SPLIT_KV, CLUSTER>;
 using Parts = SplitRows<BLOCK_M, HEAD_DIM_V, CLUSTER>;
@@ -120,8 +121,8 @@ struct alignas(1024) SharedStorage {
     T sK[NUM_STAGES][LayoutK::SIZE];
     T sV[NUM_STAGES][LayoutV::SIZE];
     T sO[CONSUMERS * 4][STAGED_COLS > 0 ? LayoutO::SIZE : 1];  // a tile per warp
-    Places<Q_STAGES> q;
-    Places<NUM_STAGES> k, v;
+    Pipeline<Q_STAGES> q;
+    Pipeline<NUM_STAGES> k, v;
     WorkQueue queue;  // the work lies here, too: in registers it would be a dozen in every thread
     int is_last;      // of the parts of split rows
     SeenInTurn seen;
@@ -181,16 +182,16 @@ __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage&
 #pragma unroll 1
     for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
         const int stage = at.stage;
-        at.await_empty(smem.k);
+        at.wait_empty(smem.k);
         load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &smem.k.full[stage], boxes.k(tile),
                                         POLICY_KV);
         if (tile == tiles.end - 1) {
-            q.await_empty(smem.q);
+            q.wait_empty(smem.q);
             load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &smem.q.full[q.stage], boxes.q(),
                                          EVICT_FIRST);
             q.advance();
         }
-        at.await_empty(smem.v);
+        at.wait_empty(smem.v);
         load_tile_tma<LayoutV, BLOCK_N>(smem.sV[stage], &smem.v.full[stage], boxes.v(tile),
                                         POLICY_KV);
         at.advance();
@@ -213,7 +214,7 @@ __device__ __forceinline__ void load(const HopperParams& p, SharedStorage& smem)
         warp_sync();  // all lanes have read the work
         queue.release(smem.queue.places);
         queue.advance();
-        queue.await_full(smem.queue.places);
+        queue.wait_full(smem.queue.places);
     }
 }
 
@@ -252,13 +253,13 @@ struct Consumer {
 
     // S of the next tile starts, when it is this warpgroup's turn.
     __device__ __forceinline__ void begin_scores() {
-        at.await_full(smem.k);
+        at.wait_full(smem.k);
         await_turn();
         start_scores<LayoutQ, LayoutK>(rS, smem.sQ[q.stage] + LayoutQ::step(0, index * ROWS, 0),
                                        smem.sK[at.stage]);
     }
     __device__ __forceinline__ void begin_output(const Stages& of, int tile) {
-        of.await_full(smem.v);
+        of.wait_full(smem.v);
         clear_unseen(tile, of.stage);
         start_output<LayoutV>(rO, rP, smem.sV[of.stage]);
     }
@@ -435,11 +436,11 @@ struct Consumer {
     __device__ __forceinline__ void skip_tiles(int count) {
 #pragma unroll 1
         for (; count > 0; --count) {
-            at.await_full(smem.k);
+            at.wait_full(smem.k);
             at.release(smem.k);
             await_turn();
             pass_turn();
-            at.await_full(smem.v);
+            at.wait_full(smem.v);
             at.release(smem.v);
             at.advance();
         }
@@ -481,9 +482,9 @@ struct Consumer {
         for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
             const auto seen_keys = meet();
             if (!seen_keys.some) {
-                at.await_full(smem.k);
+                at.wait_full(smem.k);
                 at.release(smem.k);
-                at.await_full(smem.v);
+                at.wait_full(smem.v);
                 at.release(smem.v);
                 if (tile > tiles.begin) look_up_keys_of(tile - 1);
             } else {
@@ -492,7 +493,7 @@ struct Consumer {
                 softmax_of(tile, factor);
                 take_probabilities<T>(rP, rS);
                 scale_output(factor);
-                at.await_full(smem.v);
+                at.wait_full(smem.v);
                 if (!seen_keys.all) clear_unseen_together();
                 start_output<LayoutV>(rO, rP, smem.sV[at.stage]);
                 if (tile > tiles.begin) look_up_keys_of(tile - 1);
@@ -514,7 +515,7 @@ struct Consumer {
             skip_tiles(all.end - all.begin);
             if (all.end > 0) q.release(smem.q);
         } else {
-            q.await_full(smem.q);
+            q.wait_full(smem.q);
             skip_tiles(all.end - mine.end);
             if constexpr (HIDES_KEYS) {
                 attend_seen_tiles(mine);
@@ -526,7 +527,7 @@ struct Consumer {
         if (all.end > 0) q.advance();
     }
 
-    // Whether the loops cannot be trusted with some row of the warp's: see softmax.cuh.
+    // Whether the loops cannot be trusted with some row of the warp's: see online_softmax.cuh.
     __device__ __forceinline__ bool has_far_rows() const {
         bool is_any = false;
 #pragma unroll
@@ -630,7 +631,7 @@ struct Consumer {
         warp_sync();  // all lanes have read the work
         queue.release(smem.queue.places);
         queue.advance();
-        queue.await_full(smem.queue.places);
+        queue.wait_full(smem.queue.places);
     }
 
     // Items until there are none, or one with rows to do again.
@@ -669,14 +670,14 @@ struct Consumer {
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
     fwd_sm90(const __grid_constant__ HopperParams params) {
-    extern __shared__ char smem_raw[];
+    char* const smem_raw = dynamic_shared<1>();
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
-    const int warp = shfl(int(threadIdx.x / WARP_SIZE), 0);
+    const int warp = shfl(int(thread_index() / WARP_SIZE), 0);
     Dispatch dispatcher(params);
     // Each of these takes half a microsecond.
     if (warp == 1) dispatcher.begin(smem.queue);
-    if (threadIdx.x == 2 * WARP_SIZE) {
+    if (thread_index() == 2 * WARP_SIZE) {
         smem.q.init(1, CONSUMERS * 4);  // warps
         smem.k.init(1, CONSUMERS * 4);
         smem.v.init(1, CONSUMERS * 4);
@@ -684,7 +685,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROU
         smem.queue.places.init(1, CONSUMERS * 4 + 1);  // and the warp that loads
         fence_mbarrier_init();
     }
-    if (threadIdx.x == 3 * WARP_SIZE) {
+    if (thread_index() == 3 * WARP_SIZE) {
         prefetch_tensormap(&params.k_map);
         prefetch_tensormap(&params.q_map);
         prefetch_tensormap(&params.v_map);

@@ -93,7 +93,7 @@ BUGS = (
         "K read row-major: that is K, not its transpose",
         ("wmma_unfused", "wmma_fused_32", "wmma_warp_softmax"),
         scores_are_wrong,
-        "flashcore/mma_tile.cuh",
+        "ladder/wmma_tile.cuh",
         ("wmma_load_b_col(rK", "wmma_mma_row_col(rS"),
         ("wmma_load_b_row(rK", "wmma_mma_row_row(rS"),
         gate="qk",
@@ -102,7 +102,7 @@ BUGS = (
         "partial sums of P V lost: only the last tile of keys is kept",
         ("wmma_unfused",),
         mean_of_v_is_wrong,
-        "wmma_unfused.cu",
+        "ladder/wmma_unfused.cu",
         ("accumulate_fragments<1, BLOCK_N, LD_P, LD>(",),
         ("fill(rO[m][i][0], 0.0f);\naccumulate_fragments<1, BLOCK_N, LD_P, LD>(",),
         gate="pv",
@@ -111,7 +111,7 @@ BUGS = (
         "the scale applied twice",
         ("scalar", "wmma_unfused", "wmma_fused_64", "wmma_warp_softmax"),
         output_is_wrong,
-        "flashcore/softmax.cuh",
+        "ladder/natural_softmax.cuh",
         ("mul_rn(gate.raw_score(score), scale)",),
         ("mul_rn(gate.raw_score(score), scale) * gate.params.softmax_scale",),
     ),
@@ -119,7 +119,7 @@ BUGS = (
         "rows of an accumulator fragment taken for granted",
         ("wmma_warp_softmax",),
         growing_scores_are_wrong,
-        "flashcore/mma_tile.cuh",
+        "ladder/wmma_tile.cuh",
         ("rows[e] = int(numbers.x[e])",),
         ("rows[e] = lane / 2",),
     ),
@@ -127,7 +127,7 @@ BUGS = (
         "-inf - -inf where a row has seen no key",
         ("scalar", "wmma_unfused", "wmma_fused_32", "wmma_cp_async", "wmma_warp_softmax"),
         rows_without_keys_are_wrong,
-        "flashcore/softmax.cuh",
+        "flashcore/softmax/online_softmax.cuh",
         ("return m == NEG_INFINITY ? 0.0f : m;",),
         ("return m;",),
         causal=True,
@@ -136,7 +136,7 @@ BUGS = (
         "division by the sum of a row that has seen no key",
         ("scalar", "wmma_unfused", "wmma_fused_32", "wmma_cp_async", "wmma_warp_softmax"),
         rows_without_keys_are_wrong,
-        "flashcore/softmax.cuh",
+        "flashcore/softmax/online_softmax.cuh",
         ("return sum == 0.0f ? 0.0f : 1.0f / sum;",),
         ("return 1.0f / sum;",),
         causal=True,
@@ -145,7 +145,7 @@ BUGS = (
         "sums rescaled by the inverse, a factor above 1",
         ("scalar", "wmma_fused_32", "wmma_warp_softmax"),
         growing_scores_are_wrong,
-        "flashcore/softmax.cuh",
+        "ladder/natural_softmax.cuh",
         ("exp_approx(old_max - finite_max(row.max))",),
         ("exp_approx(finite_max(row.max) - old_max)",),
     ),
@@ -215,7 +215,7 @@ def test_the_conflict_arithmetic_sees_conflicts() -> None:
 
 def test_kernels_and_launcher_pad_alike() -> None:
     """Only the sum of all sizes is asserted when compiling; the pad itself is one number."""
-    text = (ROOT / "kernels" / "flashcore" / "smem_tile.cuh").read_text()
+    text = (ROOT / "kernels" / "ladder" / "tile_load.cuh").read_text()
     assert "int padded_row(int cols) { return cols + 8; }" in text
     assert config.padded_row(64) == 72
 

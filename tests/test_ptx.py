@@ -17,7 +17,7 @@ from conftest import ROOT, compiler_skip_reason
 from flashcore_cupy import jit, tiles
 
 PROBES = sorted((ROOT / "tests" / "probes").glob("*.cu"))
-HEADERS = sorted((ROOT / "kernels" / "flashcore").glob("ptx_*.cuh"))
+HEADERS = sorted((ROOT / "kernels" / "flashcore" / "ptx").glob("*.cuh"))
 WRAPPER = re.compile(r"__device__ (?:__forceinline__ )?[\w<>:]+ (\w+)\(")
 
 
@@ -69,6 +69,28 @@ class Probe:
 
 def _zeros(n: int, dtype: object) -> np.ndarray:
     return np.zeros(n, dtype)
+
+
+@pytest.mark.gpu
+def test_threads_and_blocks(probe_folder: Path) -> None:
+    import cupy
+
+    module, blocks, threads = Probe("thread").module, 3, 64
+    n = blocks * threads
+    thread, anew, block, grid, arch = (cupy.zeros(n, "i4") for _ in range(5))
+    numbers = (thread, anew, block, grid, arch)
+    module.get_function("numbers")((blocks,), (threads,), numbers)
+    np.testing.assert_array_equal(thread.get(), np.arange(n) % threads)
+    np.testing.assert_array_equal(anew.get(), np.arange(n) % threads)
+    np.testing.assert_array_equal(block.get(), np.arange(n) // threads)
+    assert (grid.get() == blocks).all()
+    assert (arch.get() == 10 * int(re.sub(r"\D", "", jit.device_arch()))).all()
+
+    x, y, misplaced = (cupy.arange(n, dtype="i4") for _ in range(3))
+    through_shared = module.get_function("through_shared")
+    through_shared((blocks,), (threads,), (x, y, misplaced), shared_mem=4 * threads)
+    np.testing.assert_array_equal(y.get(), np.arange(n) ^ 31)
+    assert not misplaced.get().any()
 
 
 @pytest.mark.gpu

@@ -2,10 +2,12 @@
 // it once as a NumPy structured dtype; FC_PARAMS_BYTES lets each entry file assert that both have
 // the same size.
 #pragma once
-#include <flashcore/mods.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {
+
+constexpr int MAX_MOD_ARGS = 8;
+using ModArgs = const void* [MAX_MOD_ARGS];  // the user's arrays, see rules/mod_array.cuh
 
 // Element strides of a (batch, head, row, column) view; columns are contiguous. 64-bit: a batch of
 // long sequences passes 2^31 elements.
@@ -42,7 +44,7 @@ struct AttentionParams {
     const void* bias;          // (B, Hq, Sq, Skv), T or fp32
     const uint8* mask;         // (B, Hq, Sq, Skv), 0 = hidden
     const float* sink;         // (Hq), logits
-    ModArgs mod_args;          // the user's arrays, see mods.cuh
+    ModArgs mod_args;          // the user's arrays
     const int* cu_seqlens_q;   // (B + 1), where each packed sequence starts, or null
     const int* cu_seqlens_kv;  // (B + 1)
     float* split_partial;      // what each part of a split row of blocks has found
@@ -74,28 +76,6 @@ struct AttentionParams {
     float softcap, inverse_softcap;
 };
 
-// Which (batch, query head) and which block of queries a thread block works on.
-struct TileCoord {
-    int m_block, head, batch;
-};
-
-// Consecutive blocks share a head, so that its K and V stay in L2 while they are read again. Under
-// a causal mask the last queries see the most keys: they come first, so that no long block runs
-// alone at the end.
-template <bool CAUSAL>
-__device__ __forceinline__ TileCoord tile_coord(const AttentionParams& p, int block_m) {
-    const int m_blocks = div_up(p.seqlen_q, block_m);
-    const int head_index = blockIdx.x / m_blocks;
-    const int m_block = blockIdx.x - head_index * m_blocks;
-    return {CAUSAL ? m_blocks - 1 - m_block : m_block, head_index % p.heads_q,
-            head_index / p.heads_q};
-}
-
-// The (b, h) pair of a query head, as one index into (B, Hq) arrays.
-__device__ __forceinline__ int64 head_index(const AttentionParams& p, const TileCoord& tile) {
-    return int64(tile.batch) * p.heads_q + tile.head;
-}
-
 __device__ __forceinline__ int kv_head(const AttentionParams& p, int head) {
     return head / p.group;
 }
@@ -112,14 +92,6 @@ template <typename T>
 __device__ __forceinline__ const T* head_row(const void* base, const Strides& s, int batch,
                                              int head, int64 row) {
     return head_pointer<T>(base, s, batch, head) + row * s.row;
-}
-
-// Row `query` of the output.
-template <typename T>
-__device__ __forceinline__ T* output_pointer(const AttentionParams& p, const TileCoord& tile,
-                                             int query) {
-    return static_cast<T*>(p.o) + tile.batch * p.o_strides.batch + tile.head * p.o_strides.head +
-           query * p.o_strides.row;
 }
 
 }  // namespace flashcore

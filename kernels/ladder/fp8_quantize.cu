@@ -9,10 +9,11 @@
 // block per head of q, k and v: it reads the head twice, once for the maximum and once to convert.
 // Rows of x8 are HEAD_DIM bytes, the columns beyond D zeros; rows that no query sees are zeros,
 // too.
-#include <flashcore/config.cuh>
+#include <config.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_convert.cuh>
-#include <flashcore/ptx_warp.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
 
 namespace flashcore {
 
@@ -69,7 +70,7 @@ __device__ __forceinline__ float finite_magnitude(float x) {
 // Block-wide maximum; a maximum does not depend on the order, so the scale is the same every time.
 __device__ __forceinline__ float block_max(float* sMax, float value) {
     value = group_max<WARP_SIZE>(value);
-    if (threadIdx.x % WARP_SIZE == 0) sMax[threadIdx.x / WARP_SIZE] = value;
+    if (thread_index() % WARP_SIZE == 0) sMax[thread_index() / WARP_SIZE] = value;
     block_sync();  // all warps' maxima are there
     float result = sMax[0];
     for (int warp = 1; warp < NUM_WARPS; ++warp) result = fmaxf(result, sMax[warp]);
@@ -78,10 +79,9 @@ __device__ __forceinline__ float block_max(float* sMax, float value) {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     fp8_quantize(const __grid_constant__ QuantizeParams params) {
-    extern __shared__ __align__(128) char smem_raw[];
-    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
+    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared<128>());
     // The grid is q's heads, then k's, then v's.
-    int which = 0, block = blockIdx.x;
+    int which = 0, block = block_index();
     while (block >= params.tensor[which].blocks) block -= params.tensor[which++].blocks;
     const QuantizeTensor& tensor = params.tensor[which];
     const T* gX =
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     Vector<VEC>* gX8 = static_cast<Vector<VEC>*>(tensor.x8) + block * pieces;
 
     float magnitude = 0.0f;
-    for (int64 i = threadIdx.x; i < pieces; i += NUM_THREADS) {
+    for (int64 i = thread_index(); i < pieces; i += NUM_THREADS) {
         const Piece x = load_piece(gX, tensor, i);
 #pragma unroll
         for (int e = 0; e < VEC; ++e)
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     // A head of zeros, or of values whose factor would overflow, is left as it is.
     const bool scaled = max > SMALLEST_MAX;
     const float to_e4m3_range = scaled ? E4M3_MAX / max : 1.0f;
-    for (int64 i = threadIdx.x; i < pieces; i += NUM_THREADS) {
+    for (int64 i = thread_index(); i < pieces; i += NUM_THREADS) {
         const Piece x = load_piece(gX, tensor, i);
         Piece8 x8;
 #pragma unroll
@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
             x8.element[e] = to_e4m3(to_float(x.element[e]) * to_e4m3_range);
         gX8[i] = x8.vector;
     }
-    if (threadIdx.x == 0) tensor.scale[block] = scaled ? max / E4M3_MAX : 1.0f;
+    if (thread_index() == 0) tensor.scale[block] = scaled ? max / E4M3_MAX : 1.0f;
 }
 
 }  // namespace flashcore

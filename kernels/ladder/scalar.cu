@@ -14,13 +14,16 @@
 //
 // Any dtype, any D and Dv whose tiles fit into shared memory, any alignment. Exact about NaN: a
 // value that the mask hides is never multiplied, not even by 0.
-#include <flashcore/config.cuh>
+#include <config.cuh>
 #include <flashcore/debug.cuh>
-#include <flashcore/mask.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_convert.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/softmax.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/mask.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
+#include <ladder/natural_softmax.cuh>
+#include <ladder/tile_coord.cuh>
 
 namespace flashcore {
 
@@ -44,7 +47,7 @@ static_assert(sizeof(AttentionParams) == FC_PARAMS_BYTES, "launch.py packs the s
 template <int NUM_ROWS, int DIM, int LD>
 __device__ __forceinline__ void load_rows(float* sTile, const T* gHead, int64 row_stride,
                                           int first_row, int seqlen) {
-    for (int i = threadIdx.x; i < NUM_ROWS * DIM; i += NUM_THREADS) {
+    for (int i = thread_index(); i < NUM_ROWS * DIM; i += NUM_THREADS) {
         const int row = i / DIM, col = i % DIM;
         const bool valid = first_row + row < seqlen;
         sTile[row * LD + col] =
@@ -75,7 +78,7 @@ template <bool MASKED>
 __device__ __forceinline__ void attend_tile(WarpRows& rows, const SharedStorage& smem,
                                             const AttentionParams& params, int64 first_row,
                                             const Mask<CAUSAL>& mask, int tile) {
-    const int warp = threadIdx.x / WARP_SIZE;
+    const int warp = thread_index() / WARP_SIZE;
     const int first_key = tile * BLOCK_N;
     const int key = first_key + rows.lane;
     float p[ROWS];
@@ -139,8 +142,7 @@ __device__ __forceinline__ void store_output(const WarpRows& rows, const Attenti
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     scalar(const __grid_constant__ AttentionParams params) {
-    extern __shared__ __align__(128) char smem_raw[];
-    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(smem_raw);
+    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared<128>());
     const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
     const int block_first = tile.m_block * BLOCK_M;
     const int64 first_row = head_index(params, tile) * params.seqlen_q;
@@ -151,8 +153,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     const Mask<CAUSAL> mask(params);
 
     WarpRows rows = {};
-    rows.lane = threadIdx.x % WARP_SIZE;
-    rows.first_query = block_first + int(threadIdx.x / WARP_SIZE) * ROWS;
+    rows.lane = thread_index() % WARP_SIZE;
+    rows.first_query = block_first + int(thread_index() / WARP_SIZE) * ROWS;
     load_rows<BLOCK_M, DIM_QK, DIM_QK>(smem.sQ, gQ, params.q_strides.row, block_first,
                                        params.seqlen_q);
 

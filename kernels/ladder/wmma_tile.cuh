@@ -1,9 +1,9 @@
-// mma_tile.cuh - one warp's share of a tile product out of WMMA fragments, S = Q K^T and O += P V;
+// wmma_tile.cuh - one warp's share of a tile product out of WMMA fragments, S = Q K^T and O += P V;
 // and a way to scale the rows of fragments whose layout is not specified.
 #pragma once
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/ptx_wmma.cuh>
-#include <flashcore/smem_tile.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/ptx/wmma.cuh>
 
 namespace flashcore {
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ void accumulate_fragments(Accumulator (&rO)[NUM_D], c
 // has room for 16 rows of LD floats and belongs to this warp.
 template <int LD>
 __device__ __forceinline__ void accumulator_rows(int (&rows)[8], float* sScratch) {
-    const int lane = threadIdx.x % WARP_SIZE;
+    const int lane = thread_index() % WARP_SIZE;
     for (int i = lane; i < WMMA_DIM * WMMA_DIM; i += WARP_SIZE)
         sScratch[(i / WMMA_DIM) * LD + i % WMMA_DIM] = float(i / WMMA_DIM);
     warp_sync();  // the row numbers are there before any lane loads its share

@@ -13,15 +13,18 @@
 //
 // The scratch arrays are padded to whole tiles, so fragments go there without bounds checks.
 // Columns of P beyond a row's keys are written as zeros as far as wmma_pv reads.
-#include <flashcore/config.cuh>
+#include <config.cuh>
 #include <flashcore/debug.cuh>
-#include <flashcore/epilogue.cuh>
-#include <flashcore/mask.cuh>
-#include <flashcore/mma_tile.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/smem_tile.cuh>
-#include <flashcore/softmax.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/mask.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
+#include <ladder/natural_softmax.cuh>
+#include <ladder/store_rows.cuh>
+#include <ladder/tile_coord.cuh>
+#include <ladder/tile_load.cuh>
+#include <ladder/wmma_tile.cuh>
 
 namespace flashcore {
 
@@ -70,13 +73,12 @@ __device__ __forceinline__ int keys_read(const AttentionParams& p, int first_que
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     wmma_scores(const __grid_constant__ AttentionParams params) {
-    extern __shared__ __align__(128) char smem_raw[];
-    ScoresStorage& smem = reinterpret_cast<SharedStorage*>(smem_raw)->scores;
+    ScoresStorage& smem = reinterpret_cast<SharedStorage*>(dynamic_shared<128>())->scores;
     const int n_blocks = params.cols_padded / BLOCK_N;
     const int m_blocks = params.rows_padded / BLOCK_M;
-    const int n_block = blockIdx.x % n_blocks;
-    const int m_block = blockIdx.x / n_blocks % m_blocks;
-    const int64 head_index = blockIdx.x / n_blocks / m_blocks;
+    const int n_block = block_index() % n_blocks;
+    const int m_block = block_index() / n_blocks % m_blocks;
+    const int64 head_index = block_index() / n_blocks / m_blocks;
     const int head = head_index % params.heads_q, batch = head_index / params.heads_q;
     const int first_query = m_block * BLOCK_M, first_key = n_block * BLOCK_N;
     if (first_key >= keys_read(params, first_query)) return;  // the whole block, before any barrier
@@ -95,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     }
     block_sync();  // both tiles are complete
 
-    const int warp = threadIdx.x / WARP_SIZE;
+    const int warp = thread_index() / WARP_SIZE;
     const int warp_row = warp % WARPS_M * ROWS_PER_WARP;
     const int warp_col = warp / WARPS_M * TILES_N * WMMA_DIM;
     float* gS = static_cast<float*>(params.scratch_scores) +
@@ -115,8 +117,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     wmma_softmax(const __grid_constant__ AttentionParams params) {
-    const int lane = threadIdx.x % WARP_SIZE;
-    const int64 row = int64(blockIdx.x) * NUM_WARPS + threadIdx.x / WARP_SIZE;
+    const int lane = thread_index() % WARP_SIZE;
+    const int64 row = int64(block_index()) * NUM_WARPS + thread_index() / WARP_SIZE;
     const int64 rows = int64(params.batch) * params.heads_q * params.seqlen_q;
     if (row >= rows) return;  // the whole warp
     const int64 head_index = row / params.seqlen_q;
@@ -168,8 +170,7 @@ __device__ __forceinline__ void load_pv(OutputStorage& smem, const AttentionPara
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     wmma_pv(const __grid_constant__ AttentionParams params) {
-    extern __shared__ __align__(128) char smem_raw[];
-    OutputStorage& smem = reinterpret_cast<SharedStorage*>(smem_raw)->output;
+    OutputStorage& smem = reinterpret_cast<SharedStorage*>(dynamic_shared<128>())->output;
     const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
     const int first_query = tile.m_block * BLOCK_M;
     const int64 scratch = scratch_row(params, head_index(params, tile), first_query);
@@ -177,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     const T* gV =
         head_pointer<T>(params.v, params.v_strides, tile.batch, kv_head(params, tile.head));
     const int num_tiles = keys_read(params, first_query) / BLOCK_N;
-    const int warp = threadIdx.x / WARP_SIZE;
+    const int warp = thread_index() / WARP_SIZE;
     const int warp_m = warp % WARPS_M * ROWS_PER_WARP, warp_n = warp / WARPS_M;
 
     Accumulator rO[FRAGMENTS_M][TILES_D_PER_WARP][1];
@@ -215,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
                                  LD);
         }
     }
-    for (int row = threadIdx.x; row < BLOCK_M; row += NUM_THREADS)
+    for (int row = thread_index(); row < BLOCK_M; row += NUM_THREADS)
         smem.sFactor[row] = inverse_sum(
             first_query + row < params.seqlen_q ? params.scratch_sum[scratch + row] : 0.0f);
     block_sync();  // O and its factors are complete
@@ -223,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
         T* gO = output_pointer<T>(params, tile, first_query);
         store_rows<BLOCK_M, DIM_V, LD, ALIGN_BYTES, NUM_THREADS>(
             gO, params.o_strides.row, smem.sO, smem.sFactor, params.seqlen_q - first_query,
-            threadIdx.x);
+            thread_index());
     }
 }
 

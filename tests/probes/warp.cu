@@ -1,5 +1,5 @@
-// Probes of ptx_warp.cuh: one block.
-#include <flashcore/ptx_warp.cuh>
+// Probes of ptx/warp.cuh: one block.
+#include <flashcore/ptx/warp.cuh>
 
 using namespace flashcore;
 

@@ -1,10 +1,11 @@
 // epilogue.cuh - O leaves, normalised and converted: in wide pieces, from fp32 in shared memory or
 // from registers; or into shared memory, for TMA to store.
 #pragma once
-#include <flashcore/ptx_convert.cuh>
-#include <flashcore/ptx_mma.cuh>
-#include <flashcore/shared_layout.cuh>
-#include <flashcore/smem_tile.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/mma.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/tile/shared_layout.cuh>
+#include <flashcore/tile/tile_copy.cuh>
 
 namespace flashcore {
 
@@ -12,30 +13,6 @@ namespace flashcore {
 // its tile saw has made NaN of the sum.
 __device__ __forceinline__ float scaled_output(float o, float factor) {
     return factor == 0.0f ? 0.0f : o * factor;
-}
-
-// Stores ROWS x DIM fp32 values from shared memory (row length LD), each row multiplied by
-// sFactor[row], as T. THREADS threads take part, this one being number `thread`. Rows from
-// valid_rows on are not written.
-template <int ROWS, int DIM, int LD, int BYTES, int THREADS, typename T>
-__device__ __forceinline__ void store_rows(T* gO, int64 row_stride, const float* sO,
-                                           const float* sFactor, int valid_rows, int thread) {
-    constexpr int VEC = BYTES / int(sizeof(T));
-    constexpr int PIECES_PER_ROW = DIM / VEC;
-    static_assert(DIM % VEC == 0, "a piece is all inside");
-    for (int i = thread; i < ROWS * PIECES_PER_ROW; i += THREADS) {
-        const int row = i / PIECES_PER_ROW;
-        const int col = (i % PIECES_PER_ROW) * VEC;
-        if (row >= valid_rows) break;  // rows only grow from here
-        union {
-            T element[VEC];
-            Vector<BYTES> vector;
-        } piece;
-#pragma unroll
-        for (int e = 0; e < VEC; ++e)
-            piece.element[e] = from_float<T>(scaled_output(sO[row * LD + col + e], sFactor[row]));
-        *reinterpret_cast<Vector<BYTES>*>(gO + row * row_stride + col) = piece.vector;
-    }
 }
 
 // Two neighbouring values, converted to T, in one store.
@@ -90,7 +67,7 @@ __device__ __forceinline__ void store_four(T* address, int valid_cols, const flo
 template <typename Layout, typename Pair>
 __device__ __forceinline__ void put_rows(uint32 tile, Pair pair) {
     static_assert(Layout::ROWS == 16 && Layout::COLS % 16 == 0, "two by two blocks at a time");
-    const int lane = threadIdx.x % WARP_SIZE;
+    const int lane = thread_index() % WARP_SIZE;
     const uint32 row_address =
         tile + Layout::element(lane % 16, lane / 16 * 8) * int(sizeof(typename Layout::Element));
 #pragma unroll
@@ -107,7 +84,7 @@ template <int COLS, int BYTES, typename T, typename Pair>
 __device__ __forceinline__ void store_quad_row(T* gO, bool valid, int valid_cols, Pair pair) {
     static_assert(COLS % 32 == 0 && sizeof(T) == 2, "16 bytes for each of the four lanes");
     constexpr int VEC = BYTES / int(sizeof(T));
-    const int first_col = threadIdx.x % 4 * 8;
+    const int first_col = thread_index() % 4 * 8;
 #pragma unroll
     for (int group = 0; group < COLS; group += 32) {
         union {

@@ -1,4 +1,4 @@
-// split_merge.cuh - thread blocks that share out the keys of the same rows. Each leaves what it has
+// split_combine.cuh - thread blocks that share out the keys of the same rows. Each leaves what it has
 // found where the others can read it: O as far as it has been summed up, m and l. Then all parts
 // are added up, in the order of the keys, whoever came when: the same bits every time.
 //
@@ -6,11 +6,12 @@
 // columns each. Others leave it in global memory, and the last one to arrive merges all.
 #pragma once
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_cluster.cuh>
-#include <flashcore/ptx_cp_async.cuh>
-#include <flashcore/ptx_global.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/softmax.cuh>
+#include <flashcore/ptx/cluster.cuh>
+#include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/global.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
 
 namespace flashcore {
 
@@ -55,7 +56,7 @@ struct MergedColumns {
 template <int COLS, typename Output>
 __device__ __forceinline__ void leave_row(float* to, float2* state, const RowState& found,
                                           Output o) {
-    const int lane = threadIdx.x % 4;
+    const int lane = thread_index() % 4;
     if (lane == 0) *state = {found.max, found.sum};
 #pragma unroll
     for (int n = 0; n < COLS / 8; ++n)

@@ -1,4 +1,4 @@
-// ptx_cluster.cuh - thread blocks that run side by side and reach each other's shared memory (sm_90
+// ptx/cluster.cuh - thread blocks that run side by side and reach each other's shared memory (sm_90
 // and later). A kernel with __cluster_dims__ has its neighbouring thread blocks in clusters.
 #pragma once
 #include <flashcore/types.cuh>

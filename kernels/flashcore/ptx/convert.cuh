@@ -1,4 +1,4 @@
-// ptx_convert.cuh - conversions between the storage types and fp32: an instruction each where there
+// ptx/convert.cuh - conversions between the storage types and fp32: an instruction each where there
 // is one on every architecture, else the few that do its work.
 #pragma once
 #include <flashcore/types.cuh>

@@ -1,6 +1,6 @@
-// ptx_cp_async.cuh - copies from global to shared memory that pass no register and finish later
+// ptx/cp_async.cuh - copies from global to shared memory that pass no register and finish later
 // (sm_80 and later). A thread waits for its own copies, and a barrier makes them visible; or an
-// mbarrier counts them (ptx_mbarrier.cuh).
+// mbarrier counts them (ptx/mbarrier.cuh).
 #pragma once
 #include <flashcore/types.cuh>
 

@@ -1,4 +1,4 @@
-// ptx_global.cuh - global memory shared between thread blocks of one launch.
+// ptx/global.cuh - global memory shared between thread blocks of one launch.
 #pragma once
 #include <flashcore/types.cuh>
 

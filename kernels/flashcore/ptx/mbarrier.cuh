@@ -1,4 +1,4 @@
-// ptx_mbarrier.cuh - barriers in shared memory that count arrivals, from sm_80 on, and bytes, and
+// ptx/mbarrier.cuh - barriers in shared memory that count arrivals, from sm_80 on, and bytes, and
 // what orders plain stores with the asynchronous units that read shared memory on their own (sm_90
 // and later).
 //
@@ -9,7 +9,7 @@
 //   who uses waits for full[i % S], parity i / S % 2
 //   who fills waits for empty[i % S], parity i / S % 2 ^ 1
 #pragma once
-#include <flashcore/ptx_cp_async.cuh>
+#include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {

@@ -1,4 +1,4 @@
-// ptx_mma.cuh - the matrix instruction whose fragments are documented, and the load that fills them
+// ptx/mma.cuh - the matrix instruction whose fragments are documented, and the load that fills them
 // (sm_80 and later; PTX ISA, "Matrix Fragments for mma.m16n8k16" and "ldmatrix").
 //
 // What lane l holds of
@@ -9,7 +9,7 @@
 //   A, 16 x 8: row l/4, column l%4 in a[0]; the same of rows 8-15 in a[1]; of columns 4-7 in a[2],
 //   a[3]. B, 8 x 8: k = l%4, column l/4 in b0; k = l%4 + 4 in b1
 #pragma once
-#include <flashcore/ptx_cp_async.cuh>
+#include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {

@@ -1,14 +1,14 @@
-// ptx_tma.cuh - the unit that copies boxes of a tensor from global to shared memory when one thread
+// ptx/tma.cuh - the unit that copies boxes of a tensor from global to shared memory when one thread
 // asks (sm_90 and later). What it knows of the tensor, address, sizes, strides, box and swizzle, is
 // in a tensor map, which the host encodes (cuTensorMapEncodeTiled).
 //
-// A box of rows of 128, 64 or 32 bytes lands row after row, in the layout that ptx_wgmma.cuh
+// A box of rows of 128, 64 or 32 bytes lands row after row, in the layout that ptx/wgmma.cuh
 // describes; its place is aligned to 1024, 512 or 256 bytes. Coordinates count elements and may be
 // negative. What lies outside the tensor arrives as zeros, and counts: a box has all of its bytes
 // wherever it is.
 #pragma once
-#include <flashcore/ptx_cp_async.cuh>
-#include <flashcore/ptx_warp.cuh>
+#include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/warp.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {
@@ -67,21 +67,6 @@ __device__ __forceinline__ void tma_store_commit() {
 // Waits until all of this thread's groups have left shared memory, which is free again.
 __device__ __forceinline__ void tma_store_wait() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-// True in one lane of a warp whose lanes are all here. Behind a comparison of thread numbers the
-// compiler puts a loop over the lanes around each copy; here it knows that it is one.
-__device__ __forceinline__ bool elect_one() {
-    uint32 elected;
-    asm volatile(
-        "{\n"
-        ".reg .pred elected;\n"
-        "elect.sync _|elected, %1;\n"
-        "selp.u32 %0, 1, 0, elected;\n"
-        "}"
-        : "=r"(elected)
-        : "r"(FULL_WARP));
-    return elected != 0;
 }
 
 }  // namespace flashcore

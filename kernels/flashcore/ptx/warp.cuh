@@ -1,17 +1,9 @@
-// ptx_warp.cuh - exchange and synchronisation inside a warp and a thread block.
+// ptx/warp.cuh - exchange and synchronisation inside a warp and a thread block.
 #pragma once
+#include <flashcore/ptx/thread.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {
-
-// threadIdx.x, read where it is used: what a loop computes from it is then not kept in registers
-// from before the loop on.
-__device__ __forceinline__ int thread_index_anew() {
-    int index;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-    __builtin_assume(index >= 0 && index < 1024);  // so that / and % are shifts and masks
-    return index;
-}
 
 constexpr uint32 FULL_WARP = 0xffffffffu;
 
@@ -73,6 +65,21 @@ __device__ __forceinline__ int warp_count(bool condition) {
     return __popc(__ballot_sync(FULL_WARP, condition));
 }
 
+// True in one lane of a warp whose lanes are all here (sm_90 and later). Behind a comparison of thread numbers the
+// compiler puts a loop over the lanes around each copy; here it knows that it is one.
+__device__ __forceinline__ bool elect_one() {
+    uint32 elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, %1;\n"
+        "selp.u32 %0, 1, 0, elected;\n"
+        "}"
+        : "=r"(elected)
+        : "r"(FULL_WARP));
+    return elected != 0;
+}
+
 // Maximum over groups of WIDTH neighbouring lanes (a power of two); every lane gets it.
 template <int WIDTH>
 __device__ __forceinline__ float group_max(float x) {
@@ -92,7 +99,7 @@ __device__ __forceinline__ float group_sum(float x) {
 __device__ __forceinline__ void quad_transpose(uint32 (&x)[4]) {
 #pragma unroll
     for (int mask = 1; mask <= 2; mask *= 2) {
-        const bool upper = threadIdx.x & mask;
+        const bool upper = thread_index() & mask;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (i & mask) continue;

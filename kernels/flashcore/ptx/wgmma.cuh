@@ -1,4 +1,4 @@
-// ptx_wgmma.cuh - the matrix instruction of four warps together, whose B and, if wanted, A are read
+// ptx/wgmma.cuh - the matrix instruction of four warps together, whose B and, if wanted, A are read
 // from shared memory (sm_90a). The 128 threads of a warpgroup, warps 4i to 4i + 3, all execute it:
 //   wgmma_fence(); wgmma(...) for each k-step; wgmma_commit(); ... wgmma_wait<0>();
 // It finishes later: from the first wgmma to the wait, its accumulators and A registers must not be

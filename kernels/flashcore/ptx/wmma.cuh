@@ -1,4 +1,4 @@
-// ptx_wmma.cuh - the warp-level matrix instructions, m16n16k16 with fp32 accumulation (PTX ISA,
+// ptx/wmma.cuh - the warp-level matrix instructions, m16n16k16 with fp32 accumulation (PTX ISA,
 // "Warp Level Matrix Multiply-Accumulate Instructions: wmma"). CUDA's mma.h is not used: it does
 // not come with NVRTC's packages.
 //
@@ -7,7 +7,7 @@
 // Pointers are 32-byte aligned, to shared memory unless a name says global; ld is the distance
 // between rows (columns for `col`) in elements, a multiple of 8 for 16-bit types and of 4 for fp32.
 #pragma once
-#include <flashcore/ptx_cp_async.cuh>
+#include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {

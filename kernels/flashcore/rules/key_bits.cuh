@@ -9,8 +9,9 @@
 // The halfword is that of e, so that a multiplication turns a pair's bits into a mask of two 16-bit
 // values. The rest is what comes out where four lanes read a row together (mask_chunks).
 #pragma once
-#include <flashcore/ptx_convert.cuh>
-#include <flashcore/ptx_warp.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {
@@ -125,7 +126,7 @@ __device__ __forceinline__ uint32 mask_chunks(int quad, int pairs, Read read) {
     uint32 part[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint32 chunk = shfl(mine, threadIdx.x % WARP_SIZE - quad + i);
+        const uint32 chunk = shfl(mine, thread_index() % WARP_SIZE - quad + i);
         part[i] = chunk >> (quad % 2 * 16 + quad / 2) & 0x5555u;
     }
     const uint32 low = part[0] | part[1] << 1, high = part[2] | part[3] << 1;

@@ -1,11 +1,10 @@
 // mod_array.cuh - what a generated mods.cuh is written in.
 #pragma once
-#include <flashcore/ptx_convert.cuh>
+#include <flashcore/params.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/types.cuh>
 
 namespace flashcore {
-
-constexpr int MAX_MOD_ARGS = 8;
-using ModArgs = const void* [MAX_MOD_ARGS];
 
 // An array of mod_args, indexed by element in C order. 16-bit floats come as float.
 template <typename T>

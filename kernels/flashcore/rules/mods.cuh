@@ -2,7 +2,7 @@
 // has, jit.py puts a generated header of this name in its place, with the user's expressions as
 // these two functions' results and every mod_args array as a variable that is indexed by element.
 #pragma once
-#include <flashcore/mod_array.cuh>
+#include <flashcore/rules/mod_array.cuh>
 
 namespace flashcore {
 

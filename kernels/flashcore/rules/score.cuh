@@ -2,10 +2,11 @@
 // mask.cuh: softcap, ALiBi, additive bias, the user's score_mod; then the boolean mask and the
 // user's mask_mod. A compiled kernel has the rules of its problem and no others.
 #pragma once
-#include <flashcore/key_bits.cuh>
-#include <flashcore/mods.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_convert.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/rules/key_bits.cuh>
+#include <flashcore/rules/mods.cuh>
 
 namespace flashcore {
 
@@ -17,7 +18,7 @@ constexpr int RULE_BIAS_FP32 = 8;  // in float32
 constexpr int RULE_SCORE_MOD = 16;
 constexpr int RULE_MASK = 32;
 constexpr int RULE_MASK_MOD = 64;
-constexpr int RULE_SINK = 128;           // joins the softmax at the end, see softmax.cuh
+constexpr int RULE_SINK = 128;           // joins the softmax at the end, see online_softmax.cuh
 constexpr int RULE_BIAS_PAIRS = 256;     // two neighbouring keys of the bias in one aligned load
 constexpr int RULE_MASK_PAIRS = 512;     // the same of the mask
 constexpr int RULE_SCALE_FIRST = 1024;   // before the maximum: it is below 2^-126
@@ -126,7 +127,7 @@ struct RowRules {
             }
         }
         if constexpr (RULES & RULE_MASK_CHUNKS) {
-            const int quad = threadIdx.x % 4;
+            const int quad = thread_index() % 4;
 #pragma unroll
             for (int w = 0; w < div_up(PAIRS, 16); ++w) {
                 const int first_key = key - 2 * quad + w * 128;

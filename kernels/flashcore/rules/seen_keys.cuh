@@ -3,8 +3,9 @@
 // zeros instead (KeyBits::select). Where warps read V together, as wgmma does, they first find out
 // which keys nobody sees, and replace those rows of V by zeros in shared memory.
 #pragma once
-#include <flashcore/key_bits.cuh>
-#include <flashcore/ptx_warp.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/key_bits.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {
@@ -19,7 +20,7 @@ struct SeenKeys {
 
     // `mine`: what the warp sees, all rows added; `warp` counts from 0.
     __device__ __forceinline__ void tell(const Bits& mine, int warp) {
-        const int lane = threadIdx.x % WARP_SIZE;
+        const int lane = thread_index() % WARP_SIZE;
         if (lane >= 4) return;
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) bits[warp][lane][w] = mine.words[w];
@@ -30,7 +31,7 @@ struct SeenKeys {
         bool some, all;
     };
     __device__ __forceinline__ Extent extent() const {
-        const int lane = threadIdx.x % WARP_SIZE;
+        const int lane = thread_index() % WARP_SIZE;
         const bool has_word = lane < 4 * WORDS;
         const uint32 word = has_word ? seen(lane / WORDS, lane % WORDS) : 0;
         return {warp_any(word != 0), !warp_any(has_word && word != Bits::all(lane % WORDS))};
@@ -42,7 +43,7 @@ struct SeenKeys {
 #pragma unroll 1
         for (int key = warp; key < KEYS; key += NUM_WARPS) {
             if (seen(key % 8 / 2, key / 128) >> Bits::bit(key / 8, key % 2) & 1u) continue;
-            for (int d = threadIdx.x % WARP_SIZE * 2; d < Layout::COLS; d += 2 * WARP_SIZE)
+            for (int d = thread_index() % WARP_SIZE * 2; d < Layout::COLS; d += 2 * WARP_SIZE)
                 *reinterpret_cast<uint32*>(sV + Layout::element(key, d)) = 0;
         }
     }

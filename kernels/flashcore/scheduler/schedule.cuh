@@ -5,9 +5,10 @@
 // they are read again. Where the last queries see the most keys they come first, so that no long
 // block runs alone at the end.
 #pragma once
-#include <flashcore/mask.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_warp.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/mask.cuh>
 
 namespace flashcore {
 
@@ -84,7 +85,7 @@ struct PackedBatch {
     // The last piece that does not start behind `block`. All lanes of the warp search, each trying
     // one of 32 evenly spaced pieces.
     __device__ __forceinline__ int find(int block) const {
-        const int lane = threadIdx.x % WARP_SIZE;
+        const int lane = thread_index() % WARP_SIZE;
         int first = 0, count = pieces();
         while (count > 1) {
             const int step = div_up(count, WARP_SIZE);

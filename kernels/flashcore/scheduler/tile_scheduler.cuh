@@ -1,10 +1,11 @@
-// work_queue.cuh - what the thread blocks of a persistent kernel do next: a warp of each takes
+// tile_scheduler.cuh - what the thread blocks of a persistent kernel do next: a warp of each takes
 // blocks of rows, finds out what they are, and hands them to the warps that work on them.
 #pragma once
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_global.cuh>
-#include <flashcore/schedule.cuh>
-#include <flashcore/tma_pipeline.cuh>
+#include <flashcore/pipeline/mbarrier_pipeline.cuh>
+#include <flashcore/ptx/global.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/scheduler/schedule.cuh>
 
 namespace flashcore {
 
@@ -20,16 +21,16 @@ __device__ __forceinline__ bool is_end(const Work& w) { return w.first_row < 0; 
 // Items on their way: one is being worked on, one loaded for, and one is known ahead.
 struct WorkQueue {
     static constexpr int SIZE = 3;
-    Places<SIZE> places;
+    Pipeline<SIZE> places;
     Item item[SIZE];
-    Places<2> claims;  // blocks that are taken and not all loaded
+    Pipeline<2> claims;  // blocks that are taken and not all loaded
 };
-using WorkRing = Ring<WorkQueue::SIZE>;
-using ClaimRing = Ring<2>;
+using WorkRing = PipelineState<WorkQueue::SIZE>;
+using ClaimRing = PipelineState<2>;
 
 // By one warp, all of whose lanes have the item.
 __device__ __forceinline__ void put(WorkQueue& queue, WorkRing& at, const Item& item) {
-    at.await_empty(queue.places);
+    at.wait_empty(queue.places);
     if (elect_one()) {
         queue.item[at.stage] = item;
         mbarrier_arrive(&queue.places.full[at.stage]);
@@ -38,17 +39,17 @@ __device__ __forceinline__ void put(WorkQueue& queue, WorkRing& at, const Item& 
 }
 
 // The next block after those that are taken, by whomever; `blocks` if there is none. The first
-// gridDim.x are everyone's own, and where that is all, nobody asks. All thread blocks together ask
+// grid_size() are everyone's own, and where that is all, nobody asks. All thread blocks together ask
 // `blocks` times, once per block that they have had, so the one who gets the last answer sets the
 // counter back for the next launch. By one warp.
 __device__ __forceinline__ int take_block(const AttentionParams& p, int blocks) {
-    if (gridDim.x >= blocks) return blocks;
+    if (grid_size() >= blocks) return blocks;
     int taken = 0;
-    if (threadIdx.x % WARP_SIZE == 0) {
+    if (thread_index() % WARP_SIZE == 0) {
         taken = atomic_add(p.split_arrivals, 1);
         if (taken == blocks - 1) *p.split_arrivals = 0;
     }
-    return min(int(gridDim.x) + shfl(taken, 0), blocks);
+    return min(int(grid_size()) + shfl(taken, 0), blocks);
 }
 
 // Of the keys of a block of rows.
@@ -71,7 +72,7 @@ struct Dispatcher {
         : params(p),
           blocks((VARLEN ? 1 : p.batch) * (PACK_GQA ? p.heads_kv : p.heads_q) * p.m_blocks *
                  parts_of_keys<SPLIT_KV, CLUSTER>(p)),
-          taken(blockIdx.x) {}
+          taken(block_index()) {}
 
     // While the barriers are made. Nobody waits for the first item at one of them.
     __device__ __forceinline__ void begin(WorkQueue& queue) {
@@ -87,7 +88,7 @@ struct Dispatcher {
         claims.advance();
 #pragma unroll 1
         while (!is_end(next)) {
-            claims.await_empty(queue.claims);
+            claims.wait_empty(queue.claims);
             claims.advance();
             taken = take_block(params, blocks);
             find();

@@ -1,16 +1,17 @@
 // exact_row.cuh - a row of queries again, key after key in fp32, where the fast loops cannot be
-// trusted with it: its scores are so far from 0 that what they subtract is off (softmax.cuh). No
+// trusted with it: its scores are so far from 0 that what they subtract is off (online_softmax.cuh). No
 // tensor cores: a whole loop for what hardly ever happens, so that the loops that always run have
 // nothing for it.
 #pragma once
 #include <flashcore/debug.cuh>
-#include <flashcore/finish_row.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_convert.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/schedule.cuh>
-#include <flashcore/score.cuh>
-#include <flashcore/softmax.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/score.cuh>
+#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/softmax/finish_row.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
 
 namespace flashcore {
 
@@ -41,7 +42,7 @@ struct ExactRow {
             const T* const gK = key_row(params.k, params.k_strides, key + e);
             s[e] = 0.0f;
 #pragma unroll 1
-            for (int d = threadIdx.x % 4; d < DIM_QK; d += 4)
+            for (int d = thread_index() % 4; d < DIM_QK; d += 4)
                 s[e] += to_float(gQ[d]) * to_float(gK[d]);
             s[e] = group_sum<4>(s[e]);
         }
@@ -76,7 +77,7 @@ struct ExactRow {
             if (again) row.max = fmaxf(row.max, fmaxf(s[0], s[1]));
         }
         const float max = finite_max(row.max);
-        const int quad = threadIdx.x % 4;
+        const int quad = thread_index() % 4;
 #pragma unroll 1
         for (int key = keys.begin; key < keys.end; key += 2) {
             if (!has(key)) continue;

@@ -3,9 +3,9 @@
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/schedule.cuh>
-#include <flashcore/score.cuh>
-#include <flashcore/softmax.cuh>
+#include <flashcore/rules/score.cuh>
+#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
 
 namespace flashcore {
 

@@ -1,4 +1,4 @@
-// softmax.cuh - online softmax (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022, alg.
+// online_softmax.cuh - online softmax (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022, alg.
 // 1).
 //
 // Per query row, over tiles of keys: m the running maximum, l the running sum of p = exp(s - m), O
@@ -12,10 +12,8 @@
 //     largest p is 2^d, d up to 2^-24 of shift. That cancels in O and LSE, as long as it is small:
 //     rows where it is not are done again, see exact_row.cuh.
 #pragma once
-#include <flashcore/debug.cuh>
-#include <flashcore/mask.cuh>
-#include <flashcore/ptx_convert.cuh>
-#include <flashcore/ptx_warp.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/warp.cuh>
 
 namespace flashcore {
 
@@ -26,31 +24,8 @@ struct RowState {
     float sum = 0.0f;
 };
 
-// ---- scores in natural units -------------------------------------------------------------------
-
-__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * LOG2_E); }
-
 // A row that has seen no key has m = -inf, and -inf - -inf is NaN: subtract 0 instead.
 __device__ __forceinline__ float finite_max(float m) { return m == NEG_INFINITY ? 0.0f : m; }
-
-// Raises the maximum to tile_max; returns the factor for what was accumulated so far.
-__device__ __forceinline__ float raise_max(RowState& row, float tile_max) {
-    const float old_max = row.max;
-    row.max = fmaxf(old_max, tile_max);
-    const float rescale = exp_approx(old_max - finite_max(row.max));
-    row.sum *= rescale;
-    return rescale;
-}
-
-// Scaled, masked score. The product is rounded before the maximum is subtracted from it: in a
-// multiply-add it would not be, and the largest score would not give exp(0).
-template <bool MASKED, bool CAUSAL, int GATE>
-__device__ __forceinline__ float masked_score(float score, float scale, int query, int key,
-                                              const Mask<CAUSAL>& mask, const GateRow<GATE>& gate) {
-    const bool visible = !MASKED || mask.visible(query, key);
-    gate.score(key, score, visible);
-    return visible ? mul_rn(gate.raw_score(score), scale) : NEG_INFINITY;
-}
 
 // ---- scores in a unit of which `scale` is log2 units -------------------------------------------
 

@@ -3,9 +3,10 @@
 // Each computes the scores of its part of the keys and the output of its part of the columns, so
 // they tell each other the rows' maxima and all of P, through shared memory.
 #pragma once
-#include <flashcore/mma_sync_tile.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/shared_layout.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/tile/mma_sync_tile.cuh>
+#include <flashcore/tile/shared_layout.cuh>
 
 namespace flashcore {
 
@@ -17,7 +18,7 @@ struct RowSharing {
     float sRow[WARPS_D][BLOCK_M];  // a number per row and warp: the tile's maximum, at the end sums
 
     __device__ static __forceinline__ int row(int first_row, int m, int half) {
-        return first_row + m * 16 + half * 8 + threadIdx.x % WARP_SIZE / 4;
+        return first_row + m * 16 + half * 8 + thread_index() % WARP_SIZE / 4;
     }
 
     // Returns when all warps that share the rows are here.
@@ -35,7 +36,7 @@ struct RowSharing {
     template <int FRAGMENTS_M, typename Op>
     __device__ __forceinline__ void combine(float (&x)[FRAGMENTS_M][2], int first_row, int warp_d,
                                             int barrier, Op op) {
-        if (threadIdx.x % 4 == 0) {
+        if (thread_index() % 4 == 0) {
 #pragma unroll
             for (int m = 0; m < FRAGMENTS_M; ++m)
 #pragma unroll
@@ -57,7 +58,7 @@ struct RowSharing {
 
     // Where this lane's first pair of P belongs that its warp finds: from first_key on.
     __device__ static __forceinline__ int first_pair(int first_row, int first_key) {
-        return LayoutP::element(row(first_row, 0, 0), first_key) + threadIdx.x % 4 * 2;
+        return LayoutP::element(row(first_row, 0, 0), first_key) + thread_index() % 4 * 2;
     }
     // P of the step-th 16 of these keys.
     template <int FRAGMENTS_M>
@@ -88,7 +89,7 @@ struct SeenTogether {
 
     // `mine`: all rows added. They have met since the last call, and meet again before all().
     __device__ __forceinline__ void tell(const Bits& mine, int warp_m, int warp_d) {
-        const int lane = threadIdx.x % WARP_SIZE;
+        const int lane = thread_index() % WARP_SIZE;
         if (lane >= 4) return;
 #pragma unroll
         for (int w = 0; w < Bits::WORDS; ++w) bits[warp_m][warp_d][lane][w] = mine.words[w];
@@ -105,7 +106,7 @@ struct SeenTogether {
         for (int d = 0; d < WARPS_D; ++d)
 #pragma unroll
             for (int w = 0; w < Bits::WORDS; ++w)
-                all.of[d].words[w] = bits[warp_m][d][threadIdx.x % 4][w];
+                all.of[d].words[w] = bits[warp_m][d][thread_index() % 4][w];
         return all;
     }
 };

@@ -1,11 +1,12 @@
-// rows.cuh - what one warp has found out about its rows so far: m, l and O, in mma fragments, and
+// warp_rows.cuh - what one warp has found out about its rows so far: m, l and O, in mma fragments, and
 // how two such findings about the same rows, from different keys, are added.
 #pragma once
-#include <flashcore/mma_sync_tile.cuh>
 #include <flashcore/params.cuh>
-#include <flashcore/ptx_global.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/softmax.cuh>
+#include <flashcore/ptx/global.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
+#include <flashcore/tile/mma_sync_tile.cuh>
 
 namespace flashcore {
 
@@ -116,8 +117,8 @@ struct RowMerge {
     template <typename Rows>
     __device__ __forceinline__ bool splits(const AttentionParams& p, int mine, int& sArrived,
                                            Rows& rows) const {
-        const int lane = threadIdx.x % WARP_SIZE;
-        const int64 block = blockIdx.x % (gridDim.x / p.splits);
+        const int lane = thread_index() % WARP_SIZE;
+        const int64 block = block_index() % (grid_size() / p.splits);
         const auto part = [&](int split) {  // of this warp's rows; lanes next to each other
             const int64 slot = (block * p.splits + split) * WARPS_M + warp_m;
             return p.split_partial + slot * Rows::VALUES * WARP_SIZE + lane;
@@ -128,11 +129,11 @@ struct RowMerge {
             fence_gpu();  // the findings first, then the news of them
         }
         block_sync();  // all warps' findings are out
-        if (threadIdx.x == 0) sArrived = atomic_add(p.split_arrivals + block, 1) + 1;
+        if (thread_index() == 0) sArrived = atomic_add(p.split_arrivals + block, 1) + 1;
         block_sync();  // everyone knows whether this block is the last
         if (sArrived < p.splits) return false;
         fence_gpu();  // the news first, then the others' findings
-        if (threadIdx.x == 0) p.split_arrivals[block] = 0;  // for the next launch
+        if (thread_index() == 0) p.split_arrivals[block] = 0;  // for the next launch
         rows = Rows();
         rows.rO.clear();
         // Warps that share out the keys share out the parts, a range each.
@@ -152,7 +153,7 @@ struct RowMerge {
     template <typename Rows>
     __device__ __forceinline__ float& shared_value(int n, int i) const {
         const int warp = (n - 1) * WARPS_M + warp_m;
-        return sMerge[(warp * Rows::VALUES + i) * WARP_SIZE + threadIdx.x % WARP_SIZE];
+        return sMerge[(warp * Rows::VALUES + i) * WARP_SIZE + thread_index() % WARP_SIZE];
     }
 };
 

@@ -2,16 +2,16 @@
 // P V with S, P and O in registers. A warp owns FRAGMENTS_M times 16 rows; every fragment of K or V
 // that it loads serves all of them.
 #pragma once
-#include <flashcore/key_bits.cuh>
-#include <flashcore/ptx_convert.cuh>
-#include <flashcore/ptx_cp_async.cuh>
-#include <flashcore/ptx_mma.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/shared_layout.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/mma.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/tile/shared_layout.cuh>
 
 namespace flashcore {
 
-// Accumulator of FRAGMENTS_M * 16 rows and TILES * 8 columns; see ptx_mma.cuh for who holds what.
+// Accumulator of FRAGMENTS_M * 16 rows and TILES * 8 columns; see ptx/mma.cuh for who holds what.
 template <int FRAGMENTS_M, int TILES>
 struct AccumulatorTile {
     float x[FRAGMENTS_M][TILES][4];

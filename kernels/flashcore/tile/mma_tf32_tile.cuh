@@ -19,9 +19,10 @@
 //     modulo 32: 8 different multiples of 4.
 //   V is read by keys 2(l%4) and columns l/4: bank 2(l%4) LD + l/4, or 8(l%4) + l/4 modulo 32.
 #pragma once
-#include <flashcore/mma_sync_tile.cuh>
-#include <flashcore/ptx_convert.cuh>
-#include <flashcore/ptx_mma.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/mma.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/tile/mma_sync_tile.cuh>
 
 namespace flashcore {
 
@@ -29,19 +30,19 @@ namespace flashcore {
 // Q, for ldmatrix: blocks (rows 0-7, 8-15) of columns 0-3, then of columns 4-7.
 template <int LD>
 __device__ __forceinline__ uint32 lane_offset_q_f32() {
-    const int lane = threadIdx.x % WARP_SIZE;
+    const int lane = thread_index() % WARP_SIZE;
     return 4 * (lane % 16 * LD + lane / 16 * 4);
 }
 // K, for ldmatrix: blocks of columns 0-3, 4-7, 8-11, 12-15, all of keys 0-7.
 template <int LD>
 __device__ __forceinline__ uint32 lane_offset_k_f32() {
-    const int lane = threadIdx.x % WARP_SIZE;
+    const int lane = thread_index() % WARP_SIZE;
     return 4 * (lane % 8 * LD + lane / 8 * 4);
 }
 // V: key 2(l%4), column l/4; its other key is the next.
 template <int LD>
 __device__ __forceinline__ uint32 lane_offset_v_f32() {
-    const int lane = threadIdx.x % WARP_SIZE;
+    const int lane = thread_index() % WARP_SIZE;
     return 4 * (lane % 4 * 2 * LD + lane / 4);
 }
 

@@ -1,36 +1,11 @@
-// tma_pipeline.cuh - between a warp that starts copies and the warps that use what arrives: going
-// round places (places.cuh), and whole tiles by TMA.
+// tma_tile.cuh - whole tiles between global and shared memory by TMA, panel by panel.
 #pragma once
-#include <flashcore/places.cuh>
-#include <flashcore/ptx_tma.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/shared_layout.cuh>
+#include <flashcore/ptx/mbarrier.cuh>
+#include <flashcore/ptx/tma.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/tile/shared_layout.cuh>
 
 namespace flashcore {
-
-// Where someone stands who goes round STAGES places; `parity` is that of his round.
-template <int STAGES>
-struct Ring {
-    int stage = 0;
-    uint32 parity = 0;
-
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-    __device__ __forceinline__ void await_full(Places<STAGES>& places) const {
-        mbarrier_wait(&places.full[stage], parity);
-    }
-    __device__ __forceinline__ void await_empty(Places<STAGES>& places) const {
-        mbarrier_wait(&places.empty[stage], parity ^ 1);
-    }
-    // By every warp that uses the place, when all of its lanes have.
-    __device__ __forceinline__ void release(Places<STAGES>& places) const {
-        if (elect_one()) mbarrier_arrive(&places.empty[stage]);
-    }
-};
 
 // Where a tile lies in a tensor map: its first row, and what it has in common.
 struct TileBox {

@@ -1,11 +1,11 @@
 // wgmma_tile.cuh - the two products of attention for the 64 rows of a warpgroup, out of wgmma:
-// S = Q K^T and O += P V, with S, P and O in registers. Both start and return; see ptx_wgmma.cuh
+// S = Q K^T and O += P V, with S, P and O in registers. Both start and return; see ptx/wgmma.cuh
 // for what a caller may touch until they are waited for.
 #pragma once
-#include <flashcore/ptx_convert.cuh>
-#include <flashcore/ptx_cp_async.cuh>
-#include <flashcore/ptx_wgmma.cuh>
-#include <flashcore/shared_layout.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/wgmma.cuh>
+#include <flashcore/tile/shared_layout.cuh>
 
 namespace flashcore {
 
