@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from flashcore_cupy.params import params_of
 from flashcore_cupy.problem import AttentionProblem
 from flashcore_cupy.rules import Mods
-from flashcore_cupy.tile_checks import SMEM_BYTES, WARPGROUP, illegal, staged_cols
+from flashcore_cupy.tile_checks import SMEM_BYTES, WARPGROUP, illegal, q_stages, staged_cols
 from flashcore_cupy.tile_checks import WARP_SIZE as WARP_SIZE
 from flashcore_cupy.tile_checks import padded_row as padded_row
 from flashcore_cupy.tile_checks import round_up as round_up
@@ -174,6 +174,7 @@ class KernelConfig:
             "FC_WARPS_N": t.warps_n,
             "FC_WARPS_D": t.warps_d,
             "FC_NUM_STAGES": t.num_stages,
+            "FC_Q_STAGES": q_stages(self),
             "FC_CP_ASYNC": int(t.cp_async),
             "FC_WARP_SOFTMAX": int(t.warp_softmax),
             "FC_FP8": int(t.fp8),

@@ -216,13 +216,23 @@ def _sm90_smem(c: KernelConfig) -> int:
 
 
 def _sm90_loaded(c: KernelConfig) -> int:
+    return _sm90_kv(c) + q_stages(c) * ITEMSIZE[c.dtype] * c.tile.block_m * c.head_dim
+
+
+def _sm90_kv(c: KernelConfig) -> int:
     t, size = c.tile, ITEMSIZE[c.dtype]
-    q = size * t.block_m * c.head_dim
     total = t.num_stages * size * t.block_n * (c.head_dim + c.head_dim_v) + 2 * _HOPPER_BYTES
     if "mask" in c.rules or "mask_mod" in c.rules:
         total += _HOPPER_BYTES  # which keys each warp sees
-    # The next block's Q has a place of its own where there is room.
-    return total + (2 * q if total + 2 * q <= _HOPPER_SMEM else q)
+    return total
+
+
+def q_stages(c: KernelConfig) -> int:
+    """Tiles of Q in shared memory: fwd_sm90 loads the next block's Q early where there is room."""
+    if not c.uses_tma:
+        return 1
+    two = 2 * ITEMSIZE[c.dtype] * c.tile.block_m * c.head_dim
+    return 2 if _sm90_kv(c) + two <= _HOPPER_SMEM else 1
 
 
 def panel_cols(columns: int) -> int:

@@ -27,8 +27,8 @@
 #if !defined(FC_SMEM_BYTES) || !defined(FC_PARAMS_BYTES) || !defined(FC_MIN_BLOCKS)
 #error "define FC_SMEM_BYTES, FC_PARAMS_BYTES and FC_MIN_BLOCKS"
 #endif
-#if !defined(FC_STAGED_COLS) || !defined(FC_CLUSTER)
-#error "define FC_STAGED_COLS and FC_CLUSTER"
+#if !defined(FC_STAGED_COLS) || !defined(FC_CLUSTER) || !defined(FC_Q_STAGES)
+#error "define FC_STAGED_COLS, FC_CLUSTER and FC_Q_STAGES"
 #endif
 
 namespace flashcore {
@@ -58,7 +58,8 @@ constexpr int BLOCK_N = FC_BLOCK_N;        // keys per tile (Bc)
 constexpr int WARPS_M = FC_WARPS_M;        // warps along the queries
 constexpr int WARPS_N = FC_WARPS_N;        // warps along the keys (S) or the head dim (O)
 constexpr int WARPS_D = FC_WARPS_D;        // warps along the columns of O, sharing a row's scores
-constexpr int NUM_STAGES = FC_NUM_STAGES;
+constexpr int NUM_STAGES = FC_NUM_STAGES;  // of K and V
+constexpr int Q_STAGES = FC_Q_STAGES;      // 2: the next block's Q comes while this one is used
 constexpr bool CP_ASYNC = FC_CP_ASYNC;  // asynchronous copies; needs sm_80
 constexpr bool WARP_SOFTMAX = FC_WARP_SOFTMAX;
 constexpr bool FP8 = FC_FP8;            // q, k, v arrive as e4m3 with a scale per head

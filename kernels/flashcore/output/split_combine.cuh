@@ -1,9 +1,11 @@
-// split_combine.cuh - thread blocks that share out the keys of the same rows. Each leaves what it has
-// found where the others can read it: O as far as it has been summed up, m and l. Then all parts
-// are added up, in the order of the keys, whoever came when: the same bits every time.
+// split_combine.cuh - CTAs that share out the keys of the same rows. Each CTA publishes its partials
+// where the others can read them: m, l, and O as far as it has been summed up. Then the partials of
+// all parts are combined in the order of the keys, whichever CTA came first: the same bits every time.
 //
-// Thread blocks of a cluster leave it in their shared memory, wait for each other, and merge some
-// columns each. Others leave it in global memory, and the last one to arrive merges all.
+// CTAs of a cluster publish in their shared memory, wait for each other, and combine some columns
+// each. Other CTAs publish in global memory, and the last one to arrive combines everything.
+// (fwd_sm80 has its own way, RowMerge in warp_rows.cuh: it publishes fragments as they are and goes on
+// with them in registers. One way for both would change what one of them stores and its registers.)
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/cluster.cuh>
@@ -15,14 +17,14 @@
 
 namespace flashcore {
 
-// Four columns of a row, of all parts that have been added.
-struct MergedColumns {
+// Four columns of a row: the sum of the partials that have been added.
+struct CombinedColumns {
     float scale;  // of the maxima, to log2 units
     RowState row;
     float4 o{};
 
-    // The first `count` of PARTS parts; found: their m and l. All maxima first, so that no factor
-    // waits for another one.
+    // Adds the first `count` of PARTS partials; found: their m and l. All maxima come first, so that
+    // no factor waits for another one.
     template <int PARTS>
     __device__ __forceinline__ void add(const float2 (&found)[PARTS], const float4 (&part)[PARTS],
                                         int count) {
@@ -51,11 +53,11 @@ struct MergedColumns {
     }
 };
 
-// A row of a part's, by the four lanes that share it as a wgmma leaves it: o(n, e) is this lane's
-// e-th of columns 8 n to 8 n + 7. Its l is complete.
+// The four lanes that share a row, as wgmma leaves it, publish the row's partials. o(n, e): this
+// lane's e-th column of columns 8 n to 8 n + 7. l is complete.
 template <int COLS, typename Output>
-__device__ __forceinline__ void leave_row(float* to, float2* state, const RowState& found,
-                                          Output o) {
+__device__ __forceinline__ void publish_row(float* to, float2* state, const RowState& found,
+                                            Output o) {
     const int lane = thread_index() % 4;
     if (lane == 0) *state = {found.max, found.sum};
 #pragma unroll
@@ -63,32 +65,32 @@ __device__ __forceinline__ void leave_row(float* to, float2* state, const RowSta
         *reinterpret_cast<float2*>(to + n * 8 + lane * 2) = {o(n, 0), o(n, 1)};
 }
 
-// All parts of a block of ROWS rows of COLS columns: PARTS of them, of a cluster; or, if PARTS is
-// 1, params.splits, in global memory, where workspace.py reserves the place.
-//   leave(row, m and l, o)        what this part has found, see leave_row
-//   await_others(...)             whether this thread block merges; by all threads
-//   merge(rows, scale, ...)       of each row's columns col to col + 3 one thread gets O, and with
-//                                 it m and l: use(row, col, m and l, O)
-//   end()
+// The partials of a block of ROWS rows of COLS columns. A cluster has PARTS parts. If PARTS is 1,
+// there are params.splits parts, in global memory, where workspace.py reserves room for them.
+//   publish(row, m and l, o)      publishes one row of this part, see publish_row
+//   sync(...)                     returns whether this CTA combines; all threads call it
+//   combine(rows, scale, ...)     one thread gets columns col to col + 3 of a row of O, and with them
+//                                 m and l: use(row, col, m and l, O)
+//   end()                         the partials are not read any more
 template <int ROWS, int COLS, int PARTS>
 struct SplitRows {
     static constexpr int SMEM_BYTES = ROWS * (COLS + 8 + 2) * 4;
-    float* mine;  // in shared memory, at the same place in all thread blocks of the cluster
+    float* mine;  // in shared memory, at the same place in all CTAs of the cluster
 
     __device__ __forceinline__ SplitRows(const AttentionParams&, int, int, void* shared)
         : mine(static_cast<float*>(shared)) {}
 
     template <typename Output>
-    __device__ __forceinline__ void leave(int row, const RowState& found, Output o) const {
-        leave_row<COLS>(output(row), state(row), found, o);
+    __device__ __forceinline__ void publish(int row, const RowState& found, Output o) const {
+        publish_row<COLS>(output(row), state(row), found, o);
     }
-    __device__ __forceinline__ bool await_others(int&, bool, int, int) const {
-        cluster_sync();
+    __device__ __forceinline__ bool sync(int&, bool, int, int) const {
+        cluster_sync();  // all partials of the cluster are there
         return true;
     }
     template <typename Use>
-    __device__ __forceinline__ void merge(int rows, float scale, int thread, int threads,
-                                          Use use) const {
+    __device__ __forceinline__ void combine(int rows, float scale, int thread, int threads,
+                                            Use use) const {
         constexpr int PIECES = COLS / 4;
 #pragma unroll 1
         for (int i = cluster_rank() * threads + thread; i < rows * PIECES; i += PARTS * threads) {
@@ -100,12 +102,14 @@ struct SplitRows {
                 load_peer(part[p], peer_address(shared_address(output(row) + col), p));
                 load_peer(found[p], peer_address(shared_address(state(row)), p));
             }
-            MergedColumns all = {scale};
+            CombinedColumns all = {scale};
             all.add(found, part, PARTS);
             use(row, col, all.row, all.o);
         }
     }
-    __device__ __forceinline__ void end() const { cluster_meet(); }  // nobody reads this any longer
+    __device__ __forceinline__ void end() const {
+        cluster_meet();  // no CTA reads this one's partials any more
+    }
 
   private:
     __device__ __forceinline__ float* output(int row) const {
@@ -120,7 +124,7 @@ template <int ROWS, int COLS>
 struct SplitRows<ROWS, COLS, 1> {
     static constexpr int SMEM_BYTES = 0;
     static constexpr int PART = ROWS * (COLS + 2);  // floats of a part: O, then m and l
-    static constexpr int AT_A_TIME = 8;             // parts on their way
+    static constexpr int AT_A_TIME = 8;             // parts whose loads are in flight
     const AttentionParams& params;
     int block, mine;
     float* base;
@@ -132,35 +136,34 @@ struct SplitRows<ROWS, COLS, 1> {
           base(p.split_partial + int64(block) * p.splits * PART) {}
 
     template <typename Output>
-    __device__ __forceinline__ void leave(int row, const RowState& found, Output o) const {
-        leave_row<COLS>(output(mine, row), state(mine, row), found, o);
+    __device__ __forceinline__ void publish(int row, const RowState& found, Output o) const {
+        publish_row<COLS>(output(mine, row), state(mine, row), found, o);
     }
 
-    // The last one to say that its part is there merges. `threads` threads, whole warps, meet at
-    // `barrier` and share `last`, and one of them speaks for all; the counters are 0 between
-    // launches, and the first one of them is not a block's, see take_block.
-    __device__ __forceinline__ bool await_others(int& last, bool speaks, int barrier,
-                                                 int threads) const {
-        named_barrier_sync(barrier, threads);  // all findings are on their way
-        if (speaks) {
-            fence_gpu();  // the findings first, then the news of them
+    // The CTA that arrives last combines. `threads` threads, whole warps, meet at `barrier` and share
+    // `last`; one of them `arrives` for all. The counters are 0 between launches; the first of them
+    // is not a block's, see claim_block.
+    __device__ __forceinline__ bool sync(int& last, bool arrives, int barrier, int threads) const {
+        named_barrier_sync(barrier, threads);  // all threads have stored their partials
+        if (arrives) {
+            fence_gpu();  // the GPU sees the partials before it sees the arrival
             int* const arrivals = params.split_arrivals + 1 + block;
             last = atomic_add(arrivals, 1) + 1 == params.splits;
             if (last) *arrivals = 0;
-            fence_gpu();  // the news first, then the others' findings
+            fence_gpu();  // the others' partials are read after their arrivals
         }
-        named_barrier_sync(barrier, threads);
+        named_barrier_sync(barrier, threads);  // all threads see `last`
         return last;
     }
 
     template <typename Use>
-    __device__ __forceinline__ void merge(int rows, float scale, int thread, int threads,
-                                          Use use) const {
+    __device__ __forceinline__ void combine(int rows, float scale, int thread, int threads,
+                                            Use use) const {
         constexpr int PIECES = COLS / 4;
 #pragma unroll 1
         for (int i = thread; i < rows * PIECES; i += threads) {
             const int row = i / PIECES, col = i % PIECES * 4;
-            MergedColumns all = {scale};
+            CombinedColumns all = {scale};
 #pragma unroll 1
             for (int first = 0; first < params.splits; first += AT_A_TIME)
                 add(all, row, col, first);
@@ -177,8 +180,8 @@ struct SplitRows<ROWS, COLS, 1> {
         return reinterpret_cast<float2*>(base + int64(split) * PART + ROWS * COLS) + row;
     }
 
-    // Parts first, first + 1, ...: all asked for before the first is waited for.
-    __device__ __forceinline__ void add(MergedColumns& all, int row, int col, int first) const {
+    // Adds parts first, first + 1, ...: all are asked for before the first is waited for.
+    __device__ __forceinline__ void add(CombinedColumns& all, int row, int col, int first) const {
         float4 part[AT_A_TIME];
         float2 found[AT_A_TIME];
 #pragma unroll

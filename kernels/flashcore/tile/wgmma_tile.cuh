@@ -45,8 +45,7 @@ __device__ __forceinline__ void start_output(float (&rO)[LayoutV::COLS / 2],
 
 // From probabilities, in S's place, to the A operand: a pair of one is a register of the other.
 template <typename T, int STEPS>
-__device__ __forceinline__ void take_probabilities(uint32 (&rP)[STEPS][4],
-                                                   const float (&rS)[STEPS * 8]) {
+__device__ __forceinline__ void pack_p(uint32 (&rP)[STEPS][4], const float (&rS)[STEPS * 8]) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
 #pragma unroll
