@@ -72,7 +72,8 @@ struct SeenKeys {
 template <int NUM_WARPS, int KEYS>
 struct SeenKeys<false, NUM_WARPS, KEYS> {
     using Bits = KeyBits<false, KEYS / 8>;
-    __device__ __forceinline__ void publish(const Bits&, int) {}
+    template <typename Mine>
+    __device__ __forceinline__ void publish(const Mine&, int) {}
     __device__ __forceinline__ Bits of(int) const { return {}; }
     __device__ __forceinline__ SeenExtent extent() const { return {true, true}; }
     template <typename Layout, typename T>

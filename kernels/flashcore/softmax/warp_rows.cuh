@@ -1,5 +1,5 @@
-// warp_rows.cuh - what one warp has found out about its rows so far: m, l and O, in mma fragments, and
-// how two such findings about the same rows, from different keys, are added.
+// warp_rows.cuh - what one warp knows of its rows: m, l and O, in mma fragments. And how the partials
+// of warps and CTAs that have different keys of the same rows are merged.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/global.cuh>
@@ -16,7 +16,7 @@ struct WarpRows {
     RowState state[FRAGMENTS_M][2];
     AccumulatorTile<FRAGMENTS_M, TILES_D> rO;
 
-    // Of a lane: m, l and O of each of its rows.
+    // Floats of a lane: m, l and O of each of its rows.
     static constexpr int VALUES_OF_ROW = 2 + TILES_D * 2;
     static constexpr int VALUES = FRAGMENTS_M * 2 * VALUES_OF_ROW;
 
@@ -40,10 +40,10 @@ struct WarpRows {
             for (int half = 0; half < 2; ++half) state[m][half].sum = sum[m][half];
     }
 
-    // Calls put(i, value) for i = 0 ... VALUES - 1. Of 8 rows that all lie from row `end` of the
-    // warp's on, there is nothing to tell.
+    // Calls put(i, value) for i = 0 ... VALUES - 1. Leaves out each 8 rows that all lie at or behind
+    // row `end` of the warp.
     template <typename Put>
-    __device__ __forceinline__ void hand_over(int end, Put put) const {
+    __device__ __forceinline__ void publish(int end, Put put) const {
         int i = 0;
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m) {
@@ -60,10 +60,10 @@ struct WarpRows {
         }
     }
 
-    // Adds another warp's findings: get(i) is what hand_over put there. scale: of the maxima, to
-    // log2 units.
+    // Adds the partials of another warp: get(i) returns what publish put there. scale: of the maxima,
+    // to log2 units.
     template <typename Get>
-    __device__ __forceinline__ void absorb(int end, float scale, Get get) {
+    __device__ __forceinline__ void merge(int end, float scale, Get get) {
         int i = 0;
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m) {
@@ -72,15 +72,15 @@ struct WarpRows {
                 if (m * 16 + half * 8 >= end) continue;
                 RowState& row = state[m][half];
                 const float max = get(i), sum = get(i + 1);
-                const MergeFactors merge(row.max, max, scale);
-                row.max = merge.max;
-                row.sum = row.sum * merge.a + sum * merge.b;
+                const MergeFactors by(row.max, max, scale);
+                row.max = by.max;
+                row.sum = row.sum * by.a + sum * by.b;
 #pragma unroll
                 for (int d = 0; d < TILES_D; ++d) {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         float& o = rO.x[m][d][2 * half + e];
-                        o = o * merge.a + get(i + 2 + 2 * d + e) * merge.b;
+                        o = o * by.a + get(i + 2 + 2 * d + e) * by.b;
                     }
                 }
             }
@@ -88,32 +88,33 @@ struct WarpRows {
     }
 };
 
-// Merges the findings of all who have the same rows. Only the first `end` rows of the warp matter.
+// Merges the partials of all who have the same rows. Only the first `end` rows of the warp matter.
 template <int WARPS_M, int WARPS_N>
 struct RowMerge {
-    float* sMerge;  // place for those of the warps n = 1, 2, ...
+    float* sMerge;  // the partials of the warps n = 1, 2, ...: value i of all lanes side by side
     int warp_m, warp_n;
     int end;
     float scale;  // of the maxima, to log2 units
 
-    // Adds what the warps n = 1, 2, ... have found to what warp 0 has, in this order.
+    // Warp n = 0 adds the partials of the warps n = 1, 2, ... to its own, in this order.
     template <typename Rows>
     __device__ __forceinline__ void warps(Rows& rows) const {
         if constexpr (WARPS_N > 1) {
-            block_sync();  // no warp reads K or V any more: the findings may take their place
+            block_sync();  // no warp reads K or V any more: the partials may take their place
             if (warp_n > 0)
-                rows.hand_over(end, [&](int i, float x) { shared_value<Rows>(warp_n, i) = x; });
-            block_sync();  // the findings of the other warps are there
+                rows.publish(end, [&](int i, float x) { shared_value<Rows>(warp_n, i) = x; });
+            block_sync();  // the partials of the other warps are there
             if (warp_n > 0) return;
 #pragma unroll 1
             for (int other = 1; other < WARPS_N; ++other)
-                rows.absorb(end, scale, [&](int i) { return shared_value<Rows>(other, i); });
+                rows.merge(end, scale, [&](int i) { return shared_value<Rows>(other, i); });
         }
     }
 
-    // Across the thread blocks that share out these rows' keys. Each leaves its findings in global
-    // memory; the one that arrives last adds up all parts, in the order of the keys, whoever came
-    // when: the same bits every time. Returns whether this is that block. All warps take part.
+    // Merges across the CTAs that share out these rows' keys. Each CTA publishes its partials in
+    // global memory; the one that arrives last merges all parts in the order of the keys, whichever
+    // came first: the same bits every time. Returns whether this CTA is the last. All warps take
+    // part.
     template <typename Rows>
     __device__ __forceinline__ bool splits(const AttentionParams& p, int mine, int& sArrived,
                                            Rows& rows) const {
@@ -125,14 +126,14 @@ struct RowMerge {
         };
         if (warp_n == 0) {
             float* gMine = part(mine);
-            rows.hand_over(end, [&](int i, float x) { gMine[i * WARP_SIZE] = x; });
-            fence_gpu();  // the findings first, then the news of them
+            rows.publish(end, [&](int i, float x) { gMine[i * WARP_SIZE] = x; });
+            fence_gpu();  // the GPU sees the partials before it sees the arrival
         }
-        block_sync();  // all warps' findings are out
+        block_sync();  // all warps have published
         if (thread_index() == 0) sArrived = atomic_add(p.split_arrivals + block, 1) + 1;
-        block_sync();  // everyone knows whether this block is the last
+        block_sync();  // all threads see whether this CTA is the last
         if (sArrived < p.splits) return false;
-        fence_gpu();  // the news first, then the others' findings
+        fence_gpu();  // the others' partials are read after their arrivals
         if (thread_index() == 0) p.split_arrivals[block] = 0;  // for the next launch
         rows = Rows();
         rows.rO.clear();
@@ -142,14 +143,14 @@ struct RowMerge {
 #pragma unroll 2
         for (int split = warp_n * share; split < last; ++split) {
             const float* gPart = part(split);
-            rows.absorb(end, scale, [&](int i) { return load_l2(gPart + i * WARP_SIZE); });
+            rows.merge(end, scale, [&](int i) { return load_l2(gPart + i * WARP_SIZE); });
         }
         warps(rows);
         return true;
     }
 
   private:
-    // Value i of a lane of a warp: lanes next to each other, hence no bank conflicts.
+    // Value i of a lane of warp n. The lanes are side by side, so there are no bank conflicts.
     template <typename Rows>
     __device__ __forceinline__ float& shared_value(int n, int i) const {
         const int warp = (n - 1) * WARPS_M + warp_m;
