@@ -10,9 +10,9 @@
 //   m, l, p = exp2(S - m)             on the fragments: a row lies in four neighbouring lanes
 //   O = O * exp2(m_old - m) + P V_j   the accumulator layout of S is the operand layout of P
 //
-// Every warp copies its part of every tile, and computes. The warps of a CTA need not be at the same
-// tile: a warp waits only for the copies that it needs next, or for the slower warps that still read
-// the stage that it fills next (sm80/producer.cuh).
+// Every warp copies its part of every tile, and computes. The warps of a CTA need not be at the
+// same tile: a warp waits only for the copies that it needs next, or for the slower warps that
+// still read the stage that it fills next (sm80/producer.cuh).
 //
 //   NUM_STAGES = 1: K and V have barriers of their own
 //     copies      | V_j           | K_{j+1}      | V_{j+1} ...
@@ -104,8 +104,8 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     release(c, at.barriers_v);
 }
 
-// O += P V. While the tensor cores multiply one step of keys, the next step's exponentials are found.
-// Warps that share rows put P together first.
+// O += P V. While the tensor cores multiply one step of keys, the next step's exponentials are
+// found. Warps that share rows put P together first.
 __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
                                                 int tile, const float (&shift)[FRAGMENTS_M][2],
                                                 const Bits& seen, uint32 p, uint32 v) {
@@ -123,7 +123,8 @@ __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, co
     if constexpr (SHARES_ROWS) {
         c.smem.publish(seen, c.warp_m * WARPS_D + c.warp_d);
         c.smem.sync(c.rows_barrier());  // all of P is there, and which keys all of them see
-        const SeenOfAll<HIDES_KEYS && SHARES_ROWS, WARPS_D, TILES_N> all(c.smem, c.warp_m * WARPS_D);
+        const SeenOfAll<HIDES_KEYS && SHARES_ROWS, WARPS_D, TILES_N> all(c.smem,
+                                                                         c.warp_m * WARPS_D);
         multiply_shared_pv<T, LayoutV, Sharing::LayoutP>(rows.rO, p, v, all);
     }
 }

@@ -3,12 +3,12 @@
 //
 //   O = softmax(rules(softmax_scale * Q K^T)) V,  LSE = log sum exp
 //
-// A CTA owns BLOCK_M rows of one head at a time and walks over the keys from the last visible ones to
-// the first, BLOCK_N at a time. A row is a query; with PACK_GQA the query heads that share a head of
-// K and V are rows side by side. The CTA's warpgroups have roles:
+// A CTA owns BLOCK_M rows of one head at a time and walks over the keys from the last visible ones
+// to the first, BLOCK_N at a time. A row is a query; with PACK_GQA the query heads that share a
+// head of K and V are rows side by side. The CTA's warpgroups have roles:
 //
-//   warpgroup 0    one warp claims work (flashcore/scheduler/tile_scheduler.cuh); one warp starts the
-//                  copies of Q, K_j, V_j as stages become empty (sm90/producer.cuh)
+//   warpgroup 0    one warp claims work (flashcore/scheduler/tile_scheduler.cuh); one warp starts
+//                  the copies of Q, K_j, V_j as stages become empty (sm90/producer.cuh)
 //   warpgroups 1.. the consumers (sm90/consumer.cuh): 64 rows each; m, l, O and the scores stay in
 //                  their registers
 //
@@ -23,13 +23,13 @@
 //   this warpgroup|        | softmax of S_j  | pack P, scale O |         | softmax of S_{j+1} ...
 //
 // There are as many CTAs as multiprocessors. Each one takes blocks of rows until none is left, the
-// longest first, and loads for the next block while it finishes the last. With SPLIT_KV the keys of a
-// block of rows are split into parts, and each part is a block of its own: see
+// longest first, and loads for the next block while it finishes the last. With SPLIT_KV the keys of
+// a block of rows are split into parts, and each part is a block of its own: see
 // flashcore/output/split_combine.cuh. With CLUSTER a CTA has one part, and the CTAs of a block of
 // rows are a cluster.
 //
 // Shared memory (SharedStorage in sm90/traits.cuh):
-//   | sQ, Q_STAGES tiles | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | sO, or none | barriers, work |
+//   | sQ, Q_STAGES tiles | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | sO | barriers, work |
 #include <config.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/thread.cuh>

@@ -1,6 +1,6 @@
 // params.cuh - what the launcher hands to every kernel: one struct, by value. params.py describes
-// it once as a NumPy structured dtype; FC_PARAMS_BYTES lets each entry file assert that both have
-// the same size.
+// it as a NumPy structured dtype; FC_PARAMS_BYTES lets each kernel assert that both have the same
+// size.
 #pragma once
 #include <flashcore/types.cuh>
 
@@ -47,9 +47,9 @@ struct AttentionParams {
     ModArgs mod_args;          // the user's arrays
     const int* cu_seqlens_q;   // (B + 1), where each packed sequence starts, or null
     const int* cu_seqlens_kv;  // (B + 1)
-    float* split_partial;      // what each part of a split row of blocks has found
-    // Parts that have arrived, per row of blocks; in fwd_sm90 behind the number of blocks that are
-    // taken. 0 between launches.
+    float* split_partial;      // the partials of each part of the keys, per block of rows
+    // How many parts of the keys have arrived, for each block of rows; in fwd_sm90 WorkCounters.
+    // All counters are 0 between launches.
     int* split_arrivals;
     Strides q_strides, k_strides, v_strides, o_strides;
     HeadStrides lse_strides, alibi_strides;
@@ -58,15 +58,15 @@ struct AttentionParams {
     int heads_q;
     int heads_kv;
     int group;          // heads of q that share a head of k and v
-    int seqlen_q;       // packed batches: all rows of q
-    int seqlen_kv;      // keys that at least one query may see; packed batches: all rows of k
+    int seqlen_q;       // packed batches: all queries
+    int seqlen_kv;      // keys that at least one query may see; packed batches: all keys
     int causal_offset;  // the key at query 0's own position: query i stands at i + this
     int window_left;    // query i sees key j >= i + causal_offset - window_left, where windowed
     int window_right;   // query i sees key j <= i + causal_offset + window_right; causal: 0
     int top_left;       // packed batches: query 0's own position is key 0 of its sequence
-    int m_blocks;       // blocks of queries per head, all sequences together
-    int splits;         // parts of the keys, each a thread block's
-    int section;        // heads whose blocks of queries take turns; see schedule.cuh
+    int m_blocks;       // blocks of rows per head, all sequences together
+    int splits;         // parts of the keys, each the work of one CTA
+    int section;        // heads whose blocks of rows are dealt out together; see schedule.cuh
     int gate_row;       // the gate array's row length: the true Skv
     int gate_tiles;     // tiles per row in gate_tile_max
     int rows_padded;    // scratch rows: Sq rounded up to the tile
@@ -78,6 +78,15 @@ struct AttentionParams {
 
 __device__ __forceinline__ int kv_head(const AttentionParams& p, int head) {
     return head / p.group;
+}
+
+// Counters in global memory that all CTAs of fwd_sm90 share.
+struct WorkCounters {
+    int claimed;      // blocks that were claimed, without those that the launch gives to the CTAs
+    int arrivals[1];  // parts of the keys that have arrived, for each block of rows
+};
+__device__ __forceinline__ WorkCounters& counters_of(const AttentionParams& p) {
+    return *reinterpret_cast<WorkCounters*>(p.split_arrivals);
 }
 
 // First element of a head.

@@ -1,5 +1,5 @@
-// block_wide.cuh - wmma_fused.cu's block-wide softmax: scores, probabilities and O in shared memory,
-// the threads of a row anywhere in a warp.
+// block_wide.cuh - wmma_fused.cu's block-wide softmax: scores, probabilities and O in shared
+// memory, the threads of a row anywhere in a warp.
 #pragma once
 #include <config.cuh>
 #include <flashcore/debug.cuh>

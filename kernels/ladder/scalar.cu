@@ -168,7 +168,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
         load_rows<BLOCK_N, DIM_V, DIM_V>(smem.sV, gV, params.v_strides.row, first_key,
                                          params.seqlen_kv);
         block_sync();  // the tile (the first time: and Q) is complete
-        if (mask.cuts(block_first, block_first + BLOCK_M - 1, first_key, first_key + BLOCK_N)) {
+        if (mask.needs_mask(block_first, block_first + BLOCK_M - 1, first_key,
+                            first_key + BLOCK_N)) {
             attend_tile<true>(rows, smem, params, first_row, mask, tile_n);
         } else {
             attend_tile<false>(rows, smem, params, first_row, mask, tile_n);

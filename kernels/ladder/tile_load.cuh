@@ -1,5 +1,5 @@
-// tile_load.cuh - the ladder's tiles, from global to shared memory: padded rows, zero-filled edges,
-// loads as wide as the alignment allows.
+// tile_load.cuh - the ladder's tiles, from global to shared memory: padded rows, zeros where there
+// are no rows or columns, loads as wide as the alignment allows.
 #pragma once
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/cp_async.cuh>
@@ -42,8 +42,9 @@ __device__ __forceinline__ void load_tile(T* sTile, const T* gTile, int64 row_st
     }
 }
 
-// The same from contiguous e4m3 rows of COLS bytes, widened to T on the way: e4m3 values are exact
-// in fp16 and bf16, and the head's scale is applied to the scores and to O, so nothing is rounded.
+// Loads a tile of contiguous e4m3 rows of COLS bytes and widens them to T on the way: e4m3 values
+// are exact in fp16 and bf16, and the head's scale is applied to the scores and to O, so nothing is
+// rounded.
 template <int ROWS, int COLS, int THREADS, typename T>
 __device__ __forceinline__ void load_tile_e4m3(T* sTile, const e4m3_t* gTile, int valid_rows) {
     constexpr int PIECES_PER_ROW = COLS / 8;

@@ -1,5 +1,5 @@
-// warp_owned.cuh - wmma_fused.cu's warp-owned softmax: a warp has its 16 rows to itself, from S to O, and
-// O in registers.
+// warp_owned.cuh - wmma_fused.cu's warp-owned softmax: a warp has its 16 rows to itself, from S to
+// O, and O in registers.
 #pragma once
 #include <config.cuh>
 #include <flashcore/debug.cuh>

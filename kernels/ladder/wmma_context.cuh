@@ -1,4 +1,5 @@
-// wmma_context.cuh - what wmma_fused.cu and its two softmaxes know: sizes, shared memory, the problem.
+// wmma_context.cuh - what wmma_fused.cu and its two softmaxes know: sizes, shared memory, the
+// problem.
 #pragma once
 #include <config.cuh>
 #include <flashcore/debug.cuh>

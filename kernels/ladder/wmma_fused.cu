@@ -111,8 +111,8 @@ __device__ __forceinline__ void attend(const Context& c, float v_scale) {
         if (NUM_STAGES == 2 && tile + 1 < num_tiles) load_kv(c, tile + 1, stage ^ 1);
         compute_scores(c, stage);
         rows.sync_rows();  // the row's scores are complete
-        if (c.mask.cuts(c.first_query, c.first_query + BLOCK_M - 1, tile * BLOCK_N,
-                        (tile + 1) * BLOCK_N)) {
+        if (c.mask.needs_mask(c.first_query, c.first_query + BLOCK_M - 1, tile * BLOCK_N,
+                              (tile + 1) * BLOCK_N)) {
             rows.template softmax<true>(c, tile);
         } else {
             rows.template softmax<false>(c, tile);

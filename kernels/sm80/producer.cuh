@@ -1,6 +1,6 @@
-// producer.cuh - how the threads of fwd_sm80.cu copy tiles into shared memory, by cp.async, and when
-// they wait for each other. Every thread copies its pieces of every tile: all are producers, and all
-// are consumers.
+// producer.cuh - how the threads of fwd_sm80.cu copy tiles into shared memory, by cp.async, and
+// when they wait for each other. Every thread copies its pieces of every tile: all are producers,
+// and all are consumers.
 #pragma once
 #include <config.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
@@ -69,8 +69,8 @@ struct Walk {
         return {stage, stage, NUM_STAGES == 1 ? 1 : stage, nth / NUM_STAGES % 2};
     }
 
-    // The last tile may have keys that do not exist or that no query sees; with a window on the left
-    // the first one may, too.
+    // The last tile may have keys that do not exist or that no query sees; with a window on the
+    // left the first one may, too.
     __device__ __forceinline__ bool has_all_keys(int tile) const {
         return tile > all.begin && tile + 1 < all.end;
     }

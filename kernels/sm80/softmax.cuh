@@ -40,8 +40,8 @@ __device__ __forceinline__ Bits seen_keys(const Context& c, const Visible& visib
     return seen;
 }
 
-// Applies the rules, hides what is hidden, and finds the rows' new maxima, as far as this lane's quad
-// has their keys.
+// Applies the rules, hides what is hidden, and finds the rows' new maxima, as far as this lane's
+// quad has their keys.
 template <bool MASKED>
 __device__ __forceinline__ void find_maxima(const Context& c, const Rows& rows, Scores& rS,
                                             int tile, const Visible& visible,

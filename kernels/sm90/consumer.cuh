@@ -64,7 +64,7 @@ struct Consumer {
     __device__ __forceinline__ bool needs_mask(int tile) const {
         const int first = query_of<PACK_GQA>(work_tile(), index * ROWS);
         const int last = last_query_of<PACK_GQA>(work_tile(), (index + 1) * ROWS);
-        return mask().cuts(first, last, tile * BLOCK_N, (tile + 1) * BLOCK_N);
+        return mask().needs_mask(first, last, tile * BLOCK_N, (tile + 1) * BLOCK_N);
     }
 
     // ---- the products --------------------------------------------------------------------------

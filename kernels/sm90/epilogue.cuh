@@ -1,5 +1,5 @@
-// epilogue.cuh - the end of a consumer's rows: their LSE, and O, which leaves by TMA, from registers,
-// or as a part of split keys.
+// epilogue.cuh - the end of a consumer's rows: their LSE, and O, which leaves by TMA, from
+// registers, or as a part of split keys.
 #pragma once
 #include <config.cuh>
 #include <flashcore/output/epilogue.cuh>
@@ -25,8 +25,8 @@ __device__ __forceinline__ T* Consumer::output_row(const QueryRow& q) const {
         head_row<T>(params.o, params.o_strides, w.batch, q.head, w.start_q + q.query));
 }
 
-// Writes both rows' LSE. factor: what O is multiplied by. The rows stay as they are: some may have to
-// be done again.
+// Writes both rows' LSE. factor: what O is multiplied by. The rows stay as they are: some may have
+// to be done again.
 __device__ __forceinline__ void Consumer::finish_rows(float (&factor)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -1,5 +1,5 @@
-// masks.cuh - what a consumer does about keys that nobody sees: their rows of V become zeros, because
-// 0 * NaN is not 0; and tiles without a key that somebody sees are passed over.
+// masks.cuh - what a consumer does about keys that nobody sees: their rows of V become zeros,
+// because 0 * NaN is not 0; and tiles without a key that somebody sees are passed over.
 #pragma once
 #include <config.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
@@ -35,9 +35,9 @@ __device__ __forceinline__ void Consumer::look_up_keys_of(int tile) {
 }
 
 // Overwrites rows of V that lie outside the sequence. TMA leaves out what lies outside of all
-// sequences; but in packed batches the box of a sequence's last keys reaches into the next sequence.
-// Every consumer does this for itself, and all write the same. (What masks hide they find out
-// together: attend_seen_tiles.)
+// sequences; but in packed batches the box of a sequence's last keys reaches into the next
+// sequence. Every consumer does this for itself, and all write the same. (What masks hide they find
+// out together: attend_seen_tiles.)
 __device__ __forceinline__ void Consumer::clear_unseen(int tile, int stage) {
     if constexpr (!VARLEN) return;
     const int begin = mask().row_begin(0) - tile * BLOCK_N;
@@ -52,9 +52,9 @@ __device__ __forceinline__ void Consumer::clear_unseen(int tile, int stage) {
     named_barrier_sync(BARRIER_CONSUMER + index, WARPGROUP);  // all four warps have written theirs
 }
 
-// Publishes which keys of the tile this warp sees, and returns what all consumers see together. Two
-// places are used by turns: when one is used again, all consumers have met once more, and have read
-// it before that.
+// Publishes which keys of the tile this warp sees, and returns what all consumers see together. The
+// double buffer needs no second barrier: when a buffer is used again, all consumers have met once
+// more, and they have read it before that.
 __device__ __forceinline__ SeenExtent Consumer::sync_seen_keys() {
     ++tiles_synced;
     smem.seen.of[tiles_synced % 2].publish(seen, warp());
@@ -67,8 +67,8 @@ __device__ __forceinline__ void Consumer::clear_unseen_together() {
     named_barrier_sync(BARRIER_ALL_CONSUMERS, NUM_THREADS);  // all warps have written theirs
 }
 
-// The main loop where there are masks. Which keys of the next tile they leave is looked up while P V
-// runs; then all consumers tell each other what they see. A tile of which nobody sees anything is
+// The main loop where there are masks. Which keys of the next tile they leave is looked up while P
+// V runs; then all consumers tell each other what they see. A tile of which nobody sees anything is
 // passed over; in others, values that nobody sees become zeros.
 __device__ __forceinline__ void Consumer::attend_seen_tiles(const TileRange& tiles) {
     float factor[2];

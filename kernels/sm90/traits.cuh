@@ -22,8 +22,8 @@ struct alignas(64) HopperParams : AttentionParams {
 using LayoutQ = SharedLayout<T, BLOCK_M, HEAD_DIM>;
 using LayoutK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
 using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
-// What a warp stores through shared memory and does not wait for: all multiprocessors end a block at
-// about the same time, and together they write more than L2 takes at once.
+// What a warp stores through shared memory and does not wait for: all multiprocessors end a block
+// at about the same time, and together they write more than L2 takes at once.
 using LayoutO = SharedLayout<T, 16, STAGED_COLS>;
 using PositionMask = Mask<CAUSAL, WINDOW>;
 
@@ -55,9 +55,9 @@ using Bits = KeyBits<HIDES_KEYS, TILES_N>;
 // Other blocks need K and V too, unless all heads that share them are packed into this one.
 constexpr uint64 POLICY_KV = PACK_GQA ? EVICT_FIRST : EVICT_LAST;
 // Warpgroups take turns at the tensor cores, so that the softmax of one meets the products of the
-// others. They do not take turns in wider heads, which have enough products to hide the softmax, nor
-// where they meet for every tile anyway to tell which keys they see. In a short causal block three
-// warpgroups have different numbers of tiles, and turns would hold them up.
+// others. They do not take turns in wider heads, which have enough products to hide the softmax,
+// nor where they meet for every tile anyway to tell which keys they see. In a short causal block
+// three warpgroups have different numbers of tiles, and turns would hold them up.
 constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && !HIDES_KEYS;
 constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
 
@@ -76,8 +76,8 @@ using Scheduler =
     TileScheduler<BLOCK_M, BLOCK_N, PositionMask, CAUSAL, VARLEN, PACK_GQA, SPLIT_KV, CLUSTER>;
 using Parts = SplitRows<BLOCK_M, HEAD_DIM_V, CLUSTER>;
 
-// Two, used by turns: a warp may publish what it sees of a tile before another has read what was
-// published of the tile before.
+// A double buffer: a warp may publish what it sees of one tile before another warp has read what
+// was published of the tile before.
 struct alignas(HIDES_KEYS ? 1024 : 4) SeenKeysOfTiles {
     SeenKeys<HIDES_KEYS, CONSUMERS * 4, BLOCK_N> of[2];
 };

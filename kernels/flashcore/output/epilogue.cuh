@@ -1,5 +1,5 @@
-// epilogue.cuh - O leaves, normalised and converted: in wide pieces, from fp32 in shared memory or
-// from registers; or into shared memory, for TMA to store.
+// epilogue.cuh - how O, normalised and converted, leaves: in wide pieces from registers or from
+// shared memory; or into shared memory, for TMA to store.
 #pragma once
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/mma.cuh>
@@ -9,8 +9,8 @@
 
 namespace flashcore {
 
-// A query that saw no key has factor 0. Its output is 0, even where NaN in a value that others of
-// its tile saw has made NaN of the sum.
+// A query that saw no key has factor 0. Its output is 0, even if a NaN among the values that other
+// rows of its tile saw has made its sum NaN.
 __device__ __forceinline__ float scaled_output(float o, float factor) {
     return factor == 0.0f ? 0.0f : o * factor;
 }
@@ -44,8 +44,8 @@ __device__ __forceinline__ void scatter_rows(const T* sO, int first_row, int fir
     }
 }
 
-// Stores four values in a row, each multiplied by factor, as T; those from valid_cols on are left
-// out.
+// Stores four neighbouring values as T, each multiplied by factor. Leaves out those from valid_cols
+// on.
 template <int BYTES, typename T>
 __device__ __forceinline__ void store_four(T* address, int valid_cols, const float4& o,
                                            float factor) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_four(T* address, int valid_cols, const flo
         if (i * VEC < valid_cols) reinterpret_cast<Vector<SIZE>*>(address)[i] = piece.vector[i];
 }
 
-// Puts 16 rows of O, converted, into a tile of shared memory. By a warp, whose lane l has columns
+// A warp puts 16 rows of O, converted, into a tile of shared memory. Lane l has columns
 // 8 n + 2 (l % 4), +1 of row l / 4 as pair(n, 0), of row l / 4 + 8 as pair(n, 1).
 template <typename Layout, typename Pair>
 __device__ __forceinline__ void put_rows(uint32 tile, Pair pair) {
@@ -76,10 +76,9 @@ __device__ __forceinline__ void put_rows(uint32 tile, Pair pair) {
                     {pair(n, 0), pair(n, 1), pair(n + 1, 0), pair(n + 1, 1)});
 }
 
-// Stores a row of COLS values of T that four neighbouring lanes share as a wgmma or mma.sync leaves
-// them, pair(n) being this lane's two of columns 8 n to 8 n + 7. The lanes exchange pairs until
-// each has 8 columns in a row; columns from valid_cols on are left out. All lanes of the warp take
-// part.
+// Stores a row of COLS values of T that four neighbouring lanes share, as wgmma and mma.sync leave
+// it: pair(n) is this lane's two of columns 8 n to 8 n + 7. The lanes exchange pairs until each has
+// 8 neighbouring columns. Leaves out columns from valid_cols on. All lanes of the warp take part.
 template <int COLS, int BYTES, typename T, typename Pair>
 __device__ __forceinline__ void store_quad_row(T* gO, bool valid, int valid_cols, Pair pair) {
     static_assert(COLS % 32 == 0 && sizeof(T) == 2, "16 bytes for each of the four lanes");

@@ -1,11 +1,13 @@
-// split_combine.cuh - CTAs that share out the keys of the same rows. Each CTA publishes its partials
-// where the others can read them: m, l, and O as far as it has been summed up. Then the partials of
-// all parts are combined in the order of the keys, whichever CTA came first: the same bits every time.
+// split_combine.cuh - CTAs that share out the keys of the same rows. Each CTA publishes its
+// partials where the others can read them: m, l, and O as far as it has been summed up. Then the
+// partials of all parts are combined in the order of the keys, whichever CTA came first: the same
+// bits every time.
 //
 // CTAs of a cluster publish in their shared memory, wait for each other, and combine some columns
 // each. Other CTAs publish in global memory, and the last one to arrive combines everything.
-// (fwd_sm80 has its own way, RowMerge in warp_rows.cuh: it publishes fragments as they are and goes on
-// with them in registers. One way for both would change what one of them stores and its registers.)
+// (fwd_sm80 has its own way, RowMerge in warp_rows.cuh: it publishes fragments as they are and goes
+// on with them in registers. One way for both would change what one of them stores and its
+// registers.)
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/cluster.cuh>
@@ -23,8 +25,8 @@ struct CombinedColumns {
     RowState row;
     float4 o{};
 
-    // Adds the first `count` of PARTS partials; found: their m and l. All maxima come first, so that
-    // no factor waits for another one.
+    // Adds the first `count` of PARTS partials; found: their m and l. All maxima come first, so
+    // that no factor waits for another one.
     template <int PARTS>
     __device__ __forceinline__ void add(const float2 (&found)[PARTS], const float4 (&part)[PARTS],
                                         int count) {
@@ -69,8 +71,8 @@ __device__ __forceinline__ void publish_row(float* to, float2* state, const RowS
 // there are params.splits parts, in global memory, where workspace.py reserves room for them.
 //   publish(row, m and l, o)      publishes one row of this part, see publish_row
 //   sync(...)                     returns whether this CTA combines; all threads call it
-//   combine(rows, scale, ...)     one thread gets columns col to col + 3 of a row of O, and with them
-//                                 m and l: use(row, col, m and l, O)
+//   combine(rows, scale, ...)     one thread gets columns col to col + 3 of a row of O, and m and l
+//                                 with them: use(row, col, m and l, O)
 //   end()                         the partials are not read any more
 template <int ROWS, int COLS, int PARTS>
 struct SplitRows {
@@ -140,16 +142,15 @@ struct SplitRows<ROWS, COLS, 1> {
         publish_row<COLS>(output(mine, row), state(mine, row), found, o);
     }
 
-    // The CTA that arrives last combines. `threads` threads, whole warps, meet at `barrier` and share
-    // `last`; one of them `arrives` for all. The counters are 0 between launches; the first of them
-    // is not a block's, see claim_block.
+    // The CTA that arrives last combines. `threads` threads, whole warps, meet at `barrier` and
+    // share `last`; one of them `arrives` for all.
     __device__ __forceinline__ bool sync(int& last, bool arrives, int barrier, int threads) const {
         named_barrier_sync(barrier, threads);  // all threads have stored their partials
         if (arrives) {
             fence_gpu();  // the GPU sees the partials before it sees the arrival
-            int* const arrivals = params.split_arrivals + 1 + block;
-            last = atomic_add(arrivals, 1) + 1 == params.splits;
-            if (last) *arrivals = 0;
+            int& arrivals = counters_of(params).arrivals[block];
+            last = atomic_add(&arrivals, 1) + 1 == params.splits;
+            if (last) arrivals = 0;
             fence_gpu();  // the others' partials are read after their arrivals
         }
         named_barrier_sync(barrier, threads);  // all threads see `last`

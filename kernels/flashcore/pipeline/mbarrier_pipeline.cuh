@@ -1,5 +1,5 @@
-// mbarrier_pipeline.cuh - stages in shared memory that producers fill and consumers use, each guarded
-// by two mbarriers (ptx/mbarrier.cuh).
+// mbarrier_pipeline.cuh - stages in shared memory that producers fill and consumers use, each
+// guarded by two mbarriers (ptx/mbarrier.cuh).
 #pragma once
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/warp.cuh>

@@ -4,10 +4,10 @@
 //
 // A barrier is a uint64. Its phase is over when `count` arrivals and all expected bytes have come;
 // the next one then begins by itself. Phases have parity 0, 1, 0, ...; a wait names the parity of
-// the phase that must be over, and passes at once with parity 1 on a new barrier. So where S stages
-// are filled and used in a ring, with a full and an empty barrier each, the i-th time
-//   who uses waits for full[i % S], parity i / S % 2
-//   who fills waits for empty[i % S], parity i / S % 2 ^ 1
+// the phase that must be over, and passes at once with parity 1 on a new barrier. So in a pipeline
+// of S stages, with a full and an empty barrier each, the i-th time
+//   a consumer waits for full[i % S], parity i / S % 2
+//   a producer waits for empty[i % S], parity i / S % 2 ^ 1
 #pragma once
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/types.cuh>

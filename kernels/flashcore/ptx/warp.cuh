@@ -65,8 +65,9 @@ __device__ __forceinline__ int warp_count(bool condition) {
     return __popc(__ballot_sync(FULL_WARP, condition));
 }
 
-// True in one lane of a warp whose lanes are all here (sm_90 and later). Behind a comparison of thread numbers the
-// compiler puts a loop over the lanes around each copy; here it knows that it is one.
+// True in one lane of a warp whose lanes are all here (sm_90 and later). Behind a comparison of
+// thread numbers the compiler puts a loop over the lanes around each copy; here it knows that it is
+// one.
 __device__ __forceinline__ bool elect_one() {
     uint32 elected;
     asm volatile(

@@ -1,13 +1,14 @@
-// key_bits.cuh - a bit for each key that a lane has of a row of scores, for kernels with a boolean
-// mask or a mask_mod.
+// key_bits.cuh - for kernels with a boolean mask or a mask_mod: a bit for each key that a lane has
+// of a row of scores. The bit says whether the row sees the key.
 //
-// A lane's keys are pairs: 8 n and 8 n + 1 from its first one on. A word has 16 of them: all of 128
-// keys. In it, key e of pair n has bit
+// A lane has pairs of keys: pair n is keys 8 n and 8 n + 1, counted from the lane's first key. A
+// word holds 16 pairs, which is the lane's share of 128 keys. Key e (0 or 1) of pair n has bit
 //
 //   16 e + 8 (n / 4 % 2) + 4 (n / 8 % 2) + 2 (n % 2) + n / 2 % 2
 //
-// The halfword is that of e, so that a multiplication turns a pair's bits into a mask of two 16-bit
-// values. The rest is what comes out where four lanes read a row together (mask_chunks).
+// So e chooses the halfword, and a multiplication turns a pair's two bits into a mask of two 16-bit
+// values. The order within a halfword is what comes out where four lanes read a row together
+// (mask_chunks).
 #pragma once
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/thread.cuh>
@@ -19,12 +20,12 @@ namespace flashcore {
 template <bool USED, int PAIRS>
 struct KeyBits {
     static constexpr int WORDS = div_up(PAIRS, 16);
-    uint32 words[WORDS] = {};
+    uint32 words[WORDS] = {};  // 16 pairs each
 
     __device__ static constexpr int bit(int n, int e) {
         return 16 * e + 8 * (n / 4 % 2) + 4 * (n / 8 % 2) + 2 * (n % 2) + n / 2 % 2;
     }
-    // All of word w's.
+    // Word w if the row sees all keys.
     __device__ static constexpr uint32 all(int w) {
         uint32 bits = 0;
         for (int n = w * 16; n < min(w * 16 + 16, PAIRS); ++n)
@@ -47,16 +48,17 @@ struct KeyBits {
         return warp_any(bits != 0);
     }
 
-    // Of two 16-bit values that go with pair n, those whose key has its bit; zeros for the others.
+    // Keeps those of two 16-bit values, of the keys of pair n, whose key has its bit. The others
+    // become zeros.
     __device__ __forceinline__ uint32 select(int n, uint32 values) const {
         return values & (words[n / 16] >> bit(n, 0) & 0x00010001u) * 0xffffu;
     }
-    // The same of an fp32 value that goes with one key.
+    // The same for the fp32 value of one key.
     __device__ __forceinline__ float select(int n, int e, float value) const {
         return has(n, e) ? value : 0.0f;
     }
 
-    // Only keys of [begin, end) stay, counted from the lane's first.
+    // Drops keys outside [begin, end), counted from the lane's first key.
     __device__ __forceinline__ void keep(int begin, int end) {
         KeyBits inside;
 #pragma unroll
@@ -71,7 +73,7 @@ struct KeyBits {
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) words[w] |= other.words[w];
     }
-    // Adds those of the lanes that have the same keys of other rows: every fourth one.
+    // Adds the bits of the lanes that have the same keys of other rows: every fourth lane.
     __device__ __forceinline__ void add_rows() {
 #pragma unroll
         for (int w = 0; w < WORDS; ++w)
@@ -80,7 +82,7 @@ struct KeyBits {
     }
 };
 
-// Without masks every key counts, and nothing is kept.
+// Without masks a row sees every key, and no bits are kept.
 template <int PAIRS>
 struct KeyBits<false, PAIRS> {
     __device__ __forceinline__ bool has(int, int) const { return true; }
@@ -95,8 +97,8 @@ struct KeyBits<false, PAIRS> {
 
 constexpr int MASK_CHUNK = 16;  // bytes, a key each
 
-// A bit for each of 16 bytes that is not 0: byte i of the result has those of bytes i, i + 4,
-// i + 8, i + 12 of the chunk, from its lowest bit on.
+// Returns a bit for each of 16 bytes: whether the byte is not 0. Byte i of the result has the bits
+// of bytes i, i + 4, i + 8, i + 12 of the chunk, from its lowest bit on.
 __device__ __forceinline__ uint32 chunk_bits(const uint4& chunk) {
     const uint32 x[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
     uint32 bits = 0;
@@ -109,9 +111,10 @@ __device__ __forceinline__ uint32 chunk_bits(const uint4& chunk) {
     return bits;
 }
 
-// The bits of a row's pairs, 16 at most: one word of KeyBits. Each of the four lanes that share the
-// row reads a chunk of its first 64 keys, and one of the second 64; then they exchange. read(i):
-// the i-th chunk. Lane `quad` of the four has the keys 2 quad and 2 quad + 1 of every 8.
+// Returns the bits of a row's pairs, 16 at most: one word of KeyBits. Each of the four lanes that
+// share the row reads a chunk of the first 64 keys and a chunk of the second 64; then they exchange
+// them. read(i) returns the i-th chunk. Lane `quad` of the four has the keys 2 quad and 2 quad + 1
+// of every 8.
 template <typename Read>
 __device__ __forceinline__ uint32 mask_chunks(int quad, int pairs, Read read) {
     uint32 mine = 0;
@@ -120,9 +123,9 @@ __device__ __forceinline__ uint32 mask_chunks(int quad, int pairs, Read read) {
         const int chunk = half * 4 + quad;
         if (pairs % 8 == 0 || chunk * 2 < pairs) mine |= chunk_bits(read(chunk)) << 4 * half;
     }
-    // Byte 8 a + 4 b + 2 c + e of a chunk is this lane's where 2 b + c = quad, and key e of the
-    // chunk's pair a. So it is bit 2 a + b of byte 2 c + e of `mine`; of the second 64 keys, 4 bits
-    // higher.
+    // Byte 8 a + 4 b + 2 c + e of a chunk is key e of the chunk's pair a, of the lane for which 2 b
+    // + c = quad. So its bit is bit 2 a + b of byte 2 c + e of `mine`, or 4 bits higher if it is
+    // one of the second 64 keys.
     uint32 part[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

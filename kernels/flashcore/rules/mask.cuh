@@ -23,7 +23,7 @@ struct Mask {
         return LEFT ? max(0, query + left) : 0;
     }
 
-    // One past the last key that the query sees; not above row_begin if it sees none.
+    // One past the last key that the query sees; not above row_begin if it sees no key.
     __device__ __forceinline__ int row_end(int query) const {
         return RIGHT ? min(seqlen_kv, query + right + 1) : seqlen_kv;
     }
@@ -32,10 +32,10 @@ struct Mask {
         return key < row_end(query) && (!LEFT || key >= row_begin(query));
     }
 
-    // Whether some query of [first_query, last_query] misses some key of [first_key, end_key): only
+    // Whether some query of [first_query, last_query] misses some key of [first_key, end_key). Only
     // such tiles pay for the comparisons in visible().
-    __device__ __forceinline__ bool cuts(int first_query, int last_query, int first_key,
-                                         int end_key) const {
+    __device__ __forceinline__ bool needs_mask(int first_query, int last_query, int first_key,
+                                               int end_key) const {
         return end_key > row_end(first_query) || (LEFT && first_key < row_begin(last_query));
     }
 };

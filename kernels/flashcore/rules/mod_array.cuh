@@ -1,4 +1,4 @@
-// mod_array.cuh - what a generated mods.cuh is written in.
+// mod_array.cuh - the arrays that a generated mods.cuh indexes.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/convert.cuh>
@@ -6,7 +6,7 @@
 
 namespace flashcore {
 
-// An array of mod_args, indexed by element in C order. 16-bit floats come as float.
+// An array of mod_args, indexed by element in C order. A 16-bit float is read as a float.
 template <typename T>
 struct ModArray {
     const T* data;

@@ -1,6 +1,6 @@
-// mods.cuh - the user's score_mod and mask_mod. This file stands where a call has none; where it
-// has, jit.py puts a generated header of this name in its place, with the user's expressions as
-// these two functions' results and every mod_args array as a variable that is indexed by element.
+// mods.cuh - the user's score_mod and mask_mod, for calls that have none. For other calls jit.py
+// puts a generated header of this name in its place: there the user's expressions are the results
+// of these two functions, and every array of mod_args is a variable that is indexed by element.
 #pragma once
 #include <flashcore/rules/mod_array.cuh>
 

@@ -31,9 +31,9 @@ constexpr int SCORE_RULES =
     CAPPING_RULES | RULE_ALIBI | RULE_BIAS | RULE_BIAS_FP32 | RULE_SCORE_MOD | RULE_SCALE_FIRST;
 constexpr int HIDING_RULES = RULE_MASK | RULE_MASK_MOD;
 
-// tanh by one exponential: off by 1e-7, where tanh.approx is off by 5e-4. That is 1e-7 of the cap,
-// and for fp32 inputs too much. WIDE: the cap may be so high that it is too much of the score; near
-// 0, where it would be, Taylor's series to x^7 is off by 4e-7 of x.
+// tanh by one exponential is off by 1e-7, where tanh.approx is off by 5e-4. That is 1e-7 of the
+// cap, which is too much for fp32 inputs. WIDE: the cap may be so high that it is too much of the
+// score, too. That is so near 0, where Taylor's series to x^7 is off by 4e-7 of x.
 template <typename T, bool WIDE>
 __device__ __forceinline__ float tanh_for(float x) {
     if constexpr (sizeof(T) == 4) return tanhf(x);
@@ -62,11 +62,11 @@ struct RowRules {
 
     const AttentionParams& params;
     int batch, head, query;
-    int last_key;  // of the sequence: what lies beyond is not looked up
+    int last_key;  // of the sequence: keys behind it are not looked up
     int position;  // the key index of the query's own position
     float slope;
-    const Bias* gBias;  // the row's
-    const uint8* gMask;
+    const Bias* gBias;   // the row's bias of key 0
+    const uint8* gMask;  // the row's mask of key 0
 
     __device__ __forceinline__ RowRules(const AttentionParams& p, int batch, int head, int query,
                                         int seqlen_q, int seqlen_kv, int diagonal)
@@ -83,8 +83,8 @@ struct RowRules {
         if constexpr (RULES & RULE_MASK) gMask = p.mask + row_offset(p.mask_strides);
     }
 
-    // From q . k of keys `key` and key + 1 to their scores in natural units. MASKED: there may be
-    // no such key in the sequence; then the score is that of the last one, for the mask to hide.
+    // Turns q . k of keys `key` and key + 1 into their scores in natural units. MASKED: there may
+    // be no such key in the sequence; then its score is the last key's, and the mask hides it.
     template <bool MASKED>
     __device__ __forceinline__ void change(float (&s)[2], int key) const {
         const int keys[2] = {inside<MASKED>(key), inside<MASKED>(key + 1)};
@@ -104,8 +104,8 @@ struct RowRules {
         }
     }
 
-    // Which keys the boolean mask and mask_mod, and where MASKED the position, let the query see,
-    // of a lane's pairs of keys from `key` on. UNROLL steps of 16 keys are looked up at a time. All
+    // Returns which of a lane's pairs of keys from `key` on the query sees, by the boolean mask and
+    // mask_mod; MASKED: by its position, too. UNROLL steps of 16 keys are looked up at a time. All
     // lanes take part.
     template <bool MASKED, int PAIRS, int UNROLL, typename PositionMask>
     __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> visible(const PositionMask& mask,
@@ -114,7 +114,7 @@ struct RowRules {
         if constexpr (LOOKS_UP_KEYS) {
 #pragma unroll(UNROLL)
             for (int step = 0; step < PAIRS / 2; ++step) {
-                // Where the step's first bit is; the others are as far from it in every step.
+                // The step's first bit. The other bits are as far from it in every step.
                 const int first = 8 * (step / 2 % 2) + 4 * (step / 4 % 2) + step % 2;
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
@@ -145,7 +145,7 @@ struct RowRules {
         return bits;
     }
 
-    // Whether the mask and mask_mod let the query see a key, which may not exist.
+    // Whether the mask and mask_mod let the query see a key. The key need not exist.
     __device__ __forceinline__ bool sees(int key) const {
         bool seen = true;
         if constexpr (RULES & RULE_MASK)
@@ -184,8 +184,8 @@ struct RowRules {
         return batch * s.batch + head * s.head + query * s.row;
     }
 
-    // Pairs are only promised where rows hold an even number of keys, so a pair that begins inside
-    // is all inside.
+    // PAIRS is promised only where rows hold an even number of keys, so a pair that begins inside a
+    // row ends inside it.
     template <bool MASKED, bool PAIRS, typename E>
     __device__ __forceinline__ void load_two(float (&x)[2], const E* gRow,
                                              const BroadcastStrides& s, int key) const {

@@ -1,5 +1,5 @@
-// schedule.cuh - what a thread block works on: which sequence, head and rows of queries, and which
-// part of the keys.
+// schedule.cuh - what a CTA works on: which sequence, head and rows of queries, and which part of
+// the keys.
 //
 // Consecutive blocks share a head, or a section of heads, so that their K and V stay in L2 while
 // they are read again. Where the last queries see the most keys they come first, so that no long
@@ -12,12 +12,12 @@
 
 namespace flashcore {
 
-// What the rows of a packed batch have for a batch that lie in none of its sequences.
+// The `batch` of rows of a packed batch that lie in none of its sequences.
 constexpr int NO_SEQUENCE = -1;
 
 struct Work {
     int batch;
-    int head;  // of q; of k and v where a group of heads is packed into a tile
+    int head;  // of q; where a group of heads is packed into a tile, of k and v
     int head_kv;
     int first_row;  // a row is a query, or in a packed group query * group + head of the group
     int split;      // which part of the keys
@@ -27,7 +27,7 @@ struct Work {
     int group;                // rows per query: heads packed, else 1
 };
 
-// A row of the tile as a query; `valid` if there is one.
+// The query that a row of the tile is; `valid`: whether it exists.
 struct QueryRow {
     int query, head;
     bool valid;
@@ -39,7 +39,8 @@ __device__ __forceinline__ int query_of(const Work& w, int row) {
     return PACK_GQA ? (w.first_row + row) / w.group : w.first_row + row;
 }
 
-// The last one that exists of those before row `end`; one less than the first if none does.
+// The last query that exists among the rows before `end`; one less than the first query if none
+// exists.
 template <bool PACK_GQA>
 __device__ __forceinline__ int last_query_of(const Work& w, int end) {
     return min(query_of<PACK_GQA>(w, end - 1), w.seqlen_q - 1);
@@ -58,9 +59,9 @@ __device__ __forceinline__ QueryRow query_row(const Work& w, int row) {
 // keys. Values that lead outside are clamped: the host cannot check them without waiting for the
 // GPU.
 //
-// Pieces are cut into blocks of block_m rows: piece n starts at block floor(its first row /
-// block_m) + n, which leaves it enough blocks wherever it starts, and one more at most. So a block
-// finds its piece from cu_seqlens alone.
+// Pieces are cut into blocks of block_m rows. Piece n starts at block floor(its first row /
+// block_m) + n, which leaves it enough blocks wherever it starts, and at most one too many. So a
+// block finds its piece from cu_seqlens alone.
 struct PackedBatch {
     const int* cu_seqlens;
     int sequences, total, rows_per_query, block_m;
@@ -82,8 +83,8 @@ struct PackedBatch {
         return int(int64(start(piece)) * rows_per_query / block_m) + piece;
     }
 
-    // The last piece that does not start behind `block`. All lanes of the warp search, each trying
-    // one of 32 evenly spaced pieces.
+    // Returns the last piece that does not start behind `block`. All lanes of the warp search: each
+    // lane tries one of 32 evenly spaced pieces.
     __device__ __forceinline__ int find(int block) const {
         const int lane = thread_index() % WARP_SIZE;
         int first = 0, count = pieces();
@@ -98,12 +99,12 @@ struct PackedBatch {
     }
 };
 
-// The same blocks in another order: of every `section` heads first all longest blocks, then all
-// second longest, and so on, so that what is left at the end is short. Not of all heads at once:
-// K and V of a section stay in L2.
+// Deals out the same blocks in another order: the longest blocks of all heads of a section come
+// first, then their second longest ones, and so on, so that what is left at the end is short. A
+// section is not all heads at once, so that its K and V stay in L2.
 template <bool VARLEN>
-__device__ __forceinline__ void take_turns(const AttentionParams& p, int heads, int index,
-                                           int& head_index, int& nth_block) {
+__device__ __forceinline__ void deal_out_section(const AttentionParams& p, int heads, int index,
+                                                 int& head_index, int& nth_block) {
     const int section = index / (p.section * p.m_blocks), first = section * p.section;
     const int count = min(p.section, (VARLEN ? 1 : p.batch) * heads - first);
     index -= first * p.m_blocks;
@@ -115,8 +116,8 @@ struct TileRange {
     int begin, end;
 };
 
-// The tiles of BLOCK_N keys that some row of [first_row, end_row) of the block sees, or the work's
-// part of them, of `parts`; {0, 0} if there are none.
+// Returns the tiles of BLOCK_N keys that some row of [first_row, end_row) of the block sees; if
+// they are split into `parts`, the work's part of them; {0, 0} if there are none.
 template <int BLOCK_N, bool PACK_GQA, typename Mask>
 __device__ __forceinline__ TileRange tiles_seen(const Work& w, const Mask& mask, int first_row,
                                                 int end_row, int parts) {
@@ -132,8 +133,8 @@ __device__ __forceinline__ TileRange tiles_seen(const Work& w, const Mask& mask,
     return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
 }
 
-// Those of which every row of [first_row, end_row) that exists sees every key: what needs no
-// comparison of positions.
+// Returns the tiles of which every row of [first_row, end_row) that exists sees every key: they
+// need no comparison of positions.
 template <int BLOCK_N, bool PACK_GQA, typename Mask>
 __device__ __forceinline__ TileRange tiles_whole(const Work& w, const Mask& mask, int first_row,
                                                  int end_row) {
@@ -146,15 +147,16 @@ struct BlockPart {
     int block, split;
 };
 
-// Number `index` of the parts of `blocks` blocks of rows: all first parts, then all second ones.
-// The last parts of the rows are the shortest, and this way no multiprocessor gets only long ones.
+// Returns part number `index` of `blocks` blocks of rows: all first parts come before all second
+// parts. The last parts of the rows are the shortest, and this way no multiprocessor gets only long
+// ones.
 __device__ __forceinline__ BlockPart block_part(int index, int blocks) {
     const int split = index / blocks;
     return {index - split * blocks, split};
 }
 
-// The work on a part of a block of rows; false if there is none, which only happens in packed
-// batches.
+// Finds the work on a part of a block of rows. Returns false if there is none, which only happens
+// in packed batches.
 template <bool LAST_FIRST, bool VARLEN, bool PACK_GQA>
 __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m, Work& w,
                                           BlockPart part) {
@@ -164,7 +166,7 @@ __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m,
     int head_index = p.m_blocks == 1 ? part.block : part.block / p.m_blocks;
     int nth_block = part.block - head_index * p.m_blocks;
     if (LAST_FIRST && p.section > 1)
-        take_turns<VARLEN>(p, heads, part.block, head_index, nth_block);
+        deal_out_section<VARLEN>(p, heads, part.block, head_index, nth_block);
     int m_block = LAST_FIRST ? p.m_blocks - 1 - nth_block : nth_block;
     w.group = PACK_GQA ? p.group : 1;
     w.batch = VARLEN || p.batch == 1 ? 0 : head_index / heads;

@@ -1,5 +1,6 @@
 // tile_scheduler.cuh - what the CTAs of a persistent kernel do next. One warp of each CTA claims
-// blocks of rows, finds out what they are, and hands them, as work tiles, to the warps that compute.
+// blocks of rows, finds out what they are, and hands them, as work tiles, to the warps that
+// compute.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/pipeline/mbarrier_pipeline.cuh>
@@ -41,15 +42,15 @@ __device__ __forceinline__ void push(WorkQueue& queue, WorkState& state, const W
 
 // Claims the next block that no CTA has claimed yet, and returns its number; returns `blocks` if
 // there is none. One warp does this. The first grid_size() blocks are claimed by the launch: CTA i
-// has block i. If these are all blocks, no CTA asks. Otherwise all CTAs together ask `blocks` times,
-// once for each block that they have worked on; the one that gets the last answer sets the counter
-// back to 0 for the next launch.
+// has block i. If these are all blocks, no CTA asks. Otherwise all CTAs together ask `blocks`
+// times, once for each block that they have worked on; the one that gets the last answer sets the
+// counter back to 0 for the next launch.
 __device__ __forceinline__ int claim_block(const AttentionParams& p, int blocks) {
     if (grid_size() >= blocks) return blocks;
     int claimed = 0;
     if (thread_index() % WARP_SIZE == 0) {
-        claimed = atomic_add(p.split_arrivals, 1);
-        if (claimed == blocks - 1) *p.split_arrivals = 0;
+        claimed = atomic_add(&counters_of(p).claimed, 1);
+        if (claimed == blocks - 1) counters_of(p).claimed = 0;
     }
     return min(int(grid_size()) + shfl(claimed, 0), blocks);
 }

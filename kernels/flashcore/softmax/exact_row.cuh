@@ -1,7 +1,7 @@
-// exact_row.cuh - a row of queries again, key after key in fp32, where the fast loops cannot be
-// trusted with it: its scores are so far from 0 that what they subtract is off (online_softmax.cuh). No
-// tensor cores: a whole loop for what hardly ever happens, so that the loops that always run have
-// nothing for it.
+// exact_row.cuh - does a row of queries again, key after key in fp32, where the fast loops cannot
+// be trusted with it: its scores are so far from 0 that what they subtract is off
+// (online_softmax.cuh). It has no tensor cores. It is a loop of its own for what hardly ever
+// happens, so that the loops that always run carry nothing for it.
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/params.cuh>
@@ -21,18 +21,18 @@ struct KeySpan {
 };
 
 // Four lanes have the row, as mma.sync and wgmma leave it: of every 8 columns each has two. All
-// lanes of the warp take part, for their own rows. One whose scores are not that far stays as the
+// lanes of the warp take part, for their own rows. A row whose scores are not that far stays as the
 // loop left it, to the bit: which rows are its neighbours must not matter.
 template <typename T, int RULES, int GATE, int DIM_QK, typename PositionMask>
 struct ExactRow {
     const AttentionParams& params;
     const Work& work;
     const PositionMask& mask;
-    QueryRow q;  // one that does not exist is computed as the last that does
+    QueryRow q;  // if it does not exist, the last one that does is computed instead
     RowRules<T, RULES> rules;
     GateRow<GATE> gate;
 
-    // The scores of keys `key` (even) and key + 1; -inf where hidden.
+    // Finds the scores of keys `key` (even) and key + 1; -inf if a key is hidden.
     __device__ __forceinline__ void scores(float (&s)[2], bool (&seen)[2], int key) const {
         const int query = min(q.query, work.seqlen_q - 1);
         const T* const gQ =
@@ -54,9 +54,9 @@ struct ExactRow {
         }
     }
 
-    // m, l and, of COLS columns of V from first_col on, O: over the keys for which has(key), two at
-    // a time. sums(key): whether the key counts in this warp's l. o(n, e): this lane's e-th of
-    // columns 8 n to 8 n + 7. Returns whether the row was done again.
+    // Finds m, l, and O in COLS columns of V from first_col on, over the keys for which has(key),
+    // two at a time. sums(key): whether the key counts in this warp's l. o(n, e): this lane's e-th
+    // column of columns 8 n to 8 n + 7. Returns whether the row was done again.
     template <int COLS, typename Has, typename Sums, typename Columns>
     __device__ __forceinline__ bool attend(RowState& row, const KeySpan& keys, int first_col,
                                            int valid_cols, Has has, Sums sums, Columns o) const {
@@ -88,7 +88,7 @@ struct ExactRow {
                 if (!again) continue;
                 gate.probability(key + e, p);
                 if (!seen[e]) continue;  // what the key's row of V holds must not matter
-                if (quad == 0 && sums(key)) row.sum += p;  // one lane's: they are added up later
+                if (quad == 0 && sums(key)) row.sum += p;  // one lane's: lanes are summed later
                 const T* const gV = key_row(params.v, params.v_strides, key + e) + first_col;
 #pragma unroll
                 for (int n = 0; n < COLS / 8; ++n)
@@ -103,7 +103,7 @@ struct ExactRow {
     }
 
   private:
-    // Of a key that does not exist, the last one that does.
+    // The row of a key; of the last key if it does not exist.
     __device__ __forceinline__ const T* key_row(const void* base, const Strides& strides,
                                                 int key) const {
         return head_row<T>(base, strides, work.batch, work.head_kv,

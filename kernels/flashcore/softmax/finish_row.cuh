@@ -9,8 +9,8 @@
 
 namespace flashcore {
 
-// What m is multiplied by: to log2 units, as the exponents take it; and to natural units. Without
-// score rules the scores are still raw products.
+// What m is multiplied by: the first gives log2 units, which the exponents take, the second natural
+// units. Without score rules the scores are still raw products.
 template <int RULES>
 __device__ __forceinline__ float exponent_scale(const AttentionParams& p) {
     return RULES & SCORE_RULES ? LOG2_E : p.scale_log2;
@@ -20,7 +20,7 @@ __device__ __forceinline__ float natural_scale(const AttentionParams& p) {
     return RULES & SCORE_RULES ? 1.0f : p.softmax_scale;
 }
 
-// Returns the factor for O. One of the threads that have the row writes the LSE.
+// Returns the factor for O. writes_lse: one of the threads that have the row writes its LSE.
 template <int RULES, int GATE>
 __device__ __forceinline__ float finish_row(const AttentionParams& p, const Work& w,
                                             const QueryRow& q, const GateRow<GATE>& gate,

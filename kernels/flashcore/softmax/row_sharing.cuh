@@ -1,7 +1,7 @@
 // row_sharing.cuh - WARPS_D warps have the same rows: for heads that are too wide for one warp's
-// registers, or that leave a warp only 16 rows, which take twice the reads of 32 from shared memory.
-// Each warp computes the scores of its part of the keys and the output of its part of the columns,
-// so they tell each other the rows' maxima and all of P, through shared memory.
+// registers, or that leave a warp only 16 rows, which take twice the reads of 32 from shared
+// memory. Each warp computes the scores of its part of the keys and the output of its part of the
+// columns, so they tell each other the rows' maxima and all of P, through shared memory.
 #pragma once
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
@@ -82,7 +82,8 @@ struct RowSharing {
     }
 };
 
-// Which keys of a tile the warps that share rows see together, PAIRS pairs of a lane from each warp.
+// Which keys of a tile the warps that share rows see together, PAIRS pairs of a lane from each
+// warp.
 template <bool HIDES_KEYS, int WARPS_D, int PAIRS>
 struct SeenOfAll {
     KeyBits<HIDES_KEYS, PAIRS> of[WARPS_D];

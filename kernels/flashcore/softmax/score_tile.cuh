@@ -1,9 +1,9 @@
-// score_tile.cuh - what a tile of scores goes through after Q K^T, a row at a time: rules and masks,
-// the row's maximum, exponentials with a given shift.
+// score_tile.cuh - what a tile of scores goes through after Q K^T, a row at a time: rules and
+// masks, the row's maximum, exponentials with a given shift.
 //
-// It is the same for mma.sync and wgmma, since both leave a row to four neighbouring lanes: of every
-// 8 keys, lane l has keys 2 (l % 4) and 2 (l % 4) + 1. A caller says where: row(n, e) refers to the
-// score of key 8 n + e, counted from the lane's first key.
+// It is the same for mma.sync and wgmma, since both leave a row to four neighbouring lanes: of
+// every 8 keys, lane l has keys 2 (l % 4) and 2 (l % 4) + 1. A caller says where: row(n, e) refers
+// to the score of key 8 n + e, counted from the lane's first key.
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/params.cuh>

@@ -1,5 +1,5 @@
-// warp_rows.cuh - what one warp knows of its rows: m, l and O, in mma fragments. And how the partials
-// of warps and CTAs that have different keys of the same rows are merged.
+// warp_rows.cuh - what one warp knows of its rows: m, l and O, in mma fragments. And how the
+// partials of warps and CTAs that have different keys of the same rows are merged.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/global.cuh>
@@ -40,8 +40,8 @@ struct WarpRows {
             for (int half = 0; half < 2; ++half) state[m][half].sum = sum[m][half];
     }
 
-    // Calls put(i, value) for i = 0 ... VALUES - 1. Leaves out each 8 rows that all lie at or behind
-    // row `end` of the warp.
+    // Calls put(i, value) for i = 0 ... VALUES - 1. Leaves out each 8 rows that all lie at or
+    // behind row `end` of the warp.
     template <typename Put>
     __device__ __forceinline__ void publish(int end, Put put) const {
         int i = 0;
@@ -60,8 +60,8 @@ struct WarpRows {
         }
     }
 
-    // Adds the partials of another warp: get(i) returns what publish put there. scale: of the maxima,
-    // to log2 units.
+    // Adds the partials of another warp: get(i) returns what publish put there. scale: of the
+    // maxima, to log2 units.
     template <typename Get>
     __device__ __forceinline__ void merge(int end, float scale, Get get) {
         int i = 0;

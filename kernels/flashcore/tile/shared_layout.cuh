@@ -25,10 +25,10 @@ struct SharedLayout {
     static constexpr int LD = SWIZZLED ? PANEL : COLS + CHUNK;                 // from row to row
     static constexpr int SIZE = COLS / PANEL * ROWS * LD;
     static constexpr int BYTES = SIZE * int(sizeof(T));
-    // Rows that many apart have their chunks in the same places.
+    // Rows that are so many rows apart have their chunks in the same order.
     static constexpr int PERIOD = SWIZZLED ? 8 : 1;
 
-    // Element (row, col), from the tile's first one. Unsigned: / and % are shifts and masks.
+    // The index of element (row, col). Unsigned: / and % are shifts and masks.
     __device__ static __forceinline__ uint32 element(uint32 row, uint32 col) {
         if constexpr (SWIZZLED) {
             const uint32 chunk = col % PANEL / CHUNK ^ row / (64 / PANEL) % (PANEL / CHUNK);
@@ -38,9 +38,9 @@ struct SharedLayout {
         }
     }
 
-    // From element (r, c) to element (r + rows, c + cols), where `rows` is a multiple of PERIOD,
-    // `cols` one of CHUNK, and c has no bit in common with cols within a panel. With constants,
-    // one xor at most: the rest is the instruction's offset.
+    // The way from element (r, c) to element (r + rows, c + cols). `rows` is a multiple of PERIOD
+    // and `cols` of CHUNK, and c has no bit in common with cols within a panel. With constants that
+    // is one xor at most: the rest is the instruction's offset.
     __device__ static __forceinline__ int step(int element, int rows, int cols) {
         if (!SWIZZLED) return element + rows * LD + cols;
         return (element ^ cols % PANEL) + (cols / PANEL * ROWS + rows) * LD;
@@ -52,8 +52,8 @@ struct SharedLayout {
         return (address ^ cols % PANEL * SIZE_OF) + (cols / PANEL * ROWS + rows) * LD * SIZE_OF;
     }
 
-    // The first column of the i-th step of 16 columns, in an order that takes those with the same
-    // xor one after the other: fewer addresses to keep.
+    // The first column of the i-th step of 16 columns. Steps with the same xor come one after the
+    // other, so that there are fewer addresses to keep.
     __device__ static __forceinline__ constexpr int nth_step(int i) {
         constexpr int PANELS = COLS / PANEL;
         return i % PANELS * PANEL + i / PANELS * 16;

@@ -1,5 +1,5 @@
-// tile_copy.cuh - tiles between global and shared memory: rows x columns, padded rows, zero-filled
-// edges, loads as wide as the alignment allows.
+// tile_copy.cuh - tiles from global to shared memory by all threads of a CTA: loads as wide as the
+// alignment allows, zeros where there are no rows or columns.
 #pragma once
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/cp_async.cuh>
@@ -31,9 +31,9 @@ __host__ __device__ constexpr int common_power_of_two(int a, int b) {
     return n;
 }
 
-// How the threads of a block share out the pieces of a tile, for the loads of a main
-// loop: a thread has the same columns in every ROWS_PER_PASS-th row, so one address and constant
-// steps reach all its pieces, and a tile that is all inside needs no comparison at all.
+// How the threads of a CTA share out the pieces of a tile, for the loads of a main loop. A thread
+// has the same columns in every ROWS_PER_PASS-th row, so one address and constant steps reach all
+// its pieces, and a tile whose rows all exist needs no comparison at all.
 template <typename Layout, int VALID_COLS, int BYTES, int THREADS>
 struct TileCopy {
     using T = typename Layout::Element;
@@ -43,14 +43,16 @@ struct TileCopy {
     static constexpr int COLS_PER_PASS = THREADS_PER_ROW * VEC;
     static constexpr int ROWS_PER_PASS = THREADS / THREADS_PER_ROW;
     static constexpr int PASSES = div_up(ROWS, ROWS_PER_PASS);
-    // Narrow pieces, or few threads: each place in shared memory is found anew.
+    // Whether constant steps do for shared memory. If not (narrow pieces, few threads), each
+    // address is found anew.
     static constexpr bool STEPS = ROWS_PER_PASS % Layout::PERIOD == 0 &&
                                   (!Layout::SWIZZLED || COLS_PER_PASS % Layout::PANEL == 0);
     static_assert(VALID_COLS % VEC == 0, "a copy is all inside or all outside");
     static constexpr bool ASYNC = BYTES >= 4;  // otherwise through registers
 
-    // Starts copying rows [first_valid, end_valid) from gTile; other rows and columns become zeros,
-    // as in load_tile.
+    // Starts copying rows [first_valid, end_valid) from gTile. Other rows and columns become zeros:
+    // a masked probability is 0, but 0 * NaN is not, so what lies outside must not reach shared
+    // memory.
     __device__ static __forceinline__ void load(T* sTile, const T* gTile, int64 row_stride,
                                                 int first_valid, int end_valid) {
         if (first_valid <= 0 && end_valid >= ROWS) {
@@ -63,7 +65,8 @@ struct TileCopy {
     // Whether a thread reaches all its pieces from the first one: see load_all.
     static constexpr bool BY_PIECES = STEPS && ROWS % ROWS_PER_PASS == 0 && BYTES >= 8;
 
-    // This thread's first piece, of the tile that begins at row first_row of gRows, and its place.
+    // This thread's first piece of the tile that begins at row first_row of gRows, and the shared
+    // address where it goes.
     __device__ static __forceinline__ const T* first_piece(const T* gRows, int64 row_stride,
                                                            int first_row) {
         const int thread = thread_index_anew();
@@ -75,7 +78,8 @@ struct TileCopy {
         return shared_address(
             sTile + Layout::element(thread / THREADS_PER_ROW, thread % THREADS_PER_ROW * VEC));
     }
-    // The tile whose first piece lies at `source` and belongs at `place`; all its rows are valid.
+    // Starts copying a tile all of whose rows are valid. Its first piece lies at `source` and goes
+    // to `place`.
     __device__ static __forceinline__ void load_all(uint32 place, const T* source,
                                                     int64 row_stride) {
         const int first_col = thread_index_anew() % THREADS_PER_ROW * VEC;
@@ -124,8 +128,8 @@ struct TileCopy {
     }
 };
 
-// Loads rows that lie anywhere: row_of(row, valid) gives the address of a row's first element and
-// sets whether there is one. Otherwise as load_tile.
+// Starts copying rows that lie anywhere: row_of(row, valid) returns the address of a row's first
+// element and sets whether the row exists. Other rows and columns become zeros.
 template <typename Layout, int VALID_COLS, int BYTES, int THREADS, typename T, typename RowOf>
 __device__ __forceinline__ void gather_rows(T* sTile, RowOf row_of) {
     constexpr int VEC = BYTES / int(sizeof(T));

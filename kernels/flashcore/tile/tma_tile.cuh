@@ -7,13 +7,13 @@
 
 namespace flashcore {
 
-// Where a tile lies in a tensor map: its first row, and what it has in common.
+// Where a tile lies in a tensor map: its first row, and the head and batch of all its rows.
 struct TileBox {
     const TensorMap* map;
     int row, head, batch;
 };
 
-// Starts the copies of a whole tile, panel by panel, in boxes of BOX_ROWS rows; by one warp.
+// Starts the copies of a whole tile, panel by panel, in boxes of BOX_ROWS rows. One warp does this.
 template <typename Layout, int BOX_ROWS, typename T>
 __device__ __forceinline__ void load_tile_tma(T* sTile, uint64* full, const TileBox& box,
                                               uint64 policy) {
@@ -27,11 +27,11 @@ __device__ __forceinline__ void load_tile_tma(T* sTile, uint64* full, const Tile
                         panel * Layout::PANEL, box.row + r, box.head, box.batch, policy);
 }
 
-// Starts to store a tile of one box per panel that the warp has written, as a group.
+// Starts to store a tile that the warp has written, one box per panel, as a group.
 template <typename Layout, typename T>
 __device__ __forceinline__ void store_tile_tma(const T* sTile, const TileBox& box, uint64 policy) {
-    fence_proxy_async();
-    warp_sync();
+    fence_proxy_async();  // TMA sees what this lane has written
+    warp_sync();          // all lanes have written
     if (!elect_one()) return;
 #pragma unroll
     for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
@@ -40,10 +40,10 @@ __device__ __forceinline__ void store_tile_tma(const T* sTile, const TileBox& bo
     tma_store_commit();
 }
 
-// Before the warp writes the next one to the same place, or ends.
+// Waits until TMA has read the tile: before the warp writes the next tile over it, or ends.
 __device__ __forceinline__ void await_stored() {
     if (elect_one()) tma_store_wait();
-    warp_sync();
+    warp_sync();  // all lanes may write again
 }
 
 }  // namespace flashcore

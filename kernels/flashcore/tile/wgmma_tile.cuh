@@ -43,7 +43,7 @@ __device__ __forceinline__ void start_output(float (&rO)[LayoutV::COLS / 2],
     wgmma_commit();
 }
 
-// From probabilities, in S's place, to the A operand: a pair of one is a register of the other.
+// Packs probabilities, which lie where S was, as the A operand: a pair of them is one register.
 template <typename T, int STEPS>
 __device__ __forceinline__ void pack_p(uint32 (&rP)[STEPS][4], const float (&rS)[STEPS * 8]) {
 #pragma unroll
