@@ -119,7 +119,7 @@ def _hopper_merge_keys(problem: AttentionProblem, config: KernelConfig, parts: i
 
 
 def section(problem: AttentionProblem, config: KernelConfig, multiprocessors: int) -> int:
-    """Heads whose blocks take turns, the longest first; see ``deal_out_section`` in ``schedule.cuh``.
+    """Heads whose blocks are dealt out together; see ``deal_out_section`` in ``schedule.cuh``.
 
     As many as have their K and V in L2 together, or, of long sequences, as make up several rounds
     of blocks: there a few blocks of every head are under way at a time and share what they read.

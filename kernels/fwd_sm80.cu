@@ -48,23 +48,11 @@ namespace flashcore {
 
 // ---- the main loop: one tile of keys -----------------------------------------------------------
 
-struct Operands;
 __device__ __forceinline__ void pass_tile(const Context& c, Walk& walk, const TileStage& at,
                                           int tile);
 __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
                                                 int tile, const float (&shift)[FRAGMENTS_M][2],
                                                 const Bits& seen, uint32 p, uint32 v);
-
-// This lane's ldmatrix addresses of its warp's first operands, K's and V's in the first stage.
-struct Operands {
-    uint32 q, k, v, p;
-
-    __device__ __forceinline__ explicit Operands(const Context& c)
-        : q(Products::lane_q(c.smem.sQ, c.first_row())),
-          k(Products::lane_k(c.smem.sK[0], (c.warp_n + c.warp_d) * KEYS_PER_WARP)),
-          v(Products::lane_v(c.smem.sV[0], c.warp_n * KEYS_PER_WARP, c.warp_d * COLS_PER_WARP)),
-          p(c.smem.operand(c.first_row())) {}
-};
 
 __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& walk,
                                             const Operands& kept, int tile) {

@@ -159,7 +159,7 @@ def _device_name(path: Path) -> str:
 
 
 def _device_folder(name: str) -> str:
-    """"flashcore", one of the families, or "" for entry files and the configuration."""
+    """The first folder: flashcore, a family, or none for entry files and the configuration."""
     return name.rpartition("/")[0].partition("/")[0]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -110,7 +111,7 @@ def test_an_error_elsewhere_shows_no_expression() -> None:
     with pytest.raises(jit.CompileError) as caught:
         jit.compile_kernel(source, {**defines, "FC_SMEM_BYTES": 7}, arch, headers)
     assert caught.value.text is None
-    assert caught.value.path == str(kernels_dir() / source)
+    assert Path(caught.value.path).is_relative_to(kernels_dir())
 
 
 def test_an_unclosed_bracket_is_an_error_of_the_mods() -> None:

@@ -1,5 +1,5 @@
 // block_wide.cuh - wmma_fused.cu's block-wide softmax: scores, probabilities and O in shared
-// memory, the threads of a row anywhere in a warp.
+// memory.
 #pragma once
 #include <config.cuh>
 #include <flashcore/debug.cuh>
@@ -84,7 +84,7 @@ struct BlockWide {
                 const int d = c.warp_n + i * WARPS_N;
                 if (d >= TILES_D) break;
                 float* sO = c.smem.rows.sO + slab * LD + d * WMMA_DIM;
-                Accumulator rO[1];
+                Accumulator rO[1];  // 16 rows x 16 columns
                 wmma_load_c_row(rO[0], sO, LD);
                 accumulate_fragments<1, BLOCK_N, LD_S, LD>(
                     rO, reinterpret_cast<const T*>(c.smem.sS) + slab * LD_S,

@@ -36,9 +36,9 @@ static_assert(BLOCK_M % NUM_WARPS == 0, "every warp owns the same number of quer
 static_assert(NUM_STAGES == 1 && !CP_ASYNC && !WARP_SOFTMAX && !FP8, "none of these here");
 
 struct SharedStorage {
-    float sQ[BLOCK_M * DIM_QK];
-    float sK[BLOCK_N * LD_K];
-    float sV[BLOCK_N * DIM_V];
+    float sQ[BLOCK_M * DIM_QK];  // BLOCK_M x DIM_QK
+    float sK[BLOCK_N * LD_K];    // BLOCK_N x DIM_QK
+    float sV[BLOCK_N * DIM_V];   // BLOCK_N x DIM_V
 };
 static_assert(sizeof(SharedStorage) == FC_SMEM_BYTES, "config.py computes the same size");
 static_assert(sizeof(AttentionParams) == FC_PARAMS_BYTES, "launch.py packs the same struct");
@@ -57,8 +57,8 @@ __device__ __forceinline__ void load_rows(float* sTile, const T* gHead, int64 ro
 
 struct WarpRows {
     RowState state[ROWS];  // the same maximum in all lanes, each its own keys' part of the sum
-    float rO[ROWS][COLS];
-    int first_query;  // of this warp
+    float rO[ROWS][COLS];  // columns lane, lane + 32, ... of each row
+    int first_query;       // of this warp
     int lane;
 };
 

@@ -42,49 +42,7 @@
 
 namespace flashcore {
 
-// ---- loads -------------------------------------------------------------------------------------
-
-template <int ROWS, int DIM>
-__device__ __forceinline__ void load_rows(T* sTile, const void* base, const Strides& strides,
-                                          int batch, int head, int first_row, int seqlen) {
-    if constexpr (FP8) {
-        const e4m3_t* gTile =
-            head_pointer<e4m3_t>(base, strides, batch, head) + first_row * strides.row;
-        load_tile_e4m3<ROWS, HEAD_DIM, NUM_THREADS>(sTile, gTile, seqlen - first_row);
-    } else {
-        const T* gTile = head_pointer<T>(base, strides, batch, head) + first_row * strides.row;
-        load_tile<ROWS, HEAD_DIM, DIM, ALIGN_BYTES, NUM_THREADS, CP_ASYNC>(
-            sTile, gTile, strides.row, seqlen - first_row);
-    }
-}
-
-__device__ __forceinline__ void load_kv(const Context& c, int tile, int stage) {
-    const AttentionParams& p = c.params;
-    const int head_kv = kv_head(p, c.tile.head);
-    load_rows<BLOCK_N, DIM_QK>(c.smem.sK[stage], p.k, p.k_strides, c.tile.batch, head_kv,
-                               tile * BLOCK_N, p.seqlen_kv);
-    load_rows<BLOCK_N, DIM_V>(c.smem.sV[stage], p.v, p.v_strides, c.tile.batch, head_kv,
-                              tile * BLOCK_N, p.seqlen_kv);
-    if constexpr (CP_ASYNC) cp_async_commit();
-}
-
-// ---- S = Q K^T ---------------------------------------------------------------------------------
-
-__device__ __forceinline__ void compute_scores(const Context& c, int stage) {
-    const int first_key = c.warp_n * TILES_N * WMMA_DIM;
-    const T* sK = c.smem.sK[stage] + first_key * LD;
-#pragma unroll
-    for (int m = 0; m < ROWS_PER_WARP; m += WMMA_DIM) {
-        const int row = c.row_slab() + m;
-        Accumulator rS[TILES_N];
-        scores_fragments<TILES_N, HEAD_DIM, LD>(rS, c.smem.sQ + row * LD, sK);
-#pragma unroll
-        for (int n = 0; n < TILES_N; ++n)
-            wmma_store_d_row(c.smem.sS + row * LD_S + first_key + n * WMMA_DIM, rS[n], LD_S);
-    }
-}
-
-// ---- the algorithm -----------------------------------------------------------------------------
+// ---- the main loop -----------------------------------------------------------------------------
 
 template <typename Rows>
 __device__ __forceinline__ void attend(const Context& c, float v_scale) {
@@ -105,8 +63,8 @@ __device__ __forceinline__ void attend(const Context& c, float v_scale) {
             load_kv(c, tile, stage);
         }
         if constexpr (CP_ASYNC) cp_async_wait<0>();
-        // Everyone's copies of this tile (the first time: and of Q) are visible; with two stages,
-        // also: all are done with the previous tile, whose place the next one takes.
+        // All threads' copies of this tile are there (the first time also those of Q). With two
+        // stages all threads are done with the previous tile, too, which the next one overwrites.
         block_sync();
         if (NUM_STAGES == 2 && tile + 1 < num_tiles) load_kv(c, tile + 1, stage ^ 1);
         compute_scores(c, stage);

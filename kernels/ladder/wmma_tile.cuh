@@ -65,8 +65,8 @@ __device__ __forceinline__ void accumulator_rows(int (&rows)[8], float* sScratch
 // The warp's O in registers: 16 rows, multiplied row by row without knowing the fragment's layout.
 template <int NUM_D>
 struct RegisterOutput {
-    Accumulator rO[NUM_D];
-    int rows[8];
+    Accumulator rO[NUM_D];  // 16 rows x 16 columns each
+    int rows[8];            // the row of each element of an Accumulator
 
     // sFactor: one factor per row of the warp.
     __device__ __forceinline__ void scale_rows(const float* sFactor) {

@@ -42,14 +42,14 @@ static_assert(HEAD_DIM % WMMA_DIM == 0, "the head dim is whole fragments");
 static_assert(NUM_STAGES == 2 && !WARP_SOFTMAX && !FP8, "two stages, none of the others");
 
 struct ScoresStorage {
-    T sQ[BLOCK_M * LD];
-    T sK[BLOCK_N * LD];
+    T sQ[BLOCK_M * LD];  // BLOCK_M x HEAD_DIM
+    T sK[BLOCK_N * LD];  // BLOCK_N x HEAD_DIM
 };
 struct OutputStorage {
-    T sP[NUM_STAGES][BLOCK_M * LD_P];
-    T sV[NUM_STAGES][BLOCK_N * LD];
-    float sO[BLOCK_M * LD];
-    float sFactor[BLOCK_M];
+    T sP[NUM_STAGES][BLOCK_M * LD_P];  // BLOCK_M x BLOCK_N each
+    T sV[NUM_STAGES][BLOCK_N * LD];    // BLOCK_N x HEAD_DIM each
+    float sO[BLOCK_M * LD];            // BLOCK_M x HEAD_DIM, unnormalised
+    float sFactor[BLOCK_M];            // per row: 1 / l
 };
 union alignas(128) SharedStorage {
     ScoresStorage scores;
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
                 scratch_row(params, head_index, first_query) * params.cols_padded + first_key;
 #pragma unroll
     for (int m = warp_row; m < warp_row + ROWS_PER_WARP; m += WMMA_DIM) {
-        Accumulator rS[TILES_N];
+        Accumulator rS[TILES_N];  // 16 rows x 16 keys each
         scores_fragments<TILES_N, HEAD_DIM, LD>(rS, smem.sQ + m * LD, smem.sK + warp_col * LD);
 #pragma unroll
         for (int n = 0; n < TILES_N; ++n)
@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     const int warp = thread_index() / WARP_SIZE;
     const int warp_m = warp % WARPS_M * ROWS_PER_WARP, warp_n = warp / WARPS_M;
 
-    Accumulator rO[FRAGMENTS_M][TILES_D_PER_WARP][1];
+    Accumulator rO[FRAGMENTS_M][TILES_D_PER_WARP][1];  // 16 rows x 16 columns each
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
 #pragma unroll

@@ -17,7 +17,7 @@ __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
     c.smem.all_reduce(sum, c.first_row(), c.warp_d, c.rows_barrier(),
                       [](float a, float b) { return a + b; });
     rows.set_sums(sum);
-    // If a warp's rows of O do not lie over its own rows of Q, no warp may read Q any more.
+    // A warp's rows of O lie over its own rows of Q. Where they do not, all warps must have read Q.
     if (LayoutO::PANEL != LayoutQ::PANEL || LayoutO::LD != LayoutQ::LD) block_sync();
     const int first_col = c.warp_d * COLS_PER_WARP;
 #pragma unroll

@@ -74,15 +74,15 @@ static_assert(!SHARES_ROWS || (WARPS_N == 1 && !SPLIT_KV && NUM_STAGES == 1),
               "warps that share rows have one stage, and nothing to merge");
 
 struct Tiles {
-    T sQ[LayoutQ::SIZE > LayoutO::SIZE ? LayoutQ::SIZE
-                                       : LayoutO::SIZE];  // BLOCK_M rows of Q, then O
-    T sK[NUM_STAGES][LayoutK::SIZE];                      // BLOCK_N x HEAD_DIM each
-    T sV[NUM_STAGES][LayoutV::SIZE];                      // BLOCK_N x HEAD_DIM_V each
+    // BLOCK_M x HEAD_DIM; in the end O, BLOCK_M x HEAD_DIM_V.
+    T sQ[LayoutQ::SIZE > LayoutO::SIZE ? LayoutQ::SIZE : LayoutO::SIZE];
+    T sK[NUM_STAGES][LayoutK::SIZE];  // BLOCK_N x HEAD_DIM each
+    T sV[NUM_STAGES][LayoutV::SIZE];  // BLOCK_N x HEAD_DIM_V each
 };
 // The CTA's work lies here rather than in each thread: the main loop needs every register.
 struct alignas(128) SharedStorage : Tiles, Sharing, Seen {
-    Pipeline<2>
-        kv;  // one stage: barriers 0 are K's, 1 are V's; two stages: a pair for K and V each
+    // One stage: barriers 0 guard K, barriers 1 guard V. Two stages: a pair guards K and V of each.
+    Pipeline<2> kv;
     Work work;
     int arrived;       // parts of split rows that have arrived
     const T *gK, *gV;  // the sequence's first rows of the head
@@ -148,5 +148,16 @@ __device__ __forceinline__ Context context_anew(const AttentionParams& params,
             SHARES_ROWS ? column : 0,
             thread % WARP_SIZE};
 }
+
+// This lane's ldmatrix addresses of its warp's first operands, K's and V's in the first stage.
+struct Operands {
+    uint32 q, k, v, p;
+
+    __device__ __forceinline__ explicit Operands(const Context& c)
+        : q(Products::lane_q(c.smem.sQ, c.first_row())),
+          k(Products::lane_k(c.smem.sK[0], (c.warp_n + c.warp_d) * KEYS_PER_WARP)),
+          v(Products::lane_v(c.smem.sV[0], c.warp_n * KEYS_PER_WARP, c.warp_d * COLS_PER_WARP)),
+          p(c.smem.operand(c.first_row())) {}
+};
 
 }  // namespace flashcore

@@ -96,6 +96,7 @@ struct Consumer {
         of.release(smem.v);
     }
 
+    // Two warpgroups meet at a turn's barrier: one waits for its turn, the other passes it on.
     __device__ __forceinline__ void wait_turn() const {
         if (HAS_TURNS && takes_turns) named_barrier_sync(BARRIER_TURN + index, 2 * WARPGROUP);
     }

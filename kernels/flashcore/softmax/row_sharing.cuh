@@ -22,7 +22,7 @@ struct RowSharing {
         return first_row + m * 16 + half * 8 + thread_index() % WARP_SIZE / 4;
     }
 
-    // A barrier for the warps that share the rows.
+    // A barrier for the warps that share the rows: what they wrote before is there.
     __device__ __forceinline__ void sync(int barrier) const {
         named_barrier_sync(barrier, WARPS_D * WARP_SIZE);
     }

@@ -13,7 +13,7 @@ namespace flashcore {
 // A lane's rows are two of each 16-row fragment: lane / 4 and lane / 4 + 8.
 template <int FRAGMENTS_M, int TILES_D>
 struct WarpRows {
-    RowState state[FRAGMENTS_M][2];
+    RowState state[FRAGMENTS_M][2];  // of the lane's two rows of each fragment
     AccumulatorTile<FRAGMENTS_M, TILES_D> rO;
 
     // Floats of a lane: m, l and O of each of its rows.

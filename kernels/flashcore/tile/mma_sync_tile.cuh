@@ -56,12 +56,12 @@ __device__ __forceinline__ void multiply_qk(AccumulatorTile<FRAGMENTS_M, TILES_N
 #pragma unroll
     for (int i = 0; i < LayoutQ::COLS / 16; ++i) {
         const int d = LayoutQ::nth_step(i);
-        uint32 rQ[FRAGMENTS_M][4];
+        uint32 rQ[FRAGMENTS_M][4];  // 16 rows x 16 columns each
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m) ldmatrix_x4(rQ[m], LayoutQ::step_bytes(q, m * 16, d));
 #pragma unroll
         for (int n = 0; n < TILES_N; n += 2) {
-            uint32 rK[4];
+            uint32 rK[4];  // 16 keys x 16 columns
             ldmatrix_x4(rK, LayoutK::step_bytes(k, n * 8, d));
 #pragma unroll
             for (int m = 0; m < FRAGMENTS_M; ++m) {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void multiply_pv(AccumulatorTile<FRAGMENTS_M, TILES_D
                                             int step, const Seen& seen) {
 #pragma unroll
     for (int d = 0; d < TILES_D; d += 2) {
-        uint32 rV[4];
+        uint32 rV[4];  // 16 keys x 16 columns
         ldmatrix_x4_trans(rV, LayoutV::step_bytes(v, step * 16, d * 8));
 #pragma unroll
         for (int i = 0; i < 4; ++i) rV[i] = seen.select(step * 2 + i % 2, rV[i]);
