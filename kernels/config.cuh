@@ -1,6 +1,7 @@
 // config.cuh - the one place that reads the -DFC_* defines. A compiled kernel has exactly one
-// configuration, so everything below is a constant and branches on it are `if constexpr`.
-// Only entry files include this; building blocks take what they need as template values.
+// configuration, so everything below is a constant and branches on it are `if constexpr`. Entry
+// files and their pages include this; the building blocks of flashcore/ take what they need as
+// template values.
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/types.cuh>

@@ -165,7 +165,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROU
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
     const int warp = shfl(int(thread_index() / WARP_SIZE), 0);
     Scheduler scheduler(params);
-    // The next three take half a microsecond each, so three warps do them side by side.
+    // Three things take half a microsecond each, so three warps do them side by side.
     if (warp == 1) scheduler.begin(smem.work);
     if (thread_index() == 2 * WARP_SIZE) {
         smem.q.init(1, CONSUMERS * 4);  // the consumers' warps

@@ -26,7 +26,7 @@ static_assert(NUM_THREADS % BLOCK_M == 0 && WARP_SIZE % THREADS_PER_ROW == 0,
               "the threads of a softmax row sit in one warp");
 static_assert(!WARP_SOFTMAX || (WARPS_N == 1 && ROWS_PER_WARP == WMMA_DIM),
               "warp softmax: a warp owns 16 whole rows");
-static_assert(NUM_STAGES == 1 || NUM_STAGES == 2, "one stage, or two in turn");
+static_assert(NUM_STAGES == 1 || NUM_STAGES == 2, "one stage or two");
 
 // What only the block-wide softmax keeps in shared memory.
 struct BlockWideStorage {

@@ -39,9 +39,10 @@ struct TileStage {
 struct Walk {
     TileRange all;
     TileRange kept_whole;
-    const T *next_k, *next_v;  // this thread's first piece of the tile that is copied next
-    uint32
-        place;  // where that piece goes in K's first stage: as far from sV[0] in V's as from sK[0]
+    // This thread's first piece of the tile that is copied next; and the shared address where that
+    // piece goes in K's first stage. In V's it goes as far from sV[0] as from sK[0] in K's.
+    const T *next_k, *next_v;
+    uint32 target;
     static_assert(!KEEPS_COPIES || !CopyV::BY_PIECES ||
                       (LayoutK::PANEL == LayoutV::PANEL && LayoutK::LD == LayoutV::LD),
                   "K and V are copied alike");
@@ -51,7 +52,7 @@ struct Walk {
           kept_whole(whole_of(c)),
           next_k(CopyK::first_piece(c.smem.gK, c.params.k_strides.row, all.begin * BLOCK_N)),
           next_v(CopyV::first_piece(c.smem.gV, c.params.v_strides.row, all.begin * BLOCK_N)),
-          place(CopyK::first_place(c.smem.sK[0])) {}
+          target(CopyK::first_target(c.smem.sK[0])) {}
 
     // Whether some row of the block misses some key of the tile by its position.
     __device__ __forceinline__ bool needs_mask(const Context& c, int tile) const {
@@ -80,7 +81,7 @@ __device__ __forceinline__ void load_k(const Context& c, Walk& walk, int tile, i
     const int64 row_stride = c.params.k_strides.row;
     const int first_key = tile * BLOCK_N;
     if (KEEPS_COPIES && CopyK::BY_PIECES && walk.has_all_keys(tile)) {
-        CopyK::load_all(walk.place + stage * LayoutK::BYTES, walk.next_k, row_stride);
+        CopyK::load_all(walk.target + stage * LayoutK::BYTES, walk.next_k, row_stride);
     } else {
         CopyK::load(c.smem.sK[stage], c.smem.gK + first_key * row_stride, row_stride, 0,
                     c.mask().seqlen_kv - first_key);
@@ -94,7 +95,7 @@ __device__ __forceinline__ void load_v(const Context& c, Walk& walk, int tile, i
     const int64 row_stride = c.params.v_strides.row;
     const int first_key = tile * BLOCK_N;
     if (KEEPS_COPIES && CopyV::BY_PIECES && walk.has_all_keys(tile)) {
-        CopyV::load_all(walk.place + NUM_STAGES * LayoutK::BYTES + stage * LayoutV::BYTES,
+        CopyV::load_all(walk.target + NUM_STAGES * LayoutK::BYTES + stage * LayoutV::BYTES,
                         walk.next_v, row_stride);
     } else {
         CopyV::load(c.smem.sV[stage], c.smem.gV + first_key * row_stride, row_stride,

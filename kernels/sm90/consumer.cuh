@@ -25,14 +25,14 @@ struct Consumer {
     StateQ q;
     WorkState work;
     bool takes_turns;
-    Bits visible[2];  // which keys of the tile masks leave to each of the lane's rows
-    Bits seen;        // which keys some row of the warp sees
-    int tiles_synced;
-    RowState state[2];      // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
-    float rS[BLOCK_N / 2];  // element 4 n + 2 half + e: row `half`, key 8 n + 2 (lane % 4) + e
-    uint32 rP[STEPS][4];    // the same as T, pair by pair: the A operand of 16 keys each
-    float
-        rO[HEAD_DIM_V / 2];  // element 4 n + 2 half + e: row `half`, column 8 n + 2 (lane % 4) + e
+    Bits visible[2];    // which keys of the tile masks leave to each of the lane's rows
+    Bits seen;          // which keys some row of the warp sees
+    int tiles_synced;   // how often sync_seen_keys was called
+    RowState state[2];  // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
+    // Element 4 n + 2 half + e is of row `half`: of S key 8 n + 2 (lane % 4) + e, of O that column.
+    float rS[BLOCK_N / 2];
+    uint32 rP[STEPS][4];  // P as T, pair by pair: the A operand of 16 keys each
+    float rO[HEAD_DIM_V / 2];
 
     // ---- where this thread is ------------------------------------------------------------------
 

@@ -81,7 +81,8 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 }
 
 // Shows this thread's plain stores to shared memory to wgmma and TMA, and orders its plain reads
-// before their writes. By each thread that stored or read, before the barrier that tells of it.
+// before their writes. Each thread that stored or read does this before the barrier that tells of
+// it.
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -3,9 +3,9 @@
 // in a tensor map, which the host encodes (cuTensorMapEncodeTiled).
 //
 // A box of rows of 128, 64 or 32 bytes lands row after row, in the layout that ptx/wgmma.cuh
-// describes; its place is aligned to 1024, 512 or 256 bytes. Coordinates count elements and may be
-// negative. What lies outside the tensor arrives as zeros, and counts: a box has all of its bytes
-// wherever it is.
+// describes; it begins at a multiple of 1024, 512 or 256 bytes. Coordinates count elements and may
+// be negative. What lies outside the tensor arrives as zeros, and counts: a box has all of its
+// bytes wherever it is.
 #pragma once
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/warp.cuh>

@@ -25,7 +25,9 @@ struct WorkQueue {
     static constexpr int STAGES = 3;
     Pipeline<STAGES> pipeline;
     WorkTile tile[STAGES];
-    Pipeline<2> claims;  // a stage is full from a block's claim until all its tiles are asked for
+    // A block has a stage from its claim until all its copies have been started. Nobody waits for
+    // `full`.
+    Pipeline<2> claims;
 };
 using WorkState = PipelineState<WorkQueue::STAGES>;
 using ClaimState = PipelineState<2>;

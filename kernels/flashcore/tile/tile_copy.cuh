@@ -73,14 +73,14 @@ struct TileCopy {
         return gRows + (first_row + thread / THREADS_PER_ROW) * row_stride +
                thread % THREADS_PER_ROW * VEC;
     }
-    __device__ static __forceinline__ uint32 first_place(const T* sTile) {
+    __device__ static __forceinline__ uint32 first_target(const T* sTile) {
         const int thread = thread_index_anew();
         return shared_address(
             sTile + Layout::element(thread / THREADS_PER_ROW, thread % THREADS_PER_ROW * VEC));
     }
     // Starts copying a tile all of whose rows are valid. Its first piece lies at `source` and goes
-    // to `place`.
-    __device__ static __forceinline__ void load_all(uint32 place, const T* source,
+    // to `target`.
+    __device__ static __forceinline__ void load_all(uint32 target, const T* source,
                                                     int64 row_stride) {
         const int first_col = thread_index_anew() % THREADS_PER_ROW * VEC;
 #pragma unroll
@@ -88,7 +88,7 @@ struct TileCopy {
 #pragma unroll
             for (int col = 0; col < COLS; col += COLS_PER_PASS) {
                 const bool valid = VALID_COLS == COLS || first_col + col < VALID_COLS;
-                copy_async<BYTES>(Layout::step_bytes(place, pass * ROWS_PER_PASS, col),
+                copy_async<BYTES>(Layout::step_bytes(target, pass * ROWS_PER_PASS, col),
                                   valid ? source + col : source, valid);
             }
             source += ROWS_PER_PASS * row_stride;
