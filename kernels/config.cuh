@@ -77,9 +77,11 @@ constexpr int CLUSTER = FC_CLUSTER;     // of them that merge in each other's sh
 #define CLUSTER_DIMS
 #endif
 constexpr int GATE = FC_GATE;
-constexpr int ALIGN_BYTES = FC_ALIGN_BYTES;  // every row of q, k, v, o starts and ends on this
-constexpr int STAGED_COLS = FC_STAGED_COLS;  // columns of O that leave through shared memory
-constexpr int MIN_BLOCKS = FC_MIN_BLOCKS;    // blocks per multiprocessor to leave registers for
+constexpr int ALIGN_BYTES = FC_ALIGN_BYTES;    // every row of q, k, v, o starts and ends on this
+constexpr int STAGED_COLS = FC_STAGED_COLS;    // columns of O that leave through shared memory
+constexpr int MIN_BLOCKS = FC_MIN_BLOCKS;      // CTAs per multiprocessor to leave registers for
+constexpr int SMEM_BYTES = FC_SMEM_BYTES;      // as config.py reckons them
+constexpr int PARAMS_BYTES = FC_PARAMS_BYTES;  // of the struct that launch.py packs
 
 constexpr int NUM_WARPS = WARPS_M * WARPS_N * WARPS_D;
 constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
