@@ -86,7 +86,8 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     c.smem.all_reduce(max, c.first_row(), c.warp_d, c.rows_barrier(), fmaxf);
     if (NUM_STAGES == 1) wait_full(c, at, at.barriers_v);
     raise_maxima(c, rows, tile, max);
-    // Not sooner: slower warps still read what this overwrites (right after S: up to 8 % slower).
+    // This is late because slower warps still read what it overwrites: right after S it would be up
+    // to 8 % slower.
     if (tile + 1 < walk.all.end) fill_k(c, walk, tile + 1);
     multiply_values(c, rows, rS, tile, max, seen, first.p, first.v + at.stage * LayoutV::BYTES);
     release(c, at.barriers_v);

@@ -33,9 +33,10 @@ constexpr bool SHARES_ROWS = WARPS_D > 1;
 // A CTA with few tiles asks for its first V before its first K is there.
 constexpr bool EARLY_V = NUM_STAGES == 1 && SPLIT_KV;
 // What a thread finds once and keeps from tile to tile: where its copies are, the edges of the
-// mask, and the addresses of its operands. fp32 and CTAs of 512 threads have no registers for it.
-// With more than 256 threads per multiprocessor there are some for the copies from sm_90 on; with
-// fewer, for all but the operands, and from sm_90 on for these, too.
+// mask, and the addresses of its operands. With up to 256 threads per multiprocessor there are
+// registers for the copies and the edges, and from sm_90 on for the operands, too. With more
+// threads there are some for the copies alone, from sm_90 on. fp32 and CTAs of 512 threads have
+// none for any of these.
 constexpr bool HAS_ROOM = NUM_THREADS * MIN_BLOCKS <= 256;
 constexpr bool KEEPS_COPIES =
     sizeof(T) == 2 && NUM_THREADS <= 256 && (HAS_ROOM || CUDA_ARCH >= 900);

@@ -5,15 +5,15 @@
 
 namespace flashcore {
 
-// This thread block's number within its cluster.
+// This CTA's number within its cluster.
 __device__ __forceinline__ int cluster_rank() {
     uint32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return int(rank);
 }
 
-// Waits for all threads of the cluster that have not ended; what they wrote before, to whichever
-// shared memory, is there. By whole warps.
+// Waits for all threads of the cluster that have not ended. What they wrote before, to any shared
+// memory of the cluster, is there then. Whole warps call it together.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile(
         "barrier.cluster.arrive.release.aligned;\n"
@@ -21,8 +21,8 @@ __device__ __forceinline__ void cluster_sync() {
             : "memory");
 }
 
-// The same where nothing that was written matters: what has been read before may go. Read, that is,
-// and used: who has used a value has waited for its load.
+// The same, but it orders no writes: after it, shared memory that has been read may be given up. A
+// thread that has used a value has waited for its load.
 __device__ __forceinline__ void cluster_meet() {
     asm volatile(
         "barrier.cluster.arrive.relaxed.aligned;\n"
@@ -30,7 +30,7 @@ __device__ __forceinline__ void cluster_meet() {
             : "memory");
 }
 
-// Where thread block `rank` of the cluster has what lies at this address of one's own.
+// Returns the address at which CTA `rank` of the cluster has what this CTA has at `shared`.
 __device__ __forceinline__ uint32 peer_address(uint32 shared, int rank) {
     uint32 address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));

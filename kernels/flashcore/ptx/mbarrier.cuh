@@ -40,8 +40,8 @@ __device__ __forceinline__ void mbarrier_arrive_copied(uint64* barrier) {
         : "memory");
 }
 
-// Arrives, and makes the phase wait for so many bytes of copies too. Before they are started: a
-// copy may be quicker than the thread.
+// Arrives, and makes the phase wait for so many bytes of copies, too. A thread calls it before it
+// starts the copies: a copy may be quicker than the thread.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64* barrier, uint32 bytes) {
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),

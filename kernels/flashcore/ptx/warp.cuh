@@ -96,7 +96,8 @@ __device__ __forceinline__ float group_sum(float x) {
     return x;
 }
 
-// Among four neighbouring lanes: lane i has x[j], lane j gets it as x[i].
+// Transposes 4 x 4 words among four neighbouring lanes: lane i has x[j], and lane j gets it as
+// x[i].
 __device__ __forceinline__ void quad_transpose(uint32 (&x)[4]) {
 #pragma unroll
     for (int mask = 1; mask <= 2; mask *= 2) {

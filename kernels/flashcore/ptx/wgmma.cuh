@@ -49,7 +49,8 @@ __host__ __device__ constexpr uint64 advance_descriptor(uint64 descriptor, uint3
     return descriptor & 0xffffffff00000000 | uint32(descriptor) + (bytes >> 4);
 }
 
-// Before the first wgmma, and again after registers of one were touched: orders the two.
+// Orders what was done to registers before the wgmmas that use them. Call it before the first
+// wgmma, and again after registers of one were touched.
 __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
