@@ -51,7 +51,7 @@ class Mods:
     args: tuple[tuple[str, str], ...] = ()
 
     def header(self) -> str:
-        """The text that stands in for ``kernels/flashcore/mods.cuh``."""
+        """The text that stands in for ``kernels/flashcore/rules/mods.cuh``."""
         arrays = "".join(
             f"    [[maybe_unused]] const ModArray<{MOD_TYPES[dtype]}> {name} = "
             f"{{static_cast<const {MOD_TYPES[dtype]}*>(args[{index}])}};\n"
@@ -60,7 +60,7 @@ class Mods:
         score = _function("float score_mod", "float score, ", arrays, self.score_mod, "score")
         mask = _function("bool mask_mod", "", arrays, self.mask_mod, "true")
         return (
-            "#pragma once\n#include <flashcore/mod_array.cuh>\n"
+            "#pragma once\n#include <flashcore/rules/mod_array.cuh>\n"
             f"namespace flashcore {{\n{score}{mask}}}  // namespace flashcore\n"
         )
 

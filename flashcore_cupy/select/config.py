@@ -237,7 +237,7 @@ class KernelConfig(ABC):
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
         """Name and text of the headers that stand in for files of ``kernels/``."""
-        return () if self.mods is None else (("flashcore/mods.cuh", self.mods.header()),)
+        return () if self.mods is None else (("flashcore/rules/mods.cuh", self.mods.header()),)
 
     @property
     def params_bytes(self) -> int:
@@ -245,7 +245,7 @@ class KernelConfig(ABC):
         return int(self.params.itemsize)
 
     def defines(self) -> dict[str, int]:
-        """The ``-DFC_*`` defines, read by ``kernels/flashcore/config.cuh``."""
+        """The ``-DFC_*`` defines, read by ``kernels/config.cuh``."""
         t = self.tile
         return {
             "FC_DTYPE": _DTYPE_CODE[self.dtype],
@@ -259,6 +259,7 @@ class KernelConfig(ABC):
             "FC_WARPS_N": t.warps_n,
             "FC_WARPS_D": t.warps_d,
             "FC_NUM_STAGES": t.num_stages,
+            "FC_Q_STAGES": 1,
             "FC_CP_ASYNC": int(t.cp_async),
             "FC_WARP_SOFTMAX": int(t.warp_softmax),
             "FC_FP8": int(t.fp8),

@@ -15,7 +15,7 @@ from flashcore_cupy.select.units import MMA, WARP_SIZE, round_up
 
 
 def padded_row(columns: int) -> int:
-    """Elements between rows of a shared tile; see ``padded_row`` in ``smem_tile.cuh``."""
+    """Elements between rows of a shared tile; see ``padded_row`` in ``ladder/tile_load.cuh``."""
     return columns + 8
 
 
@@ -32,7 +32,7 @@ def _foreign(t: Tile) -> list[str]:
 class Scalar(KernelConfig):
     """One fused kernel without tensor cores; tiles have exactly the problem's columns."""
 
-    source = "scalar.cu"
+    source = "ladder/scalar.cu"
     entries = ("scalar",)
 
     @classmethod
@@ -68,7 +68,7 @@ class Scalar(KernelConfig):
 class Unfused(KernelConfig):
     """Three launches: scores, softmax and P V, with S and P in global memory."""
 
-    source = "wmma_unfused.cu"
+    source = "ladder/wmma_unfused.cu"
     entries = ("wmma_scores", "wmma_softmax", "wmma_pv")
 
     def unfit(self) -> list[str]:
@@ -119,7 +119,7 @@ class Unfused(KernelConfig):
 class Fused(KernelConfig):
     """FlashAttention on WMMA: Q, K, V, S and P in shared memory."""
 
-    source = "wmma_fused.cu"
+    source = "ladder/wmma_fused.cu"
     entries = ("wmma_fused",)
 
     def unfit(self) -> list[str]:
@@ -210,7 +210,7 @@ class Quantized(Fused):
 class Quantizer(KernelConfig):
     """Rounds q, k and v to e4m3, each head by a scale of its own."""
 
-    source = "fp8_quantize.cu"
+    source = "ladder/fp8_quantize.cu"
     entries = ("fp8_quantize",)
     params: ClassVar[np.dtype[Any]] = QUANTIZE_PARAMS
 

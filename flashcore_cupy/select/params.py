@@ -1,7 +1,7 @@
 """The structs that kernels take by value, as NumPy structured dtypes.
 
 Each mirrors a struct of ``kernels/`` field by field (``flashcore/params.cuh``,
-``fp8_quantize.cu``). The sizes are asserted against each other when a kernel is compiled.
+``ladder/fp8_quantize.cu``). The sizes are asserted against each other when a kernel is compiled.
 """
 
 from __future__ import annotations
@@ -75,5 +75,5 @@ _QUANTIZE_TENSOR = np.dtype(
     align=True,
 )
 
-#: ``QuantizeParams`` of ``fp8_quantize.cu``: q, k, v.
+#: ``QuantizeParams`` of ``ladder/fp8_quantize.cu``: q, k, v.
 QUANTIZE_PARAMS = np.dtype([("tensor", _QUANTIZE_TENSOR, (3,))], align=True)

@@ -116,5 +116,5 @@ class Sm80(KernelConfig):
             return 0, 0
         t = self.tile
         fragments = t.block_m // t.warps_m // 16
-        values = fragments * 2 * (2 + self.head_dim_v // 8 * 2)  # WarpRows::VALUES in rows.cuh
+        values = fragments * 2 * (2 + self.head_dim_v // 8 * 2)  # WarpRows::VALUES in warp_rows.cuh
         return blocks * splits * t.warps_m * values * WARP_SIZE * 4, blocks * 4

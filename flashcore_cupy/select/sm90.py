@@ -116,7 +116,7 @@ class Sm90(KernelConfig):
             reasons.append("wgmma_sm90 has pack_gqa and split_kv for one consumer warpgroup alone")
         if t.cluster not in (1, 2, 4, 8) or (t.cluster > 1 and not t.split_kv):
             reasons.append(f"cluster={t.cluster}; 2, 4 or 8 thread blocks, with split_kv")
-        # O, padded, and m and l: see split_merge.cuh
+        # O, padded, and m and l: see split_combine.cuh
         part = 4 * t.block_m * (self.head_dim_v + 8 + 2)
         if t.cluster > 1 and part > self._size * t.num_stages * t.block_n * self.head_dim:
             reasons.append(f"cluster={t.cluster}: a part does not fit over K for the merge")
@@ -152,10 +152,7 @@ class Sm90(KernelConfig):
 
     @property
     def q_stages(self) -> int:
-        """Tiles of Q in shared memory: two, this block's and the next one's, where there is room.
-
-        ``fwd_sm90.cu`` reckons the same.
-        """
+        """Tiles of Q in shared memory: this block's, and the next one's where there is room."""
         return 2 if self._kv_bytes + 2 * self._q_bytes <= smem_limit(HOPPER) else 1
 
     @property
@@ -187,7 +184,7 @@ class Sm90(KernelConfig):
 
     def own_defines(self) -> dict[str, int]:
         """How shared memory is divided, for the kernel not to reckon again."""
-        return {"FC_STAGED_COLS": self.staged_cols}
+        return {"FC_Q_STAGES": self.q_stages, "FC_STAGED_COLS": self.staged_cols}
 
     # --- launches ---------------------------------------------------------------------------------
 
@@ -214,7 +211,7 @@ class Sm90(KernelConfig):
         return _SPLIT_KEYS + _MERGE_KEYS * rounds * -(-parts // 8)
 
     def section(self, problem: AttentionProblem, multiprocessors: int) -> int:
-        """Heads whose blocks take turns; see ``take_turns`` in ``schedule.cuh``.
+        """Heads whose blocks are dealt out together; see ``deal_out_section`` in ``schedule.cuh``.
 
         As many as have their K and V in L2 together, or, of long sequences, as make up several
         rounds of blocks: there a few blocks of every head are under way at a time and share what
@@ -237,7 +234,7 @@ class Sm90(KernelConfig):
         return MAX_GRID if self.tile.cluster > 1 else multiprocessors
 
     def workspace_bytes(self, blocks: int, splits: int, most_blocks: int) -> tuple[int, int]:
-        """What each part leaves: ``SplitRows`` in ``split_merge.cuh``; a cluster leaves nothing.
+        """What each part leaves: ``SplitRows`` in ``split_combine.cuh``; a cluster leaves nothing.
 
         The first counter is of the blocks that are taken.
         """

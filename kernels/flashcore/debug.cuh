@@ -20,8 +20,7 @@ constexpr int GATE_PV = 3;
 template <int GATE>
 constexpr bool WRITES_OUTPUT = GATE == GATE_NONE || GATE == GATE_PV;
 
-// One query row's place in the gate's arrays. Every method does nothing unless its gate is
-// compiled.
+// One query row in the gate's arrays. A method does nothing unless its gate is compiled in.
 template <int GATE>
 struct GateRow {
     const AttentionParams& params;

@@ -1,11 +1,13 @@
 // params.cuh - what the launcher hands to every kernel: one struct, by value. params.py describes
-// it once as a NumPy structured dtype; FC_PARAMS_BYTES lets each entry file assert that both have
+// it as a NumPy structured dtype; PARAMS_BYTES in config.cuh lets each kernel assert that both have
 // the same size.
 #pragma once
-#include <flashcore/mods.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {
+
+constexpr int MAX_MOD_ARGS = 8;
+using ModArgs = const void* [MAX_MOD_ARGS];  // the user's arrays, see rules/mod_array.cuh
 
 // Element strides of a (batch, head, row, column) view; columns are contiguous. 64-bit: a batch of
 // long sequences passes 2^31 elements.
@@ -42,12 +44,12 @@ struct AttentionParams {
     const void* bias;          // (B, Hq, Sq, Skv), T or fp32
     const uint8* mask;         // (B, Hq, Sq, Skv), 0 = hidden
     const float* sink;         // (Hq), logits
-    ModArgs mod_args;          // the user's arrays, see mods.cuh
+    ModArgs mod_args;          // the user's arrays
     const int* cu_seqlens_q;   // (B + 1), where each packed sequence starts, or null
     const int* cu_seqlens_kv;  // (B + 1)
-    float* split_partial;      // what each part of a split row of blocks has found
-    // Parts that have arrived, per row of blocks; in fwd_sm90 behind the number of blocks that are
-    // taken. 0 between launches.
+    float* split_partial;      // the partials of each part of the keys, per block of rows
+    // How many parts of the keys have arrived, for each block of rows; in fwd_sm90 WorkCounters.
+    // All counters are 0 between launches.
     int* split_arrivals;
     Strides q_strides, k_strides, v_strides, o_strides;
     HeadStrides lse_strides, alibi_strides;
@@ -56,15 +58,15 @@ struct AttentionParams {
     int heads_q;
     int heads_kv;
     int group;          // heads of q that share a head of k and v
-    int seqlen_q;       // packed batches: all rows of q
-    int seqlen_kv;      // keys that at least one query may see; packed batches: all rows of k
+    int seqlen_q;       // packed batches: all queries
+    int seqlen_kv;      // keys that at least one query may see; packed batches: all keys
     int causal_offset;  // the key at query 0's own position: query i stands at i + this
     int window_left;    // query i sees key j >= i + causal_offset - window_left, where windowed
     int window_right;   // query i sees key j <= i + causal_offset + window_right; causal: 0
     int top_left;       // packed batches: query 0's own position is key 0 of its sequence
-    int m_blocks;       // blocks of queries per head, all sequences together
-    int splits;         // parts of the keys, each a thread block's
-    int section;        // heads whose blocks of queries take turns; see schedule.cuh
+    int m_blocks;       // blocks of rows per head, all sequences together
+    int splits;         // parts of the keys, each the work of one CTA
+    int section;        // heads whose blocks of rows are dealt out together; see schedule.cuh
     int gate_row;       // the gate array's row length: the true Skv
     int gate_tiles;     // tiles per row in gate_tile_max
     int rows_padded;    // scratch rows: Sq rounded up to the tile
@@ -74,30 +76,17 @@ struct AttentionParams {
     float softcap, inverse_softcap;
 };
 
-// Which (batch, query head) and which block of queries a thread block works on.
-struct TileCoord {
-    int m_block, head, batch;
-};
-
-// Consecutive blocks share a head, so that its K and V stay in L2 while they are read again. Under
-// a causal mask the last queries see the most keys: they come first, so that no long block runs
-// alone at the end.
-template <bool CAUSAL>
-__device__ __forceinline__ TileCoord tile_coord(const AttentionParams& p, int block_m) {
-    const int m_blocks = div_up(p.seqlen_q, block_m);
-    const int head_index = blockIdx.x / m_blocks;
-    const int m_block = blockIdx.x - head_index * m_blocks;
-    return {CAUSAL ? m_blocks - 1 - m_block : m_block, head_index % p.heads_q,
-            head_index / p.heads_q};
-}
-
-// The (b, h) pair of a query head, as one index into (B, Hq) arrays.
-__device__ __forceinline__ int64 head_index(const AttentionParams& p, const TileCoord& tile) {
-    return int64(tile.batch) * p.heads_q + tile.head;
-}
-
 __device__ __forceinline__ int kv_head(const AttentionParams& p, int head) {
     return head / p.group;
+}
+
+// Counters in global memory that all CTAs of fwd_sm90 share.
+struct WorkCounters {
+    int claimed;      // blocks that were claimed, without those that the launch gives to the CTAs
+    int arrivals[1];  // parts of the keys that have arrived, for each block of rows
+};
+__device__ __forceinline__ WorkCounters& counters_of(const AttentionParams& p) {
+    return *reinterpret_cast<WorkCounters*>(p.split_arrivals);
 }
 
 // First element of a head.
@@ -112,14 +101,6 @@ template <typename T>
 __device__ __forceinline__ const T* head_row(const void* base, const Strides& s, int batch,
                                              int head, int64 row) {
     return head_pointer<T>(base, s, batch, head) + row * s.row;
-}
-
-// Row `query` of the output.
-template <typename T>
-__device__ __forceinline__ T* output_pointer(const AttentionParams& p, const TileCoord& tile,
-                                             int query) {
-    return static_cast<T*>(p.o) + tile.batch * p.o_strides.batch + tile.head * p.o_strides.head +
-           query * p.o_strides.row;
 }
 
 }  // namespace flashcore

@@ -12,7 +12,7 @@ using uint32 = unsigned int;
 using uint64 = unsigned long long;
 
 // Storage types. Arithmetic on them happens in fp32 or in the tensor cores, never here, so each is
-// only its bits; ptx_convert.cuh turns them into float and back.
+// only its bits; ptx/convert.cuh turns them into float and back.
 struct half_t {
     uint16 bits;
 };

@@ -144,7 +144,10 @@ def test_set_changes_the_configuration() -> None:
 
 def test_fp8_reports_both_of_its_kernels() -> None:
     data = json_of("run", *SMALL, *FAST, "--kernel", "fp8_wmma")
-    assert [build["source"] for build in data["builds"]] == ["fp8_quantize.cu", "wmma_fused.cu"]
+    assert [build["source"] for build in data["builds"]] == [
+        "ladder/fp8_quantize.cu",
+        "ladder/wmma_fused.cu",
+    ]
     assert (data["check"]["quantization_error"] is not None) == ON_GPU
 
 
@@ -168,7 +171,8 @@ def test_a_kernel_that_does_not_compile_is_exit_code_1(
 ) -> None:
     folder = tmp_path / "kernels"
     (folder / "flashcore").mkdir(parents=True)
-    (folder / "scalar.cu").write_text("int x = ;\n")
+    (folder / "ladder").mkdir()
+    (folder / "ladder" / "scalar.cu").write_text("int x = ;\n")
     monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
     # Another head dim than elsewhere: on a GPU, loaded kernels stay loaded.
     job = ("run", "--S", "8", "--D", "29", *FAST, "--kernel", "scalar")
@@ -234,7 +238,7 @@ def test_a_rung_that_does_not_compile_fails_alone(
 
     folder = tmp_path / "kernels"
     shutil.copytree(ROOT / "kernels", folder)
-    with (folder / "wmma_unfused.cu").open("a") as source:
+    with (folder / "ladder" / "wmma_unfused.cu").open("a") as source:
         source.write("\nint x = ;\n")
     monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(folder))
     data = json_of("ladder", *SMALL, *FAST, code=1)

@@ -151,7 +151,7 @@ def built() -> dict[tuple[str, str], list[tuple[KernelConfig, compiler.CompiledK
 
 @pytest.mark.parametrize(("kernel", "arch"), WANTED)
 def test_builds_without_spills(built, kernel: str, arch: str) -> None:
-    expected_entries = {"fp8_quantize.cu": {"fp8_quantize"}}
+    expected_entries = {"ladder/fp8_quantize.cu": {"fp8_quantize"}}
     for config, compiled in built[kernel, arch]:
         entries = set(registry.KERNELS[kernel].entries)
         assert set(compiled.entries) == expected_entries.get(config.source, entries)

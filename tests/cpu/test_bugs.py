@@ -32,7 +32,7 @@ def test_the_conflict_arithmetic_sees_conflicts() -> None:
 
 def test_kernels_and_launcher_pad_alike() -> None:
     """Only the sum of all sizes is asserted when compiling; the pad itself is one number."""
-    text = (ROOT / "kernels" / "flashcore" / "smem_tile.cuh").read_text()
+    text = (ROOT / "kernels" / "ladder" / "tile_load.cuh").read_text()
     assert "int padded_row(int cols) { return cols + 8; }" in text
     assert ladder.padded_row(64) == 72
 

@@ -147,10 +147,17 @@ def test_readme_shows_what_an_example_runs() -> None:
 
 def test_kernel_notes_place_every_header_in_a_layer() -> None:
     table = _section("kernels/README.md", "## Layers")
-    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")][1:]
-    named = re.findall(r"`(\w+)`", " ".join(rows))
-    headers = [path.stem for path in (ROOT / "kernels/flashcore").glob("*.cuh")]
-    assert sorted(named) == sorted(set(headers) - {"config"})
+    files: dict[str, list[str]] = {}
+    for line in table.partition("| folder of")[2].splitlines():
+        if found := re.match(r"\| (?:`(\w+)/` )?\| (`.*?) \|", line):
+            files.setdefault(found[1] or "", []).extend(re.findall(r"`(\w+)`", found[2]))
+    flashcore = ROOT / "kernels/flashcore"
+    folders = [flashcore, *(path for path in flashcore.iterdir() if path.is_dir())]
+    headers = {
+        "" if folder == flashcore else folder.name: sorted(p.stem for p in folder.glob("*.cuh"))
+        for folder in folders
+    }
+    assert {folder: sorted(names) for folder, names in files.items()} == headers
 
 
 def test_kernel_notes_name_every_rung() -> None:

@@ -76,7 +76,7 @@ def fields_of(struct: str, file: str) -> list[tuple[str, np.dtype]]:
         ("HeadStrides", "flashcore/params.cuh", params.HEAD_STRIDES),
         ("BroadcastStrides", "flashcore/params.cuh", params.BROADCAST_STRIDES),
         ("AttentionParams", "flashcore/params.cuh", params.ATTENTION_PARAMS),
-        ("QuantizeTensor", "fp8_quantize.cu", params.QUANTIZE_PARAMS["tensor"].base),
+        ("QuantizeTensor", "ladder/fp8_quantize.cu", params.QUANTIZE_PARAMS["tensor"].base),
     ],
 )
 def test_structs_are_the_kernels_field_by_field(struct: str, file: str, dtype: np.dtype) -> None:
@@ -87,7 +87,7 @@ def test_structs_are_the_kernels_field_by_field(struct: str, file: str, dtype: n
 
 
 def test_rule_bits_are_the_kernels() -> None:
-    text = (KERNELS / "flashcore" / "score.cuh").read_text()
+    text = (KERNELS / "flashcore" / "rules" / "score.cuh").read_text()
     bits = {name.lower(): int(bit) for name, bit in re.findall(r"int RULE_(\w+) = (\d+);", text)}
     assert bits == RULE_BITS
     assert all(bit & (bit - 1) == 0 for bit in bits.values()), "one bit each"
@@ -295,7 +295,7 @@ def test_no_boundary_leads_outside(cu_seqlens: list[int]) -> None:
 
 
 def test_the_header_has_this_arithmetic() -> None:
-    text = " ".join((KERNELS / "flashcore" / "schedule.cuh").read_text().split())
+    text = " ".join((KERNELS / "flashcore" / "scheduler" / "schedule.cuh").read_text().split())
     for line in (
         "int pieces() const { return sequences + 2; }",
         "return piece > 0 && piece <= sequences;",
@@ -584,7 +584,7 @@ def test_keys_of_repeated_calls_tell_arguments_apart() -> None:
 
 
 def test_parts_of_the_keys_on_hopper() -> None:
-    """As split_merge.cuh lays them out; the first counter is of the blocks that are taken."""
+    """As split_combine.cuh lays them out; the first counter is of the blocks that are claimed."""
     problem = contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=65536)
     chosen = selector.select(problem, "sm_90a").config
     assert chosen.kernel == "wgmma_sm90" and chosen.tile.split_kv and chosen.tile.cluster == 1
@@ -592,8 +592,11 @@ def test_parts_of_the_keys_on_hopper() -> None:
     assert chosen.workspace_bytes(8, 4, 132) == (8 * 4 * rows * (128 + 2) * 4, 4 * (1 + 8))
     assert chosen.workspace_bytes(133, 1, 132) == (0, 4), "blocks are taken from a counter"
     assert chosen.workspace_bytes(132, 1, 132) == (0, 0), "each has one"
-    text = (KERNELS / "flashcore" / "split_merge.cuh").read_text()
-    assert "PART = ROWS * (COLS + 2)" in text and "split_arrivals + 1 + block" in text
+    text = (KERNELS / "flashcore" / "output" / "split_combine.cuh").read_text()
+    assert "PART = ROWS * (COLS + 2)" in text and "counters_of(params).arrivals[block]" in text
+    assert "struct WorkCounters {\n    int claimed;\n    int arrivals[1];" in re.sub(
+        r" *//.*", "", (KERNELS / "flashcore" / "params.cuh").read_text()
+    )
     for seqlen_kv in (0, 1, 128, 129, 5000, 100_000):
         one = replace(contiguous_problem(1, 32, 1, 128, heads_kv=8, seqlen_kv=seqlen_kv))
         parts = chosen.splits(one, 132)
@@ -725,7 +728,7 @@ def test_workspaces_of_streams_that_are_gone_are_given_back(cupy: FakeCuPy) -> N
 
 def test_workspaces_hold_what_warps_leave_in_them() -> None:
     """``WarpRows::VALUES`` floats per lane, warp and part; a counter per block of rows."""
-    text = (KERNELS / "flashcore" / "rows.cuh").read_text()
+    text = (KERNELS / "flashcore" / "softmax" / "warp_rows.cuh").read_text()
     assert "VALUES_OF_ROW = 2 + TILES_D * 2;" in text
     assert "VALUES = FRAGMENTS_M * 2 * VALUES_OF_ROW;" in text
     problem = contiguous_problem(1, 8, 1, 64, seqlen_kv=10_000)

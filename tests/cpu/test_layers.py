@@ -11,64 +11,54 @@ from helpers import ROOT
 
 KERNELS = ROOT / "kernels"
 DEVICE_FILES = sorted(KERNELS.rglob("*.cu*"))
-ENTRIES = sorted(KERNELS.glob("*.cu"))
+ENTRIES = sorted(KERNELS.rglob("*.cu"))
 COLUMNS, FUNCTION_LINES = 100, 60
-ENTRY_LINES, HEADER_LINES = 710, 250
+ENTRY_LINES, HEADER_LINES = 350, 250
 
-# A header includes headers of lower layers, or of its own, without a cycle.
+# A header of flashcore/ includes headers of lower layers, or of its own, without a cycle: files and
+# folders of flashcore/, lowest first. A new one gets its place.
 DEVICE_LAYERS = (
-    {"types"},
-    {"ptx"},  # stands for every ptx*.cuh
-    {"key_bits", "mod_array", "mods"},
-    {"params"},
-    {
-        "debug",
-        "mask",
-        "score",
-        "schedule",
-        "shared_layout",
-        "smem_tile",
-        "places",
-        "tma_pipeline",
-        "work_queue",
-        "wgmma_tile",
-        "mma_tile",
-        "mma_sync_tile",
-        "mma_tf32_tile",
-        "row_sharing",
-        "seen_keys",
-        "rows",
-        "split_merge",
-        "finish_row",
-        "exact_row",
-        "softmax",
-        "epilogue",
-    },
+    "types",
+    "ptx",
+    "params",
+    "debug",
+    "tile",
+    "pipeline",
+    "rules",
+    "scheduler",
+    "softmax",
+    "output",
 )
-INTRINSIC = re.compile(
-    r"\basm\b|\b__(?!global__|device__|host__|shared__|constant__|restrict__|forceinline__|"
+# The pages of one family, or of the teaching kernels: they alone, and entry files, include config.
+FAMILIES = ("sm80", "sm90", "ladder")
+#: What only flashcore/ptx may say: instructions, and CUDA's own names.
+CUDA_BUILTIN = re.compile(
+    r"\basm\b|\b__(?!global__|device__|host__|constant__|restrict__|forceinline__|"
     r"noinline__|launch_bounds__|align__|grid_constant__|cluster_dims__|builtin_bit_cast)\w*\s*\("
+    r"|\b(?:threadIdx|blockIdx|blockDim|gridDim|warpSize)\b|\b__shared__\b|\b__CUDA_ARCH__\b"
+    r"|\batomic[A-Z]\w*"
 )
 FUNCTION_START = re.compile(r"^[^\n#/]*\b__(?:device|global)__\b[^;{}]*\{", re.MULTILINE)
-
-
-def _layer_of(name: str, layers: tuple[set[str], ...]) -> int:
-    for number, layer in enumerate(layers):
-        if name in layer:
-            return number
-    raise AssertionError(f"{name} has no layer yet: give it one in {Path(__file__).name}")
 
 
 def _includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*(["<][^">]*[">])', path.read_text(), re.MULTILINE)
 
 
-def _header_name(include: str) -> str:
-    return include.strip('<>"').removeprefix("flashcore/").removesuffix(".cuh")
+def _device_name(path: Path) -> str:
+    """Such as "flashcore/tile/tile_copy.cuh"."""
+    return path.relative_to(KERNELS).as_posix()
+
+
+def _device_folder(name: str) -> str:
+    """The first folder: flashcore, a family, or none for entry files and the configuration."""
+    return name.rpartition("/")[0].partition("/")[0]
 
 
 def _device_layer(name: str) -> int:
-    return _layer_of("ptx" if name.startswith("ptx") else name, DEVICE_LAYERS)
+    layer = name.removeprefix("flashcore/").removesuffix(".cuh").partition("/")[0]
+    assert layer in DEVICE_LAYERS, f"{name} has no layer yet: give it one in {Path(__file__).name}"
+    return DEVICE_LAYERS.index(layer)
 
 
 def _code(path: Path) -> str:
@@ -81,47 +71,60 @@ def test_there_is_something_to_look_at() -> None:
     assert len(ENTRIES) >= 3 and len(DEVICE_FILES) >= 10
 
 
-@pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DEVICE_FILES, ids=_device_name)
 def test_device_includes_run_one_way(path: Path) -> None:
-    is_entry = path.suffix == ".cu"
+    own = _device_name(path)
+    folder = _device_folder(own)
     for include in _includes(path):
-        header = KERNELS / include.strip('<>"')
-        assert include.startswith("<flashcore/"), f"{include}: angle brackets, from kernels/"
-        assert header.is_file(), f"{include} does not exist"
-        name = _header_name(include)
-        if name == "config":
-            assert is_entry, "only entry files include config.cuh"
-        elif not is_entry and path.stem != "config":
-            assert _device_layer(name) <= _device_layer(path.stem), f"{path.stem} → {name}"
+        name = include.strip('<>"')
+        assert include.startswith("<"), f"{include}: angle brackets, from kernels/"
+        assert (KERNELS / name).is_file(), f"{include} does not exist"
+        target = _device_folder(name)
+        if folder == "flashcore":
+            assert target == "flashcore", f"{own} → {name}: building blocks know no family"
+            assert _device_layer(name) <= _device_layer(own), f"{own} → {name}"
+        elif own == "config.cuh":
+            assert target == "flashcore", f"{own} → {name}"
+        elif folder in FAMILIES:
+            assert target in ("", "flashcore", folder), f"{own} → {name}: another family's"
+        else:
+            families = {target} & set(FAMILIES)
+            assert families <= {path.stem.removeprefix("fwd_")}, f"{own} → {name}: another family's"
+
+
+def test_device_folders_are_known() -> None:
+    folders = {_device_folder(_device_name(path)) for path in DEVICE_FILES}
+    assert folders == {"", "flashcore", *FAMILIES}
+    assert {_device_name(path) for path in DEVICE_FILES if path.parent == KERNELS} == {
+        "config.cuh",
+        *(path.name for path in KERNELS.glob("fwd_*.cu")),
+    }
 
 
 def test_device_includes_have_no_cycle() -> None:
     graph = {
-        path.stem: {_header_name(include) for include in _includes(path)}
+        _device_name(path): {include.strip('<>"') for include in _includes(path)}
         for path in DEVICE_FILES
-        if path.suffix == ".cuh"
     }
     TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
-def test_instructions_stand_in_the_ptx_headers(path: Path) -> None:
-    if path.name.startswith("ptx") and path.suffix == ".cuh":
-        assert INTRINSIC.search(_code(path)), "a ptx header wraps instructions"
+@pytest.mark.parametrize("path", DEVICE_FILES, ids=_device_name)
+def test_cuda_is_spoken_in_the_ptx_headers_alone(path: Path) -> None:
+    found = CUDA_BUILTIN.search(_code(path))
+    if _device_name(path).startswith("flashcore/ptx/"):
+        assert found, "a ptx header wraps instructions"
     else:
-        found = INTRINSIC.search(_code(path))
-        assert found is None, f"{found[0]!r} belongs into a ptx header" if found else ""
+        assert found is None, f"{found[0]!r} belongs into flashcore/ptx/" if found else ""
 
 
-@pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DEVICE_FILES, ids=_device_name)
 def test_only_config_reads_the_defines(path: Path) -> None:
-    if path.stem != "config":
-        uses = re.findall(r"\bFC_\w+", _code(path))
-        allowed = {"FC_SMEM_BYTES", "FC_PARAMS_BYTES"} if path.suffix == ".cu" else set()
-        assert set(uses) <= allowed
+    if _device_name(path) != "config.cuh":
+        assert not re.search(r"\bFC_\w+", _code(path))
 
 
-@pytest.mark.parametrize("path", DEVICE_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DEVICE_FILES, ids=_device_name)
 def test_device_files_stay_small(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert len(lines) <= (ENTRY_LINES if path.suffix == ".cu" else HEADER_LINES)

@@ -185,7 +185,7 @@ def test_editable_install_sees_edits_at_once(checkout: Path, tmp_path: Path) -> 
     folder, before, package = _python(look, tmp_path).splitlines()
     assert Path(folder) == source / "kernels"
     assert Path(package) == source / "flashcore_cupy" / "__init__.py"
-    with (source / "kernels" / "scalar.cu").open("a") as file:
+    with (source / "kernels" / "fwd_sm80.cu").open("a") as file:
         file.write("// edited\n")
     _, after, _ = _python(look, tmp_path).splitlines()
     assert after == kernels_digest(source / "kernels") != before

@@ -9,7 +9,7 @@ import pytest
 from cases_ptx import lane_offsets_f32
 from helpers import PROBES, ROOT
 
-HEADERS = sorted((ROOT / "kernels" / "flashcore").glob("ptx_*.cuh"))
+HEADERS = sorted((ROOT / "kernels" / "flashcore" / "ptx").glob("*.cuh"))
 WRAPPER = re.compile(r"__device__ (?:__forceinline__ )?[\w<>:]+ (\w+)\(")
 
 

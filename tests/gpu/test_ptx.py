@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -30,6 +31,27 @@ class Probe:
 
 def _zeros(n: int, dtype: object) -> np.ndarray:
     return np.zeros(n, dtype)
+
+
+def test_threads_and_blocks(probe_folder: Path) -> None:
+    import cupy
+
+    module, blocks, threads = Probe("thread").module, 3, 64
+    n = blocks * threads
+    thread, anew, block, grid, arch = (cupy.zeros(n, "i4") for _ in range(5))
+    numbers = (thread, anew, block, grid, arch)
+    module.get_function("numbers")((blocks,), (threads,), numbers)
+    np.testing.assert_array_equal(thread.get(), np.arange(n) % threads)
+    np.testing.assert_array_equal(anew.get(), np.arange(n) % threads)
+    np.testing.assert_array_equal(block.get(), np.arange(n) // threads)
+    assert (grid.get() == blocks).all()
+    assert (arch.get() == 10 * int(re.sub(r"\D", "", compiler.device_arch()))).all()
+
+    x, y, misplaced = (cupy.arange(n, dtype="i4") for _ in range(3))
+    through_shared = module.get_function("through_shared")
+    through_shared((blocks,), (threads,), (x, y, misplaced), shared_mem=4 * threads)
+    np.testing.assert_array_equal(y.get(), np.arange(n) ^ 31)
+    assert not misplaced.get().any()
 
 
 def test_conversions(probe_folder: Path) -> None:

@@ -1,7 +1,7 @@
-// Probe of ptx_cluster.cuh: clusters of four thread blocks of 64 threads.
-#include <flashcore/ptx_cluster.cuh>
-#include <flashcore/ptx_cp_async.cuh>
-#include <flashcore/ptx_warp.cuh>
+// Probe of ptx/cluster.cuh: clusters of four thread blocks of 64 threads.
+#include <flashcore/ptx/cluster.cuh>
+#include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/warp.cuh>
 
 using namespace flashcore;
 

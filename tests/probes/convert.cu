@@ -1,5 +1,5 @@
-// Probes of ptx_convert.cuh: element-wise, one thread per input.
-#include <flashcore/ptx_convert.cuh>
+// Probes of ptx/convert.cuh: element-wise, one thread per input.
+#include <flashcore/ptx/convert.cuh>
 
 using namespace flashcore;
 

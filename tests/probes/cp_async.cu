@@ -1,9 +1,9 @@
-// Probes of ptx_cp_async.cuh, and of a barrier that counts its copies. 32 threads copy 16, 8 and 4
+// Probes of ptx/cp_async.cuh, and of a barrier that counts its copies. 32 threads copy 16, 8 and 4
 // bytes each, odd threads with `valid` bytes of 0, in two groups of which the first is waited for
 // alone.
-#include <flashcore/ptx_cp_async.cuh>
-#include <flashcore/ptx_mbarrier.cuh>
-#include <flashcore/ptx_warp.cuh>
+#include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/mbarrier.cuh>
+#include <flashcore/ptx/warp.cuh>
 
 using namespace flashcore;
 

@@ -1,5 +1,5 @@
-// Probes of ptx_global.cuh.
-#include <flashcore/ptx_global.cuh>
+// Probes of ptx/global.cuh.
+#include <flashcore/ptx/global.cuh>
 
 using namespace flashcore;
 

@@ -1,5 +1,5 @@
 // Probes of key_bits.cuh: one warp, whose lanes have eight rows of keys.
-#include <flashcore/key_bits.cuh>
+#include <flashcore/rules/key_bits.cuh>
 
 using namespace flashcore;
 

@@ -1,6 +1,6 @@
-// Probes of ptx_mbarrier.cuh: one block.
-#include <flashcore/ptx_mbarrier.cuh>
-#include <flashcore/ptx_warp.cuh>
+// Probes of ptx/mbarrier.cuh: one block.
+#include <flashcore/ptx/mbarrier.cuh>
+#include <flashcore/ptx/warp.cuh>
 
 using namespace flashcore;
 

@@ -1,7 +1,7 @@
-// Probes of ptx_mma.cuh: one warp, one 16 x 8 x 16 product with A, and B stored both ways,
+// Probes of ptx/mma.cuh: one warp, one 16 x 8 x 16 product with A, and B stored both ways,
 // in the padded layout and in the last 16 columns of swizzled ones.
-#include <flashcore/mma_sync_tile.cuh>
-#include <flashcore/ptx_warp.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/tile/mma_sync_tile.cuh>
 
 using namespace flashcore;
 

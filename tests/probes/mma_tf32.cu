@@ -1,6 +1,7 @@
-// Probes of the tf32 instruction in ptx_mma.cuh and of mma_tf32_tile.cuh, one warp.
-#include <flashcore/mma_tf32_tile.cuh>
-#include <flashcore/ptx_warp.cuh>
+// Probes of the tf32 instruction in ptx/mma.cuh and of mma_tf32_tile.cuh, one warp.
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/key_bits.cuh>
+#include <flashcore/tile/mma_tf32_tile.cuh>
 
 using namespace flashcore;
 

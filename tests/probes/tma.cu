@@ -1,8 +1,8 @@
-// Probes of ptx_tma.cuh: one block.
-#include <flashcore/ptx_mbarrier.cuh>
-#include <flashcore/ptx_mma.cuh>
-#include <flashcore/ptx_tma.cuh>
-#include <flashcore/ptx_warp.cuh>
+// Probes of ptx/tma.cuh: one block.
+#include <flashcore/ptx/mbarrier.cuh>
+#include <flashcore/ptx/mma.cuh>
+#include <flashcore/ptx/tma.cuh>
+#include <flashcore/ptx/warp.cuh>
 
 using namespace flashcore;
 

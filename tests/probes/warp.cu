@@ -1,5 +1,5 @@
-// Probes of ptx_warp.cuh: one block.
-#include <flashcore/ptx_warp.cuh>
+// Probes of ptx/warp.cuh: one block.
+#include <flashcore/ptx/warp.cuh>
 
 using namespace flashcore;
 
@@ -49,8 +49,8 @@ extern "C" __global__ void pairs_of_warps(const float* x, float* y) {
     y[thread] = mine;
 }
 
-// 256 threads, pairs of warps: whether x is 1 for any thread of the pair, and what the thread in the
-// other warp has written.
+// 256 threads, pairs of warps: whether x is 1 for any thread of the pair, and what the thread in
+// the other warp has written.
 extern "C" __global__ void any_of_pairs(const int* x, int* any, int* partner) {
     __shared__ int sX[256];
     const int thread = threadIdx.x, pair = thread / 64;

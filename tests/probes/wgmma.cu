@@ -1,10 +1,10 @@
-// Probes of ptx_wgmma.cuh: one warpgroup. d = a b + (accumulate ? d : 0), where d is 64 x N, given
+// Probes of ptx/wgmma.cuh: one warpgroup. d = a b + (accumulate ? d : 0), where d is 64 x N, given
 // and returned as element e of thread t in d[e][t]; a is 64 x depth; b is N x depth, and its
 // transpose is meant, or, TRANSPOSED, depth x N. Tiles are written by plain stores.
-#include <flashcore/ptx_cp_async.cuh>
-#include <flashcore/ptx_mbarrier.cuh>
-#include <flashcore/ptx_warp.cuh>
-#include <flashcore/ptx_wgmma.cuh>
+#include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/mbarrier.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/ptx/wgmma.cuh>
 
 using namespace flashcore;
 

@@ -1,6 +1,6 @@
-// Probes of ptx_wmma.cuh and mma_tile.cuh: one warp, one 16 x 16 x 16 product, rows LD apart. A is
+// Probes of ptx/wmma.cuh and wmma_tile.cuh: one warp, one 16 x 16 x 16 product, rows LD apart. A is
 // stored row by row; B once row by row (like V) and once column by column (like K).
-#include <flashcore/mma_tile.cuh>
+#include <ladder/wmma_tile.cuh>
 
 using namespace flashcore;
 

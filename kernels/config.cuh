@@ -1,0 +1,96 @@
+// config.cuh - the one place that reads the -DFC_* defines. A compiled kernel has exactly one
+// configuration, so everything below is a constant and branches on it are `if constexpr`. Entry
+// files and their pages include this; the building blocks of flashcore/ take what they need as
+// template values.
+#pragma once
+#include <flashcore/debug.cuh>
+#include <flashcore/types.cuh>
+
+#if !defined(FC_DTYPE) || !defined(FC_DIM_QK) || !defined(FC_DIM_V) || !defined(FC_HEAD_DIM)
+#error "define FC_DTYPE, FC_DIM_QK, FC_DIM_V and FC_HEAD_DIM"
+#endif
+#if !defined(FC_BLOCK_M) || !defined(FC_BLOCK_N) || !defined(FC_WARPS_M) || !defined(FC_WARPS_N)
+#error "define FC_BLOCK_M, FC_BLOCK_N, FC_WARPS_M and FC_WARPS_N"
+#endif
+#if !defined(FC_NUM_STAGES) || !defined(FC_CP_ASYNC) || !defined(FC_WARP_SOFTMAX)
+#error "define FC_NUM_STAGES, FC_CP_ASYNC and FC_WARP_SOFTMAX"
+#endif
+#if !defined(FC_HEAD_DIM_V) || !defined(FC_WARPS_D) || !defined(FC_PACK_GQA) || \
+    !defined(FC_SPLIT_KV)
+#error "define FC_HEAD_DIM_V, FC_WARPS_D, FC_PACK_GQA and FC_SPLIT_KV"
+#endif
+#if !defined(FC_WINDOW) || !defined(FC_RULES) || !defined(FC_VARLEN)
+#error "define FC_WINDOW, FC_RULES and FC_VARLEN"
+#endif
+#if !defined(FC_FP8) || !defined(FC_CAUSAL) || !defined(FC_GATE) || !defined(FC_ALIGN_BYTES)
+#error "define FC_FP8, FC_CAUSAL, FC_GATE and FC_ALIGN_BYTES"
+#endif
+#if !defined(FC_SMEM_BYTES) || !defined(FC_PARAMS_BYTES) || !defined(FC_MIN_BLOCKS)
+#error "define FC_SMEM_BYTES, FC_PARAMS_BYTES and FC_MIN_BLOCKS"
+#endif
+#if !defined(FC_STAGED_COLS) || !defined(FC_CLUSTER) || !defined(FC_Q_STAGES)
+#error "define FC_STAGED_COLS, FC_CLUSTER and FC_Q_STAGES"
+#endif
+
+namespace flashcore {
+
+template <int DTYPE>
+struct DataType;
+template <>
+struct DataType<0> {
+    using type = half_t;
+};
+template <>
+struct DataType<1> {
+    using type = bfloat16_t;
+};
+template <>
+struct DataType<2> {
+    using type = float;
+};
+
+using T = DataType<FC_DTYPE>::type;        // q, k, v, o, and P as it enters P V
+constexpr int DIM_QK = FC_DIM_QK;          // columns of q and k in memory
+constexpr int DIM_V = FC_DIM_V;            // columns of v and o in memory
+constexpr int HEAD_DIM = FC_HEAD_DIM;      // columns of the tiles of Q and K: the rest is zeros
+constexpr int HEAD_DIM_V = FC_HEAD_DIM_V;  // columns of the tiles of V and O
+constexpr int BLOCK_M = FC_BLOCK_M;        // queries per tile (Br)
+constexpr int BLOCK_N = FC_BLOCK_N;        // keys per tile (Bc)
+constexpr int WARPS_M = FC_WARPS_M;        // warps along the queries
+constexpr int WARPS_N = FC_WARPS_N;        // warps along the keys (S) or the head dim (O)
+constexpr int WARPS_D = FC_WARPS_D;        // warps along the columns of O, sharing a row's scores
+constexpr int NUM_STAGES = FC_NUM_STAGES;  // of K and V
+constexpr int Q_STAGES = FC_Q_STAGES;      // 2: the next block's Q comes while this one is used
+constexpr bool CP_ASYNC = FC_CP_ASYNC;     // asynchronous copies; needs sm_80
+constexpr bool WARP_SOFTMAX = FC_WARP_SOFTMAX;
+constexpr bool FP8 = FC_FP8;            // q, k, v arrive as e4m3 with a scale per head
+constexpr bool CAUSAL = FC_CAUSAL;      // a query sees no key far to the right of its own position
+constexpr bool WINDOW = FC_WINDOW;      // nor one far to the left
+constexpr int RULES = FC_RULES;         // bits of score.cuh
+constexpr bool VARLEN = FC_VARLEN;      // packed sequences, see schedule.cuh
+constexpr bool PACK_GQA = FC_PACK_GQA;  // the query heads of a group share a tile
+constexpr bool SPLIT_KV = FC_SPLIT_KV;  // several thread blocks share out a row's keys
+constexpr int CLUSTER = FC_CLUSTER;     // of them that merge in each other's shared memory
+#if FC_CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(FC_CLUSTER, 1, 1)
+#else
+#define CLUSTER_DIMS
+#endif
+constexpr int GATE = FC_GATE;
+constexpr int ALIGN_BYTES = FC_ALIGN_BYTES;    // every row of q, k, v, o starts and ends on this
+constexpr int STAGED_COLS = FC_STAGED_COLS;    // columns of O that leave through shared memory
+constexpr int MIN_BLOCKS = FC_MIN_BLOCKS;      // CTAs per multiprocessor to leave registers for
+constexpr int SMEM_BYTES = FC_SMEM_BYTES;      // as config.py reckons them
+constexpr int PARAMS_BYTES = FC_PARAMS_BYTES;  // of the struct that launch.py packs
+
+constexpr int NUM_WARPS = WARPS_M * WARPS_N * WARPS_D;
+constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
+
+static_assert(BLOCK_M > 0 && BLOCK_N > 0 && NUM_STAGES > 0, "sizes are positive");
+static_assert(NUM_THREADS <= 1024, "a thread block has at most 1024 threads");
+static_assert(DIM_QK <= HEAD_DIM && DIM_V <= HEAD_DIM_V, "the tile holds a whole row");
+static_assert(ALIGN_BYTES == 2 || ALIGN_BYTES == 4 || ALIGN_BYTES == 8 || ALIGN_BYTES == 16,
+              "rows are loaded in pieces of 2, 4, 8 or 16 bytes");
+static_assert(GATE >= GATE_NONE && GATE <= GATE_PV, "an unknown debug gate");
+
+}  // namespace flashcore

@@ -1,0 +1,54 @@
+// ptx/cluster.cuh - thread blocks that run side by side and reach each other's shared memory (sm_90
+// and later). A kernel with __cluster_dims__ has its neighbouring thread blocks in clusters.
+#pragma once
+#include <flashcore/types.cuh>
+
+namespace flashcore {
+
+// This CTA's number within its cluster.
+__device__ __forceinline__ int cluster_rank() {
+    uint32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+}
+
+// Waits for all threads of the cluster that have not ended. What they wrote before, to any shared
+// memory of the cluster, is there then. Whole warps call it together.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+}
+
+// The same, but it orders no writes: after it, shared memory that has been read may be given up. A
+// thread that has used a value has waited for its load.
+__device__ __forceinline__ void cluster_meet() {
+    asm volatile(
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.aligned;" ::
+            : "memory");
+}
+
+// Returns the address at which CTA `rank` of the cluster has what this CTA has at `shared`.
+__device__ __forceinline__ uint32 peer_address(uint32 shared, int rank) {
+    uint32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+    return address;
+}
+
+__device__ __forceinline__ void load_peer(float2& x, uint32 address) {
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_peer(float4& x, uint32 address) {
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+}
+
+}  // namespace flashcore

@@ -1,0 +1,43 @@
+// mask.cuh - which keys a query sees by its position, and which tiles of keys a block of queries
+// has to visit. Query i sees the keys j with i + left <= j <= i + right, as far as they exist:
+// causal and windowed attention differ in these two numbers alone.
+#pragma once
+#include <flashcore/params.cuh>
+
+namespace flashcore {
+
+// RIGHT, LEFT: whether there is a bound on that side.
+template <bool RIGHT, bool LEFT = false>
+struct Mask {
+    int seqlen_kv;
+    int right, left;
+
+    __device__ __forceinline__ explicit Mask(const AttentionParams& p)
+        : Mask(p, p.seqlen_kv, p.causal_offset) {}
+
+    // For one sequence of a packed batch; `diagonal` is the key at query 0's own position.
+    __device__ __forceinline__ Mask(const AttentionParams& p, int seqlen_kv, int diagonal)
+        : seqlen_kv(seqlen_kv), right(diagonal + p.window_right), left(diagonal - p.window_left) {}
+
+    __device__ __forceinline__ int row_begin(int query) const {
+        return LEFT ? max(0, query + left) : 0;
+    }
+
+    // One past the last key that the query sees; not above row_begin if it sees no key.
+    __device__ __forceinline__ int row_end(int query) const {
+        return RIGHT ? min(seqlen_kv, query + right + 1) : seqlen_kv;
+    }
+
+    __device__ __forceinline__ bool visible(int query, int key) const {
+        return key < row_end(query) && (!LEFT || key >= row_begin(query));
+    }
+
+    // Whether some query of [first_query, last_query] misses some key of [first_key, end_key). Only
+    // such tiles pay for the comparisons in visible().
+    __device__ __forceinline__ bool needs_mask(int first_query, int last_query, int first_key,
+                                               int end_key) const {
+        return end_key > row_end(first_query) || (LEFT && first_key < row_begin(last_query));
+    }
+};
+
+}  // namespace flashcore

@@ -1,0 +1,15 @@
+// mods.cuh - the user's score_mod and mask_mod, for calls that have none. For other calls jit.py
+// puts a generated header of this name in its place: there the user's expressions are the results
+// of these two functions, and every array of mod_args is a variable that is indexed by element.
+#pragma once
+#include <flashcore/rules/mod_array.cuh>
+
+namespace flashcore {
+
+__device__ __forceinline__ float score_mod(const ModArgs&, float score, int, int, int, int) {
+    return score;
+}
+
+__device__ __forceinline__ bool mask_mod(const ModArgs&, int, int, int, int) { return true; }
+
+}  // namespace flashcore

@@ -1,0 +1,41 @@
+// finish_row.cuh - the end of a row whose m and l are complete: its sink, its LSE, what O is
+// multiplied by.
+#pragma once
+#include <flashcore/debug.cuh>
+#include <flashcore/params.cuh>
+#include <flashcore/rules/score.cuh>
+#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
+
+namespace flashcore {
+
+// What m is multiplied by: the first gives log2 units, which the exponents take, the second natural
+// units. Without score rules the scores are still raw products.
+template <int RULES>
+__device__ __forceinline__ float exponent_scale(const AttentionParams& p) {
+    return RULES & SCORE_RULES ? LOG2_E : p.scale_log2;
+}
+template <int RULES>
+__device__ __forceinline__ float natural_scale(const AttentionParams& p) {
+    return RULES & SCORE_RULES ? 1.0f : p.softmax_scale;
+}
+
+// Returns the factor for O. writes_lse: one of the threads that have the row writes its LSE.
+template <int RULES, int GATE>
+__device__ __forceinline__ float finish_row(const AttentionParams& p, const Work& w,
+                                            const QueryRow& q, const GateRow<GATE>& gate,
+                                            RowState& row, bool writes_lse) {
+    float factor = 1.0f;
+    row.max *= natural_scale<RULES>(p);
+    if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
+        if (q.valid && w.batch != NO_SEQUENCE) factor = add_sink(row, p.sink[q.head]);
+    if (writes_lse) {
+        gate.finish(row.max, row.sum);
+        if (p.lse != nullptr && q.valid)
+            p.lse[w.batch * p.lse_strides.batch + q.head * p.lse_strides.head + w.start_q +
+                  q.query] = log_sum_exp(row.max, row.sum);
+    }
+    return factor * inverse_sum(row.sum);
+}
+
+}  // namespace flashcore

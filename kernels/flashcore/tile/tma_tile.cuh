@@ -1,0 +1,49 @@
+// tma_tile.cuh - whole tiles between global and shared memory by TMA, panel by panel.
+#pragma once
+#include <flashcore/ptx/mbarrier.cuh>
+#include <flashcore/ptx/tma.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/tile/shared_layout.cuh>
+
+namespace flashcore {
+
+// Where a tile lies in a tensor map: its first row, and the head and batch of all its rows.
+struct TileBox {
+    const TensorMap* map;
+    int row, head, batch;
+};
+
+// Starts the copies of a whole tile, panel by panel, in boxes of BOX_ROWS rows. One warp does this.
+template <typename Layout, int BOX_ROWS, typename T>
+__device__ __forceinline__ void load_tile_tma(T* sTile, uint64* full, const TileBox& box,
+                                              uint64 policy) {
+    if (!elect_one()) return;
+    mbarrier_arrive_expect_tx(full, Layout::SIZE * sizeof(T));
+#pragma unroll
+    for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
+#pragma unroll
+        for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
+            tma_load_4d(sTile + Layout::step(0, r, panel * Layout::PANEL), box.map, full,
+                        panel * Layout::PANEL, box.row + r, box.head, box.batch, policy);
+}
+
+// Starts to store a tile that the warp has written, one box per panel, as a group.
+template <typename Layout, typename T>
+__device__ __forceinline__ void store_tile_tma(const T* sTile, const TileBox& box, uint64 policy) {
+    fence_proxy_async();  // TMA sees what this lane has written
+    warp_sync();          // all lanes have written
+    if (!elect_one()) return;
+#pragma unroll
+    for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
+        tma_store_4d(box.map, sTile + Layout::step(0, 0, panel * Layout::PANEL),
+                     panel * Layout::PANEL, box.row, box.head, box.batch, policy);
+    tma_store_commit();
+}
+
+// Waits until TMA has read the tile: before the warp writes the next tile over it, or ends.
+__device__ __forceinline__ void await_stored() {
+    if (elect_one()) tma_store_wait();
+    warp_sync();  // all lanes may write again
+}
+
+}  // namespace flashcore

@@ -1,0 +1,56 @@
+// wgmma_tile.cuh - the two products of attention for the 64 rows of a warpgroup, out of wgmma:
+// S = Q K^T and O += P V, with S, P and O in registers. Both start and return; see ptx/wgmma.cuh
+// for what a caller may touch until they are waited for.
+#pragma once
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/wgmma.cuh>
+#include <flashcore/tile/shared_layout.cuh>
+
+namespace flashcore {
+
+// S = Q K^T. sQ: the warpgroup's first row. All columns of the tiles of Q and K.
+template <typename LayoutQ, typename LayoutK, typename T>
+__device__ __forceinline__ void start_scores(float (&rS)[LayoutK::ROWS / 2], const T* sQ,
+                                             const T* sK) {
+    constexpr int SWIZZLE = LayoutK::PANEL * int(sizeof(T));
+    const uint64 q = matrix_descriptor(matrix_layout<SWIZZLE>(), shared_address(sQ));
+    const uint64 k = matrix_descriptor(matrix_layout<SWIZZLE>(), shared_address(sK));
+    fence_registers(rS);
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < LayoutQ::COLS; d += 16)
+        wgmma<T, LayoutK::ROWS>(rS, advance_descriptor(q, LayoutQ::step(0, 0, d) * sizeof(T)),
+                                advance_descriptor(k, LayoutK::step(0, 0, d) * sizeof(T)), d > 0);
+    wgmma_commit();
+}
+
+// O += P V. rP: the A operand of 16 keys each.
+template <typename LayoutV, typename T>
+__device__ __forceinline__ void start_output(float (&rO)[LayoutV::COLS / 2],
+                                             uint32 (&rP)[LayoutV::ROWS / 16][4], const T* sV) {
+    constexpr int SWIZZLE = LayoutV::PANEL * int(sizeof(T));
+    constexpr uint32 PANEL_BYTES = LayoutV::ROWS * SWIZZLE;
+    const uint64 v = matrix_descriptor(matrix_layout<SWIZZLE>(PANEL_BYTES), shared_address(sV));
+    fence_registers(rO);
+#pragma unroll
+    for (int step = 0; step < LayoutV::ROWS / 16; ++step) fence_registers(rP[step]);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < LayoutV::ROWS / 16; ++step)
+        wgmma<T, LayoutV::COLS, true>(rO, rP[step], advance_descriptor(v, step * 16 * SWIZZLE),
+                                      true);
+    wgmma_commit();
+}
+
+// Packs probabilities, which lie where S was, as the A operand: a pair of them is one register.
+template <typename T, int STEPS>
+__device__ __forceinline__ void pack_p(uint32 (&rP)[STEPS][4], const float (&rS)[STEPS * 8]) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            rP[step][i] = pack2<T>(rS[8 * step + 2 * i], rS[8 * step + 2 * i + 1]);
+}
+
+}  // namespace flashcore

@@ -1,0 +1,147 @@
+// producer.cuh - how the threads of fwd_sm80.cu copy tiles into shared memory, by cp.async, and
+// when they wait for each other. Every thread copies its pieces of every tile: all are producers,
+// and all are consumers.
+#pragma once
+#include <config.cuh>
+#include <flashcore/ptx/mbarrier.cuh>
+#include <flashcore/tile/tile_copy.cuh>
+#include <sm80/traits.cuh>
+
+namespace flashcore {
+
+__device__ __forceinline__ void load_q(const Context& c) {
+    const AttentionParams& p = c.params;
+    if constexpr (PACK_GQA) {
+        const auto row_of = [&](int row, bool& valid) {
+            return c.row_address(p.q, p.q_strides, row, valid);
+        };
+        gather_rows<LayoutQ, DIM_QK, ALIGN_BYTES, NUM_THREADS>(c.smem.sQ, row_of);
+    } else {
+        TileCopy<LayoutQ, DIM_QK, ALIGN_BYTES, NUM_THREADS>::load(
+            c.smem.sQ,
+            head_row<T>(p.q, p.q_strides, c.work.batch, c.work.head,
+                        c.work.start_q + c.work.first_row),
+            p.q_strides.row, 0, c.work.seqlen_q - c.work.first_row);
+    }
+}
+
+using CopyK = TileCopy<LayoutK, DIM_QK, ALIGN_BYTES, NUM_THREADS>;
+using CopyV = TileCopy<LayoutV, DIM_V, ALIGN_BYTES, NUM_THREADS>;
+
+// Where a tile of K and V lies: in which stage, guarded by which barriers, in the round of which
+// parity.
+struct TileStage {
+    int stage, barriers_k, barriers_v;
+    uint32 parity;
+};
+
+// The walk over the keys: which tiles, and what this thread keeps from one to the next.
+struct Walk {
+    TileRange all;
+    TileRange kept_whole;
+    // This thread's first piece of the tile that is copied next; and the shared address where that
+    // piece goes in K's first stage. In V's it goes as far from sV[0] as from sK[0] in K's.
+    const T *next_k, *next_v;
+    uint32 target;
+    static_assert(!KEEPS_COPIES || !CopyV::BY_PIECES ||
+                      (LayoutK::PANEL == LayoutV::PANEL && LayoutK::LD == LayoutV::LD),
+                  "K and V are copied alike");
+
+    __device__ __forceinline__ Walk(const Context& c, const TileRange& all)
+        : all(all),
+          kept_whole(whole_of(c)),
+          next_k(CopyK::first_piece(c.smem.gK, c.params.k_strides.row, all.begin * BLOCK_N)),
+          next_v(CopyV::first_piece(c.smem.gV, c.params.v_strides.row, all.begin * BLOCK_N)),
+          target(CopyK::first_target(c.smem.sK[0])) {}
+
+    // Whether some row of the block misses some key of the tile by its position.
+    __device__ __forceinline__ bool needs_mask(const Context& c, int tile) const {
+        const TileRange whole = KEEPS_EDGES ? kept_whole : whole_of(c);
+        return tile >= whole.end || (WINDOW && tile < whole.begin);
+    }
+    // The tiles of which every row of the block sees every key.
+    __device__ static __forceinline__ TileRange whole_of(const Context& c) {
+        return tiles_whole<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M);
+    }
+
+    __device__ __forceinline__ TileStage stage_of(int tile) const {
+        const uint32 nth = tile - all.begin;
+        const int stage = nth % NUM_STAGES;
+        return {stage, stage, NUM_STAGES == 1 ? 1 : stage, nth / NUM_STAGES % 2};
+    }
+
+    // The last tile may have keys that do not exist or that no query sees; with a window on the
+    // left the first one may, too.
+    __device__ __forceinline__ bool has_all_keys(int tile) const {
+        return tile > all.begin && tile + 1 < all.end;
+    }
+};
+
+__device__ __forceinline__ void load_k(const Context& c, Walk& walk, int tile, int stage) {
+    const int64 row_stride = c.params.k_strides.row;
+    const int first_key = tile * BLOCK_N;
+    if (KEEPS_COPIES && CopyK::BY_PIECES && walk.has_all_keys(tile)) {
+        CopyK::load_all(walk.target + stage * LayoutK::BYTES, walk.next_k, row_stride);
+    } else {
+        CopyK::load(c.smem.sK[stage], c.smem.gK + first_key * row_stride, row_stride, 0,
+                    c.mask().seqlen_kv - first_key);
+    }
+    walk.next_k += BLOCK_N * row_stride;
+}
+
+// Values that no query of the sequence sees become zeros: their probability is 0, but 0 * NaN is
+// not.
+__device__ __forceinline__ void load_v(const Context& c, Walk& walk, int tile, int stage) {
+    const int64 row_stride = c.params.v_strides.row;
+    const int first_key = tile * BLOCK_N;
+    if (KEEPS_COPIES && CopyV::BY_PIECES && walk.has_all_keys(tile)) {
+        CopyV::load_all(walk.target + NUM_STAGES * LayoutK::BYTES + stage * LayoutV::BYTES,
+                        walk.next_v, row_stride);
+    } else {
+        CopyV::load(c.smem.sV[stage], c.smem.gV + first_key * row_stride, row_stride,
+                    c.mask().row_begin(0) - first_key,
+                    c.mask().row_end(c.work.seqlen_q - 1) - first_key);
+    }
+    walk.next_v += BLOCK_N * row_stride;
+}
+
+// ---- who waits for what ------------------------------------------------------------------------
+// Every thread arrives at both barriers. If one lane arrived at `empty` for its warp, that would be
+// 1 % faster, but compute-sanitizer's racecheck could not follow it.
+
+// Waits until all threads' copies have arrived.
+__device__ __forceinline__ void wait_full(const Context& c, const TileStage& at, int barriers) {
+    mbarrier_wait(&c.smem.kv.full[barriers], at.parity);
+}
+// This thread has started its copies. Others may read when all threads' copies have arrived.
+__device__ __forceinline__ void commit(const Context& c, int barriers) {
+    if (CopyK::ASYNC) {
+        mbarrier_arrive_copied(&c.smem.kv.full[barriers]);
+    } else {
+        mbarrier_arrive(&c.smem.kv.full[barriers]);  // the copies have passed through registers
+    }
+}
+// Waits until all threads have read what was there before.
+__device__ __forceinline__ void wait_empty(const Context& c, const TileStage& at, int barriers) {
+    mbarrier_wait(&c.smem.kv.empty[barriers], at.parity ^ 1);
+}
+__device__ __forceinline__ void release(const Context& c, int barriers) {
+    mbarrier_arrive(&c.smem.kv.empty[barriers]);
+}
+
+// Asks for K of a tile; with two stages for V, too, which has the same barriers.
+__device__ __forceinline__ void fill_k(const Context& c, Walk& walk, int tile) {
+    const TileStage at = walk.stage_of(tile);
+    wait_empty(c, at, at.barriers_k);
+    load_k(c, walk, tile, at.stage);
+    if (NUM_STAGES == 2) load_v(c, walk, tile, at.stage);
+    commit(c, at.barriers_k);
+}
+__device__ __forceinline__ void fill_v(const Context& c, Walk& walk, int tile) {
+    const TileStage at = walk.stage_of(tile);
+    wait_empty(c, at, at.barriers_v);
+    load_v(c, walk, tile, at.stage);
+    commit(c, at.barriers_v);
+}
+
+}  // namespace flashcore

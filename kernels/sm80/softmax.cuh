@@ -1,0 +1,147 @@
+// softmax.cuh - a warp's softmax in fwd_sm80.cu, on the accumulators of S. A row that the fast loop
+// cannot be trusted with is done again.
+#pragma once
+#include <config.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/softmax/exact_row.cuh>
+#include <flashcore/softmax/finish_row.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
+#include <flashcore/softmax/score_tile.cuh>
+#include <sm80/traits.cuh>
+
+namespace flashcore {
+
+// Looks up which keys masks leave to this lane's rows. MASKED: which keys positions leave to them,
+// too.
+template <bool MASKED>
+__device__ __forceinline__ void look_up_keys(const Context& c, int tile, Visible& visible) {
+    if constexpr (HIDES_KEYS) {
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                visible[m][half] =
+                    c.rules_for(c.query(m, half))
+                        .template visible<MASKED, TILES_N, TILES_N>(c.mask(), c.first_key(tile));
+    }
+}
+
+// Which keys some row of the warp sees.
+__device__ __forceinline__ Bits seen_keys(const Context& c, const Visible& visible) {
+    Bits seen;
+    if constexpr (HIDES_KEYS) {
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (c.query(m, half).valid) seen.add(visible[m][half]);
+        seen.add_rows();
+    }
+    return seen;
+}
+
+// Applies the rules, hides what is hidden, and finds the rows' new maxima, as far as this lane's
+// quad has their keys.
+template <bool MASKED>
+__device__ __forceinline__ void find_maxima(const Context& c, const Rows& rows, Scores& rS,
+                                            int tile, const Visible& visible,
+                                            float (&max)[FRAGMENTS_M][2]) {
+#pragma unroll
+    for (int m = 0; m < FRAGMENTS_M; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const QueryRow q = c.query(m, half);
+            const auto row = [&](int n, int e) -> float& { return rS.x[m][n][2 * half + e]; };
+            max[m][half] = apply_rules_and_find_max<MASKED>(
+                row, c.rules_for(q), c.gate_row(q), c.mask(), q.query, visible[m][half],
+                c.first_key(tile), rows.state[m][half].max);
+        }
+    }
+}
+
+// Given the new maxima, rescales O where they are not the old ones. max becomes what the exponents
+// subtract.
+__device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int tile,
+                                             float (&max)[FRAGMENTS_M][2]) {
+    const float scale = exponent_scale<RULES>(c.params);
+#pragma unroll
+    for (int m = 0; m < FRAGMENTS_M; ++m) {
+        float factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            RowState& state = rows.state[m][half];
+            const float shift = shift_of(max[m][half], scale);
+            factor[half] = raise_max(state, max[m][half], shift, scale);
+            max[m][half] = shift;
+            c.gate_row(c.query(m, half))
+                .tile_max(tile * WARPS_N + c.warp_n, state.max * natural_scale<RULES>(c.params));
+        }
+        if (warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) rows.scale_output(m, factor);
+    }
+}
+
+// Finds the probabilities of step `step` of P V.
+__device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const Scores& rS,
+                                             Probabilities& rP, int tile, int step,
+                                             const float (&shift)[FRAGMENTS_M][2]) {
+#pragma unroll
+    for (int i = 0; i < Products::STEP_TILES; ++i) {
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS_M; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const auto row = [&](int n, int e) { return rS.x[m][n][2 * half + e]; };
+                float p[2];
+                exponentiate_pair<T>(p, row, step * Products::STEP_TILES + i,
+                                     exponent_scale<RULES>(c.params), shift[m][half],
+                                     c.gate_row(c.query(m, half)), c.first_key(tile));
+                rows.state[m][half].sum += p[0] + p[1];
+                rP.set_pair(m, i, half, p[0], p[1]);
+            }
+        }
+    }
+}
+
+// Whether the main loop cannot be trusted with some row of the warp: see online_softmax.cuh. Warps
+// that share rows agree on it, for they have to subtract the same.
+__device__ __forceinline__ bool has_far_rows(const Context& c, const Rows& rows) {
+    bool is_any = false;
+#pragma unroll
+    for (int m = 0; m < FRAGMENTS_M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            is_any |= is_far(rows.state[m][half].max, exponent_scale<RULES>(c.params));
+    return c.smem.sync_any(c.rows_barrier(), warp_any(is_any));
+}
+
+// Does those rows again, without tensor cores (exact_row.cuh).
+__device__ __forceinline__ void attend_exactly(const Context& c, Rows& rows) {
+    const PositionMask mask = c.mask();
+    const TileRange all =
+        tiles_seen<BLOCK_N, PACK_GQA>(c.work, mask, 0, BLOCK_M, SPLIT_KV ? c.params.splits : 1);
+    const KeySpan keys = {all.begin * BLOCK_N, min(all.end * BLOCK_N, c.work.seqlen_kv)};
+    // This warp's keys of every tile. Warps that share rows need all keys for O.
+    const auto is_own = [&](int key) {
+        return key % BLOCK_N / KEYS_PER_WARP == c.warp_n + c.warp_d;
+    };
+    const auto has = [&](int key) { return SHARES_ROWS || is_own(key); };
+    const int first_col = c.warp_d * COLS_PER_WARP;
+#pragma unroll
+    for (int m = 0; m < FRAGMENTS_M; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const QueryRow q = c.query(m, half);
+            const ExactRow<T, RULES, GATE, DIM_QK, PositionMask> exact = {
+                c.params, c.work, mask, q, c.rules_for(q), c.gate_row(q)};
+            RowState& state = rows.state[m][half];
+            const bool again = exact.template attend<COLS_PER_WARP>(
+                state, keys, first_col, DIM_V - first_col, has, is_own,
+                [&](int d, int e) -> float& { return rows.rO.x[m][d][2 * half + e]; });
+            for (int tile = all.begin; again && tile < all.end; ++tile)
+                exact.gate.tile_max(tile * WARPS_N + c.warp_n,
+                                    state.max * natural_scale<RULES>(c.params));
+        }
+    }
+}
+
+}  // namespace flashcore

@@ -1,0 +1,99 @@
+// softmax.cuh - a consumer's softmax, on the accumulators of S. A row that the fast loop cannot be
+// trusted with is done again.
+#pragma once
+#include <config.cuh>
+#include <flashcore/ptx/warp.cuh>
+#include <flashcore/softmax/exact_row.cuh>
+#include <flashcore/softmax/finish_row.cuh>
+#include <flashcore/softmax/online_softmax.cuh>
+#include <flashcore/softmax/score_tile.cuh>
+#include <sm90/consumer.cuh>
+#include <sm90/traits.cuh>
+
+namespace flashcore {
+
+// Applies the rules, hides what is hidden, and finds both rows' new maxima.
+template <bool MASKED>
+__device__ __forceinline__ void Consumer::find_maxima(int tile, float (&max)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const QueryRow q = query(half);
+        const auto row = [&](int n, int e) -> float& { return rS[4 * n + 2 * half + e]; };
+        max[half] =
+            apply_rules_and_find_max<MASKED>(row, rules_for(q), gate_row(q), mask(), q.query,
+                                             visible[half], first_key(tile), state[half].max);
+    }
+}
+
+// Given the new maxima, turns scores into probabilities, in place. factor: what O is multiplied by.
+__device__ __forceinline__ void Consumer::exponentiate(int tile, const float (&max)[2],
+                                                       float (&factor)[2]) {
+    const float scale = exponent_scale<RULES>(params);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const GateRow<GATE> gate = gate_row(query(half));
+        const float shift = shift_of(max[half], scale);
+        factor[half] = raise_max(state[half], max[half], shift, scale);
+        gate.tile_max(tile, max[half] * natural_scale<RULES>(params));
+        const auto row = [&](int n, int e) -> float& { return rS[4 * n + 2 * half + e]; };
+        float sum[2] = {};
+#pragma unroll
+        for (int n = 0; n < TILES_N; ++n) {
+            float p[2];
+            exponentiate_pair<T>(p, row, n, scale, shift, gate, first_key(tile));
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                row(n, e) = p[e];
+                sum[e] += p[e];
+            }
+        }
+        state[half].sum += sum[0] + sum[1];
+    }
+}
+
+__device__ __forceinline__ void Consumer::softmax_of(int tile, float (&factor)[2]) {
+    float max[2];
+    if ((!HIDES_KEYS || RULES & SCORE_RULES) && needs_mask(tile)) {
+        find_maxima<true>(tile, max);
+        exponentiate(tile, max, factor);
+    } else {
+        find_maxima<false>(tile, max);
+        exponentiate(tile, max, factor);
+    }
+}
+
+__device__ __forceinline__ void Consumer::scale_output(const float (&factor)[2]) {
+    if (!warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) return;
+#pragma unroll
+    for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] *= factor[e / 2 % 2];
+}
+
+// Whether the main loop cannot be trusted with some row of the warp: see online_softmax.cuh.
+__device__ __forceinline__ bool Consumer::has_far_rows() const {
+    bool is_any = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        is_any |= is_far(state[half].max, exponent_scale<RULES>(params)) && query(half).valid;
+    return warp_any(is_any);
+}
+
+// Does those rows again, without tensor cores (exact_row.cuh).
+__device__ __forceinline__ void Consumer::attend_exactly() {
+    const TileRange tiles = tiles_of(params, work_tile(), index);
+    const PositionMask positions = mask();
+    const KeySpan keys = {tiles.begin * BLOCK_N, min(tiles.end * BLOCK_N, work_tile().seqlen_kv)};
+    const auto all = [](int) { return true; };
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const QueryRow q = query(half);
+        const ExactRow<T, RULES, GATE, DIM_QK, PositionMask> exact = {
+            params, work_tile(), positions, q, rules_for(q), gate_row(q)};
+        const bool again = exact.template attend<HEAD_DIM_V>(
+            state[half], keys, 0, DIM_V, all, all,
+            [&](int n, int e) -> float& { return rO[4 * n + 2 * half + e]; });
+        for (int tile = tiles.begin; again && tile < tiles.end; ++tile)
+            exact.gate.tile_max(tile, state[half].max * natural_scale<RULES>(params));
+    }
+}
+
+}  // namespace flashcore
