@@ -74,14 +74,15 @@ __device__ __forceinline__ float apply_rules_and_find_max(
 }
 
 // p = exp2(score scale - shift) of pair n. T: what p is rounded to before it enters P V.
-template <typename T, int GATE, typename Row>
+// first_key(): the lane's first key; only a gate asks for it.
+template <typename T, int GATE, typename Row, typename FirstKey>
 __device__ __forceinline__ void exponentiate_pair(float (&p)[2], Row row, int n, float scale,
                                                   float shift, const GateRow<GATE>& gate,
-                                                  int first_key) {
+                                                  FirstKey first_key) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         p[e] = exp2_approx(row(n, e) * scale - shift);
-        gate.probability(first_key + n * 8 + e, to_float(from_float<T>(p[e])));
+        gate.probability(first_key() + n * 8 + e, to_float(from_float<T>(p[e])));
     }
 }
 
