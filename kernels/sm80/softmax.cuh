@@ -95,10 +95,10 @@ __device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const
             for (int half = 0; half < 2; ++half) {
                 const auto row = [&](int n, int e) { return rS.x[m][n][2 * half + e]; };
                 float p[2];
-                exponentiate_pair<T>(p, row, step * Products::STEP_TILES + i,
-                                     exponent_scale<RULES>(c.params), shift[m][half],
-                                     c.gate_row(c.query(m, half)),
-                                     [&] { return c.first_key(tile); });
+                exponentiate_pair<T>(
+                    row, step * Products::STEP_TILES + i, exponent_scale<RULES>(c.params),
+                    shift[m][half], c.gate_row(c.query(m, half)), [&] { return c.first_key(tile); },
+                    [&](int e, float x) { p[e] = x; });
                 rows.state[m][half].sum += p[0] + p[1];
                 rP.set_pair(m, i, half, p[0], p[1]);
             }

@@ -41,13 +41,12 @@ __device__ __forceinline__ void Consumer::exponentiate(int tile, const float (&m
         float sum[2] = {};
 #pragma unroll
         for (int n = 0; n < TILES_N; ++n) {
-            float p[2];
-            exponentiate_pair<T>(p, row, n, scale, shift, gate, [&] { return first_key(tile); });
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                row(n, e) = p[e];
-                sum[e] += p[e];
-            }
+            exponentiate_pair<T>(
+                row, n, scale, shift, gate, [&] { return first_key(tile); },
+                [&](int e, float p) {
+                    row(n, e) = p;
+                    sum[e] += p;
+                });
         }
         state[half].sum += sum[0] + sum[1];
     }
