@@ -9,7 +9,8 @@ namespace flashcore {
 constexpr int CUDA_ARCH = __CUDA_ARCH__;
 
 // %tid.x: this thread's number in its block. Unsigned: / and % are shifts and masks. (A macro:
-// compilers simplify an inlined function later than a variable, and make other code of the kernels.)
+// compilers simplify an inlined function later than a variable, and make other code of the
+// kernels.)
 #define thread_index() (threadIdx.x)
 
 // The same, read where it is used: what a loop computes from it is then not kept in registers from

@@ -73,8 +73,8 @@ __device__ __forceinline__ float apply_rules_and_find_max(
     return group_max<QUAD>(fmaxf(chain[0], chain[1]));
 }
 
-// Finds p = exp2(score scale - shift) of pair n and calls each(e, p). T: what p is rounded to before
-// it enters P V. first_key(): the lane's first key; only a gate asks for it.
+// Finds p = exp2(score scale - shift) of pair n and calls each(e, p). T: what p is rounded to
+// before it enters P V. first_key(): the lane's first key; only a gate asks for it.
 template <typename T, int GATE, typename Row, typename FirstKey, typename Each>
 __device__ __forceinline__ void exponentiate_pair(Row row, int n, float scale, float shift,
                                                   const GateRow<GATE>& gate, FirstKey first_key,
