@@ -51,10 +51,13 @@ __device__ __forceinline__ void find_maxima(const Context& c, const Rows& rows, 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const QueryRow q = c.query(m, half);
+            const GateRow<GATE> gate = c.gate_row(q);
+            const RowRules<T, RULES> rules = c.rules_for(q);
+            const int first_key = c.first_key(tile);
             const auto row = [&](int n, int e) -> float& { return rS.x[m][n][2 * half + e]; };
-            max[m][half] = apply_rules_and_find_max<MASKED>(
-                row, c.rules_for(q), c.gate_row(q), c.mask(), q.query, visible[m][half],
-                c.first_key(tile), rows.state[m][half].max);
+            max[m][half] = apply_rules_and_find_max<MASKED>(row, rules, gate, c.mask(), q.query,
+                                                            visible[m][half], first_key,
+                                                            rows.state[m][half].max);
         }
     }
 }
@@ -92,9 +95,10 @@ __device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const
             for (int half = 0; half < 2; ++half) {
                 const auto row = [&](int n, int e) { return rS.x[m][n][2 * half + e]; };
                 float p[2];
-                exponentiate_pair<T>(p, row, step * Products::STEP_TILES + i,
-                                     exponent_scale<RULES>(c.params), shift[m][half],
-                                     c.gate_row(c.query(m, half)), c.first_key(tile));
+                exponentiate_pair<T>(
+                    row, step * Products::STEP_TILES + i, exponent_scale<RULES>(c.params),
+                    shift[m][half], c.gate_row(c.query(m, half)), [&] { return c.first_key(tile); },
+                    [&](int e, float x) { p[e] = x; });
                 rows.state[m][half].sum += p[0] + p[1];
                 rP.set_pair(m, i, half, p[0], p[1]);
             }

@@ -15,13 +15,15 @@ namespace flashcore {
 // Applies the rules, hides what is hidden, and finds both rows' new maxima.
 template <bool MASKED>
 __device__ __forceinline__ void Consumer::find_maxima(int tile, float (&max)[2]) {
+    const int first_key = this->first_key(tile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const QueryRow q = query(half);
+        const GateRow<GATE> gate = gate_row(q);
+        const RowRules<T, RULES> rules = rules_for(q);
         const auto row = [&](int n, int e) -> float& { return rS[4 * n + 2 * half + e]; };
-        max[half] =
-            apply_rules_and_find_max<MASKED>(row, rules_for(q), gate_row(q), mask(), q.query,
-                                             visible[half], first_key(tile), state[half].max);
+        max[half] = apply_rules_and_find_max<MASKED>(row, rules, gate, mask(), q.query,
+                                                     visible[half], first_key, state[half].max);
     }
 }
 
@@ -39,13 +41,12 @@ __device__ __forceinline__ void Consumer::exponentiate(int tile, const float (&m
         float sum[2] = {};
 #pragma unroll
         for (int n = 0; n < TILES_N; ++n) {
-            float p[2];
-            exponentiate_pair<T>(p, row, n, scale, shift, gate, first_key(tile));
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                row(n, e) = p[e];
-                sum[e] += p[e];
-            }
+            exponentiate_pair<T>(
+                row, n, scale, shift, gate, [&] { return first_key(tile); },
+                [&](int e, float p) {
+                    row(n, e) = p;
+                    sum[e] += p;
+                });
         }
         state[half].sum += sum[0] + sum[1];
     }

@@ -8,8 +8,10 @@ namespace flashcore {
 // The target's compute capability: 900 for sm_90 and sm_90a.
 constexpr int CUDA_ARCH = __CUDA_ARCH__;
 
-// %tid.x: this thread's number in its block. Unsigned: / and % are shifts and masks.
-__device__ __forceinline__ uint32 thread_index() { return threadIdx.x; }
+// %tid.x: this thread's number in its block. Unsigned: / and % are shifts and masks. (A macro:
+// compilers simplify an inlined function later than a variable, and make other code of the
+// kernels.)
+#define thread_index() (threadIdx.x)
 
 // The same, read where it is used: what a loop computes from it is then not kept in registers from
 // before the loop on.

@@ -73,15 +73,17 @@ __device__ __forceinline__ float apply_rules_and_find_max(
     return group_max<QUAD>(fmaxf(chain[0], chain[1]));
 }
 
-// p = exp2(score scale - shift) of pair n. T: what p is rounded to before it enters P V.
-template <typename T, int GATE, typename Row>
-__device__ __forceinline__ void exponentiate_pair(float (&p)[2], Row row, int n, float scale,
-                                                  float shift, const GateRow<GATE>& gate,
-                                                  int first_key) {
+// Finds p = exp2(score scale - shift) of pair n and calls each(e, p). T: what p is rounded to
+// before it enters P V. first_key(): the lane's first key; only a gate asks for it.
+template <typename T, int GATE, typename Row, typename FirstKey, typename Each>
+__device__ __forceinline__ void exponentiate_pair(Row row, int n, float scale, float shift,
+                                                  const GateRow<GATE>& gate, FirstKey first_key,
+                                                  Each each) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-        p[e] = exp2_approx(row(n, e) * scale - shift);
-        gate.probability(first_key + n * 8 + e, to_float(from_float<T>(p[e])));
+        const float p = exp2_approx(row(n, e) * scale - shift);
+        each(e, p);
+        gate.probability(first_key() + n * 8 + e, to_float(from_float<T>(p)));
     }
 }
 
