@@ -1,6 +1,6 @@
 """The public functions: describe a call, choose a kernel, build it, launch it."""
 
-# Annotations are not made text here, so that help() shows them as they are.
+# No `from __future__ import annotations`: help() shows the types.
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -12,6 +12,7 @@ from flashcore_cupy.launch.plan import Plan
 from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.attention_problem import Causal, Gate, Layout
 from flashcore_cupy.problem.request import ARGUMENTS, Call, Request, check_results
+from flashcore_cupy.problem.rules import NO_WINDOW
 from flashcore_cupy.problem.stream import entered
 from flashcore_cupy.problem.tracing import leave_dynamo, untraced
 from flashcore_cupy.problem.values import check_names
@@ -30,7 +31,7 @@ def attention(
     layout: Layout = "bhsd",
     softmax_scale: float | None = None,
     causal: Causal = False,
-    window: tuple[int, int] = launch_cache.NO_WINDOW,
+    window: tuple[int, int] = NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     bias: Any = None,

@@ -80,8 +80,8 @@ constexpr int GATE = FC_GATE;
 constexpr int ALIGN_BYTES = FC_ALIGN_BYTES;    // every row of q, k, v, o starts and ends on this
 constexpr int STAGED_COLS = FC_STAGED_COLS;    // columns of O that leave through shared memory
 constexpr int MIN_BLOCKS = FC_MIN_BLOCKS;      // CTAs per multiprocessor to leave registers for
-constexpr int SMEM_BYTES = FC_SMEM_BYTES;      // as config.py reckons them
-constexpr int PARAMS_BYTES = FC_PARAMS_BYTES;  // of the struct that launch.py packs
+constexpr int SMEM_BYTES = FC_SMEM_BYTES;      // as the package reckons them
+constexpr int PARAMS_BYTES = FC_PARAMS_BYTES;  // of the struct that it packs
 
 constexpr int NUM_WARPS = WARPS_M * WARPS_N * WARPS_D;
 constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;

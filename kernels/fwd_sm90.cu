@@ -134,7 +134,7 @@ __device__ __forceinline__ void Consumer::attend_work_tiles() {
         }
         const bool again = !SPLIT_KV && has_far_rows();
         float factor[2];
-        finish_rows(factor);  // while the last product ends
+        finish_rows(factor);
         if (again) return;
         store(factor);
     }

@@ -9,12 +9,7 @@ import numpy as np
 
 from flashcore_cupy.problem.attention_problem import AttentionProblem
 from flashcore_cupy.select.config import KernelConfig
-
-
-def tiles_of(problem: AttentionProblem, config: KernelConfig) -> int:
-    """Maxima per row. Whole tiles: with several maxima per tile, the last has all of them, too."""
-    tile = config.tile
-    return -(-problem.seqlen_kv // tile.block_n) * (tile.block_n // config.softmax_keys)
+from flashcore_cupy.select.parameters import gate_tiles
 
 
 def allocate(problem: AttentionProblem, config: KernelConfig) -> dict[str, Any]:
@@ -25,7 +20,7 @@ def allocate(problem: AttentionProblem, config: KernelConfig) -> dict[str, Any]:
     if problem.gate == "qk":
         return {"gate": cupy.full((*rows, problem.seqlen_kv), -np.inf, cupy.float32)}
     if problem.gate == "softmax":
-        tiles = tiles_of(problem, config)
+        tiles = gate_tiles(problem, config)
         return {
             "gate": cupy.zeros((*rows, problem.seqlen_kv), cupy.float32),
             "gate_tile_max": cupy.full((*rows, tiles), -np.inf, cupy.float32),

@@ -1,4 +1,4 @@
-"""The short way for a call whose like was made before: look it up, patch addresses, launch.
+"""The launch cache: a repeated call looks up its launch, patches the addresses, and launches.
 
 What a first call finds out (problem, kernel, grid, parameters) depends on the arrays' shapes,
 strides, dtypes and alignment and on the other arguments alone. They key a dict; a hit costs a few
@@ -20,10 +20,10 @@ from flashcore_cupy.launch.tensor_map import Maps
 from flashcore_cupy.launch.workspace import workspace
 from flashcore_cupy.problem.array_spec import span_of
 from flashcore_cupy.problem.attention_problem import MAX_ALIGN
+from flashcore_cupy.problem.rules import NO_WINDOW
 from flashcore_cupy.select.params import ATTENTION_PARAMS
 from flashcore_cupy.settings import arch_override, kernels_override
 
-NO_WINDOW = (-1, -1)  # attention's own default, by identity
 _SETTLED = (Number, str, type, type(None), np.bool_)  # of choices that key a call
 _LIMIT = 4096  # problems remembered; beyond, all are forgotten
 

@@ -1,13 +1,12 @@
 """From a configured kernel and arrays to launches: grid, block, shared memory, parameters.
 
 A ``Plan`` is one problem bound to its arrays: ``launch()`` enqueues it, as often as wanted, and
-allocates nothing. What differs between kernels their configurations say.
+allocates nothing. A kernel's configuration says what is its own.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,9 +19,9 @@ from flashcore_cupy.launch import gates, tensor_map
 from flashcore_cupy.launch.parameter_block import ParameterBlock
 from flashcore_cupy.launch.workspace import allocate, workspace
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
-from flashcore_cupy.problem.rules import Rules
 from flashcore_cupy.select import grids
 from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.parameters import fixed_params
 from flashcore_cupy.select.selector import Selection, configs_of
 from flashcore_cupy.select.targets import smem_limit
 from flashcore_cupy.select.tensor_view import View
@@ -31,7 +30,6 @@ from flashcore_cupy.select.units import MAX_GRID, round_up
 if TYPE_CHECKING:
     import cupy
 
-_LOG2_E = math.log2(math.e)
 _REGISTERS = 65536  # of a multiprocessor
 _DEFAULT_SMEM = 48 * 1024  # more than this has to be asked for, once per kernel
 
@@ -108,7 +106,8 @@ class Plan:
     output: Operand
     steps: tuple[Step, ...]
     arrays: dict[str, Any] = field(default_factory=dict)
-    """"o" (B, Hq, Sq, Dv) view of the output, "lse" or the gate's arrays, scratch."""
+    """q, k, v, the output "o" in its own layout, "lse" or the gate's arrays, those of the rules,
+    scratch, and "split", the ``Workspace`` of split keys."""
     workspace_bytes: tuple[int, int] = (0, 0)
     """Of the partial results and the counters in arrays["split"], if there is that."""
 
@@ -257,35 +256,8 @@ def _add_steps(plan: Plan, kernel: LoadedKernel, params: np.ndarray[Any, Any], b
 def _fixed_params(
     problem: AttentionProblem, kernel: LoadedKernel, o_operand: Operand, place: Place
 ) -> np.ndarray[Any, Any]:
-    config = kernel.config
-    params = np.zeros((), config.params)
-    for operand in (problem.q, problem.k, problem.v, o_operand):
-        params[f"{operand.name}_strides"] = operand.strides
-    params["batch"], params["heads_q"] = problem.batch, problem.heads_q
-    params["heads_kv"] = problem.heads_kv
-    params["group"] = problem.heads_q // problem.heads_kv
-    params["seqlen_q"], params["seqlen_kv"] = problem.seqlen_q, problem.visible_kv
-    params["causal_offset"] = problem.causal_offset
-    params["top_left"] = problem.causal == "top-left"
-    left, right = problem.window
-    params["window_left"], params["window_right"] = max(left, 0), max(right, 0)
-    heads = problem.heads_q * problem.seqlen_q
-    params["lse_strides"] = (0 if problem.packed else heads, problem.seqlen_q)
-    params["gate_row"] = problem.seqlen_kv
-    params["gate_tiles"] = gates.tiles_of(problem, config)
-    params["m_blocks"] = grids.blocks_per_head(problem, config)
-    params["splits"] = config.splits(problem, _resident(kernel, place))
-    params["section"] = config.section(problem, place.multiprocessors)
-    _set_rules(params, problem.rules)
-    params["softmax_scale"] = problem.softmax_scale
-    params["scale_log2"] = problem.softmax_scale * _LOG2_E
-    return params
-
-
-def _set_rules(params: np.ndarray[Any, Any], rules: Rules) -> None:
-    for rule, described in rules.given:
-        for name, value in rule.params(described).items():
-            params[name] = value
+    resident = _resident(kernel, place)
+    return fixed_params(problem, kernel.config, o_operand, resident, place.multiprocessors)
 
 
 def _resident(kernel: LoadedKernel, place: Place) -> int:

@@ -38,7 +38,7 @@ from flashcore_cupy.problem.values import check_flag
 
 @dataclass(frozen=True)
 class Call:
-    """A request, checked and described: a kernel and the CPU are both made from this."""
+    """A request, checked and described. A plan for a GPU and the CPU path start from it alike."""
 
     problem: AttentionProblem
     arrays: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""What there is to say of a score rule; ``rules`` has one record of it per rule."""
+"""The interface of a score rule; ``rules`` has one record per rule."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ batch, the query head, the query and the key:
     s = score_mod(s, b, h, i, j)                score_mod
 
 and then query i sees key j where causal, window, mask and mask_mod all let it. To add a rule: its
-record here with a field of ``Rules``, its lines in ``score.cuh``, its inputs in the selftest.
+record here with a field of ``Rules``, its lines in ``score.cuh``, its inputs in the selftest; all
+of it stands in CONTRIBUTING.md.
 
 Nothing here needs a GPU or CuPy: an array is looked at through ``shape``, ``dtype``, ``strides``,
 and an ``address``.

@@ -23,9 +23,9 @@ def _foreign(t: Tile) -> list[str]:
     """What no kernel of the ladder has."""
     reasons = []
     if t.cluster > 1:
-        reasons.append("cluster is wgmma_sm90's")
+        reasons.append("no kernel of the ladder has clusters")
     if t.warps_d > 1 or t.pack_gqa or t.split_kv:
-        reasons.append("warps_d, pack_gqa and split_kv are mma_sm80's")
+        reasons.append("no kernel of the ladder has warps_d, pack_gqa or split_kv")
     return reasons
 
 

@@ -1,4 +1,4 @@
-"""The ladder: every kernel by its name, slowest first, and which of them "auto" tries."""
+"""All kernels by name, slowest first, and which of them "auto" tries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Kernel:
 
     name: str
     family: type[KernelConfig]
-    """What answers for it."""
+    """Its class of configurations, which answers for it."""
     dtypes: tuple[str, ...]
     idea: str
 

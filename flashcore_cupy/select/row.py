@@ -100,10 +100,9 @@ class Row:
         if self.tile.pack_gqa and problem.rules.differ_by_head:
             return False  # a key that one head of the group does not see must not reach it
         asked = set(rules_of(problem))
-        if problem.window[0] >= 0:
-            asked.add("window")
-        if problem.causal:
-            asked.add("causal")
+        left, right = problem.window
+        asked |= {"window"} if left >= 0 else set()
+        asked |= {"causal"} if right >= 0 else set()  # a window's right side is built alike
         return not any(asked.issuperset(rules.split("+")) for rules in self.spills_with)
 
     def unfilled_by(self, problem: AttentionProblem) -> str:

@@ -59,7 +59,8 @@ def configure(
         asked = "/".join(map(str, dict.fromkeys(dims)))
         raise ValueError(f"takes head dims up to {most} in {problem.dtype}, not {asked}")
     reasons = []
-    meant = [row for row in own if row.dims == min(wide, key=sum) and row.serves(problem)]
+    narrowest = min(wide, key=lambda dims: (sum(dims), dims))
+    meant = [row for row in own if row.dims == narrowest and row.serves(problem)]
     filled = [row for row in meant if not row.unfilled_by(problem)]
     filled.sort(key=lambda row: row.grid_cost(problem))  # otherwise as they stand in the table
     if auto and meant and not filled:

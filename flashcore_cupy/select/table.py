@@ -4,9 +4,9 @@ A line is a kernel and a head dim, or a pair (D, Dv): its choices, in order of p
 is a tile and what it is meant for; those that several lines share stand above them, with their
 reasons. Compile checks, tests, ``warmup`` and the ladder iterate over ``ROWS``.
 
-For head dim 160 add a line between 128 and 192 to ``_SM80_ROWS``, and for Hopper one to
-``_SM90_ROWS``; nothing else. ``benchmarks/tune.py`` finds the tile; the ``Row`` that it prints may
-stand among the lines as it is.
+For head dim 160 add a line between 128 and 192 to ``_SM80_ROWS``, for Hopper one to
+``_SM90_ROWS``, for float32 one to ``_SM80_FP32_ROWS``; nothing else. ``benchmarks/tune.py`` finds
+the tile; the ``Row`` that it prints may stand among the lines as it is.
 
 Times in the comments: one H200, B=4 H=16 S=2048 D=64 float16, a replayed graph.
 """

@@ -1,6 +1,6 @@
-// params.cuh - what the launcher hands to every kernel: one struct, by value. params.py describes
-// it as a NumPy structured dtype; PARAMS_BYTES in config.cuh lets each kernel assert that both have
-// the same size.
+// params.cuh - what the launcher hands to every kernel: one struct, by value. select/params.py
+// describes it as a NumPy structured dtype; PARAMS_BYTES in config.cuh lets each kernel assert that
+// both have the same size.
 #pragma once
 #include <flashcore/types.cuh>
 

@@ -37,8 +37,9 @@ struct QuantizeParams {
 struct SharedStorage {
     float sMax[NUM_WARPS];  // one maximum per warp
 };
-static_assert(sizeof(SharedStorage) == SMEM_BYTES, "config.py computes the same size");
-static_assert(sizeof(QuantizeParams) == PARAMS_BYTES, "launch.py packs the same struct");
+static_assert(sizeof(SharedStorage) == SMEM_BYTES, "flashcore_cupy/select computes the same size");
+static_assert(sizeof(QuantizeParams) == PARAMS_BYTES,
+              "flashcore_cupy/select packs the same struct");
 
 // As many neighbouring values as one load takes; and their e4m3.
 constexpr int VEC = ALIGN_BYTES / int(sizeof(T));

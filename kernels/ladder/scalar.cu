@@ -40,8 +40,9 @@ struct SharedStorage {
     float sK[BLOCK_N * LD_K];    // BLOCK_N x DIM_QK
     float sV[BLOCK_N * DIM_V];   // BLOCK_N x DIM_V
 };
-static_assert(sizeof(SharedStorage) == SMEM_BYTES, "config.py computes the same size");
-static_assert(sizeof(AttentionParams) == PARAMS_BYTES, "launch.py packs the same struct");
+static_assert(sizeof(SharedStorage) == SMEM_BYTES, "flashcore_cupy/select computes the same size");
+static_assert(sizeof(AttentionParams) == PARAMS_BYTES,
+              "flashcore_cupy/select packs the same struct");
 
 // Rows [first_row, first_row + NUM_ROWS) to shared memory as fp32, zeros from seqlen on.
 template <int NUM_ROWS, int DIM, int LD>

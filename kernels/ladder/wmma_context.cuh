@@ -54,8 +54,9 @@ struct alignas(128) SharedStorage {
     float sS[BLOCK_M * LD_S];        // BLOCK_M x BLOCK_N raw scores; then, over them, P as T
     RowStorage<WARP_SOFTMAX>::type rows;
 };
-static_assert(sizeof(SharedStorage) == SMEM_BYTES, "config.py computes the same size");
-static_assert(sizeof(AttentionParams) == PARAMS_BYTES, "launch.py packs the same struct");
+static_assert(sizeof(SharedStorage) == SMEM_BYTES, "flashcore_cupy/select computes the same size");
+static_assert(sizeof(AttentionParams) == PARAMS_BYTES,
+              "flashcore_cupy/select packs the same struct");
 static_assert(!WARP_SOFTMAX ||
                   sizeof(float) * BLOCK_M * LD <= 2 * NUM_STAGES * sizeof(T) * BLOCK_N * LD,
               "warp softmax: O leaves through the space of K and V");

@@ -10,7 +10,7 @@
 //   p = exp(S - m) -> sP, 16 bit    online softmax on the rows of sS, with m and l
 //   O = O * exp(m_old - m) + P V_j
 //
-// Five rungs of the ladder are this file, as rows of the table in tiles.py:
+// Five rungs of the ladder are this file, as rows of the table in select/table.py:
 //   wmma_fused_32, _64   tiles of 32 or 64, block-wide softmax, O in shared memory
 //   wmma_cp_async        two stages of K and V: the next tile is on its way while this one is used
 //   wmma_warp_softmax    a warp owns its 16 rows from S to O: maxima and sums by shuffle, O in

@@ -55,8 +55,9 @@ union alignas(128) SharedStorage {
     ScoresStorage scores;
     OutputStorage output;
 };
-static_assert(sizeof(SharedStorage) == SMEM_BYTES, "config.py computes the same size");
-static_assert(sizeof(AttentionParams) == PARAMS_BYTES, "launch.py packs the same struct");
+static_assert(sizeof(SharedStorage) == SMEM_BYTES, "flashcore_cupy/select computes the same size");
+static_assert(sizeof(AttentionParams) == PARAMS_BYTES,
+              "flashcore_cupy/select packs the same struct");
 
 // The scratch rows of a (batch, head): rows_padded of them, cols_padded long.
 __device__ __forceinline__ int64 scratch_row(const AttentionParams& p, int64 head, int query) {

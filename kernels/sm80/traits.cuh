@@ -88,8 +88,9 @@ struct alignas(128) SharedStorage : Tiles, Sharing, Seen {
     int arrived;       // parts of split rows that have arrived
     const T *gK, *gV;  // the sequence's first rows of the head
 };
-static_assert(sizeof(SharedStorage) == SMEM_BYTES, "config.py computes the same size");
-static_assert(sizeof(AttentionParams) == PARAMS_BYTES, "launch.py packs the same struct");
+static_assert(sizeof(SharedStorage) == SMEM_BYTES, "flashcore_cupy/select computes the same size");
+static_assert(sizeof(AttentionParams) == PARAMS_BYTES,
+              "flashcore_cupy/select packs the same struct");
 static_assert((WARPS_N - 1) * WARPS_M * Rows::VALUES * WARP_SIZE * int(sizeof(float)) <=
                   int(sizeof(T)) * NUM_STAGES * (LayoutK::SIZE + LayoutV::SIZE),
               "the other warps' partials fit over K and V");

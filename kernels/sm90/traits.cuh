@@ -95,8 +95,9 @@ struct alignas(1024) SharedStorage {
     SeenKeysOfTiles seen;
 };
 static_assert(Parts::SMEM_BYTES <= sizeof(SharedStorage::sK), "a part takes the place of K");
-static_assert(sizeof(SharedStorage) + 1024 == SMEM_BYTES, "config.py computes the same size");
-static_assert(sizeof(HopperParams) == PARAMS_BYTES, "launch.py packs the same struct");
+static_assert(sizeof(SharedStorage) + 1024 == SMEM_BYTES,
+              "flashcore_cupy/select computes the same size");
+static_assert(sizeof(HopperParams) == PARAMS_BYTES, "flashcore_cupy/select packs the same struct");
 
 __device__ __forceinline__ PositionMask mask_of(const AttentionParams& p, const Work& w) {
     return {p, w.seqlen_kv, w.diagonal};

@@ -68,7 +68,7 @@ __device__ __forceinline__ void publish_row(float* to, float2* state, const RowS
 }
 
 // The partials of a block of ROWS rows of COLS columns. A cluster has PARTS parts. If PARTS is 1,
-// there are params.splits parts, in global memory, where workspace.py reserves room for them.
+// there are params.splits parts, in global memory; select/sm90.py says how much room they take.
 //   publish(row, m and l, o)      publishes one row of this part, see publish_row
 //   sync(...)                     returns whether this CTA combines; all threads call it
 //   combine(rows, scale, ...)     one thread gets columns col to col + 3 of a row of O, and m and l

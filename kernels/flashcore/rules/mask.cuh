@@ -1,6 +1,7 @@
-// mask.cuh - which keys a query sees by its position, and which tiles of keys a block of queries
-// has to visit. Query i sees the keys j with i + left <= j <= i + right, as far as they exist:
-// causal and windowed attention differ in these two numbers alone.
+// mask.cuh - which keys a query sees by its position: query i sees the keys j with
+// i + left <= j <= i + right, as far as they exist. Causal and windowed attention differ in these
+// two numbers alone. Which tiles of keys a block of queries has to visit follows from it: see
+// tiles_seen in scheduler/schedule.cuh.
 #pragma once
 #include <flashcore/params.cuh>
 

@@ -10,7 +10,7 @@
 
 namespace flashcore {
 
-// Bits of FC_RULES; config.py has the same.
+// Bits of FC_RULES; problem/rules.py has the same.
 constexpr int RULE_SOFTCAP = 1;
 constexpr int RULE_ALIBI = 2;
 constexpr int RULE_BIAS = 4;       // in q's dtype

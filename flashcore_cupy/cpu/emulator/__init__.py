@@ -1,0 +1,1 @@
+"""The kernels of `kernels/`, unchanged, on a CPU: compiled by a C++ compiler, thread by thread."""

@@ -1,0 +1,35 @@
+// keywords.h - what a CUDA compiler knows without any header. Included before everything else.
+#pragma once
+#include <math.h>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __grid_constant__
+
+struct uint2 {
+    unsigned x, y;
+} __attribute__((aligned(8)));
+struct uint4 {
+    unsigned x, y, z, w;
+} __attribute__((aligned(16)));
+struct float2 {
+    float x, y;
+} __attribute__((aligned(8)));
+struct float4 {
+    float x, y, z, w;
+} __attribute__((aligned(16)));
+
+template <typename T>
+constexpr T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <typename T>
+constexpr T max(T a, T b) {
+    return a < b ? b : a;
+}
+constexpr unsigned min(unsigned a, int b) { return min(a, unsigned(b)); }
+constexpr unsigned min(int a, unsigned b) { return min(unsigned(a), b); }
