@@ -6,6 +6,7 @@ All of it is arithmetic, and needs no GPU.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import random as rnd
 import re
@@ -24,6 +25,7 @@ from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flashcore_cupy
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.launch import launch_cache, workspace
 from flashcore_cupy.launch.parameter_block import ParameterBlock
@@ -36,7 +38,7 @@ from flashcore_cupy.problem.attention_problem import (
 )
 from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.mods import MAX_MOD_ARGS
-from flashcore_cupy.problem.rules import RULE_BITS, describe_rules
+from flashcore_cupy.problem.rules import RULE_BITS, RULES, describe_rules
 from flashcore_cupy.select import grids, params, selector
 from flashcore_cupy.select.config import Tile
 
@@ -738,3 +740,15 @@ def test_workspaces_hold_what_warps_leave_in_them() -> None:
     values = fragments_m * 2 * (2 + tiles_d * 2)
     partial, arrivals = replace(chosen, tile=tile, head_dim_v=128).workspace_bytes(10, 3, 2**31 - 1)
     assert (partial, arrivals) == (10 * 3 * 2 * values * 32 * 4, 10 * 4)
+
+
+def test_no_rule_is_forgotten_by_the_launch_cache() -> None:
+    """A call with an array or a formula is not remembered; a value is part of its key."""
+    text = inspect.getsource(flashcore_cupy.attention)
+    plain, choices = (
+        re.search(rf"{name} = \((.*?)\)  # fmt", text, re.S) for name in ("plain", "choices")
+    )
+    assert plain is not None and choices is not None
+    for rule in RULES:
+        where = choices[1] if rule.takes == "value" else plain[1]
+        assert re.search(rf"\b{rule.name}\b", where), rule.name
