@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -149,6 +148,8 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]] | None:
 
 def _checksum(key: str, cubin: bytes, meta: Mapping[str, Any]) -> str:
     text = json.dumps({**meta, "key": key}, sort_keys=True)
+    import hashlib  # late: see sources
+
     return hashlib.sha256(cubin + text.encode()).hexdigest()
 
 

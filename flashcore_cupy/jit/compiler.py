@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import json
 import os
@@ -249,6 +248,8 @@ def _identify(
         "nvrtc": ".".join(map(str, nvrtc_version())),
         "version": __version__,
     }
+    import hashlib  # late: see sources
+
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32], identity
 
 

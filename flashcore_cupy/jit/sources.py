@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -50,6 +49,8 @@ def kernels_digest(root: Path | None = None) -> str:
     :func:`kernels_dir`): the path, a NUL byte, the file's bytes, a NUL byte.
     """
     folder = kernels_dir() if root is None else root
+    import hashlib  # which brings OpenSSL: 7 ms that an import of the package need not take
+
     digest = hashlib.sha256()
     for path in source_files(folder):
         digest.update(os.fsencode(path.relative_to(folder).as_posix()))
