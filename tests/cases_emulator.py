@@ -12,10 +12,9 @@ from flashcore_cupy.check import verify
 from flashcore_cupy.check.selftest import matrix
 from flashcore_cupy.check.selftest.arrays import Placed, described, set_up
 from flashcore_cupy.check.selftest.case import Case
-from flashcore_cupy.cpu.emulator.run import Schedule, gate_arrays, gate_output, run
+from flashcore_cupy.cpu.emulator.run import Schedule, run
 from flashcore_cupy.problem.attention_problem import operand
-from flashcore_cupy.select import selector
-from flashcore_cupy.select.parameters import gate_tiles
+from flashcore_cupy.select import gates, selector
 
 POINTERS = {
     "alibi_slopes": "alibi",
@@ -45,7 +44,7 @@ def attend(
     arrays = dict(zip("qkvo", (*placed.inputs, out), strict=True))
     if case.gate is None:
         arrays["lse"] = np.full(problem.lse_shape, np.nan, np.float32)
-    arrays |= gate_arrays(problem, gate_tiles(problem, selection.config))
+    arrays |= gates.allocate(problem, selection.config, np)
     given = placed.arguments
     for name, field in POINTERS.items():
         if given.get(name) is not None:
@@ -61,7 +60,7 @@ def attend(
 def launched(case: Case, setup: Any, placed: Placed, config: Any, arrays: Any) -> matrix.Launched:
     problem = described(case)
     if case.gate in ("qk", "softmax"):
-        results = [gate_output(problem, arrays, config.softmax_keys)]
+        results = [gates.output(problem, config, arrays, np)]
     else:
         results = matrix.canonical(case, *(arrays[n] for n in ("o", "lse") if n in arrays))
     clean = setup.out.surroundings_are_nan(placed.out_buffer)

@@ -1,7 +1,7 @@
-"""What the gates give on NumPy arrays: one stage of attention, of every head at once per block.
+"""What the gates give on NumPy arrays: one stage of attention.
 
-In float64, so that a kernel's stage can be compared with it; in blocks of queries, so that nothing
-but the result is of size Sq x Skv.
+Computed in float64, so that a kernel's stage can be compared with it. Each head goes in blocks of
+queries, so that nothing but the result is of size Sq x Skv.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def scores(q: Array, k: Array, v: Array, rules: RuleArguments) -> Array:
 
 
 def probabilities(q: Array, k: Array, v: Array, rules: RuleArguments) -> Array:
-    """Gate "softmax": P, 0 where hidden, float32 (B, Hq, Sq, Skv). A sink leaves rows less."""
+    """Gate "softmax": P, 0 where hidden, float32 (B, Hq, Sq, Skv). A sink takes a part of 1."""
     return _stage(q, k, Rules(sizes_of(q, k, v), **rules), normalise=True)
 
 

@@ -248,7 +248,7 @@ def _identify(
         "nvrtc": ".".join(map(str, nvrtc_version())),
         "version": __version__,
     }
-    import hashlib  # late: see sources
+    import hashlib  # late: it loads OpenSSL, 7 ms
 
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32], identity
 

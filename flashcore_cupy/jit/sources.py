@@ -49,7 +49,7 @@ def kernels_digest(root: Path | None = None) -> str:
     :func:`kernels_dir`): the path, a NUL byte, the file's bytes, a NUL byte.
     """
     folder = kernels_dir() if root is None else root
-    import hashlib  # which brings OpenSSL: 7 ms that an import of the package need not take
+    import hashlib  # late: it loads OpenSSL, 7 ms
 
     digest = hashlib.sha256()
     for path in source_files(folder):

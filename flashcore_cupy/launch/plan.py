@@ -15,11 +15,11 @@ import numpy as np
 
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.launch import gates, tensor_map
+from flashcore_cupy.launch import tensor_map
 from flashcore_cupy.launch.parameter_block import ParameterBlock
 from flashcore_cupy.launch.workspace import allocate, workspace
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
-from flashcore_cupy.select import grids
+from flashcore_cupy.select import gates, grids
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.parameters import fixed_params
 from flashcore_cupy.select.selector import Selection, configs_of
@@ -136,7 +136,9 @@ class Plan:
 
     def gate_output(self) -> Any:
         """What the gate stopped at, fp32 (B, Hq, Sq, Skv): scores, or normalised probabilities."""
-        return gates.output(self.problem, self.selection.config, self.arrays)
+        import cupy
+
+        return gates.output(self.problem, self.selection.config, self.arrays, cupy)
 
 
 def prepare(
@@ -187,7 +189,7 @@ def make_plan(
     if want_lse:
         plan.arrays["lse"] = cupy.empty(problem.lse_shape, cupy.float32)
         params["lse"] = plan.arrays["lse"].data.ptr
-    for name, array in gates.allocate(problem, prepared.selection.config).items():
+    for name, array in gates.allocate(problem, prepared.selection.config, cupy).items():
         plan.arrays[name] = array
         params[name] = array.data.ptr
     if problem.seqlen_q == 0 or (problem.batch == 0 and not problem.packed):

@@ -9,19 +9,10 @@ import numpy as np
 
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.problem.rules import Rules
-from flashcore_cupy.select import grids
+from flashcore_cupy.select import gates, grids
 from flashcore_cupy.select.config import KernelConfig
 
 _LOG2_E = math.log2(math.e)
-
-
-def gate_tiles(problem: AttentionProblem, config: KernelConfig) -> int:
-    """Maxima per row that the gate "softmax" writes.
-
-    They are of whole tiles. A tile with several maxima has all of them, the last one, too.
-    """
-    tile = config.tile
-    return -(-problem.seqlen_kv // tile.block_n) * (tile.block_n // config.softmax_keys)
 
 
 def fixed_params(
@@ -49,7 +40,7 @@ def fixed_params(
     heads = problem.heads_q * problem.seqlen_q
     params["lse_strides"] = (0 if problem.packed else heads, problem.seqlen_q)
     params["gate_row"] = problem.seqlen_kv
-    params["gate_tiles"] = gate_tiles(problem, config)
+    params["gate_tiles"] = gates.tiles_of(problem, config)
     params["m_blocks"] = grids.blocks_per_head(problem, config)
     params["splits"] = config.splits(problem, resident)
     params["section"] = config.section(problem, multiprocessors)

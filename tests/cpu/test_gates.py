@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from cases_gates import *  # noqa: F403
 
-from flashcore_cupy.launch import gates
 from flashcore_cupy.problem.attention_problem import contiguous_problem
-from flashcore_cupy.select import selector
+from flashcore_cupy.select import gates, selector
 
 
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 300])
-def test_probabilities_of_tiles_are_joined(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probabilities_of_tiles_are_joined(keys: int) -> None:
     """From what a kernel writes, each tile's at the maximum so far; here it is written by NumPy."""
-    monkeypatch.setitem(sys.modules, "cupy", np)
     problem = contiguous_problem(1, 2, 5, 64, seqlen_kv=keys, gate="softmax")
     config = selector.select(problem, "sm_90a", kernel="mma_sm80").config
-    arrays = gates.allocate(problem, config)
+    arrays = gates.allocate(problem, config, np)
     assert {name: x.dtype for name, x in arrays.items()} == dict.fromkeys(arrays, np.float32)
     scores = np.random.default_rng(keys).standard_normal((1, 2, 5, keys)) * 5
     scores[..., 0, :] = -np.inf  # a query without keys: kernels write nothing for it
@@ -35,18 +31,17 @@ def test_probabilities_of_tiles_are_joined(keys: int, monkeypatch: pytest.Monkey
     weights = np.exp(scores - arrays["gate_row_max"][..., None])
     arrays["gate_row_sum"][:] = weights.sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        got = gates.output(problem, config, arrays)
+        got = gates.output(problem, config, arrays, np)
     expected = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
-def test_gates_of_scores_start_as_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", np)
+def test_gates_of_scores_start_as_hidden() -> None:
     problem = contiguous_problem(2, 3, 5, 64, seqlen_kv=7, gate="qk")
     config = selector.select(problem, "sm_90a").config
-    arrays = gates.allocate(problem, config)
+    arrays = gates.allocate(problem, config, np)
     assert list(arrays) == ["gate"] and arrays["gate"].shape == (2, 3, 5, 7)
     assert np.isneginf(arrays["gate"]).all()
-    assert gates.output(problem, config, arrays) is arrays["gate"]
-    assert gates.allocate(contiguous_problem(1, 1, 5, 64, gate="pv"), config) == {}
-    assert gates.allocate(contiguous_problem(1, 1, 5, 64), config) == {}
+    assert gates.output(problem, config, arrays, np) is arrays["gate"]
+    assert gates.allocate(contiguous_problem(1, 1, 5, 64, gate="pv"), config, np) == {}
+    assert gates.allocate(contiguous_problem(1, 1, 5, 64), config, np) == {}

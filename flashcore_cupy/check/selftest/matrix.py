@@ -1,4 +1,4 @@
-"""The correctness matrix on this machine's GPU: what is tried is in `selftest_cases`, how is here.
+"""The correctness matrix on this machine's GPU: what is tried is in `cases`, how is here.
 
 Every case puts its inputs into larger buffers full of NaN, starts its outputs as NaN, launches
 twice, and wants the same bits, an untouched surrounding, and the result that `verify` expects.

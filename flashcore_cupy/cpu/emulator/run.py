@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,31 +135,3 @@ def _launch(
     )
     if failed:
         raise KernelError(f"{entry}: {message.value.decode(errors='replace')}")
-
-
-def gate_arrays(problem: AttentionProblem, tiles: int) -> dict[str, Array]:
-    """What a gate writes into, by its name in ``AttentionParams``."""
-    rows = (problem.batch, problem.heads_q, problem.seqlen_q)
-    if problem.gate == "qk":
-        return {"gate": np.full((*rows, problem.seqlen_kv), -np.inf, np.float32)}
-    if problem.gate == "softmax":
-        return {
-            "gate": np.zeros((*rows, problem.seqlen_kv), np.float32),
-            "gate_tile_max": np.full((*rows, tiles), -np.inf, np.float32),
-            "gate_row_max": np.zeros(rows, np.float32),
-            "gate_row_sum": np.zeros(rows, np.float32),
-        }
-    return {}
-
-
-def gate_output(problem: AttentionProblem, arrays: Mapping[str, Array], softmax_keys: int) -> Array:
-    """Scores, or normalised probabilities, fp32 (B, Hq, Sq, Skv)."""
-    if problem.gate == "qk":
-        return arrays["gate"]
-    row_max, row_sum = arrays["gate_row_max"][..., None], arrays["gate_row_sum"][..., None]
-    with np.errstate(all="ignore"):
-        factor = np.exp(arrays["gate_tile_max"] - row_max) / row_sum
-    factor = np.where(row_sum == 0, np.float32(0), factor)  # a query without keys
-    per_key = np.repeat(factor, softmax_keys, axis=-1)[..., : problem.seqlen_kv]
-    found: Array = arrays["gate"] * per_key
-    return found
