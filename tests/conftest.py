@@ -47,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # those of attention: with one per core, tests/cpu took twice as long on two busy cores, and
     # tests/gpu, with 12 workers on 16 cores, three times.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Else JAX takes most of a GPU's memory for itself as soon as it is asked for any device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers

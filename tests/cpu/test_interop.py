@@ -1,12 +1,11 @@
 """Arrays of other libraries: taken without a copy, results as the caller's kind.
 
-The exporters here have one protocol each and nothing else; torch and JAX where installed.
+The exporters here have one protocol each and nothing else.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,9 +17,6 @@ from helpers import three_arrays
 
 import flashcore_cupy
 from flashcore_cupy.problem import interop
-
-# Else JAX takes most of a GPU's memory for itself as soon as it is asked for any device.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -220,67 +216,6 @@ def test_gpu_and_cpu_do_not_mix() -> None:
     for arrays, named in (((on_gpu, k, v), "k, v:"), ((q, on_gpu, on_gpu), "q:")):
         with pytest.raises(TypeError, match=f"^{named} on the CPU while the others are on a GPU"):
             interop.taken_together(*arrays)
-
-
-class TestTorch:
-    """Tensors on the CPU."""
-
-    @pytest.mark.parametrize("dtype", [*DTYPES, "int32", "bool"])
-    def test_memory_is_shared_both_ways(self, dtype: str) -> None:
-        torch = pytest.importorskip("torch")
-        base = (torch.randn(2, 4, 6, 8) * 4).to(getattr(torch, dtype))
-        for x in (base, base.transpose(1, 2), base[:, ::2, 1:, 3:5], base[:, :0]):
-            got, kind = interop.taken("q", x)
-            assert kind == "torch" and got.dtype.name == dtype and got.shape == tuple(x.shape)
-            assert x.numel() == 0 or got.ctypes.data == x.data_ptr()
-            np.testing.assert_array_equal(got.astype("f4"), x.float().numpy())
-            back = interop.returned(got, kind)
-            assert isinstance(back, torch.Tensor) and back.dtype == x.dtype
-            assert torch.equal(back, x)
-            assert x.numel() == 0 or back.data_ptr() == x.data_ptr()
-            assert interop.returned(got, kind, x) is x
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_attention(self, dtype: str) -> None:
-        torch = pytest.importorskip("torch")
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(1, 8, 2, 16).to(getattr(torch, dtype)) for _ in range(3))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o, lse = flashcore_cupy.attention(q, k, v, return_lse=True)
-        assert o.dtype == q.dtype and lse.dtype == torch.float32
-        host = [interop.taken(name, x)[0] for name, x in zip("qkv", (q, k, v), strict=True)]
-        wanted = flashcore_cupy.attention(*host)
-        np.testing.assert_array_equal(interop.taken("o", o)[0], wanted)
-        truth = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
-        assert (o - truth).abs().max() < {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5}[dtype]
-        out = torch.empty_like(o)
-        assert flashcore_cupy.attention(q, k, v, out=out) is out
-        assert torch.equal(out, o)
-
-
-class TestJax:
-    """Arrays on the CPU."""
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_taken_and_returned(self, dtype: str) -> None:
-        jax = pytest.importorskip("jax")
-        cpu = jax.local_devices(backend="cpu")[0]
-        x = jax.device_put(three_arrays(dtype)[0], cpu)
-        got, kind = interop.taken("q", x)
-        assert kind == "jax" and got.dtype.name == dtype
-        assert got.ctypes.data == x.unsafe_buffer_pointer()
-        back = interop.returned(got, kind)
-        assert isinstance(back, jax.Array) and back.dtype == x.dtype and back.devices() == {cpu}
-        assert (back == x).all()
-        o = flashcore_cupy.attention(x, x, x)
-        assert isinstance(o, jax.Array) and o.dtype == x.dtype
-        np.testing.assert_array_equal(np.asarray(o), flashcore_cupy.attention(got, got, got))
-
-    def test_immutable_as_out(self) -> None:
-        jax = pytest.importorskip("jax")
-        x = jax.device_put(three_arrays()[0], jax.local_devices(backend="cpu")[0])
-        with pytest.raises(TypeError, match="out: got a JAX array, which is immutable"):
-            interop.taken_out(x)
 
 
 def test_kinds_go_by_class_names() -> None:

@@ -1,0 +1,158 @@
+"""JAX's arrays on the CPU: their memory, and what is traced."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+from cases_tracing import (
+    FLOATS,
+    OPERANDS,
+    arguments,
+    attention,
+    everywhere,
+    explain,
+    numbers,
+    refusal,
+)
+from helpers import three_arrays
+
+import flashcore_cupy
+from flashcore_cupy.problem import interop
+from flashcore_cupy.problem.attention_problem import DTYPES
+
+if importlib.util.find_spec("jax") is None:
+    pytest.skip("jax is not installed", allow_module_level=True)
+
+
+def jax_array(x: np.ndarray) -> Any:
+    import jax
+
+    return jax.numpy.asarray(x)
+
+
+TRANSFORMS: dict[str, Callable[[Any, Callable[[Any], Any], Any], Any]] = {
+    "jit": lambda jax, f, x: jax.jit(f)(x),
+    "grad": lambda jax, f, x: jax.grad(f)(x),
+    "value_and_grad": lambda jax, f, x: jax.jit(jax.value_and_grad(f))(x),
+    "vmap": lambda jax, f, x: jax.vmap(f)(x[None]),
+    "eval_shape": lambda jax, f, x: jax.eval_shape(f, x),
+    "linearize": lambda jax, f, x: jax.linearize(f, x),
+    "jvp": lambda jax, f, x: jax.jvp(f, (x,), (x,)),
+    "make_jaxpr": lambda jax, f, x: jax.make_jaxpr(f)(x),
+    "checkpoint": lambda jax, f, x: jax.checkpoint(f)(x),
+    "scan": lambda jax, f, x: jax.lax.scan(lambda c, y: (c + f(y), None), 0.0, x[None]),
+}
+
+
+class TestTraces:
+    """What is traced is refused."""
+
+    @pytest.mark.parametrize("name", [name for name in FLOATS if name != "out"])
+    @pytest.mark.parametrize("transform", TRANSFORMS)
+    def test_tracers_are_refused(self, transform: str, name: str) -> None:
+        import jax
+
+        others = {key: x for key, x in arguments(jax_array).items() if key != name}
+        for call in (attention, explain):
+
+            def traced(x: Any, call: Any = call) -> Any:
+                return call(**arguments(np.asarray, name, x) | others).sum()
+
+            message = refusal(
+                TypeError,
+                lambda traced=traced: TRANSFORMS[transform](
+                    jax, traced, jax_array(numbers(*FLOATS[name]))
+                ),
+            )
+            assert message.startswith(f"{name}: got a tracer of JAX (")
+            assert "jax.pure_callback" in message and "jax.lax.stop_gradient" in message
+            assert "CuPy" not in message and "cupy" not in message
+
+    def test_tracers_among_numpy_arrays(self) -> None:
+        import jax
+
+        run = jax.jit(lambda x: attention(**arguments(np.asarray, "v", x)))
+        message = refusal(TypeError, lambda: run(numbers(*OPERANDS["v"])))
+        assert message.startswith("v: got a tracer of JAX (")
+
+    @pytest.mark.parametrize("name", ["causal", "window", "return_lse"])
+    def test_tracers_as_plain_arguments(self, name: str) -> None:
+        import jax
+
+        run = jax.jit(lambda x: attention(**arguments(np.asarray, name, x)))
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: got "):
+            run(True)
+
+    @pytest.mark.parametrize("transform", ["jit", "vmap", "grad of jit"])
+    def test_what_the_message_says_works(self, transform: str) -> None:
+        import jax
+
+        q, k, v = (jax_array(numbers(2, *shape, seed=3)) for shape in OPERANDS.values())
+
+        def on_host(q: Any, k: Any, v: Any) -> Any:
+            return attention(*map(np.asarray, (q, k, v)), causal=True)
+
+        def call(q: Any, k: Any, v: Any) -> Any:
+            shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+            return jax.pure_callback(on_host, shape, q, k, v, vmap_method="sequential")
+
+        wanted = [on_host(*one) for one in zip(q, k, v, strict=True)]
+        if transform == "vmap":
+            got = jax.vmap(call)(q, k, v)
+        elif transform == "jit":
+            got = [jax.jit(call)(*one) for one in zip(q, k, v, strict=True)]
+        else:
+
+            def loss(scale: Any, q: Any, k: Any, v: Any) -> Any:
+                return (scale * call(*map(jax.lax.stop_gradient, (q, k, v)))).sum()
+
+            ones = zip(q, k, v, strict=True)
+            got = [jax.jit(jax.grad(loss))(2.0, *one) for one in ones]
+            wanted = [o.sum() for o in wanted]
+        np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=1e-5)
+
+    def test_arrays_that_are_gone(self) -> None:
+        x = jax_array(numbers(*OPERANDS["k"]))
+        x.delete()
+        assert "deleted" in everywhere("k", ValueError, arguments(jax_array, "k", x))
+
+    def test_hints_are_in_words_of_jax(self) -> None:
+        import jax
+
+        for dtype, hint in (("float64", "float32)"), ("int32", "float16)")):
+            with getattr(jax, "enable_x64", lambda _: nullcontext())(True):
+                x = jax.numpy.zeros(OPERANDS["k"], dtype)
+            message = everywhere("k", TypeError, arguments(jax_array, "k", x))
+            assert message.endswith(f"k.astype(jax.numpy.{hint}")
+
+
+class TestMemory:
+    """Arrays are taken and returned without a copy."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_taken_and_returned(self, dtype: str) -> None:
+        import jax
+
+        cpu = jax.local_devices(backend="cpu")[0]
+        x = jax.device_put(three_arrays(dtype)[0], cpu)
+        got, kind = interop.taken("q", x)
+        assert kind == "jax" and got.dtype.name == dtype
+        assert got.ctypes.data == x.unsafe_buffer_pointer()
+        back = interop.returned(got, kind)
+        assert isinstance(back, jax.Array) and back.dtype == x.dtype and back.devices() == {cpu}
+        assert (back == x).all()
+        o = flashcore_cupy.attention(x, x, x)
+        assert isinstance(o, jax.Array) and o.dtype == x.dtype
+        np.testing.assert_array_equal(np.asarray(o), flashcore_cupy.attention(got, got, got))
+
+    def test_immutable_as_out(self) -> None:
+        import jax
+
+        x = jax.device_put(three_arrays()[0], jax.local_devices(backend="cpu")[0])
+        with pytest.raises(TypeError, match="out: got a JAX array, which is immutable"):
+            interop.taken_out(x)
