@@ -11,6 +11,7 @@
 // asks for it; when nothing else can run; or, if `eager` says so, at a random moment before.
 #pragma once
 #include <emulator/fiber.hpp>
+#include <emulator/places.hpp>
 
 #include <atomic>
 #include <cstdarg>
@@ -62,6 +63,7 @@ struct Cell {
 struct Readers {
     uint32_t epoch = 0, lanes = 0;
     int first = 0;
+    const void* place = nullptr;
 };
 
 // What a whole warp does together: each lane brings something, the last one to come does it all.
@@ -81,12 +83,27 @@ struct Groups {
         closed.push_back(std::move(open));
         open.clear();
     }
+    // The oldest operation that is left; it may be of a group that is still open.
+    bool finish_one() {
+        for (auto& group : closed)
+            if (finish_first(group)) return true;
+        return finish_first(open);
+    }
     void finish_all_but(size_t pending) {
         while (closed.size() > pending) {
             auto group = std::move(closed.front());
             closed.pop_front();
             for (auto& operation : group) operation();
         }
+    }
+
+  private:
+    static bool finish_first(std::vector<std::function<void()>>& group) {
+        if (group.empty()) return false;
+        const auto operation = std::move(group.front());
+        group.erase(group.begin());
+        operation();
+        return true;
     }
 };
 
@@ -119,6 +136,7 @@ struct Fiber {
     bool (*is_ready)(const void*) = nullptr;
     const void* condition = nullptr;
     const char* waits_for = "";
+    const void* place = nullptr;  // where in the kernel it waits
     // cp.async: those started, in order, of which `finished` have been made.
     std::vector<Copy> copies;
     size_t finished = 0;
@@ -174,6 +192,8 @@ struct Cluster {
 
     explicit Cluster(const Options& o) : options(o), random(o.seed) {}
     void run();
+    bool finish_one();
+    void finish_one_of(Block& b, Warp& w);
     void report_deadlock();
 };
 
@@ -186,7 +206,7 @@ inline int lane() { return current->thread % WARP; }
 inline void yield() { switch_to(current->context, block().cluster->scheduler); }
 
 // Ends the launch with a message.
-[[noreturn]] inline void fail(const char* format, ...) {
+[[noreturn]] inline __attribute__((noinline)) void fail(const char* format, ...) {
     char text[600];
     va_list arguments;
     va_start(arguments, format);
@@ -195,6 +215,10 @@ inline void yield() { switch_to(current->context, block().cluster->scheduler); }
     Cluster& cluster = *block().cluster;
     cluster.failure = "block " + std::to_string(block().index) + ", thread " +
                       std::to_string(current->thread) + ": " + text;
+#ifdef EMULATOR_CHECK
+    cluster.failure +=
+        " at " + line_of(current->place ? current->place : __builtin_return_address(0));
+#endif
     yield();
     abort();
 }
@@ -222,8 +246,9 @@ struct Inside {
 
 // All 32 lanes of a warp bring an operand; act(operands) happens once, when the last one is here.
 template <typename Act>
-void collective(const char* what, void* operand, const Act& act) {
+__attribute__((noinline)) void collective(const char* what, void* operand, const Act& act) {
     const Inside inside;
+    current->place = __builtin_return_address(0);
     Collective& c = warp().collective;
     if (c.arrived == 0) c.what = what;
     if (c.what != what) fail("%s, while other lanes of the warp are at %s", what, c.what);
@@ -257,7 +282,9 @@ inline uint32_t arrive(NamedBarrier& b, int threads, bool condition, const char*
     if (++b.arrived == threads) release(b);
     return mine;
 }
-inline bool sync(NamedBarrier& b, int threads, bool condition, const char* what) {
+inline __attribute__((noinline)) bool sync(NamedBarrier& b, int threads, bool condition,
+                                           const char* what) {
+    current->place = __builtin_return_address(0);
     const uint32_t mine = arrive(b, threads, condition, what);
     wait_until(what, [&b, mine] { return b.generation != mine; });
     acquire_from(b.clock);
@@ -265,8 +292,10 @@ inline bool sync(NamedBarrier& b, int threads, bool condition, const char* what)
 }
 
 // All threads that live, of a block or of a cluster.
-inline void sync_all(NamedBarrier& b, const int& living, const char* what) {
+inline __attribute__((noinline)) void sync_all(NamedBarrier& b, const int& living,
+                                               const char* what) {
     const Inside inside;
+    current->place = __builtin_return_address(0);
     const uint32_t mine = b.generation;
     release_to(b.clock);
     if (++b.arrived == living) {
@@ -279,14 +308,17 @@ inline void sync_all(NamedBarrier& b, const int& living, const char* what) {
 
 // ---- shared addresses --------------------------------------------------------------------------
 
-inline uint32_t shared_address(const void* pointer) {
+inline uint32_t shared_address(const void* pointer, const void* place = here()) {
+    current->place = place;
     const auto offset = static_cast<const char*>(pointer) - block().smem;
     if (offset < 0 || offset > block().smem_bytes) fail("a pointer that is not to shared memory");
     return uint32_t(offset) + SHARED_BASE;
 }
 
 // Where `bytes` bytes at a shared address are, which must be a multiple of `align`.
-inline char* shared_pointer(uint32_t address, int bytes, int align, const char* what) {
+inline char* shared_pointer(uint32_t address, int bytes, int align, const char* what,
+                            const void* place = here()) {
+    current->place = place;
     Block* owner = &block();
     if (const uint32_t peer = address >> PEER_SHIFT) owner = &owner->cluster->blocks[peer - 1];
     const int64_t offset = int64_t(address & ((1u << PEER_SHIFT) - 1)) - SHARED_BASE;
@@ -319,6 +351,23 @@ inline void begin_fiber() {
     abort();
 }
 
+// One of the operations that barriers wait for.
+inline bool Cluster::finish_one() {
+    if (operations.empty()) return false;
+    const size_t which = random(uint32_t(operations.size()));
+    const auto operation = std::move(operations[which]);
+    operations.erase(operations.begin() + long(which));
+    operation();
+    return true;
+}
+// One of those that the threads of a warp wait for themselves: a product, or what a lane stores.
+inline void Cluster::finish_one_of(Block& b, Warp& w) {
+    w.products.finish_one();
+    const size_t first = size_t(&w - b.warps.data()) * WARP;
+    const size_t lanes = min(size_t(WARP), b.fibers.size() - first);
+    b.fibers[first + random(uint32_t(lanes))].stores.finish_one();
+}
+
 inline void Cluster::run() {
     std::vector<std::pair<Block*, int>> order;
     for (Block& b : blocks)
@@ -340,21 +389,10 @@ inline void Cluster::run() {
                 current = nullptr;
                 if (!failure.empty()) return;
             }
-            if (!operations.empty() && int(random(100)) < options.eager) {
-                const size_t which = random(uint32_t(operations.size()));
-                auto operation = std::move(operations[which]);
-                operations.erase(operations.begin() + long(which));
-                operation();
-                moved = true;
-            }
+            if (int(random(100)) < options.eager) moved |= finish_one();
+            if (int(random(100)) < options.eager) finish_one_of(*b, b->warps[size_t(w)]);
         }
-        if (!moved && !operations.empty()) {
-            const size_t which = random(uint32_t(operations.size()));
-            auto operation = std::move(operations[which]);
-            operations.erase(operations.begin() + long(which));
-            operation();
-            moved = true;
-        }
+        moved = moved || finish_one();
         if (!failure.empty()) return;
         if (!moved) return report_deadlock();
     }
@@ -362,18 +400,24 @@ inline void Cluster::run() {
 
 inline void Cluster::report_deadlock() {
     failure = "deadlock: nobody can go on";
+    std::vector<const void*> places;
+    for (Block& b : blocks)
+        for (const Fiber& f : b.fibers) places.push_back(f.place);
+    auto lines = lines_of(places);
     for (Block& b : blocks) {
         for (size_t t = 0; t < b.fibers.size();) {
             size_t end = t + 1;
             const Fiber& f = b.fibers[t];
             const auto same = [&](const Fiber& g) {
                 return f.ended == g.ended &&
-                       (f.ended || std::strcmp(f.waits_for, g.waits_for) == 0);
+                       (f.ended || (std::strcmp(f.waits_for, g.waits_for) == 0 &&
+                                    lines[f.place] == lines[g.place]));
             };
             while (end < b.fibers.size() && same(b.fibers[end])) ++end;
             failure += "\n  block " + std::to_string(b.index) + ", threads " + std::to_string(t) +
                        " to " + std::to_string(end - 1) + ": " +
-                       (f.ended ? "ended" : "wait for " + std::string(f.waits_for));
+                       (f.ended ? "ended"
+                                : "wait for " + std::string(f.waits_for) + " at " + lines[f.place]);
             t = end;
         }
     }

@@ -16,7 +16,6 @@
 // Plain accesses of the kernel reach this by -fsanitize=thread, whose calls (__tsan_read4, ...) are
 // defined below; no other part of that tool is used.
 #pragma once
-#include <dlfcn.h>
 #include <emulator/machine.hpp>
 
 namespace emulator {
@@ -116,35 +115,30 @@ inline void touch(Block& owner, const char* pointer, size_t bytes, bool writes, 
     Cluster& c = *owner.cluster;
     const size_t first = size_t(pointer - owner.smem) / GRANULE;
     const size_t last = (size_t(pointer - owner.smem) + bytes - 1) / GRANULE;
-    const auto where = [&](size_t at, const void* from) {
-        Dl_info info;
-        const bool is_known = from && dladdr(from, &info);
-        const long offset =
-            is_known ? static_cast<const char*>(from) - static_cast<const char*>(info.dli_fbase)
-                     : 0;
-        char text[80];
-        snprintf(text, sizeof text, " byte %zu of shared memory [+0x%lx]", at * GRANULE, offset);
-        return std::string(text);
+    const auto where = [&](size_t at) {
+        return " byte " + std::to_string(at * GRANULE) + " of shared memory at " + line_of(place);
+    };
+    const auto and_before = [&](int id, const char* has_done, const void* its_place) {
+        return ",\n  which " + name_of(c, id) + has_done + " at " + line_of(its_place) +
+               ", with nothing between that orders the two";
     };
     for (size_t at = first; at <= last; ++at) {
         Cell& cell = owner.cells[at];
         if (cell.writer < 0 && !writes)
             return found(c, "uninitialised: " + name_of(c, who.id) +
-                                " reads what nobody has written," + where(at, place));
+                                " reads what nobody has written," + where(at));
         if (cell.writer >= 0 && cell.writer != who.id && !who.knows(cell.writer, cell.epoch))
             return found(c, "race: " + name_of(c, who.id) + (writes ? " writes" : " reads") +
-                                where(at, place) + ", which " + name_of(c, cell.writer) +
-                                " has written, with nothing between that orders the two [at " +
-                                where(at, cell.place) + "]");
+                                where(at) + and_before(cell.writer, " has written", cell.place));
         if (who.is_async && !writes && cell.writer >= 0 && !cell.is_async) {
             const int per_block = int(c.blocks[0].fibers.size());
             const Fiber& writer =
                 c.blocks[size_t(cell.writer / per_block)].fibers[size_t(cell.writer % per_block)];
             if (writer.fenced_epoch < cell.epoch)
                 return found(c, "no fence: " + name_of(c, who.id) +
-                                    " has the asynchronous proxy read" + where(at, place) +
-                                    ", which " + name_of(c, cell.writer) +
-                                    " has written without a fence_proxy_async");
+                                    " has the asynchronous proxy read" + where(at) + ",\n  which " +
+                                    name_of(c, cell.writer) + " has written at " +
+                                    line_of(cell.place) + " without a fence_proxy_async");
         }
         Readers* const readers = &owner.readers[at * owner.reader_slots];
         if (writes) {
@@ -153,9 +147,8 @@ inline void touch(Block& owner, const char* pointer, size_t bytes, bool writes, 
                 for (uint32_t lanes = r.lanes; lanes; lanes &= lanes - 1) {
                     const int reader = r.first + __builtin_ctz(lanes);
                     if (reader == who.id || who.knows(reader, r.epoch)) continue;
-                    return found(c, "race: " + name_of(c, who.id) + " writes" + where(at, place) +
-                                        ", which " + name_of(c, reader) +
-                                        " has read, with nothing between that orders the two");
+                    return found(c, "race: " + name_of(c, who.id) + " writes" + where(at) +
+                                        and_before(reader, " has read", r.place));
                 }
             }
             for (size_t slot = 0; slot < owner.reader_slots; ++slot) readers[slot].lanes = 0;
@@ -163,15 +156,16 @@ inline void touch(Block& owner, const char* pointer, size_t bytes, bool writes, 
         } else {
             Readers& r = readers[who.warp];
             if (r.epoch != who.epoch || !r.lanes)
-                r = {who.epoch, 0, who.fiber ? who.id - who.fiber->thread % WARP : who.id};
+                r = {who.epoch, 0, who.fiber ? who.id - who.fiber->thread % WARP : who.id, place};
             r.lanes |= who.fiber ? who.lanes : 1u;
+            r.place = place;
         }
     }
 }
 
 // A range that `fiber` reads or writes now, on whose behalf ever this runs.
 inline void note(const Fiber& fiber, const void* pointer, size_t bytes, bool writes,
-                 bool is_async = false, const void* place = nullptr) {
+                 bool is_async = false, const void* place = here()) {
     const char* p = static_cast<const char*>(pointer);
     for (Block& b : fiber.block->cluster->blocks)
         if (p >= b.smem && p < b.smem + b.smem_bytes)
@@ -182,8 +176,12 @@ inline void note(const Fiber& fiber, const void* pointer, size_t bytes, bool wri
 struct Agent {
     const Fiber* fiber;
     Clock clock;
+    const void* place;
 
-    explicit Agent(const Fiber& f) : fiber(&f), clock(knowledge(f)) { ++warp_of(f).epoch; }
+    explicit Agent(const Fiber& f, const void* at = here())
+        : fiber(&f), clock(knowledge(f)), place(at) {
+        ++warp_of(f).epoch;
+    }
     void note(const void* pointer, size_t bytes, bool writes) const {
         Block& b = *fiber->block;
         const int id = agent_of(*fiber);
@@ -195,7 +193,7 @@ struct Agent {
             nullptr,
             &clock,
             true};
-        touch(b, static_cast<const char*>(pointer), bytes, writes, who, nullptr);
+        touch(b, static_cast<const char*>(pointer), bytes, writes, who, place);
     }
     void arrive(SyncClock& barrier) const {
         if (barrier.arrived.empty()) barrier.arrived.resize(fiber->block->cluster->clock_size);

@@ -5,21 +5,21 @@
 
 namespace flashcore {
 
-inline int cluster_rank() { return emulator::block().rank; }
+__forceinline__ int cluster_rank() { return emulator::block().rank; }
 
-inline void cluster_sync() {
+__forceinline__ void cluster_sync() {
     emulator::Cluster& c = *emulator::block().cluster;
     emulator::sync_all(c.meeting, c.living, "barrier.cluster");
 }
 
-inline void cluster_meet() { cluster_sync(); }
+__forceinline__ void cluster_meet() { cluster_sync(); }
 
-inline uint32 peer_address(uint32 shared, int rank) {
+__forceinline__ uint32 peer_address(uint32 shared, int rank) {
     return shared | uint32(rank + 1) << emulator::PEER_SHIFT;
 }
 
 template <typename Vector>
-inline void load_peer(Vector& x, uint32 address) {
+__forceinline__ void load_peer(Vector& x, uint32 address) {
     const char* const from =
         emulator::shared_pointer(address, sizeof(Vector), sizeof(Vector), "ld.shared::cluster");
     emulator::note(*emulator::current, from, sizeof(Vector), false);

@@ -5,10 +5,12 @@
 
 namespace flashcore {
 
-inline uint32 shared_address(const void* pointer) { return emulator::shared_address(pointer); }
+__forceinline__ uint32 shared_address(const void* pointer) {
+    return emulator::shared_address(pointer);
+}
 
 template <int BYTES>
-inline void cp_async(uint32 shared, const void* global, int valid, const char* what) {
+__forceinline__ void cp_async(uint32 shared, const void* global, int valid, const char* what) {
     if (valid < 0 || valid > BYTES) emulator::fail("%s of %d bytes", what, valid);
     if (valid > 0 && reinterpret_cast<unsigned long long>(global) % BYTES)
         emulator::fail("%s: global address %p is no multiple of %d", what, global, BYTES);
@@ -16,23 +18,23 @@ inline void cp_async(uint32 shared, const void* global, int valid, const char* w
     emulator::current->copies.push_back({to, static_cast<const char*>(global), BYTES, valid});
 }
 
-inline void cp_async_16(uint32 shared, const void* global, int valid) {
+__forceinline__ void cp_async_16(uint32 shared, const void* global, int valid) {
     cp_async<16>(shared, global, valid, "cp.async 16");
 }
-inline void cp_async_8(uint32 shared, const void* global, int valid) {
+__forceinline__ void cp_async_8(uint32 shared, const void* global, int valid) {
     cp_async<8>(shared, global, valid, "cp.async 8");
 }
-inline void cp_async_4(uint32 shared, const void* global, int valid) {
+__forceinline__ void cp_async_4(uint32 shared, const void* global, int valid) {
     cp_async<4>(shared, global, valid, "cp.async 4");
 }
 
-inline void cp_async_commit() {
+__forceinline__ void cp_async_commit() {
     emulator::Fiber& f = *emulator::current;
     f.copy_groups.push_back(f.copies.size());
 }
 
 template <int PENDING>
-inline void cp_async_wait() {
+__forceinline__ void cp_async_wait() {
     const emulator::Inside inside;
     emulator::Fiber& f = *emulator::current;
     while (f.copy_groups.size() > PENDING) {

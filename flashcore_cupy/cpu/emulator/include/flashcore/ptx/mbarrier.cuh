@@ -15,36 +15,39 @@ struct MBarrier {
 };
 static_assert(sizeof(MBarrier) == sizeof(uint64));
 
-inline MBarrier& mbarrier(uint64* barrier) { return *reinterpret_cast<MBarrier*>(barrier); }
-inline MBarrier& made_mbarrier(uint64* barrier, const char* what) {
+__forceinline__ MBarrier& mbarrier(uint64* barrier) {
+    return *reinterpret_cast<MBarrier*>(barrier);
+}
+inline MBarrier& made_mbarrier(uint64* barrier, const char* what,
+                               const void* place = emulator::here()) {
     const emulator::Inside inside;
-    emulator::shared_pointer(shared_address(barrier), 8, 8, what);
+    emulator::shared_pointer(emulator::shared_address(barrier, place), 8, 8, what, place);
     return mbarrier(barrier);
 }
-inline void end_phase_if_over(MBarrier& b, emulator::SyncClock& clock) {
+__forceinline__ void end_phase_if_over(MBarrier& b, emulator::SyncClock& clock) {
     if (b.waits_for > 0 || b.bytes != 0) return;
     emulator::pass(clock);
     b.waits_for = b.count;
     b.parity ^= 1;
 }
-inline void count_arrival(MBarrier& b, emulator::SyncClock& clock) {
+__forceinline__ void count_arrival(MBarrier& b, emulator::SyncClock& clock) {
     --b.waits_for;
     end_phase_if_over(b, clock);
 }
-inline void count_bytes(MBarrier& b, emulator::SyncClock& clock, int bytes) {
+__forceinline__ void count_bytes(MBarrier& b, emulator::SyncClock& clock, int bytes) {
     b.bytes -= bytes;
     end_phase_if_over(b, clock);
 }
 
-inline void mbarrier_init(uint64* barrier, int count) {
+__forceinline__ void mbarrier_init(uint64* barrier, int count) {
     MBarrier& b = made_mbarrier(barrier, "mbarrier.init");
     const emulator::Inside inside;
     b = {uint16(count), uint16(count), 0, 0, 1};
 }
 
-inline void fence_mbarrier_init() {}
+__forceinline__ void fence_mbarrier_init() {}
 
-inline void mbarrier_arrive(uint64* barrier) {
+__forceinline__ void mbarrier_arrive(uint64* barrier) {
     MBarrier& b = made_mbarrier(barrier, "mbarrier.arrive");
     const emulator::Inside inside;
     if (b.waits_for == 0) emulator::fail("mbarrier.arrive: more arrivals than the phase counts");
@@ -54,7 +57,7 @@ inline void mbarrier_arrive(uint64* barrier) {
 }
 
 // The arrival comes when the copies have been made: sometime.
-inline void mbarrier_arrive_copied(uint64* barrier) {
+__forceinline__ void mbarrier_arrive_copied(uint64* barrier) {
     MBarrier& b = made_mbarrier(barrier, "cp.async.mbarrier.arrive");
     emulator::Fiber* const fiber = emulator::current;
     const size_t end = fiber->copies.size();
@@ -68,7 +71,7 @@ inline void mbarrier_arrive_copied(uint64* barrier) {
         });
 }
 
-inline void mbarrier_arrive_expect_tx(uint64* barrier, uint32 bytes) {
+__forceinline__ void mbarrier_arrive_expect_tx(uint64* barrier, uint32 bytes) {
     MBarrier& b = made_mbarrier(barrier, "mbarrier.arrive.expect_tx");
     const emulator::Inside inside;
     if (b.waits_for == 0) emulator::fail("mbarrier.arrive: more arrivals than the phase counts");
@@ -78,25 +81,25 @@ inline void mbarrier_arrive_expect_tx(uint64* barrier, uint32 bytes) {
     count_arrival(b, clock);
 }
 
-inline bool is_over(const MBarrier& b, uint32 parity) { return b.parity != parity; }
+__forceinline__ bool is_over(const MBarrier& b, uint32 parity) { return b.parity != parity; }
 
-inline bool mbarrier_try_wait(uint64* barrier, uint32 parity) {
+__forceinline__ bool mbarrier_try_wait(uint64* barrier, uint32 parity) {
     const emulator::Inside inside;
     if (!is_over(made_mbarrier(barrier, "mbarrier.try_wait"), parity)) return false;
     emulator::acquire_from(emulator::clock_of(barrier));
     return true;
 }
 
-inline void mbarrier_wait(uint64* barrier, uint32 parity) {
+__forceinline__ void mbarrier_wait(uint64* barrier, uint32 parity) {
     const MBarrier& b = made_mbarrier(barrier, "mbarrier.try_wait");
     const emulator::Inside inside;
     emulator::wait_until("mbarrier", [&b, parity] { return is_over(b, parity); });
     emulator::acquire_from(emulator::clock_of(barrier));
 }
 
-inline void named_barrier_arrive(int id, int threads);
+__forceinline__ void named_barrier_arrive(int id, int threads);
 
-inline void fence_proxy_async() { emulator::fence_async(); }
+__forceinline__ void fence_proxy_async() { emulator::fence_async(); }
 
 }  // namespace flashcore
 
@@ -104,7 +107,7 @@ inline void fence_proxy_async() { emulator::fence_async(); }
 
 namespace flashcore {
 
-inline void named_barrier_arrive(int id, int threads) {
+__forceinline__ void named_barrier_arrive(int id, int threads) {
     emulator::arrive(named_barrier(id, threads), threads, false, "bar.arrive");
 }
 

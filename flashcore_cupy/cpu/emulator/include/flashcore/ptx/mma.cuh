@@ -15,7 +15,7 @@ inline float element(uint32 pair, int which) {
 
 // Row r of block i is at the address of lane 8 i + r; lane l gets the 4 bytes l % 4 of row l / 4.
 template <typename Word, bool TRANSPOSED>
-inline void load_matrices(Word (&r)[4], uint32 row_address) {
+__forceinline__ void load_matrices(Word (&r)[4], uint32 row_address) {
     struct Operand {
         Word* r;
         const char* row;
@@ -36,17 +36,17 @@ inline void load_matrices(Word (&r)[4], uint32 row_address) {
     });
 }
 
-inline void ldmatrix_x4(uint32 (&r)[4], uint32 row_address) {
+__forceinline__ void ldmatrix_x4(uint32 (&r)[4], uint32 row_address) {
     load_matrices<uint32, false>(r, row_address);
 }
-inline void ldmatrix_x4_trans(uint32 (&r)[4], uint32 row_address) {
+__forceinline__ void ldmatrix_x4_trans(uint32 (&r)[4], uint32 row_address) {
     load_matrices<uint32, true>(r, row_address);
 }
-inline void ldmatrix_x4(float (&r)[4], uint32 row_address) {
+__forceinline__ void ldmatrix_x4(float (&r)[4], uint32 row_address) {
     load_matrices<float, false>(r, row_address);
 }
 
-inline void stmatrix_x4(uint32 row_address, const uint32 (&r)[4]) {
+__forceinline__ void stmatrix_x4(uint32 row_address, const uint32 (&r)[4]) {
     struct Operand {
         const uint32* r;
         char* row;
@@ -60,7 +60,7 @@ inline void stmatrix_x4(uint32 row_address, const uint32 (&r)[4]) {
     });
 }
 
-inline float load_shared(uint32 address) {
+__forceinline__ float load_shared(uint32 address) {
     const char* const from = emulator::shared_pointer(address, 4, 4, "ld.shared");
     emulator::note(*emulator::current, from, 4, false);
     const emulator::Inside inside;
@@ -95,7 +95,7 @@ inline void multiply_fragments(void** all, A a_of, B b_of) {
 }
 
 template <typename T>
-inline void mma_m16n8k16(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+__forceinline__ void mma_m16n8k16(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
     MmaOperand mine = {c, a, b0, b1};
     emulator::collective("mma.m16n8k16", &mine, [](void** all) {
         const auto lane = [&](int n) { return static_cast<const MmaOperand*>(all[n]); };
@@ -115,7 +115,7 @@ inline void mma_m16n8k16(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 
 // The tensor cores ignore the 13 lowest fraction bits.
 inline float tf32(uint32 bits) { return emulator::float_of(bits & 0xffffe000u); }
 
-inline void mma_m16n8k8_tf32(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+__forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
     MmaOperand mine = {c, a, b0, b1};
     emulator::collective("mma.m16n8k8.tf32", &mine, [](void** all) {
         const auto lane = [&](int n) { return static_cast<const MmaOperand*>(all[n]); };

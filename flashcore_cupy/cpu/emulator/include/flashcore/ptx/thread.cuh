@@ -7,13 +7,13 @@ namespace flashcore {
 
 constexpr int CUDA_ARCH = __CUDA_ARCH__;
 
-inline uint32 thread_index() { return uint32(emulator::current->thread); }
-inline int thread_index_anew() { return emulator::current->thread; }
-inline uint32 block_index() { return uint32(emulator::block().index); }
-inline uint32 grid_size() { return uint32(emulator::block().cluster->grid_size); }
+__forceinline__ uint32 thread_index() { return uint32(emulator::current->thread); }
+__forceinline__ int thread_index_anew() { return emulator::current->thread; }
+__forceinline__ uint32 block_index() { return uint32(emulator::block().index); }
+__forceinline__ uint32 grid_size() { return uint32(emulator::block().cluster->grid_size); }
 
 template <int ALIGN>
-inline char* dynamic_shared() {
+__forceinline__ char* dynamic_shared() {
     static_assert(ALIGN <= 1024);
     return emulator::block().smem;
 }

@@ -21,7 +21,7 @@ struct alignas(64) TensorMap {
 constexpr uint64 EVICT_FIRST = 0x12F0000000000000;
 constexpr uint64 EVICT_LAST = 0x14F0000000000000;
 
-inline void prefetch_tensormap(const TensorMap*) {}
+__forceinline__ void prefetch_tensormap(const TensorMap*) {}
 
 // For each row of the box: act(its place in shared memory, in the tensor or null, elements inside).
 // Rows lie one after the other; 16-byte pieces of a row are permuted: see swizzled_copy.
@@ -54,19 +54,20 @@ struct Box {
 };
 
 // Bits 4 and up of a shared address are xored with bits 7 and up.
-inline uint32 swizzled_address(uint32 address, int swizzle) {
+__forceinline__ uint32 swizzled_address(uint32 address, int swizzle) {
     return address ^ (address >> 3 & uint32(swizzle - 16));
 }
 
-inline char* box_in_shared(const Box& box, uint32 address, const char* what) {
+inline char* box_in_shared(const Box& box, uint32 address, const char* what,
+                           const void* place = emulator::here()) {
     const int swizzle = box.map.swizzle();
     if (box.map.box(0) * box.map.element_bytes() != swizzle)
         emulator::fail("%s: rows of the box have not the %d bytes of the swizzle", what, swizzle);
-    return emulator::shared_pointer(address, box.bytes(), 8 * swizzle, what);
+    return emulator::shared_pointer(address, box.bytes(), 8 * swizzle, what, place);
 }
 
-inline void tma_load_4d(void* shared, const TensorMap* map, uint64* barrier, int c0, int c1, int c2,
-                        int c3) {
+__forceinline__ void tma_load_4d(void* shared, const TensorMap* map, uint64* barrier, int c0,
+                                 int c1, int c2, int c3) {
     const Box box = {*map, {c0, c1, c2, c3}};
     const uint32 address = shared_address(shared);
     char* const to = box_in_shared(box, address, "TMA load");
@@ -89,13 +90,13 @@ inline void tma_load_4d(void* shared, const TensorMap* map, uint64* barrier, int
     });
 }
 
-inline void tma_load_4d(void* shared, const TensorMap* map, uint64* barrier, int c0, int c1, int c2,
-                        int c3, uint64) {
+__forceinline__ void tma_load_4d(void* shared, const TensorMap* map, uint64* barrier, int c0,
+                                 int c1, int c2, int c3, uint64) {
     tma_load_4d(shared, map, barrier, c0, c1, c2, c3);
 }
 
-inline void tma_store_4d(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3,
-                         uint64) {
+__forceinline__ void tma_store_4d(const TensorMap* map, const void* shared, int c0, int c1, int c2,
+                                  int c3, uint64) {
     if (c0 < 0 || c1 < 0 || c2 < 0 || c3 < 0) emulator::fail("TMA store: a negative coordinate");
     const Box box = {*map, {c0, c1, c2, c3}};
     const uint32 address = shared_address(shared);
@@ -111,8 +112,8 @@ inline void tma_store_4d(const TensorMap* map, const void* shared, int c0, int c
     });
 }
 
-inline void tma_store_commit() { emulator::current->stores.close(); }
-inline void tma_store_wait() {
+__forceinline__ void tma_store_commit() { emulator::current->stores.close(); }
+__forceinline__ void tma_store_wait() {
     const emulator::Inside inside;
     emulator::current->stores.finish_all_but(0);
 }

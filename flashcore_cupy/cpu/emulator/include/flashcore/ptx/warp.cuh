@@ -9,7 +9,7 @@ constexpr uint32 FULL_WARP = 0xffffffffu;
 
 // Each lane gets the value of the lane that it names.
 template <typename T>
-inline T exchange(const char* what, T x, int source_lane) {
+__forceinline__ T exchange(const char* what, T x, int source_lane) {
     struct Operand {
         T value, result;
         int source;
@@ -23,40 +23,44 @@ inline T exchange(const char* what, T x, int source_lane) {
     return mine.result;
 }
 
-inline float shfl_xor(float x, int lane_mask) {
+__forceinline__ float shfl_xor(float x, int lane_mask) {
     return exchange("shfl.bfly", x, emulator::lane() ^ lane_mask);
 }
-inline uint32 shfl_xor(uint32 x, int lane_mask) {
+__forceinline__ uint32 shfl_xor(uint32 x, int lane_mask) {
     return exchange("shfl.bfly", x, emulator::lane() ^ lane_mask);
 }
-inline float shfl(float x, int source_lane) { return exchange("shfl.idx", x, source_lane); }
-inline int shfl(int x, int source_lane) { return exchange("shfl.idx", x, source_lane); }
-inline uint32 shfl(uint32 x, int source_lane) { return exchange("shfl.idx", x, source_lane); }
+__forceinline__ float shfl(float x, int source_lane) {
+    return exchange("shfl.idx", x, source_lane);
+}
+__forceinline__ int shfl(int x, int source_lane) { return exchange("shfl.idx", x, source_lane); }
+__forceinline__ uint32 shfl(uint32 x, int source_lane) {
+    return exchange("shfl.idx", x, source_lane);
+}
 
-inline void warp_sync() {
+__forceinline__ void warp_sync() {
     emulator::collective("bar.warp.sync", nullptr, [](void**) {});
 }
 
-inline void block_sync() {
+__forceinline__ void block_sync() {
     emulator::Block& b = emulator::block();
     emulator::sync_all(b.barriers[0], b.living, "bar.sync 0");
 }
 
-inline emulator::NamedBarrier& named_barrier(int id, int threads) {
+__forceinline__ emulator::NamedBarrier& named_barrier(int id, int threads) {
     if (id < 1 || id > 15) emulator::fail("barrier %d; there are 1 to 15", id);
     if (threads % 32) emulator::fail("barrier %d of %d threads; whole warps meet", id, threads);
     return emulator::block().barriers[id];
 }
 
-inline void named_barrier_sync(int id, int threads) {
+__forceinline__ void named_barrier_sync(int id, int threads) {
     emulator::sync(named_barrier(id, threads), threads, false, "bar.sync");
 }
 
-inline bool named_barrier_any(int id, int threads, bool condition) {
+__forceinline__ bool named_barrier_any(int id, int threads, bool condition) {
     return emulator::sync(named_barrier(id, threads), threads, condition, "bar.red.or");
 }
 
-inline int warp_count(bool condition) {
+__forceinline__ int warp_count(bool condition) {
     struct Operand {
         bool condition;
         int count;
@@ -69,10 +73,10 @@ inline int warp_count(bool condition) {
     return mine.count;
 }
 
-inline bool warp_any(bool condition) { return warp_count(condition) != 0; }
+__forceinline__ bool warp_any(bool condition) { return warp_count(condition) != 0; }
 
 // Which lane it is, is not said; but the same ones elect the same one, every time.
-inline bool elect_one() {
+__forceinline__ bool elect_one() {
     bool mine = false;
     const emulator::Block& b = emulator::block();
     const uint32 elected = uint32(b.cluster->options.seed % 32);
@@ -82,18 +86,18 @@ inline bool elect_one() {
 }
 
 template <int WIDTH>
-inline float group_max(float x) {
+__forceinline__ float group_max(float x) {
     for (int mask = WIDTH / 2; mask > 0; mask /= 2) x = fmaxf(x, shfl_xor(x, mask));
     return x;
 }
 
 template <int WIDTH>
-inline float group_sum(float x) {
+__forceinline__ float group_sum(float x) {
     for (int mask = WIDTH / 2; mask > 0; mask /= 2) x += shfl_xor(x, mask);
     return x;
 }
 
-inline void quad_transpose(uint32 (&x)[4]) {
+__forceinline__ void quad_transpose(uint32 (&x)[4]) {
     for (int mask = 1; mask <= 2; mask *= 2) {
         const bool upper = thread_index() & uint32(mask);
         for (int i = 0; i < 4; ++i) {

@@ -119,32 +119,32 @@ inline void give_back(const std::shared_ptr<InFlight>& d) {
         std::memcpy(d->of_lane[lane], d->kept[lane].data(), d->kept[lane].size() * sizeof(float));
 }
 
-inline void wgmma_fence() {
+__forceinline__ void wgmma_fence() {
     emulator::collective("wgmma.fence", nullptr, [](void**) {});
 }
 
-inline void wgmma_commit() {
+__forceinline__ void wgmma_commit() {
     emulator::collective("wgmma.commit_group", nullptr,
                          [](void**) { emulator::warp().products.close(); });
 }
 
 template <int PENDING>
-inline void wgmma_wait() {
+__forceinline__ void wgmma_wait() {
     emulator::collective("wgmma.wait_group", nullptr,
                          [](void**) { emulator::warp().products.finish_all_but(PENDING); });
 }
 
 template <int COUNT>
-inline void fence_registers(float (&)[COUNT]) {}
+__forceinline__ void fence_registers(float (&)[COUNT]) {}
 template <int COUNT>
-inline void fence_registers(uint32 (&)[COUNT]) {}
+__forceinline__ void fence_registers(uint32 (&)[COUNT]) {}
 
 template <int COUNT>
-inline void registers_dec() {
+__forceinline__ void registers_dec() {
     static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
 }
 template <int COUNT>
-inline void registers_inc() {
+__forceinline__ void registers_inc() {
     static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
 }
 
@@ -201,7 +201,7 @@ void start_product(void** all, uint64 b, bool accumulate, ReadA read_a, NoteA no
 }
 
 template <typename T, int N, bool TRANSPOSE_B = false>
-inline void wgmma(float (&d)[N / 2], uint64 a, uint64 b, bool accumulate) {
+__forceinline__ void wgmma(float (&d)[N / 2], uint64 a, uint64 b, bool accumulate) {
     static_assert(IS_WGMMA_WIDTH<N>);
     WgmmaOperand mine = {d, nullptr};
     emulator::collective("wgmma", &mine, [&](void** all) {
@@ -214,7 +214,7 @@ inline void wgmma(float (&d)[N / 2], uint64 a, uint64 b, bool accumulate) {
 }
 
 template <typename T, int N, bool TRANSPOSE_B = false>
-inline void wgmma(float (&d)[N / 2], const uint32 (&a)[4], uint64 b, bool accumulate) {
+__forceinline__ void wgmma(float (&d)[N / 2], const uint32 (&a)[4], uint64 b, bool accumulate) {
     static_assert(IS_WGMMA_WIDTH<N>);
     WgmmaOperand mine = {d, a};
     emulator::collective("wgmma", &mine, [&](void** all) {

@@ -18,15 +18,15 @@ struct Accumulator {
     float x[8];
 };
 
-inline void fill(Accumulator& acc, float value) {
+__forceinline__ void fill(Accumulator& acc, float value) {
     for (float& x : acc.x) x = value;
 }
 
-inline int fragment_row() { return emulator::lane() / 2; }
-inline int fragment_column() { return emulator::lane() % 2 * 8; }
+__forceinline__ int fragment_row() { return emulator::lane() / 2; }
+__forceinline__ int fragment_column() { return emulator::lane() % 2 * 8; }
 
 template <typename E>
-inline const E* wmma_operand(const E* p, int ld, const char* what) {
+__forceinline__ const E* wmma_operand(const E* p, int ld, const char* what) {
     constexpr int STEP = sizeof(E) == 2 ? 8 : 4;
     if (ld % STEP)
         emulator::fail("%s: %d elements between rows, no multiple of %d", what, ld, STEP);
@@ -36,7 +36,7 @@ inline const E* wmma_operand(const E* p, int ld, const char* what) {
 }
 
 template <typename T, bool BY_COLUMN>
-inline void load_fragment(FragmentAB<T>& f, const T* p, int ld, const char* what) {
+__forceinline__ void load_fragment(FragmentAB<T>& f, const T* p, int ld, const char* what) {
     const T* const matrix = wmma_operand(p, ld, what);
     emulator::collective(what, nullptr, [](void**) {});
     const emulator::Inside inside;
@@ -54,20 +54,21 @@ inline void load_fragment(FragmentAB<T>& f, const T* p, int ld, const char* what
 }
 
 template <typename T>
-inline void wmma_load_a_row(FragmentAB<T>& f, const T* p, int ld) {
+__forceinline__ void wmma_load_a_row(FragmentAB<T>& f, const T* p, int ld) {
     load_fragment<T, false>(f, p, ld, "wmma.load.a");
 }
 template <typename T>
-inline void wmma_load_b_row(FragmentAB<T>& f, const T* p, int ld) {
+__forceinline__ void wmma_load_b_row(FragmentAB<T>& f, const T* p, int ld) {
     load_fragment<T, false>(f, p, ld, "wmma.load.b");
 }
 template <typename T>
-inline void wmma_load_b_col(FragmentAB<T>& f, const T* p, int ld) {
+__forceinline__ void wmma_load_b_col(FragmentAB<T>& f, const T* p, int ld) {
     load_fragment<T, true>(f, p, ld, "wmma.load.b");
 }
 
 template <typename T>
-inline void multiply_accumulate(Accumulator& d, const FragmentAB<T>& a, const FragmentAB<T>& b) {
+__forceinline__ void multiply_accumulate(Accumulator& d, const FragmentAB<T>& a,
+                                         const FragmentAB<T>& b) {
     struct Operand {
         Accumulator* d;
         const FragmentAB<T>*a, *b;
@@ -93,28 +94,30 @@ inline void multiply_accumulate(Accumulator& d, const FragmentAB<T>& a, const Fr
 }
 
 template <typename T>
-inline void wmma_mma_row_row(Accumulator& d, const FragmentAB<T>& a, const FragmentAB<T>& b) {
+__forceinline__ void wmma_mma_row_row(Accumulator& d, const FragmentAB<T>& a,
+                                      const FragmentAB<T>& b) {
     multiply_accumulate(d, a, b);
 }
 template <typename T>
-inline void wmma_mma_row_col(Accumulator& d, const FragmentAB<T>& a, const FragmentAB<T>& b) {
+__forceinline__ void wmma_mma_row_col(Accumulator& d, const FragmentAB<T>& a,
+                                      const FragmentAB<T>& b) {
     multiply_accumulate(d, a, b);
 }
 
-inline void wmma_load_c_row(Accumulator& c, const float* p, int ld) {
+__forceinline__ void wmma_load_c_row(Accumulator& c, const float* p, int ld) {
     const float* const matrix = wmma_operand(p, ld, "wmma.load.c");
     emulator::collective("wmma.load.c", nullptr, [](void**) {});
     for (int i = 0; i < 8; ++i) c.x[i] = matrix[fragment_row() * ld + fragment_column() + i];
 }
 
-inline void store_accumulator(float* matrix, const Accumulator& d, int ld) {
+__forceinline__ void store_accumulator(float* matrix, const Accumulator& d, int ld) {
     emulator::collective("wmma.store.d", nullptr, [](void**) {});
     for (int i = 0; i < 8; ++i) matrix[fragment_row() * ld + fragment_column() + i] = d.x[i];
 }
-inline void wmma_store_d_row(float* p, const Accumulator& d, int ld) {
+__forceinline__ void wmma_store_d_row(float* p, const Accumulator& d, int ld) {
     store_accumulator(const_cast<float*>(wmma_operand(p, ld, "wmma.store.d")), d, ld);
 }
-inline void wmma_store_d_row_global(float* p, const Accumulator& d, int ld) {
+__forceinline__ void wmma_store_d_row_global(float* p, const Accumulator& d, int ld) {
     store_accumulator(p, d, ld);
 }
 
