@@ -8,7 +8,6 @@ from flashcore_cupy.cuda import captures
 from flashcore_cupy.launch import launch_cache
 from flashcore_cupy.launch.bind import bind
 from flashcore_cupy.launch.bind import explain as explain_on_gpu
-from flashcore_cupy.launch.plan import Plan
 from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.attention_problem import Causal, Gate, Layout
 from flashcore_cupy.problem.request import ARGUMENTS, Call, Request, check_results
@@ -16,6 +15,7 @@ from flashcore_cupy.problem.rules import NO_WINDOW
 from flashcore_cupy.problem.stream import entered
 from flashcore_cupy.problem.tracing import leave_dynamo, untraced
 from flashcore_cupy.problem.values import check_names
+from flashcore_cupy.select.plan import Plan
 
 __all__ = ["attention", "explain", "plan"]
 
@@ -186,21 +186,22 @@ def plan(
     out: Any = None,
     **arguments: Any,
 ) -> Plan:
-    """``attention`` up to, but without, the launch, for CuPy arrays.
+    """``attention`` up to, but without, the launch.
 
     ``plan(...).launch()`` enqueues the kernel on the current stream of the current device, as often
     as wanted, without allocating: for timing, and for capture into a CUDA graph. The arguments are
-    ``attention``'s but ``stream``; the current device is the one that holds the arrays.
+    ``attention``'s but ``stream``; the current device is the one that holds the arrays. With NumPy
+    arrays and a kernel by name, ``launch()`` emulates it.
     """
-    import cupy
-
     leave_dynamo()
     check_names("plan", arguments, set(ARGUMENTS) - {"stream"})
     request = Request.of(arguments)
     return_lse = check_results(request.gate, return_lse, out)
     gpu = interop.gpu_of("q", q)
     if gpu is None:
-        raise TypeError("q: a plan is for arrays on a GPU; attention() takes NumPy arrays")
+        return _plan_on_host(request, q, k, v, out, return_lse)
+    import cupy
+
     if gpu != cupy.cuda.runtime.getDevice():
         raise ValueError(f"q: on GPU {gpu}, which is not the current device")
     with captures.captured_call():
@@ -232,8 +233,9 @@ def explain(
     check_results(request.gate, return_lse, out)
     gpu = interop.gpu_of("q", q)
     if gpu is None:
-        _call_on_host(request, q, k, v, out, stream)
-        return "NumPy arrays: tiled online-softmax attention on the CPU, fp32 accumulation"
+        from flashcore_cupy.cpu import host
+
+        return host.explain(_call_on_host(request, q, k, v, out, stream)[0])
     with entered(gpu, stream):
         q, k, v, _ = interop.taken_together(q, k, v)
         target = None if out is None else interop.taken_out(out)[0]
@@ -251,15 +253,26 @@ def _on_host(
     return (o, interop.returned(lse, kind)) if return_lse else o
 
 
+def _plan_on_host(request: Request, q: Any, k: Any, v: Any, out: Any, return_lse: bool) -> Plan:
+    from flashcore_cupy.cpu import host
+
+    if request.kernel == "auto":
+        raise TypeError(
+            "q: a plan is for arrays on a GPU, or for a kernel by name, as kernel='mma_sm80', that "
+            "is emulated on NumPy arrays; attention() takes NumPy arrays without"
+        )
+    return host.bind(_call_on_host(request, q, k, v, out, None)[0], want_lse=return_lse)
+
+
 def _call_on_host(
     request: Request, q: Any, k: Any, v: Any, out: Any, stream: Any
 ) -> tuple[Call, interop.Kind, interop.Kind]:
     """Describe a call; with it the kinds of arrays that its results become, o's last."""
-    from flashcore_cupy.cpu.host import refuse_gpu_arguments
+    from flashcore_cupy.cpu.host import check_request
 
     q, k, v, kind = interop.taken_together(q, k, v)
     target, out_kind = (None, kind) if out is None else interop.taken_out(out)
-    refuse_gpu_arguments(request, stream)
+    check_request(request, stream)
     return request.call(q, k, v, target, on_gpu=False), kind, out_kind
 
 

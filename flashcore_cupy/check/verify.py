@@ -21,7 +21,7 @@ from flashcore_cupy.problem.attention_problem import EPSILON, AttentionProblem
 from flashcore_cupy.problem.blocks import Array
 
 if TYPE_CHECKING:
-    from flashcore_cupy.launch.plan import Plan
+    from flashcore_cupy.select.plan import Plan
 
 Rows = NDArray[np.int64]
 Naive = Callable[[Rows], Array]

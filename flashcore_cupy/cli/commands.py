@@ -112,7 +112,7 @@ def run_command(
 @click.option(
     "--arch",
     metavar="TARGET",
-    help=f"Target to choose for [the GPU's own, or {builds.DEFAULT_ARCH} without one].",
+    help=f"Target to choose for [the GPU's own, or {targets.DEFAULT_ARCH} without one].",
 )
 @json_option
 def explain_command(
@@ -288,7 +288,7 @@ class _Warmup(click.Command):
     metavar="TARGET",
     multiple=True,
     help="Target such as sm_90a, may be repeated; default: the GPU's own, "
-    f"{builds.DEFAULT_ARCH} without one.",
+    f"{targets.DEFAULT_ARCH} without one.",
 )
 @click.option("--all", "everything", is_flag=True, help=f"Targets {', '.join(targets.TARGETS)}.")
 @click.option(

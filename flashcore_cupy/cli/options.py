@@ -188,7 +188,7 @@ def timing_options(command: Command) -> Command:
 arch_option = click.option(
     "--arch",
     metavar="TARGET",
-    help=f"Target to compile for where there is no GPU [{builds.DEFAULT_ARCH}]; "
+    help=f"Target to compile for where there is no GPU [{targets.DEFAULT_ARCH}]; "
     "with a GPU, its own target is used.",
 )
 

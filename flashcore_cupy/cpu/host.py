@@ -1,8 +1,8 @@
-"""Attention on NumPy arrays: a described call, handed to the tiled attention."""
+"""Attention on NumPy arrays: a described call, for the tiled attention or an emulated kernel."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -13,10 +13,20 @@ from flashcore_cupy.problem.attention_problem import check_choice
 from flashcore_cupy.problem.request import Call, Request
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.select.registry import KERNELS
+from flashcore_cupy.select.selector import select
+from flashcore_cupy.select.targets import target_without_gpu
+
+if TYPE_CHECKING:
+    from flashcore_cupy.cpu.emulator.plan import EmulatedPlan
 
 
 def attend(call: Call) -> tuple[Any, Any]:
-    """Return the output, or what the gate asks for, and the log-sum-exp; None with such a gate."""
+    """Return the output, or what the gate asks for, and the log-sum-exp; None with such a gate.
+
+    A kernel by name is emulated; by default NumPy does it.
+    """
+    if call.kernel != "auto":
+        return _emulated(call)
     with np.errstate(all="ignore"):  # NaN, infinity and underflow are data here, as on a GPU
         return _attend(call)
 
@@ -44,6 +54,31 @@ def _attend(call: Call) -> tuple[Any, Any]:
     return out, lse
 
 
+def _emulated(call: Call) -> tuple[Any, Any]:
+    plan = bind(call)
+    plan.launch()
+    if call.problem.gate in ("qk", "softmax"):
+        return plan.gate_output(), None
+    return plan.arrays["o"], plan.arrays["lse"]
+
+
+def bind(call: Call, *, want_lse: bool = True) -> EmulatedPlan:
+    """Bind a call that names a kernel."""
+    from flashcore_cupy.cpu.emulator import plan  # late: it is slow to import
+
+    return plan.bind(call, target_without_gpu(), want_lse=want_lse)
+
+
+def explain(call: Call) -> str:
+    """Tell what a call does."""
+    if call.kernel == "auto":
+        return "NumPy arrays: tiled online-softmax attention on the CPU, fp32 accumulation"
+    arch = target_without_gpu()
+    selection = select(call.problem, arch, kernel=call.kernel, overrides=call.config)
+    copied = [f"copied {name}: {why}" for name, why in call.copied.items()]
+    return "\n".join([*selection.explained(arch), "NumPy arrays: emulated on the CPU", *copied])
+
+
 def _packed(call: Call, rules: RuleArguments, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
     lse = np.empty(call.problem.lse_shape, np.float32)
     boundaries = (call.arrays[name] for name in ("cu_seqlens_q", "cu_seqlens_k"))
@@ -67,17 +102,13 @@ def _rules(call: Call) -> RuleArguments:
     return cast(RuleArguments, rules)
 
 
-def refuse_gpu_arguments(request: Request, stream: Any) -> None:
-    """Raise ``ValueError`` for what chooses how a GPU runs, given with arrays of the host."""
+def check_request(request: Request, stream: Any) -> None:
+    """Raise ``ValueError`` for what means nothing on the host."""
     check_choice("kernel", request.kernel, ("auto", *KERNELS))
-    given = {
-        "kernel": request.kernel != "auto",
-        "config": request.config is not None,
-        "stream": stream is not None,
-    }
-    for name, present in given.items():
-        if present:
-            raise ValueError(
-                f"{name}: chooses how a GPU runs, but q, k, v are NumPy arrays; "
-                f"leave it out, or pass CuPy arrays"
-            )
+    if stream is not None:
+        raise ValueError("stream: is of a GPU, but q, k, v are NumPy arrays; leave it out")
+    if request.config is not None and request.kernel == "auto":
+        raise ValueError(
+            "config: changes a kernel's tile, but NumPy arrays are for NumPy where no kernel is "
+            "named; name one to have it emulated, as kernel='mma_sm80', or leave config out"
+        )

@@ -1,9 +1,9 @@
 """Compiled kernels on disk: one folder per key, checked on every read, renamed into place.
 
-An entry is ``<cache>/<key>/`` with ``kernel.cubin`` and ``entry.json``. It is built in a temporary
-folder beside its final place and renamed, so it is whole or absent; of several processes that build
-the same key, one wins and its entry stays. A damaged entry reads as absent. What cannot be written
-stays in the memory of this process.
+An entry is ``<cache>/<key>/`` with ``kernel.cubin``, or ``kernel.so`` for a CPU, and
+``entry.json``. It is built in a temporary folder beside its final place and renamed, so it is whole
+or absent; of several processes that build the same key, one wins and its entry stays. A damaged
+entry reads as absent. What cannot be written stays in the memory of this process.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _KEY = re.compile(r"[0-9a-f]{32}")
 _PARTIAL_PREFIX = ".partial-"
 _PARTIAL_SECONDS = 3600.0  # an older partial folder belongs to a process that died
 _CUBIN = "kernel.cubin"
+LIBRARY = "kernel.so"
 _META = "entry.json"
 
 _unwritten: dict[str, tuple[bytes, dict[str, Any]]] = {}
@@ -76,20 +77,28 @@ def cache_dir() -> Path:
 
 
 def find(key: str) -> tuple[bytes, dict[str, Any]] | None:
-    """Return the cubin and the metadata stored under ``key``, or None if none is sound."""
+    """Return the content and the metadata stored under ``key``, or None if none is sound."""
     return _read(cache_dir() / key) or _unwritten.get(key)
 
 
-def store(key: str, cubin: bytes, meta: Mapping[str, Any]) -> None:
-    """Keep ``cubin`` and ``meta`` (JSON-able) under ``key``.
+def path_of(key: str) -> Path | None:
+    """Return where the file lies that is stored under ``key``; None if none is sound on disk."""
+    found = _read(cache_dir() / key)
+    return None if found is None else cache_dir() / key / _file_of(found[1])
+
+
+def store(key: str, content: bytes, meta: Mapping[str, Any]) -> None:
+    """Keep ``content`` and ``meta`` (JSON-able) under ``key``.
+
+    It is a cubin, or with ``meta["file"] = LIBRARY`` a library for this machine's CPU.
 
     Where the cache folder cannot be written, this process keeps them in memory, with one warning.
     """
     try:
-        _publish(cache_dir(), key, cubin, dict(meta))
+        _publish(cache_dir(), key, content, dict(meta))
     except OSError as error:
         first = not _unwritten
-        _unwritten[key] = cubin, dict(meta)
+        _unwritten[key] = content, dict(meta)
         if first:
             warnings.warn(
                 f"the kernel cache {cache_dir()} cannot be written ({error}): kernels stay in "
@@ -133,30 +142,36 @@ def clear_cache() -> int:
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]] | None:
-    """Return an entry's cubin and metadata if they are what was stored under this key."""
+    """Return an entry's content and metadata if they are what was stored under this key."""
     if not path.is_absolute():
         return None
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        cubin = (path / _CUBIN).read_bytes()
+        content = (path / _file_of(meta)).read_bytes()
     except (OSError, ValueError):
         return None
     if not isinstance(meta, dict) or meta.pop("key", None) != path.name:
         return None
-    return (cubin, meta) if meta.pop("sha256", None) == _checksum(path.name, cubin, meta) else None
+    is_sound = meta.pop("sha256", None) == _checksum(path.name, content, meta)
+    return (content, meta) if is_sound else None
 
 
-def _checksum(key: str, cubin: bytes, meta: Mapping[str, Any]) -> str:
+def _file_of(meta: Any) -> str:
+    is_library = isinstance(meta, dict) and meta.get("file") == LIBRARY
+    return LIBRARY if is_library else _CUBIN
+
+
+def _checksum(key: str, content: bytes, meta: Mapping[str, Any]) -> str:
     text = json.dumps({**meta, "key": key}, sort_keys=True)
     import hashlib  # late: it loads OpenSSL, 7 ms
 
-    return hashlib.sha256(cubin + text.encode()).hexdigest()
+    return hashlib.sha256(content + text.encode()).hexdigest()
 
 
-def _publish(folder: Path, key: str, cubin: bytes, meta: dict[str, Any]) -> None:
-    record = meta | {"key": key, "sha256": _checksum(key, cubin, meta)}
+def _publish(folder: Path, key: str, content: bytes, meta: dict[str, Any]) -> None:
+    record = meta | {"key": key, "sha256": _checksum(key, content, meta)}
     with _partial(folder) as partial:
-        (partial / _CUBIN).write_bytes(cubin)
+        (partial / _file_of(meta)).write_bytes(content)
         (partial / _META).write_text(json.dumps(record, indent=1), encoding="utf-8")
         _rename_into_place(partial, folder / key)
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.launch.plan import Place, Plan, Prepared, make_plan, prepare
+from flashcore_cupy.launch.plan import GpuPlan, Place, Prepared, make_plan, prepare
 from flashcore_cupy.problem import varlen
 from flashcore_cupy.problem.array_spec import ArraySpec, spec_of, usable
 from flashcore_cupy.problem.attention_problem import AttentionProblem, check_choice, operand
 from flashcore_cupy.problem.request import Call
-from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.select.config import check_overrides
 from flashcore_cupy.select.registry import KERNELS
 from flashcore_cupy.select.selector import select
 from flashcore_cupy.settings import kernels_override
 
 
-def bind(call: Call, *, want_lse: bool, own_workspace: bool) -> Plan:
+def bind(call: Call, *, want_lse: bool, own_workspace: bool) -> GpuPlan:
     """Build and load the kernel if need be, and bind it to the call's CuPy arrays."""
     import cupy
 
@@ -31,15 +29,12 @@ def bind(call: Call, *, want_lse: bool, own_workspace: bool) -> Plan:
     check_choice("kernel", call.kernel, ("auto", *KERNELS))
     place = place_of(q.device.id)
     prepared = _prepare(problem, spec_of(out), place, call.kernel, tuple(changes.items()))
+    rules = call.pointers(cupy, boundaries=varlen.on_gpu)
     return make_plan(
         prepared,
-        q,
-        k,
-        v,
-        out,
+        {"q": q, "k": k, "v": v, "o": out, **rules},
+        tuple(call.mod_args.values()),
         want_lse=want_lse,
-        extras=_pointers(call, cupy),
-        mod_args=tuple(call.mod_args.values()),
         own_workspace=own_workspace,
     )
 
@@ -50,20 +45,6 @@ def explain(call: Call) -> str:
     selection = select(call.problem, arch, kernel=call.kernel, overrides=call.config)
     copied = [f"copied {name}: {why}" for name, why in call.copied.items()]
     return "\n".join(selection.explained(arch) + copied)
-
-
-def _pointers(call: Call, cupy: Any) -> dict[str, Any]:
-    """The arrays of rules and of packed batches, by their names in ``AttentionParams``."""
-    arrays = call.arrays
-    found = {
-        rule.pointer: usable(arrays[rule.name], cupy) if rule.contiguous else arrays[rule.name]
-        for rule in RULES
-        if rule.pointer is not None and rule.name in arrays
-    }
-    for name, argument in (("cu_seqlens_q", "cu_seqlens_q"), ("cu_seqlens_kv", "cu_seqlens_k")):
-        if argument in arrays:
-            found[name] = varlen.on_gpu(arrays[argument])
-    return found
 
 
 def place_of(device: int) -> Place:

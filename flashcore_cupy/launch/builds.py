@@ -12,10 +12,7 @@ from flashcore_cupy.problem.attention_problem import contiguous_problem
 from flashcore_cupy.select import registry, selector
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.row import Row
-from flashcore_cupy.settings import settings
-
-#: The target where there is no GPU to ask.
-DEFAULT_ARCH = "sm_90a"
+from flashcore_cupy.select.targets import target_without_gpu
 
 OnDone = Callable[[compiler.CompiledKernel | Exception], None]
 
@@ -178,4 +175,4 @@ def target(arch: str | None, *, on_gpu: bool) -> str:
     """The target to compile for: the GPU's own, or ``arch``, or the default without a GPU."""
     if on_gpu:
         return compiler.device_arch()
-    return arch or settings().arch or DEFAULT_ARCH
+    return target_without_gpu(arch)

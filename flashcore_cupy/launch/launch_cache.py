@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flashcore_cupy.launch.parameter_block import ParameterBlock
-from flashcore_cupy.launch.plan import Plan
+from flashcore_cupy.launch.plan import GpuPlan
 from flashcore_cupy.launch.tensor_map import Maps
 from flashcore_cupy.launch.workspace import workspace
 from flashcore_cupy.problem.array_spec import span_of
@@ -48,7 +48,7 @@ _environment = -1
 class _Known:
     """A launch that only lacks its addresses."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: GpuPlan) -> None:
         problem, (step,) = plan.problem, plan.steps
         self.output_shape, self.dtype = problem.output_shape, plan.arrays["o"].dtype
         self.lse_shape = problem.lse_shape
@@ -94,7 +94,7 @@ class _Launch:
         self.addresses = addresses
 
 
-def remember(plan: Plan, choices: tuple[Any, ...], *, out_given: bool) -> None:
+def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool) -> None:
     """Keep what was found out for a call without rule arrays, if one launch is all that it is."""
     global _ndarray, _empty, _float32, _launch, _environment
     global _current_device, _current_stream, _is_captured

@@ -1,6 +1,6 @@
 """From a configured kernel and arrays to launches: grid, block, shared memory, parameters.
 
-A ``Plan`` is one problem bound to its arrays: ``launch()`` enqueues it, as often as wanted, and
+A ``GpuPlan`` is one problem bound to its arrays: ``launch()`` enqueues it, as often as wanted, and
 allocates nothing. A kernel's configuration says what is its own.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,13 +19,12 @@ from flashcore_cupy.launch import tensor_map
 from flashcore_cupy.launch.parameter_block import ParameterBlock
 from flashcore_cupy.launch.workspace import allocate, workspace
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
-from flashcore_cupy.select import gates, grids
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.parameters import fixed_params
+from flashcore_cupy.select.plan import Launch, Plan
 from flashcore_cupy.select.selector import Selection, configs_of
 from flashcore_cupy.select.targets import smem_limit
-from flashcore_cupy.select.tensor_view import View
-from flashcore_cupy.select.units import MAX_GRID, round_up
+from flashcore_cupy.select.units import round_up
 
 if TYPE_CHECKING:
     import cupy
@@ -97,29 +96,18 @@ class Prepared:
 
 
 @dataclass
-class Plan:
-    """A problem, its kernel and its arrays. Keeps every array that a launch touches alive."""
+class GpuPlan(Plan):
+    """A plan of CuPy arrays. Keeps every array that a launch touches alive."""
 
-    problem: AttentionProblem
-    selection: Selection
-    kernels: tuple[LoadedKernel, ...]
-    output: Operand
-    steps: tuple[Step, ...]
-    arrays: dict[str, Any] = field(default_factory=dict)
-    """q, k, v, the output "o" in its own layout, "lse" or the gate's arrays, those of the rules,
-    scratch, and "split", the ``Workspace`` of split keys."""
+    kernels: tuple[LoadedKernel, ...] = ()
+    steps: tuple[Step, ...] = ()
     workspace_bytes: tuple[int, int] = (0, 0)
-    """Of the partial results and the counters in arrays["split"], if there is that."""
+    """Of split_partial and split_arrivals, if the arrays have those."""
 
     @property
     def compiled(self) -> tuple[compiler.CompiledKernel, ...]:
         """What was built, in launch order."""
         return tuple(kernel.compiled for kernel in self.kernels)
-
-    @property
-    def views(self) -> tuple[View, ...]:
-        """How the kernel's tensor maps see its arrays; empty if it has none."""
-        return self.selection.config.views(self.problem, self.output)
 
     def launch(self) -> None:
         """Enqueue on the current stream; returns without waiting.
@@ -134,11 +122,12 @@ class Plan:
         if captures.is_capturing(stream) and not captures.is_active():
             captures.keep(stream, self.arrays)
 
-    def gate_output(self) -> Any:
-        """What the gate stopped at, fp32 (B, Hq, Sq, Skv): scores, or normalised probabilities."""
+    @property
+    def array_module(self) -> Any:
+        """CuPy."""
         import cupy
 
-        return gates.output(self.problem, self.selection.config, self.arrays, cupy)
+        return cupy
 
 
 def prepare(
@@ -148,8 +137,7 @@ def prepare(
 
     ``o_operand`` describes the output; ``place`` names the current device.
     """
-    grids.check_sizes(problem, selection.config)
-    selection = replace(selection, config=selection.config.stored_to(o_operand))
+    selection = selection.stored_to(problem, o_operand)
     kernels = tuple(load_kernel(config, place) for config in configs_of(selection))
     params = _fixed_params(problem, kernels[-1], o_operand, place)
     return Prepared(problem, selection, kernels, params, o_operand, place.multiprocessors)
@@ -157,50 +145,39 @@ def prepare(
 
 def make_plan(
     prepared: Prepared,
-    q: cupy.ndarray,
-    k: cupy.ndarray,
-    v: cupy.ndarray,
-    o: cupy.ndarray,
+    arrays: Mapping[str, Any],
+    mod_args: Sequence[Any] = (),
     *,
     want_lse: bool,
-    extras: Mapping[str, Any] | None = None,
-    mod_args: Sequence[Any] = (),
     own_workspace: bool = True,
-) -> Plan:
+) -> GpuPlan:
     """Bind a prepared problem to its arrays, and allocate what the kernel needs beside them.
 
-    ``extras``: the rules' arrays by their names in ``AttentionParams``; ``mod_args``: the mods'.
-    ``own_workspace``: for a plan that is launched more than once, on whatever stream.
+    ``arrays``: q, k, v, o and those of the rules, by their names in ``AttentionParams``;
+    ``mod_args``: the mods'. ``own_workspace``: for a plan that is launched more than once, on
+    whatever stream.
     """
     import cupy
 
-    problem = prepared.problem
-    arrays = {"q": q, "k": k, "v": v, "o": o}
-    plan = Plan(problem, prepared.selection, prepared.kernels, prepared.output, (), arrays)
+    plan = GpuPlan(
+        prepared.problem, prepared.selection, prepared.output, {**arrays}, prepared.kernels
+    )
+    plan.add_results(want_lse=want_lse, empty=cupy.empty)
+    if plan.is_empty:
+        return plan
+    plan.add_scratch(cupy.empty)
     params = prepared.params.copy()
-    for name in "qkvo":
-        params[name] = plan.arrays[name].data.ptr
-    for name, array in (extras or {}).items():
-        plan.arrays[name] = array
-        params[name] = array.data.ptr
-    for index, array in enumerate(mod_args):
-        plan.arrays[f"mod_args[{index}]"] = array
-        params["mod_args"][index] = array.data.ptr
-    if want_lse:
-        plan.arrays["lse"] = cupy.empty(problem.lse_shape, cupy.float32)
-        params["lse"] = plan.arrays["lse"].data.ptr
-    for name, array in gates.allocate(problem, prepared.selection.config, cupy).items():
-        plan.arrays[name] = array
-        params[name] = array.data.ptr
-    if problem.seqlen_q == 0 or (problem.batch == 0 and not problem.packed):
-        return plan  # rows of a packed batch without sequences are zeros, too
-    _add_scratch(plan)
     for name, words in tensor_map.maps_of(plan.views, plan.arrays).items():
         params[f"{name}_map"] = words
-    blocks = _give_workspace(plan, params, prepared.multiprocessors, own=own_workspace)
-    for kernel in plan.kernels[:-1]:
-        _add_steps(plan, kernel, np.zeros((), kernel.config.params), blocks)
-    _add_steps(plan, plan.kernels[-1], params, blocks)
+    work = plan.work(params, prepared.multiprocessors)
+    plan.workspace_bytes = work.partial_bytes, work.arrivals_bytes
+    if any(plan.workspace_bytes):
+        area = (allocate if own_workspace else workspace)(*plan.workspace_bytes)
+        plan.arrays["split_partial"] = area.partial_array
+        plan.arrays["split_arrivals"] = area.arrivals_array
+    plan.point(params, mod_args)
+    launches = plan.launches(params, work.blocks)
+    plan.steps = tuple(_step(plan.kernels[launch.number], launch) for launch in launches)
     return plan
 
 
@@ -216,45 +193,6 @@ def load_kernel(config: KernelConfig, place: Place) -> LoadedKernel:
     return LoadedKernel(config, compiled, entries)
 
 
-def _add_scratch(plan: Plan) -> None:
-    """Allocate what the launches leave for each other."""
-    import cupy
-
-    like_q = plan.problem.dtype, plan.arrays["q"].dtype  # NumPy may not know bfloat16 by its name
-    for name, (shape, dtype) in plan.selection.config.scratch(plan.problem).items():
-        plan.arrays[name] = cupy.empty(shape, like_q[1] if dtype == like_q[0] else dtype)
-
-
-def _give_workspace(
-    plan: Plan, params: np.ndarray[Any, Any], multiprocessors: int, *, own: bool
-) -> int:
-    """Allocate what the parts of split rows leave for each other; return the thread blocks.
-
-    There is one per row of tiles and part, or as many as the kernel takes at most: then they take
-    work from a counter, which is 0 between launches.
-    """
-    config = plan.selection.config
-    blocks, splits = grids.query_blocks(plan.problem, config), int(params["splits"])
-    most = config.most_blocks(multiprocessors)
-    plan.workspace_bytes = config.workspace_bytes(blocks, splits, most)
-    if any(plan.workspace_bytes):
-        area = (allocate if own else workspace)(*plan.workspace_bytes)
-        params["split_partial"], params["split_arrivals"] = area.partial, area.arrivals
-        plan.arrays["split"] = area
-    return min(blocks * splits, most)
-
-
-def _add_steps(plan: Plan, kernel: LoadedKernel, params: np.ndarray[Any, Any], blocks: int) -> None:
-    """Add the launches of a kernel, the last of which takes so many thread blocks."""
-    config = kernel.config
-    arrays = {name: x for name, x in plan.arrays.items() if name != "split"}
-    config.bind(params, plan.problem, {name: x.data.ptr for name, x in arrays.items()})
-    grid = config.grids(plan.problem, blocks)
-    plan.steps += tuple(
-        _step(kernel, entry, n, params) for entry, n in zip(config.entries, grid, strict=True) if n
-    )
-
-
 def _fixed_params(
     problem: AttentionProblem, kernel: LoadedKernel, o_operand: Operand, place: Place
 ) -> np.ndarray[Any, Any]:
@@ -267,9 +205,7 @@ def _resident(kernel: LoadedKernel, place: Place) -> int:
     return place.multiprocessors * kernel.blocks_per_multiprocessor(place.arch)
 
 
-def _step(kernel: LoadedKernel, entry: str, grid: int, params: np.ndarray[Any, Any]) -> Step:
-    if grid > MAX_GRID:
-        raise ValueError(f"q: needs {grid} thread blocks, a launch has at most 2**31 - 1")
-    config = kernel.config
-    function = kernel.entries[entry].ptr
-    return Step(function, grid, config.threads, config.smem_bytes, ParameterBlock(params))
+def _step(kernel: LoadedKernel, launch: Launch) -> Step:
+    config, function = kernel.config, kernel.entries[launch.entry].ptr
+    block = ParameterBlock(launch.params)
+    return Step(function, launch.grid, config.threads, config.smem_bytes, block)

@@ -15,6 +15,7 @@ from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.machine import Machine, machine
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
+from flashcore_cupy.launch.plan import GpuPlan
 from flashcore_cupy.measure.timing import Peak, Timing, free_memory, peak, time_calls, time_graph
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, contiguous_problem
 from flashcore_cupy.problem.blocks import Array
@@ -217,6 +218,7 @@ def _run_on_gpu(
     out = cupy.asarray(np.full(problem.output_shape, np.nan, host[0].dtype))
     on_phase("compiling the kernel")
     bound = plan(q, k, v, out=out, return_lse=problem.gate is None, **rules)
+    assert isinstance(bound, GpuPlan)
     bound.launch()
     rules |= _target(problem, out)
     on_phase("checking against float64")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from flashcore_cupy.launch.plan import Plan
+    from flashcore_cupy.select.plan import Plan
 
 #: A timed sample is at least this long, so that the clock's resolution does not show.
 _SAMPLE_US = 1000.0

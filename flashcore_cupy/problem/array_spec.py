@@ -61,6 +61,11 @@ def check_elements(name: str, x: Any) -> None:
         )
 
 
+def aligned(x: Any) -> Any:
+    """Return ``x``, or a copy of a NumPy array whose elements lie where no load of one may go."""
+    return x.copy() if isinstance(x, np.ndarray) and _is_misaligned(x) else x
+
+
 def _is_misaligned(x: Any) -> bool:
     size = x.dtype.itemsize
     return address_of(x) % size != 0 or any(s % size for s in x.strides)

@@ -175,6 +175,7 @@ def check_mods(score_mod: Any, mask_mod: Any, mod_args: Mapping[str, Any] | None
         if not callable(mod):
             raise TypeError(
                 f"{name}: got {type(mod).__name__}; on NumPy arrays pass a callable, {call}"
+                + (", or name a kernel, which takes an expression" if isinstance(mod, str) else "")
             )
         import inspect  # which takes as long to import as all else here
 

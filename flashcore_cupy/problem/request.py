@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from flashcore_cupy.problem.array_spec import (
     check_overlaps,
     spec_of,
     spec_of_copy,
+    usable,
     why_copied,
 )
 from flashcore_cupy.problem.attention_problem import (
@@ -56,6 +57,22 @@ class Call:
         why = {name: why_copied(self.arrays[name]) for name in "qkv"}
         return {name: reason for name, reason in why.items() if reason}
 
+    def pointers(self, xp: Any, boundaries: Callable[[Any], Any]) -> dict[str, Any]:
+        """The arrays of rules and of packed batches, by their names in ``AttentionParams``.
+
+        ``boundaries`` brings cu_seqlens to where the kernel runs.
+        """
+        arrays = self.arrays
+        found = {
+            rule.pointer: usable(arrays[rule.name], xp) if rule.contiguous else arrays[rule.name]
+            for rule in RULES
+            if rule.pointer is not None and rule.name in arrays
+        }
+        for name, argument in (("cu_seqlens_q", "cu_seqlens_q"), ("cu_seqlens_kv", "cu_seqlens_k")):
+            if argument in arrays:
+                found[name] = boundaries(arrays[argument])
+        return found
+
 
 @dataclass(frozen=True)
 class Request:
@@ -89,10 +106,13 @@ class Request:
         mod_args, arrays = request._rule_arrays(on_gpu)
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_elements(name, x)
+        in_kernel = on_gpu or self.kernel != "auto"
+        if in_kernel and not on_gpu:
+            request._check_for_kernel({"q": q, "k": k, "v": v, **arrays}, mod_args)
         sequences = request._boundaries(q, k, v, on_gpu)
         count = None if sequences is None else len(sequences[0]) - 1
         problem = request._describe(q, k, v, count)
-        described = request._describe_rules(problem, arrays, mod_args, on_gpu)
+        described = request._describe_rules(problem, arrays, mod_args, in_kernel)
         problem = replace(problem, rules=described)
         given = {"q": q, "k": k, "v": v, **arrays}
         if sequences is not None:
@@ -101,7 +121,7 @@ class Request:
             check_out(problem, out, {name: given[name] for name in "qkv"})
             check_overlaps(out, arrays | {f"mod_args[{n!r}]": x for n, x in mod_args.items()})
             given["out"] = out
-        formulas = {name: self.rules.get(name) for name in _FORMULAS if not on_gpu}
+        formulas = {name: self.rules.get(name) for name in _FORMULAS if not in_kernel}
         formulas = {name: x for name, x in formulas.items() if x is not None}
         return Call(problem, given, mod_args, formulas, self.kernel, self.config)
 
@@ -134,6 +154,22 @@ class Request:
         }
         return mod_args, {name: x for name, x in arrays.items() if x is not None}
 
+    def _check_for_kernel(self, arrays: Mapping[str, Any], mod_args: Mapping[str, Any]) -> None:
+        """Raise ``TypeError`` for what NumPy takes, but no kernel, even on NumPy arrays."""
+        for name in _FORMULAS:
+            if callable(self.rules.get(name)):
+                raise TypeError(
+                    f"{name}: got a Python function, and kernel={self.kernel!r} takes a CUDA "
+                    f"expression as a string; leave kernel out to have the function called"
+                )
+        named = {f"mod_args[{name!r}]": x for name, x in mod_args.items()}
+        for name, x in (*arrays.items(), *named.items()):
+            if not x.dtype.isnative:
+                raise TypeError(
+                    f"{name}: got dtype {x.dtype.str}, which is not in this machine's byte order, "
+                    f"as kernel={self.kernel!r} takes it"
+                )
+
     def _describe(self, q: Any, k: Any, v: Any, sequences: int | None) -> AttentionProblem:
         """The problem, but for its rules."""
         specs = [spec_of_copy(x) if why_copied(x) else spec_of(x) for x in (q, k, v)]
@@ -146,13 +182,13 @@ class Request:
         problem: AttentionProblem,
         arrays: Mapping[str, Any],
         mod_args: Mapping[str, Any],
-        on_gpu: bool,
+        in_kernel: bool,
     ) -> Rules:
         rules = {n: x for n, x in self.rules.items() if n not in (*arrays, "mod_args")}
         rules |= {name: spec_of(x) for name, x in arrays.items()}
-        if on_gpu:
+        if in_kernel:
             rules["mod_args"] = {name: spec_of(x) for name, x in mod_args.items()}
-        else:  # there mods are callables
+        else:  # for NumPy mods are callables
             check_mods(rules.pop("score_mod", None), rules.pop("mask_mod", None), mod_args)
         sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
         return describe_rules(sizes, problem.dtype, packed=problem.packed, **rules)

@@ -8,7 +8,7 @@ import numpy as np
 
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.problem import interop
-from flashcore_cupy.problem.array_spec import check_elements
+from flashcore_cupy.problem.array_spec import aligned, check_elements
 
 
 def rule_array(name: str, x: Any, cpu: bool) -> Any:
@@ -22,7 +22,7 @@ def rule_array(name: str, x: Any, cpu: bool) -> Any:
         here, there = ("NumPy", "CuPy") if cpu else ("CuPy", "NumPy")
         raise TypeError(f"{name}: a {there} array while q is a {here} array; put both in one place")
     check_elements(name, array)
-    return array
+    return aligned(array)
 
 
 def few_numbers(name: str, x: Any, cpu: bool) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flashcore_cupy.problem.attention_problem import AttentionProblem, check_choice
+from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand, check_choice
 from flashcore_cupy.select.config import KernelConfig, check_overrides
+from flashcore_cupy.select.grids import check_sizes
 from flashcore_cupy.select.registry import AUTO_ORDER, KERNELS, Kernel
 from flashcore_cupy.select.row import Row
 from flashcore_cupy.select.table import ROWS
@@ -21,6 +22,11 @@ class Selection:
     kernel: Kernel
     config: KernelConfig
     passed_over: tuple[tuple[str, str], ...] = ()
+
+    def stored_to(self, problem: AttentionProblem, output: Operand) -> Selection:
+        """The same for an output; ``ValueError`` if a launch cannot have so many blocks."""
+        check_sizes(problem, self.config)
+        return replace(self, config=self.config.stored_to(output))
 
     def explained(self, arch: str) -> list[str]:
         """Return a line for the kernel on its target, and one for each that was passed over."""

@@ -6,6 +6,7 @@ Names are the compiler's: ``"sm_90a"`` is compute capability 9.0 with its own in
 from __future__ import annotations
 
 from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.settings import arch_override
 
 _KIB = 1024
 #: Shared memory that one thread block may have, bytes (CUDA C++ Programming Guide, "Compute
@@ -27,8 +28,15 @@ _SMEM_LIMIT = {
 
 #: The one target that has wgmma.
 HOPPER = "sm_90a"
+#: The target where there is no GPU to ask, and nobody names one.
+DEFAULT_ARCH = HOPPER
 #: Targets that every row is built for by the tests and by ``warmup --all``.
 TARGETS = ("sm_75", "sm_80", "sm_89", HOPPER, "sm_100", "sm_120")
+
+
+def target_without_gpu(arch: str | None = None) -> str:
+    """The target where there is no GPU to ask: ``arch``, what FLASHCORE_ARCH says, or Hopper."""
+    return arch or arch_override() or DEFAULT_ARCH
 
 
 def capability(arch: str) -> int:

@@ -11,7 +11,7 @@ from cases_emulator import attend, small
 
 from flashcore_cupy.check.selftest import matrix
 from flashcore_cupy.check.selftest.case import Case, packed
-from flashcore_cupy.cpu.emulator.build import cxx, library
+from flashcore_cupy.cpu.emulator.build import Source, cxx, library
 from flashcore_cupy.cpu.emulator.run import Schedule
 
 pytestmark = pytest.mark.skipif(cxx() is None, reason="needs a C++ compiler: there is none")
@@ -64,7 +64,7 @@ def built() -> None:
 
     def build(arch: str, case: Case) -> None:
         for config in matrix.case_config(case, arch):
-            library(config, arch)
+            library(Source.of(config, arch))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         wait = [pool.submit(build, arch, case) for arch, case in EVERY]

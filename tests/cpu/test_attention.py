@@ -87,10 +87,10 @@ BAD_ARGUMENTS = {
     "layout": (lambda q, k, v: ((q, k, v), {"layout": "sbhd"}), ValueError, "layout: got 'sbhd'"),
     "gate": (lambda q, k, v: ((q, k, v), {"gate": "pq"}), ValueError, "gate: got 'pq'"),
     "kernel": (lambda q, k, v: ((q, k, v), {"kernel": "best"}), ValueError, "kernel: got 'best'"),
-    "GPU kernel on NumPy": (
-        lambda q, k, v: ((q, k, v), {"kernel": "scalar"}),
+    "tile for NumPy": (
+        lambda q, k, v: ((q, k, v), {"config": {"block_n": 32}}),
         ValueError,
-        "kernel: chooses how a GPU runs",
+        "config: changes a kernel's tile",
     ),
     "LSE of a gate": (
         lambda q, k, v: ((q, k, v), {"gate": "qk", "return_lse": True}),

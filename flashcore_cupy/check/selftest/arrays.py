@@ -135,8 +135,11 @@ class Placed:
     arguments: dict[str, Any]
 
     @classmethod
-    def of(cls, case: Case, setup: Setup, *, on_gpu: bool) -> Placed:
-        """Lay out on the GPU, or as NumPy arrays that share the setup's buffers."""
+    def of(cls, case: Case, setup: Setup, *, on_gpu: bool, in_kernel: bool = False) -> Placed:
+        """Lay out on the GPU, or as NumPy arrays that share the setup's buffers.
+
+        ``in_kernel``: mods are expressions there, too, for a kernel that is emulated.
+        """
 
         def place(embedded: Embedded) -> tuple[Any, Any]:
             return embedded.on_gpu() if on_gpu else (embedded.buffer, embedded.on_host())
@@ -147,7 +150,7 @@ class Placed:
             stays = name.startswith("cu_seqlens") and case.boundaries == "host"
             view = embedded.on_host() if stays else place(embedded)[1]
             extras[name] = view[(0,) * (4 - len(shapes[name]))]
-        arguments = case.arguments(extras, cuda=on_gpu)
+        arguments = case.arguments(extras, cuda=on_gpu or in_kernel)
         out_buffer, out = place(setup.out)
         q, k, v = (place(embedded)[1] for embedded in setup.embedded)
         if case.lengths:  # (1, total, H, D)

@@ -25,7 +25,7 @@ from flashcore_cupy.select import selector
 from flashcore_cupy.select.config import KernelConfig
 
 if TYPE_CHECKING:
-    from flashcore_cupy.launch.plan import Plan
+    from flashcore_cupy.select.plan import Plan
 
 __all__ = ["Case", "CaseResult", "cases", "run_all", "run_case"]
 

@@ -7,18 +7,23 @@ the cache folder, by all that they are made from.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
+import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from flashcore_cupy.jit.cache import cache_dir
+from flashcore_cupy.jit import cache
 from flashcore_cupy.jit.sources import kernels_digest, kernels_dir
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.targets import capability
@@ -33,55 +38,131 @@ _FLAGS = (
 #: Calls at each plain access, which find races and what nobody has written.
 _CHECKING = ("-g", "-fsanitize=thread", "-DEMULATOR_CHECK")
 
+_loaded: dict[str, ctypes.CDLL] = {}
+_building: dict[str, threading.Lock] = {}
+if hasattr(os, "register_at_fork"):  # a lock of a thread that the child does not have stays shut
+    os.register_at_fork(after_in_child=_building.clear)
+
 
 class BuildError(RuntimeError):
     """The C++ compiler refuses a kernel; the message has its words."""
 
 
-@functools.cache
-def cxx() -> str | None:
-    """This machine's C++ compiler: ``CXX``, or the first of the usual ones; None without any."""
-    asked = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [asked] if asked else _COMPILERS)), None)
+@dataclass(frozen=True)
+class Source:
+    """A ``.cu``, and all that it is compiled with."""
+
+    file: str
+    """In ``kernels/``; or from the root on. Then what it includes itself is not looked at, so a
+    library is not built again when that changes."""
+    entries: tuple[str, ...]
+    """Its ``extern "C"`` kernels."""
+    arch: str
+    """The target that it takes itself to be compiled for."""
+    defines: Mapping[str, int | str]
+    headers: tuple[tuple[str, str], ...] = ()
+    """Name and text of headers that stand in for files of ``kernels/``."""
+
+    @classmethod
+    def of(cls, config: KernelConfig, arch: str) -> Source:
+        """Return what a configuration is compiled from."""
+        return cls(config.source, config.entries, arch, config.defines(), config.headers)
 
 
-def library(config: KernelConfig, arch: str, *, checking: bool = False) -> ctypes.CDLL:
-    """Compile a configuration for this CPU, or fetch it; one function ``launch_<entry>`` each.
+def cxx() -> tuple[str, ...] | None:
+    """This machine's C++ compiler, as a command; None if there is none.
 
-    Raises ``RuntimeError`` without a C++ compiler, ``BuildError`` if it refuses the kernel.
+    It is ``CXX``, g++, clang++, or the one that the package ``ziglang`` brings.
     """
-    compiler = cxx()
-    if compiler is None:
-        raise RuntimeError("kernels run on a CPU with a C++ compiler alone, and there is none")
-    defines = [f"-D{name}={value}" for name, value in config.defines().items()]
-    defines.append(f"-D__CUDA_ARCH__={capability(arch) * 10}")
-    flags = [*_FLAGS, *(_CHECKING if checking else ())]
-    parts = (compiler, flags, defines, config.headers, kernels_digest(), _digest_of_twins())
-    key = hashlib.sha256(repr((config.source, *parts)).encode()).hexdigest()[:32]
-    with _folder() as folder:
-        path = folder / f"{key}.so"
-        if not path.exists():
-            _build(path, config, [compiler, *flags, *defines], checking=checking)
+    asked = shlex.split(os.environ.get("CXX", ""))
+    if asked:
+        found = shutil.which(asked[0])
+        return None if found is None else (found, *asked[1:])
+    found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if found is not None:
+        return (found,)
+    if importlib.util.find_spec("ziglang") is not None:
+        return (sys.executable, "-m", "ziglang", "c++")
+    return None
+
+
+def why_not() -> str | None:
+    """Why kernels cannot run on this machine's CPU, and the cure; None if they can."""
+    if os.name != "posix":
+        return "kernels run on the CPU of Linux and macOS alone"
+    if cxx() is not None:
+        return None
+    asked = os.environ.get("CXX")
+    wrong = f"CXX={asked} is not there" if asked else "there is no C++ compiler"
+    return f"{wrong}: pip install 'flashcore-cupy[emulator]', which brings one, or install g++"
+
+
+def library(source: Source, *, checking: bool = False) -> ctypes.CDLL:
+    """Compile a kernel for this CPU, or fetch it: a library with ``launch_<entry>`` for each entry.
+
+    ``checking``: with a look at every plain access. Raises ``RuntimeError`` without a C++ compiler,
+    ``BuildError`` if that refuses the kernel.
+    """
+    compiler, reason = cxx(), why_not()
+    if compiler is None or reason is not None:
+        raise RuntimeError(reason)
+    command = [*compiler, *_FLAGS, *(_CHECKING if checking else ())]
+    command += [f"-D{name}={value}" for name, value in source.defines.items()]
+    command.append(f"-D__CUDA_ARCH__={capability(source.arch) * 10}")
+    key = _key(source, command)
+    with _building.setdefault(key, threading.Lock()):
+        if key not in _loaded:
+            _loaded[key] = _load(key, source, command, checking=checking)
+        return _loaded[key]
+
+
+def _key(source: Source, command: Iterable[str]) -> str:
+    own = Path(source.file)
+    text = own.read_bytes() if own.is_absolute() else kernels_digest()
+    parts = (source.file, text, source.entries, source.headers, *command, _digest_of_twins())
+    machine = (sys.platform, platform.machine())
+    return hashlib.sha256(repr((parts, machine)).encode()).hexdigest()[:32]
+
+
+def _load(key: str, source: Source, command: list[str], *, checking: bool) -> ctypes.CDLL:
+    found = cache.find(key)
+    if found is None:
+        made = {
+            "source": source.file,
+            "arch": f"{source.arch} on {platform.machine()}",
+            "defines": dict(source.defines),
+            "file": cache.LIBRARY,
+        }
+        found = _compile(source, command, checking=checking), made
+        cache.store(key, *found)
+    path = cache.path_of(key)
+    if path is not None:
+        return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as folder:  # once loaded, the file is not needed
+        path = Path(folder, cache.LIBRARY)
+        path.write_bytes(found[0])
         return ctypes.CDLL(str(path))
 
 
-def _build(path: Path, config: KernelConfig, command: list[str], *, checking: bool) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as work:
-        for name, text in config.headers:
+def _compile(source: Source, command: list[str], *, checking: bool) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="flashcore-") as work:
+        for name, text in source.headers:
             header = Path(work, name)
             header.parent.mkdir(parents=True, exist_ok=True)
             header.write_text(text, encoding="utf-8")
-        lines = [f"#include <{config.source}>", "#include <emulator/launch.hpp>"]
+        lines = [f'#include "{source.file}"', "#include <emulator/launch.hpp>"]
         lines += ["#include <emulator/tsan.hpp>"] * checking
-        lines += [f"EMULATOR_LAUNCH({entry})" for entry in config.entries]
-        unit, thing, made = (Path(work, name) for name in ("unit.cpp", "unit.o", "unit.so"))
+        lines += ["using namespace flashcore;"]
+        lines += [f"EMULATOR_LAUNCH({entry})" for entry in source.entries]
+        unit, thing, made = (Path(work, name) for name in ("unit.cpp", "unit.o", cache.LIBRARY))
         unit.write_text("\n".join(lines) + "\n", encoding="utf-8")
         folders = [f"-I{folder}" for folder in (work, INCLUDE, kernels_dir())]
         first = ["-include", str(INCLUDE / "emulator" / "keywords.h")]
         _run([*command, *first, *folders, "-c", str(unit), "-o", str(thing)])
         # Linked without the sanitizer's own library: tsan.hpp has what it would define.
-        _run([command[0], "-shared", str(thing), "-o", str(made), "-pthread"])
-        made.replace(path)
+        compiler = command[: len(cxx() or ())]
+        _run([*compiler, "-shared", str(thing), "-o", str(made), "-pthread"])
+        return made.read_bytes()
 
 
 def _run(command: list[str]) -> None:
@@ -96,15 +177,3 @@ def _digest_of_twins() -> str:
     for path in sorted(path for path in INCLUDE.rglob("*") if path.is_file()):
         digest.update(path.relative_to(INCLUDE).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    """Where libraries are kept; if nothing can be written there, a folder for this one alone."""
-    folder = cache_dir() / "emulated"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        yield folder
-    except OSError:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)

@@ -4,6 +4,7 @@
 
 #include <mutex>
 #include <thread>
+#include <tuple>
 
 namespace emulator {
 
@@ -82,23 +83,33 @@ inline std::string run_grid(const Grid& grid, const std::function<void()>& kerne
     return failure;
 }
 
-template <typename Params>
-std::string launch(void (*kernel)(Params), const void* params, const Grid& grid) {
-    const auto& own = *static_cast<const std::remove_cv_t<Params>*>(params);
-    return run_grid(grid, [&] { kernel(own); });
+// The next parameter: parameters lie one after the other, each at a multiple of its alignment.
+template <typename T>
+T next_parameter(const char* params, size_t& at) {
+    std::remove_cv_t<T> value;
+    at = (at + alignof(T) - 1) / alignof(T) * alignof(T);
+    std::memcpy(&value, params + at, sizeof(T));
+    at += sizeof(T);
+    return value;
+}
+
+template <typename... Params>
+std::string launch(void (*kernel)(Params...), const void* params, const Grid& grid) {
+    size_t at = 0;
+    // Braces: from left to right.
+    const std::tuple<Params...> own{
+        next_parameter<Params>(static_cast<const char*>(params), at)...};
+    return run_grid(grid, [&] { std::apply(kernel, own); });
 }
 
 }  // namespace emulator
 
 // The library's entry: launches `entry`; writes what went wrong into `message`; returns whether
 // something did.
-#define EMULATOR_LAUNCH(entry)                                                                 \
-    extern "C" __attribute__((visibility("default"))) int launch_##entry(                      \
-        const void* params, int blocks, int threads, int smem_bytes, int cluster, int workers, \
-        unsigned long long seed, int eager, char* message, int size) {                         \
-        const std::string wrong =                                                              \
-            emulator::launch(flashcore::entry, params,                                         \
-                             {blocks, threads, smem_bytes, cluster, workers, {seed, eager}});  \
-        snprintf(message, size_t(size), "%s", wrong.c_str());                                  \
-        return !wrong.empty();                                                                 \
+#define EMULATOR_LAUNCH(entry)                                                     \
+    extern "C" __attribute__((visibility("default"))) int launch_##entry(          \
+        const void* params, const emulator::Grid* grid, char* message, int size) { \
+        const std::string wrong = emulator::launch(entry, params, *grid);          \
+        snprintf(message, size_t(size), "%s", wrong.c_str());                      \
+        return !wrong.empty();                                                     \
     }

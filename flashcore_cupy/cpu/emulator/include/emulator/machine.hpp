@@ -41,7 +41,8 @@ struct Random {  // xorshift64*
 
 struct Options {
     uint64_t seed;
-    int eager;  // of 100 looks of the scheduler, at how many an operation ends early
+    int eager;                 // of 100 looks of the scheduler, at how many an operation ends early
+    const volatile int* stop;  // not 0: nobody waits for the result any more
 };
 
 struct Block;
@@ -373,6 +374,10 @@ inline void Cluster::run() {
     for (Block& b : blocks)
         for (size_t w = 0; w < b.warps.size(); ++w) order.push_back({&b, int(w)});
     while (living > 0) {
+        if (*options.stop) {
+            failure = "stopped";
+            return;
+        }
         bool moved = false;
         const uint32_t first = random(uint32_t(order.size()));
         for (size_t i = 0; i < order.size(); ++i) {

@@ -1,0 +1,104 @@
+"""A problem on NumPy arrays, by a kernel that runs on the CPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashcore_cupy.cpu.emulator import build
+from flashcore_cupy.cpu.emulator.run import DEFAULT_SCHEDULE, Grid, Schedule, launch
+from flashcore_cupy.problem.array_spec import spec_of, usable
+from flashcore_cupy.problem.attention_problem import ITEMSIZE, operand
+from flashcore_cupy.problem.blocks import Array
+from flashcore_cupy.problem.request import Call
+from flashcore_cupy.select.parameters import fixed_params
+from flashcore_cupy.select.plan import Launch, Params, Plan
+from flashcore_cupy.select.selector import select
+from flashcore_cupy.select.tensor_view import View
+
+# Of the GPU that is emulated: so few that small problems have several waves of blocks, too.
+_MULTIPROCESSORS = 16
+_RESIDENT = 32  # thread blocks
+
+
+@dataclass
+class EmulatedPlan(Plan):
+    """A plan of NumPy arrays. Arrays that the kernel allocates start as NaN."""
+
+    arch: str = ""
+    steps: tuple[Launch, ...] = ()
+
+    @property
+    def array_module(self) -> Any:
+        """NumPy."""
+        return np
+
+    def build(self, *, checking: bool = False) -> None:
+        """Compile what the launches run, where that is not in the cache."""
+        for config in dict.fromkeys(step.config for step in self.steps):
+            build.library(build.Source.of(config, self.arch), checking=checking)
+
+    def launch(self, schedule: Schedule = DEFAULT_SCHEDULE, *, checking: bool = False) -> None:
+        """Run the kernel; compile it before, if need be.
+
+        Raises ``KernelError`` for what it does wrong, ``BuildError`` if it does not compile,
+        ``RuntimeError`` without a C++ compiler.
+        """
+        for step in self.steps:
+            config = step.config
+            library = build.library(build.Source.of(config, self.arch), checking=checking)
+            grid = Grid(step.grid, config.threads, config.smem_bytes, config.tile.cluster)
+            params = step.params.tobytes()
+            launch(library, step.entry, params, grid, schedule, keep=self.arrays)
+
+
+def bind(call: Call, arch: str, *, want_lse: bool) -> EmulatedPlan:
+    """Bind a call on NumPy arrays, which names a kernel, to that kernel as built for a target.
+
+    Raises ``ValueError`` with the reason if the kernel cannot do the problem.
+    """
+    problem = call.problem
+    selection = select(problem, arch, kernel=call.kernel, overrides=call.config)
+    q, k, v = (usable(call.arrays[name], np) for name in "qkv")
+    out = call.arrays.get("out")
+    if out is None:
+        out = _poisoned(problem.output_shape, q.dtype)
+    o = operand("o", spec_of(out), "packed" if problem.packed else problem.layout, out.ctypes.data)
+    arrays = {"q": q, "k": k, "v": v, "o": out, **call.pointers(np, boundaries=np.asarray)}
+    plan = EmulatedPlan(problem, selection.stored_to(problem, o), o, arrays, arch)
+    plan.add_results(want_lse=want_lse, empty=_poisoned)
+    if not plan.is_empty:
+        plan.add_scratch(_poisoned)
+        _add_steps(plan, tuple(call.mod_args.values()))
+    return plan
+
+
+def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...]) -> None:
+    config = plan.selection.config
+    params = fixed_params(plan.problem, config, plan.output, _RESIDENT, _MULTIPROCESSORS)
+    for view in plan.views:
+        params[f"{view.name}_map"] = _tensor_map(view, plan.arrays[view.name].ctypes.data)
+    work = plan.work(params, _MULTIPROCESSORS)
+    if work.partial_bytes or work.arrivals_bytes:
+        plan.arrays["split_partial"] = _poisoned((work.partial_bytes,), np.dtype(np.uint8))
+        plan.arrays["split_arrivals"] = np.zeros(work.arrivals_bytes, np.uint8)
+    plan.point(params, mod_args)
+    plan.steps = tuple(plan.launches(params, work.blocks))
+
+
+def _poisoned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array of NaN, where its dtype has that; each bit is set."""
+    return np.full(math.prod(shape) * dtype.itemsize, 255, np.uint8).view(dtype).reshape(shape)
+
+
+def _tensor_map(view: View, address: int) -> Params:
+    """A map as ``emulator``'s own ``ptx/tma.cuh`` reads it."""
+    words = np.zeros(16, np.uint64)
+    words[0] = address + view.offset
+    words[1:5], words[5:8] = view.dims, view.strides
+    words[8] = sum(size << 16 * d for d, size in enumerate((*view.box, 1)))
+    words[9], words[10] = ITEMSIZE[view.dtype], view.swizzle
+    return words
