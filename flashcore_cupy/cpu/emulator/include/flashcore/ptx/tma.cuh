@@ -25,8 +25,9 @@ __forceinline__ void prefetch_tensormap(const TensorMap*) {}
 
 // For each row of the box: act(its place in shared memory, in the tensor or null, elements inside).
 // Rows lie one after the other; 16-byte pieces of a row are permuted: see swizzled_copy.
+// The map is copied: it lies among the parameters of a thread, which may end before its copies do.
 struct Box {
-    const TensorMap& map;
+    TensorMap map;
     int first[4];
 
     template <typename Act>
