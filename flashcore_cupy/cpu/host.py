@@ -46,10 +46,9 @@ def _attend(call: Call) -> tuple[Any, Any]:
         return gates.probabilities(views[0], views[1], views[2], rules), None
     if problem.gate == "pv":  # all scores 0, whatever q and k hold and the rules make of them
         views[0], views[1] = np.zeros_like(views[0]), np.zeros_like(views[1])
-        kept = ("softmax_scale", "causal", "window", "mod_args")
-        hiding = [rule.name for rule in RULES if rule.hides]
-        for name in set(rules) - {*kept, *hiding}:
-            del rules[name]  # type: ignore[misc]
+        for rule in RULES:
+            if rule.acts_on in ("scores", "sum"):
+                rules.pop(rule.name, None)  # type: ignore[misc]
     _, lse = tiled_attention.tiled(*views[:3], **rules, out=views[3])
     return out, lse
 

@@ -181,7 +181,7 @@ class Rules:
 
     def doubtful(self, at: Block) -> list[Block]:
         """Return the parts of a block that need a look: in the rest all queries see all keys."""
-        if any(rule.hides for rule, _ in self._given):
+        if any(rule.acts_on == "keys" for rule, _ in self._given):
             return [at]
         left, right = self.reach
         first = max(at.keys.start, at.highest + self.offset - left)

@@ -64,7 +64,9 @@ class Call:
         """
         arrays = self.arrays
         found = {
-            rule.pointer: usable(arrays[rule.name], xp) if rule.contiguous else arrays[rule.name]
+            rule.pointer: usable(arrays[rule.name], xp)
+            if rule.strides is None
+            else arrays[rule.name]
             for rule in RULES
             if rule.pointer is not None and rule.name in arrays
         }

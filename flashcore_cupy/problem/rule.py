@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, Scores
+
+# Element strides of arrays, as ``AttentionParams`` has them.
+HEAD_STRIDES = np.dtype([("batch", "i8"), ("head", "i8")])
+BROADCAST_STRIDES = np.dtype([("batch", "i8"), ("head", "i8"), ("row", "i8"), ("column", "i8")])
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,19 @@ class Rule:
     name: ClassVar[str]
     default: ClassVar[Any] = None
     takes: ClassVar[Literal["value", "array", "numbers per head", "formula"]] = "array"
+    acts_on: ClassVar[Literal["scores", "keys", "positions", "sum"]] = "scores"
+    """It changes scores; or it hides keys, one by one or all that are too far; or it joins the sum
+    of a row's exponentials."""
     codes: ClassVar[Mapping[str, int]] = {}
     """Its bits in ``FC_RULES``, by name; ``score.cuh`` has the same."""
+    load_codes: ClassVar[Mapping[str, int]] = {}
+    """More of them, which say how its array is loaded."""
     pointer: ClassVar[str | None] = None
     """The field of ``AttentionParams`` that holds its array's address."""
-    contiguous: ClassVar[bool] = False
-    """Whether a kernel reads that array without strides."""
-    hides: ClassVar[bool] = False
-    """Whether it hides keys one by one, wherever they are."""
+    strides: ClassVar[np.dtype[Any] | None] = None
+    """Those of that array, in the field ``<pointer>_strides``; None if a kernel needs none."""
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """More fields of ``AttentionParams``, float32."""
     when_packed: ClassVar[str | None] = None
     """What to use instead in a packed batch; None if it goes with one."""
 
@@ -50,12 +61,16 @@ class Rule:
         return tuple(self.codes)[:1]
 
     def loads(self, described: Any) -> tuple[str, ...]:
-        """Return those of how its array is loaded."""
+        """Return those in ``load_codes``."""
         return ()
 
     def params(self, described: Any) -> dict[str, Any]:
-        """Return fields of ``AttentionParams``, besides the address of its array."""
+        """Return its fields of ``AttentionParams``, besides the address of its array."""
         return {}
+
+    def differs_by_head(self, described: Any) -> bool:
+        """Whether it may hide a key from one query head and not from another."""
+        return False
 
     def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
         """Raise ``ValueError`` for an array that does not fit the scores."""
@@ -70,6 +85,8 @@ class Rule:
 
 class BroadcastRule(Rule):
     """An array that broadcasts to the scores."""
+
+    strides = BROADCAST_STRIDES
 
     def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
         """(B, Hq, Sq, Skv), or what broadcasts to it."""

@@ -20,6 +20,7 @@ and an ``address``.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +33,13 @@ from flashcore_cupy.problem.mods import (
     describe_mods,
     flags_of_mask_mod,
 )
-from flashcore_cupy.problem.rule import Broadcast, BroadcastRule, Rule, check_float32
+from flashcore_cupy.problem.rule import (
+    HEAD_STRIDES,
+    Broadcast,
+    BroadcastRule,
+    Rule,
+    check_float32,
+)
 from flashcore_cupy.problem.values import check_number, shown
 
 #: A window this wide hides nothing: sequences are not longer (MAX_SEQLEN).
@@ -80,14 +87,14 @@ class Rules:
     @property
     def differ_by_head(self) -> bool:
         """Whether keys may be hidden from one query head and not from another."""
-        mask_mod = self.mods is not None and self.mods.mask_mod is not None
-        return mask_mod or (self.mask is not None and self.mask.strides[1] != 0)
+        return any(rule.differs_by_head(x) for rule, x in self.given)
 
 
 class Window(Rule):
     """Beltagy et al. 2020, arXiv 2004.05150, section 3.1."""
 
     name, default, takes = "window", NO_WINDOW, "value"
+    acts_on = "positions"
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> tuple[int, int]:
         """Return (left, right)."""
@@ -99,6 +106,7 @@ class Softcap(Rule):
 
     name, default, takes = "softcap", 0.0, "value"
     codes: ClassVar = {"softcap": 1, "softcap_wide": 4096}
+    numbers = ("softcap", "inverse_softcap")
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> float:
         """Return the cap."""
@@ -132,7 +140,7 @@ class AlibiSlopes(Rule):
 
     name, takes = "alibi_slopes", "numbers per head"
     codes: ClassVar = {"alibi": 2}
-    pointer = "alibi"
+    pointer, strides = "alibi", HEAD_STRIDES
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> tuple[int, int]:
         """Return the element strides of batches and heads."""
@@ -166,7 +174,8 @@ class Bias(BroadcastRule):
     """Added to the scores."""
 
     name, pointer, when_packed = "bias", "bias", "score_mod"
-    codes: ClassVar = {"bias": 4, "bias_fp32": 8, "bias_pairs": 256}
+    codes: ClassVar = {"bias": 4, "bias_fp32": 8}
+    load_codes: ClassVar = {"bias_pairs": 256}
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> Broadcast:
         """Return how it broadcasts."""
@@ -207,8 +216,9 @@ class Mask(BroadcastRule):
     """True where a query attends."""
 
     name, pointer, when_packed = "mask", "mask", "mask_mod"
-    hides = True
-    codes: ClassVar = {"mask": 32, "mask_pairs": 512, "mask_chunks": 2048}
+    acts_on = "keys"
+    codes: ClassVar = {"mask": 32}
+    load_codes: ClassVar = {"mask_pairs": 512, "mask_chunks": 2048}
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> Broadcast:
         """Return how it broadcasts."""
@@ -229,6 +239,10 @@ class Mask(BroadcastRule):
         """Return the strides."""
         return {"mask_strides": described.strides}
 
+    def differs_by_head(self, described: Any) -> bool:
+        """Unless it is broadcast along the heads."""
+        return bool(described.strides[1])
+
     def seen(self, value: Any, at: Block, around: Around) -> BoolArray:
         """Return its block."""
         return cut(value, at, around)
@@ -238,8 +252,12 @@ class MaskMod(Rule):
     """A formula of the user's, as ``ScoreMod``."""
 
     name, takes = "mask_mod", "formula"
-    hides = True
+    acts_on = "keys"
     codes: ClassVar = {"mask_mod": 64}
+
+    def differs_by_head(self, described: Any) -> bool:
+        """A formula may ask for the head."""
+        return True
 
     def seen(self, value: Any, at: Block, around: Around) -> BoolArray:
         """Ask the function."""
@@ -250,8 +268,9 @@ class Sink(Rule):
     """A logit that joins the denominator; gpt-oss, after Xiao et al. 2023, arXiv 2309.17453."""
 
     name, takes = "sink", "numbers per head"
+    acts_on = "sum"
     codes: ClassVar = {"sink": 128}
-    pointer, contiguous = "sink", True
+    pointer = "sink"
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> bool:
         """Check it."""
@@ -273,12 +292,11 @@ RULES: tuple[Rule, ...] = (
 NO_RULES = Rules()
 
 #: Every bit of ``FC_RULES``, by name. "scale_first" is of a tiny softmax_scale.
-RULE_BITS = dict(
-    sorted(
-        [*(code for rule in RULES for code in rule.codes.items()), ("scale_first", 1024)],
-        key=lambda code: code[1],
-    )
-)
+RULE_BITS: Mapping[str, int] = {
+    "scale_first": 1024,
+    **{name: bit for rule in RULES for name, bit in rule.codes.items()},
+    **{name: bit for rule in RULES for name, bit in rule.load_codes.items()},
+}
 
 
 def describe_rules(scores: Scores, dtype: str, *, packed: bool = False, **given: Any) -> Rules:

@@ -18,13 +18,14 @@ import numpy as np
 
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.problem.mods import Mods
-from flashcore_cupy.problem.rules import NO_WINDOW, RULE_BITS
+from flashcore_cupy.problem.rules import NO_WINDOW, RULE_BITS, RULES
 from flashcore_cupy.select.params import ATTENTION_PARAMS
 from flashcore_cupy.select.tensor_view import View
 from flashcore_cupy.select.units import MAX_GRID, MMA, WARP_SIZE
 
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2}
 _GATE_CODE = {None: 0, "qk": 1, "softmax": 2, "pv": 3}
+_HIDING = {name for rule in RULES if rule.acts_on == "keys" for name in rule.codes}
 #: Of float32: scales from here on keep the order of the scores.
 _SMALLEST_SCALE = 2.0**-126
 
@@ -228,6 +229,11 @@ class KernelConfig(ABC):
     def threads(self) -> int:
         """Threads of a thread block."""
         return self.num_warps * WARP_SIZE
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether its rules hide keys one by one, so that warps note which keys they see."""
+        return not _HIDING.isdisjoint(self.rules)
 
     @property
     def softmax_keys(self) -> int:

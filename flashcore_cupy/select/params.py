@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from flashcore_cupy.problem.mods import MAX_MOD_ARGS
+from flashcore_cupy.problem.rule import HEAD_STRIDES
+from flashcore_cupy.problem.rules import RULES
 
 STRIDES = np.dtype([("batch", "i8"), ("head", "i8"), ("row", "i8")])
-HEAD_STRIDES = np.dtype([("batch", "i8"), ("head", "i8")])
-BROADCAST_STRIDES = np.dtype([("batch", "i8"), ("head", "i8"), ("row", "i8"), ("column", "i8")])
 
 _POINTERS = [
     *("q", "k", "v", "o", "lse"),
     *("gate", "gate_tile_max", "gate_row_max", "gate_row_sum"),
     *("scratch_scores", "scratch_probs", "scratch_sum"),
     *("q_scale", "k_scale", "v_scale"),
-    *("alibi", "bias", "mask", "sink"),
+    *(rule.pointer for rule in RULES if rule.pointer is not None),
 ]
 _MORE_POINTERS = ["cu_seqlens_q", "cu_seqlens_kv", "split_partial", "split_arrivals"]
 _INTEGERS = [
@@ -38,13 +38,12 @@ ATTENTION_PARAMS = np.dtype(
         ("mod_args", "u8", (MAX_MOD_ARGS,)),
         *((name, "u8") for name in _MORE_POINTERS),
         *((f"{name}_strides", STRIDES) for name in "qkvo"),
-        *((f"{name}_strides", HEAD_STRIDES) for name in ("lse", "alibi")),
-        *((f"{name}_strides", BROADCAST_STRIDES) for name in ("bias", "mask")),
+        ("lse_strides", HEAD_STRIDES),
+        *((f"{rule.pointer}_strides", rule.strides) for rule in RULES if rule.strides is not None),
         *((name, "i4") for name in _INTEGERS),
         ("softmax_scale", "f4"),
         ("scale_log2", "f4"),
-        ("softcap", "f4"),
-        ("inverse_softcap", "f4"),
+        *((name, "f4") for rule in RULES for name in rule.numbers),
     ],
     align=True,
 )

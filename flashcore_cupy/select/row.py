@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from flashcore_cupy.problem.attention_problem import AttentionProblem
-from flashcore_cupy.problem.rules import RULE_BITS
+from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.select.config import Tile, rules_of
 
 # Of an H100 or H200 with SXM. A row is chosen for a target, whichever GPU of it there is, so that a
 # machine without one builds the same kernels.
 _MULTIPROCESSORS = 132
-_NOT_PER_SCORE = ("sink", "bias_pairs", "mask_pairs", "mask_chunks")
-#: The rules that are evaluated score by score.
-PER_SCORE = tuple(name for name in RULE_BITS if name not in _NOT_PER_SCORE)
+#: What is evaluated score by score, as ``RULE_BITS`` names it.
+PER_SCORE = (
+    *(name for rule in RULES if rule.acts_on in ("scores", "keys") for name in rule.codes),
+    "scale_first",
+)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Sm80(KernelConfig):
         total += t.num_stages * t.block_n * (self._row_qk + self._row_v)
         if t.warps_d > 1:
             total += t.block_m * self._row_bytes(t.block_n) + 4 * t.warps_d * t.block_m
-        if t.warps_d > 1 and ("mask" in self.rules or "mask_mod" in self.rules):
+        if t.warps_d > 1 and self.hides_keys:
             # which keys each warp sees
             total += 16 * self.num_warps * -(-t.block_n // t.warps_d // 128)
         return round_up(total + _WORK_BYTES, 128)

@@ -146,7 +146,7 @@ class Sm90(KernelConfig):
         """The stages of K and V, the barriers, and what it takes to align what TMA loads."""
         t = self.tile
         total = t.num_stages * self._size * t.block_n * (self.head_dim + self.head_dim_v)
-        if "mask" in self.rules or "mask_mod" in self.rules:
+        if self.hides_keys:
             total += _KIB  # which keys each warp sees
         return total + 2 * _KIB
 

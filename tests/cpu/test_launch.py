@@ -38,6 +38,7 @@ from flashcore_cupy.problem.attention_problem import (
 )
 from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.mods import MAX_MOD_ARGS
+from flashcore_cupy.problem.rule import BROADCAST_STRIDES, HEAD_STRIDES
 from flashcore_cupy.problem.rules import RULE_BITS, RULES, describe_rules
 from flashcore_cupy.select import grids, params, selector
 from flashcore_cupy.select.config import Tile
@@ -51,8 +52,8 @@ NUMPY_TYPES = {
     "float": np.dtype("f4"),
     "int64": np.dtype("i8"),
     "Strides": params.STRIDES,
-    "HeadStrides": params.HEAD_STRIDES,
-    "BroadcastStrides": params.BROADCAST_STRIDES,
+    "HeadStrides": HEAD_STRIDES,
+    "BroadcastStrides": BROADCAST_STRIDES,
     "ModArgs": np.dtype(("u8", (MAX_MOD_ARGS,))),
 }
 
@@ -75,8 +76,8 @@ def fields_of(struct: str, file: str) -> list[tuple[str, np.dtype]]:
     ("struct", "file", "dtype"),
     [
         ("Strides", "flashcore/params.cuh", params.STRIDES),
-        ("HeadStrides", "flashcore/params.cuh", params.HEAD_STRIDES),
-        ("BroadcastStrides", "flashcore/params.cuh", params.BROADCAST_STRIDES),
+        ("HeadStrides", "flashcore/params.cuh", HEAD_STRIDES),
+        ("BroadcastStrides", "flashcore/params.cuh", BROADCAST_STRIDES),
         ("AttentionParams", "flashcore/params.cuh", params.ATTENTION_PARAMS),
         ("QuantizeTensor", "ladder/fp8_quantize.cu", params.QUANTIZE_PARAMS["tensor"].base),
     ],
