@@ -6,22 +6,23 @@ queries, so that nothing but the result is of size Sq x Skv.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.cpu.numpy_rules import RuleArguments, Rules, sizes_of
+from flashcore_cupy.cpu.numpy_rules import Rules, sizes_of
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray
 
 _BLOCK_ELEMENTS = 2**22  # scores of a block, 32 MB
 
 
-def scores(q: Array, k: Array, v: Array, rules: RuleArguments) -> Array:
+def scores(q: Array, k: Array, v: Array, rules: Mapping[str, Any]) -> Array:
     """Gate "qk": scores by all rules, -inf where hidden, float32 (B, Hq, Sq, Skv)."""
     return _stage(q, k, Rules(sizes_of(q, k, v), **rules), normalise=False)
 
 
-def probabilities(q: Array, k: Array, v: Array, rules: RuleArguments) -> Array:
+def probabilities(q: Array, k: Array, v: Array, rules: Mapping[str, Any]) -> Array:
     """Gate "softmax": P, 0 where hidden, float32 (B, Hq, Sq, Skv). A sink takes a part of 1."""
     return _stage(q, k, Rules(sizes_of(q, k, v), **rules), normalise=True)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashcore_cupy.cpu import gates, tiled_attention
-from flashcore_cupy.cpu.numpy_rules import RuleArguments
 from flashcore_cupy.problem.array_spec import usable
 from flashcore_cupy.problem.attention_problem import check_choice
 from flashcore_cupy.problem.request import Call, Request
@@ -48,7 +47,7 @@ def _attend(call: Call) -> tuple[Any, Any]:
         views[0], views[1] = np.zeros_like(views[0]), np.zeros_like(views[1])
         for rule in RULES:
             if rule.acts_on in ("scores", "sum"):
-                rules.pop(rule.name, None)  # type: ignore[misc]
+                rules.pop(rule.name, None)
     _, lse = tiled_attention.tiled(*views[:3], **rules, out=views[3])
     return out, lse
 
@@ -78,27 +77,25 @@ def explain(call: Call) -> str:
     return "\n".join([*selection.explained(arch), "NumPy arrays: emulated on the CPU", *copied])
 
 
-def _packed(call: Call, rules: RuleArguments, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
+def _packed(call: Call, rules: dict[str, Any], q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
     lse = np.empty(call.problem.lse_shape, np.float32)
     boundaries = (call.arrays[name] for name in ("cu_seqlens_q", "cu_seqlens_k"))
     for n, (*one, rows) in enumerate(tiled_attention.sequences(q, k, v, *boundaries)):
         target = out[rows].swapaxes(0, 1)[None]
-        own: RuleArguments = {**rules, "sequence": n}
-        _, found = tiled_attention.tiled(*one, **own, out=target)
+        _, found = tiled_attention.tiled(*one, **rules, sequence=n, out=target)
         lse[:, rows] = found[0]
     return out, lse
 
 
-def _rules(call: Call) -> RuleArguments:
+def _rules(call: Call) -> dict[str, Any]:
     """Every rule of the call, with its data."""
     problem = call.problem
     values = {
         rule.name: getattr(problem.rules, rule.name) for rule in RULES if rule.takes == "value"
     }
     arrays = {rule.name: call.arrays[rule.name] for rule in RULES if rule.name in call.arrays}
-    found: Any = {"softmax_scale": problem.softmax_scale, "causal": problem.causal, **values}
-    rules: Any = {**found, **arrays, **call.formulas, "mod_args": call.mod_args}
-    return cast(RuleArguments, rules)
+    found = {"softmax_scale": problem.softmax_scale, "causal": problem.causal, **values}
+    return {**found, **arrays, **call.formulas, "mod_args": call.mod_args}
 
 
 def check_request(request: Request, stream: Any) -> None:

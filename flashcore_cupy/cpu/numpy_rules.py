@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flashcore_cupy.problem.attention_problem import Causal
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray, Scores
-from flashcore_cupy.problem.mods import MaskMod, ScoreMod, check_mods
+from flashcore_cupy.problem.mods import check_mods
 from flashcore_cupy.problem.rule import Rule
-from flashcore_cupy.problem.rules import RULES, check_softcap
+from flashcore_cupy.problem.rules import RULES
+from flashcore_cupy.problem.values import check_names
 
 
 class Sizes(NamedTuple):
@@ -71,61 +71,53 @@ def causal_offset(causal: Causal, seqlen_q: int, seqlen_kv: int) -> int | None:
     raise ValueError(f"causal: got {causal!r}; use False, True (bottom-right) or 'top-left'")
 
 
-class RuleArguments(TypedDict, total=False):
-    """The keyword arguments that make `Rules`, which tells what they are."""
-
-    softmax_scale: float | None
-    causal: Causal
-    window: tuple[int, int]
-    softcap: float
-    alibi_slopes: Array | None
-    bias: Array | None
-    mask: BoolArray | None
-    sink: Array | None
-    score_mod: ScoreMod | None
-    mask_mod: MaskMod | None
-    mod_args: Mapping[str, Any] | None
-    sequence: int | None
-
-
-@dataclass(frozen=True, eq=False)
 class Rules:
     """The rules of one attention of these sizes.
+
+    Takes ``attention``'s arguments of the same names, as NumPy arrays and callables: softmax_scale,
+    causal, mod_args, and every rule of ``problem.rules.RULES``. ``sequence``: of a packed batch,
+    the number of the sequence that the operands, with B = 1, are: the b of alibi_slopes (B, Hq),
+    score_mod and mask_mod; None for a batch that is not packed.
 
     Raises TypeError or ValueError where an argument does not fit the sizes.
     """
 
-    sizes: Sizes
-    softmax_scale: float | None = None
-    """1 / sqrt(D) by default."""
-    causal: Causal = False
-    """True (bottom-right) or "top-left": query i sees key j <= i + offset."""
-    window: tuple[int, int] = (-1, -1)
-    """(left, right): i + offset - left <= j <= i + offset + right; -1 is no bound."""
-    softcap: float = 0.0
-    """0 is none, and so is infinity."""
-    alibi_slopes: Array | None = None
-    """(Hq,) or (B, Hq)."""
-    bias: Array | None = None
-    """Any float dtype; broadcasts to (B, Hq, Sq, Skv)."""
-    mask: BoolArray | None = None
-    """Where a query may see a key; broadcasts to (B, Hq, Sq, Skv)."""
-    sink: Array | None = None
-    """(Hq,): a logit per query head that joins the maximum and the denominator, without a value."""
-    score_mod: ScoreMod | None = None
-    """score_mod(score, b, h, q_idx, kv_idx, **mod_args) on a block: score (M, N), float, which it
-    may overwrite; b and h integers; q_idx (M, 1) and kv_idx (1, N), int64. Returns the new scores.
-    Called from several threads, on blocks of any size."""
-    mask_mod: MaskMod | None = None
-    """mask_mod(b, h, q_idx, kv_idx, **mod_args), likewise: booleans that broadcast to (M, N)."""
-    mod_args: Mapping[str, Any] | None = None
-    """What the two take beside their positional arguments."""
-    sequence: int | None = None
-    """Of a packed batch, the number of the sequence that the operands, with B = 1, are: the b of
-    alibi_slopes (B, Hq), score_mod and mask_mod. None for a batch that is not packed."""
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        softmax_scale: float | None = None,
+        causal: Causal = False,
+        mod_args: Mapping[str, Any] | None = None,
+        sequence: int | None = None,
+        **rules: Any,
+    ) -> None:
+        causal_offset(causal, sizes.seqlen_q, sizes.seqlen_kv)  # refuses what it does not know
+        check_names("attention", rules, [rule.name for rule in RULES])
+        if sequence is not None and sizes.batch != 1:
+            raise ValueError(
+                f"sequence: got operands with B = {sizes.batch}; one sequence has B = 1"
+            )
+        self.sizes, self.causal, self.sequence = sizes, causal, sequence
+        self.softmax_scale, self.mod_args = softmax_scale, mod_args
+        values = {
+            rule.name: self._checked(rule, rules.get(rule.name, rule.default)) for rule in RULES
+        }
+        self._window, self._sink = values["window"], values["sink"]
+        self._given = [(rule, values[rule.name]) for rule in RULES if values[rule.name] is not None]
+        check_mods(rules.get("score_mod"), rules.get("mask_mod"), mod_args)
 
-    def __post_init__(self) -> None:
-        _check(self)
+    def _checked(self, rule: Rule, value: Any) -> Any:
+        if rule.takes == "value":
+            return rule.describe(value, self.scores, "float64")
+        if rule.takes == "formula" or value is None:
+            return value
+        scores = self.scores
+        if self.sequence is not None and value.ndim == 2 and len(value) > self.sequence:
+            # A packed batch passes the slopes of all its sequences to each of them.
+            scores = scores._replace(batch=len(value))
+        rule.check(value, scores)
+        return value
 
     @cached_property
     def scale(self) -> float:
@@ -143,23 +135,18 @@ class Rules:
     def reach(self) -> tuple[int, int]:
         """How far left and right of i + offset query i sees, causal and window taken together."""
         everything = self.sizes.seqlen_q + self.sizes.seqlen_kv
-        left, right = (everything if n < 0 else min(int(n), everything) for n in self.window)
+        left, right = (everything if n < 0 else min(n, everything) for n in self._window)
         return left, 0 if self.causal else right
 
     def sink_of(self, head: int) -> float:
         """Return the sink of a query head; -inf, which adds nothing, if there is none."""
-        return -math.inf if self.sink is None else float(self.sink[head])
+        return -math.inf if self._sink is None else float(self._sink[head])
 
     @cached_property
     def scores(self) -> Scores:
         """Sizes of all scores."""
         sizes = self.sizes
         return Scores(sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_kv)
-
-    @cached_property
-    def _given(self) -> list[tuple[Rule, Any]]:
-        given = [(rule, getattr(self, rule.name)) for rule in RULES]
-        return [(rule, value) for rule, value in given if value is not None]
 
     def apply(self, scores: Array, at: Block) -> None:
         """Turn the products q.k of a block, (M, N), into its scores: in place, in their dtype."""
@@ -201,35 +188,3 @@ class Rules:
     def number(self, batch: int) -> int:
         """Return the b of a batch, or of a sequence of a packed batch."""
         return batch if self.sequence is None else self.sequence
-
-
-def _check(rules: Rules) -> None:
-    sizes = rules.sizes
-    causal_offset(rules.causal, sizes.seqlen_q, sizes.seqlen_kv)  # refuses what it does not know
-    window = rules.window
-    integral = isinstance(window, tuple | list) and all(
-        isinstance(n, int | np.integer) and n >= -1 for n in window
-    )
-    if not integral or len(window) != 2:
-        raise ValueError(
-            f"window: got {window!r}; use (left, right), integers from 0, or -1 for no bound"
-        )
-    check_softcap(rules.softcap)
-    if rules.sequence is not None and sizes.batch != 1:
-        raise ValueError(f"sequence: got operands with B = {sizes.batch}; one sequence has B = 1")
-    _check_shapes(rules)
-    if rules.mask is not None and rules.mask.dtype != np.bool_:
-        raise TypeError(f"mask: got dtype {rules.mask.dtype.name}; use booleans, True = attend")
-    check_mods(rules.score_mod, rules.mask_mod, rules.mod_args)
-
-
-def _check_shapes(rules: Rules) -> None:
-    for rule in RULES:
-        value = getattr(rules, rule.name)
-        if rule.takes == "value" or rule.takes == "formula" or value is None:
-            continue
-        scores = rules.scores
-        if rules.sequence is not None and value.ndim == 2 and len(value) > rules.sequence:
-            # A packed batch passes the slopes of all its sequences to each of them.
-            scores = scores._replace(batch=len(value))
-        rule.check_shape(value.shape, scores)

@@ -4,8 +4,7 @@ NumPy only, plain formulas, nothing shared with the tiled algorithm but the rule
 operands are canonical views with any strides: q (B, Hq, Sq, D), k (B, Hkv, Skv, D) and
 v (B, Hkv, Skv, Dv); query head h uses key head h // (Hq // Hkv). `rows`, a 1-D integer array, asks
 for these queries only, so that a few rows of a long sequence can be checked; Sq below is then
-len(rows). `rules` are the arguments of `numpy_rules.Rules`: softmax_scale, causal, window, softcap,
-alibi_slopes, bias, mask, sink, score_mod, mask_mod, mod_args.
+len(rows). `rules` are the arguments of `numpy_rules.Rules`.
 
 A query that sees no key gives o = 0 and lse = -inf, or the sink. NaN and infinity reach the outputs
 that attend to them and no others: a hidden value is left out, not multiplied by 0.
@@ -14,21 +13,18 @@ that attend to them and no others: a hidden value is left out, not multiplied by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from flashcore_cupy.cpu.numpy_rules import RuleArguments, Rules, causal_offset, sizes_of
+from flashcore_cupy.cpu.numpy_rules import Rules, causal_offset, sizes_of
 from flashcore_cupy.cpu.tiled_attention import sequences, tiled
 from flashcore_cupy.problem.attention_problem import EPSILON
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray, IntArray
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = [
     "INPUT_KINDS",
@@ -56,7 +52,7 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def oracle(
-    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
+    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Any
 ) -> tuple[Float64Array, Float64Array]:
     """Attention in float64 on the given (rounded) inputs: o (B, Hq, Sq, Dv), lse (B, Hq, Sq)."""
     task = _Task.of(q, k, v, rows, rules)
@@ -68,9 +64,7 @@ def oracle(
     return o, lse
 
 
-def naive(
-    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
-) -> Array:
+def naive(q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Any) -> Array:
     """Unfused attention in the inputs' dtype: o (B, Hq, Sq, Dv), whose error sets the allowed one.
 
     As real unfused implementations do it: products of the rounded inputs accumulate in float32, the
@@ -93,7 +87,7 @@ def oracle_varlen(
     v: Array,
     cu_seqlens_q: Array,
     cu_seqlens_k: Array,
-    **rules: Unpack[RuleArguments],
+    **rules: Any,
 ) -> tuple[Float64Array, Float64Array]:
     """`oracle` of a packed batch: o (total_q, Hq, Dv), lse (Hq, total_q).
 
@@ -102,8 +96,7 @@ def oracle_varlen(
     """
     o, lse = np.zeros((*q.shape[:2], v.shape[2])), np.full(q.shape[1::-1], -np.inf)
     for number, (*one, at) in enumerate(sequences(q, k, v, cu_seqlens_q, cu_seqlens_k)):
-        own: RuleArguments = {**rules, "sequence": number}
-        one_o, one_lse = oracle(*one, **own)
+        one_o, one_lse = oracle(*one, **rules, sequence=number)
         o[at], lse[:, at] = one_o[0].swapaxes(0, 1), one_lse[0]
     return o, lse
 
@@ -114,18 +107,17 @@ def naive_varlen(
     v: Array,
     cu_seqlens_q: Array,
     cu_seqlens_k: Array,
-    **rules: Unpack[RuleArguments],
+    **rules: Any,
 ) -> Array:
     """`naive` of a packed batch, with the arguments of `oracle_varlen`: o (total_q, Hq, Dv)."""
     o = np.zeros((*q.shape[:2], v.shape[2]), q.dtype)
     for number, (*one, at) in enumerate(sequences(q, k, v, cu_seqlens_q, cu_seqlens_k)):
-        own: RuleArguments = {**rules, "sequence": number}
-        o[at] = naive(*one, **own)[0].swapaxes(0, 1)
+        o[at] = naive(*one, **rules, sequence=number)[0].swapaxes(0, 1)
     return o
 
 
 def gate_scores(
-    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
+    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Any
 ) -> Float64Array:
     """What gate "qk" gives: the scores by all rules, -inf where hidden, (B, Hq, Sq, Skv), float64.
 
@@ -140,7 +132,7 @@ def gate_scores(
 
 
 def gate_probabilities(
-    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
+    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Any
 ) -> Float64Array:
     """What gate "softmax" gives: P, 0 where hidden, (B, Hq, Sq, Skv), float64.
 
@@ -156,7 +148,7 @@ def gate_probabilities(
 
 
 def gate_uniform(
-    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Unpack[RuleArguments]
+    q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Any
 ) -> Float64Array:
     """What gate "pv" gives: the mean of the v rows that a query sees, (B, Hq, Sq, Dv), float64.
 
@@ -190,7 +182,9 @@ class _Task:
     rules: Rules
 
     @classmethod
-    def of(cls, q: Array, k: Array, v: Array, rows: Array | None, rules: RuleArguments) -> _Task:
+    def of(
+        cls, q: Array, k: Array, v: Array, rows: Array | None, rules: Mapping[str, Any]
+    ) -> _Task:
         sizes = sizes_of(q, k, v)
         return cls(q, k, _queries(sizes.seqlen_q, rows), Rules(sizes, **rules))
 

@@ -19,16 +19,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy.cpu.numpy_rules import RuleArguments, Rules, Sizes, sizes_of
+from flashcore_cupy.cpu.numpy_rules import Rules, Sizes, sizes_of
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["Array", "Sizes", "sequences", "tiled"]
 
@@ -44,7 +41,7 @@ MIN_ROWS_PER_TASK = 512
 
 
 def tiled(
-    q: Array, k: Array, v: Array, *, out: Array | None = None, **rules: Unpack[RuleArguments]
+    q: Array, k: Array, v: Array, *, out: Array | None = None, **rules: Any
 ) -> tuple[Array, Float32Array]:
     """Attention on NumPy arrays, softmax(scale * Q K^T) V, in O(S * tile) memory.
 

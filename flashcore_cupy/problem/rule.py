@@ -72,8 +72,8 @@ class Rule:
         """Whether it may hide a key from one query head and not from another."""
         return False
 
-    def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
-        """Raise ``ValueError`` for an array that does not fit the scores."""
+    def check(self, value: Any, scores: Scores) -> None:
+        """Raise ``TypeError`` or ``ValueError`` for an array that does not fit the scores."""
 
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Change a block of scores (M, N) in place, in their dtype."""
@@ -88,8 +88,9 @@ class BroadcastRule(Rule):
 
     strides = BROADCAST_STRIDES
 
-    def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
+    def check(self, value: Any, scores: Scores) -> None:
         """(B, Hq, Sq, Skv), or what broadcasts to it."""
+        shape = tuple(value.shape)
         axes = zip(shape[::-1], tuple(scores)[::-1], strict=False)
         if len(shape) > 4 or not all(n in (1, wanted) for n, wanted in axes):
             raise ValueError(
@@ -100,7 +101,7 @@ class BroadcastRule(Rule):
     def broadcast(self, x: Any, scores: Scores) -> Broadcast:
         """Describe an array."""
         shape, size = tuple(x.shape), x.dtype.itemsize
-        self.check_shape(shape, scores)
+        self.check(x, scores)
         own = [0 if n == 1 else s // size for n, s in zip(shape, x.strides, strict=True)]
         strides = (*(0,) * (4 - len(shape)), *own)
 

@@ -123,9 +123,9 @@ class Softcap(Rule):
 
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Turn s into cap tanh(s / cap)."""
-        cap = scores.dtype.type(check_softcap(value))
-        if not cap:
+        if not value:
             return
+        cap = scores.dtype.type(value)
         with np.errstate(all="ignore"):
             ratio = scores / cap
             # There tanh(x) is x to the last bit; and x, if subnormal, has lost bits of the score.
@@ -144,7 +144,7 @@ class AlibiSlopes(Rule):
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> tuple[int, int]:
         """Return the element strides of batches and heads."""
-        self.check_shape(tuple(value.shape), scores)
+        self.check(value, scores)
         check_float32(self.name, value)
         strides = [s // value.dtype.itemsize for s in value.strides]
         return (0, strides[0]) if len(strides) == 1 else (strides[0], strides[1])
@@ -153,9 +153,9 @@ class AlibiSlopes(Rule):
         """Return the strides."""
         return {"alibi_strides": described}
 
-    def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
+    def check(self, value: Any, scores: Scores) -> None:
         """(Hq,) or (B, Hq)."""
-        allowed = ((scores.heads,), (scores.batch, scores.heads))
+        shape, allowed = tuple(value.shape), ((scores.heads,), (scores.batch, scores.heads))
         if shape not in allowed:
             raise ValueError(
                 f"alibi_slopes: got shape {shape}; use (Hq,) = {allowed[0]} or "
@@ -222,12 +222,16 @@ class Mask(BroadcastRule):
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> Broadcast:
         """Return how it broadcasts."""
+        return self.broadcast(value, scores)
+
+    def check(self, value: Any, scores: Scores) -> None:
+        """Booleans that broadcast."""
         if value.dtype.name != "bool":
             raise TypeError(
                 f"mask: got dtype {value.dtype.name}; use bool, True where a query attends "
                 f"(an additive mask is a bias)"
             )
-        return self.broadcast(value, scores)
+        super().check(value, scores)
 
     def loads(self, described: Any) -> tuple[str, ...]:
         """16 keys at a time or two, if it can be."""
@@ -274,14 +278,14 @@ class Sink(Rule):
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> bool:
         """Check it."""
-        self.check_shape(tuple(value.shape), scores)
+        self.check(value, scores)
         check_float32(self.name, value)
         return True
 
-    def check_shape(self, shape: tuple[int, ...], scores: Scores) -> None:
+    def check(self, value: Any, scores: Scores) -> None:
         """(Hq,)."""
-        if shape != (scores.heads,):
-            raise ValueError(f"sink: got shape {shape}; use (Hq,) = ({scores.heads},)")
+        if tuple(value.shape) != (scores.heads,):
+            raise ValueError(f"sink: got shape {tuple(value.shape)}; use (Hq,) = ({scores.heads},)")
 
 
 #: In the order in which they apply.

@@ -519,7 +519,7 @@ def test_wrong_results_of_callables_are_named() -> None:
         ),
         ({"bias": np.ones((1, *FULL))}, ValueError, "bias: got shape"),
         ({"mask": np.ones((3, 1), bool)}, ValueError, r"mask: got shape \(3, 1\)"),
-        ({"mask": np.ones((SQ, SKV))}, TypeError, "mask: got dtype float64; use booleans"),
+        ({"mask": np.ones((SQ, SKV))}, TypeError, "mask: got dtype float64; use bool, True where"),
         ({"score_mod": "score + 1"}, TypeError, "score_mod: got str; on NumPy arrays pass a call"),
         ({"mask_mod": "kv_idx > 1"}, TypeError, r"mask_mod: got str; .* mask_mod\(b, h, q_idx"),
         ({"sequence": 0}, ValueError, "sequence: got operands with B = 2"),
