@@ -19,6 +19,8 @@ from flashcore_cupy.cpu import reference
 from flashcore_cupy.cpu.reference import Comparison
 from flashcore_cupy.problem.attention_problem import EPSILON, AttentionProblem
 from flashcore_cupy.problem.blocks import Array
+from flashcore_cupy.problem.rule import Bounds
+from flashcore_cupy.problem.rules import RULES, hiding
 
 if TYPE_CHECKING:
     from flashcore_cupy.select.plan import Plan
@@ -32,7 +34,6 @@ Given = Mapping[str, Any] | None
 SCORE_BUDGET = 2**25
 _FEWEST_ROWS = 16
 _E4M3_MAX = np.float32(448)
-_POSITION_RULES = ("softmax_scale", "causal", "window", "mask", "mask_mod", "mod_args")
 _SMALLEST_MAX = np.float32(1e-30)  # fp8_quantize.cu leaves a head below as it is
 
 
@@ -126,8 +127,7 @@ def expect(
         if problem.gate != "pv":
             return reference.naive(q, k, v, rows=rows, **rules)
         # All scores 0, whatever q and k hold and the rules make of them.
-        positions = {name: rules[name] for name in _POSITION_RULES if name in rules}
-        return reference.naive(np.zeros_like(q), np.zeros_like(k), v, rows=rows, **positions)
+        return reference.naive(np.zeros_like(q), np.zeros_like(k), v, rows=rows, **hiding(rules))
 
     return _expect(problem, (q, k, v), naive, tile, rules)
 
@@ -338,8 +338,7 @@ def _rules(problem: AttentionProblem, given: Mapping[str, Any] | None = None) ->
     rules = {
         "softmax_scale": problem.softmax_scale,
         "causal": problem.causal,
-        "window": problem.rules.window,
-        "softcap": problem.rules.softcap,
+        **problem.rules.values,
         **(given or {}),
     }
     missing = [name for name in problem.rules.names if name not in rules]
@@ -354,17 +353,11 @@ def _score_error(problem: AttentionProblem, q: Array, k: Array, rules: Mapping[s
     Each rule rounds again what the score has grown to by then.
     """
     largest = abs(problem.softmax_scale) * _longest(q) * _longest(k)
-    error = largest * (16 + problem.head_dim / 4) * 2.0**-24
-    if cap := rules["softcap"]:
-        largest = min(largest, cap)
-        error += cap * 2.0**-20  # tanh from approximate exp2 and reciprocal
-    if (slopes := rules.get("alibi_slopes")) is not None:
-        largest += float(np.abs(slopes).max()) * (problem.seqlen_q + problem.seqlen_kv)
-    if (bias := rules.get("bias")) is not None:
-        finite = np.abs(np.where(np.isfinite(bias), bias, 0).astype(np.float64))
-        largest += float(finite.max(initial=0.0))
-    changes = sum(rules.get(name) is not None for name in ("alibi_slopes", "bias", "score_mod"))
-    return error + changes * largest * 2.0**-22
+    bounds = Bounds(largest, largest * (16 + problem.head_dim / 4) * 2.0**-24)
+    for rule in RULES:
+        if rules.get(rule.name) is not None:
+            bounds = rule.bounds(rules[rule.name], bounds, problem.scores)
+    return bounds.error
 
 
 def _longest(x: Array) -> float:

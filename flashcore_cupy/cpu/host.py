@@ -10,7 +10,7 @@ from flashcore_cupy.cpu import gates, tiled_attention
 from flashcore_cupy.problem.array_spec import usable
 from flashcore_cupy.problem.attention_problem import check_choice
 from flashcore_cupy.problem.request import Call, Request
-from flashcore_cupy.problem.rules import RULES
+from flashcore_cupy.problem.rules import RULES, hiding
 from flashcore_cupy.select.registry import KERNELS
 from flashcore_cupy.select.selector import select
 from flashcore_cupy.select.targets import target_without_gpu
@@ -45,9 +45,7 @@ def _attend(call: Call) -> tuple[Any, Any]:
         return gates.probabilities(views[0], views[1], views[2], rules), None
     if problem.gate == "pv":  # all scores 0, whatever q and k hold and the rules make of them
         views[0], views[1] = np.zeros_like(views[0]), np.zeros_like(views[1])
-        for rule in RULES:
-            if rule.acts_on in ("scores", "sum"):
-                rules.pop(rule.name, None)
+        rules = hiding(rules)
     _, lse = tiled_attention.tiled(*views[:3], **rules, out=views[3])
     return out, lse
 
@@ -90,12 +88,9 @@ def _packed(call: Call, rules: dict[str, Any], q: Any, k: Any, v: Any, out: Any)
 def _rules(call: Call) -> dict[str, Any]:
     """Every rule of the call, with its data."""
     problem = call.problem
-    values = {
-        rule.name: getattr(problem.rules, rule.name) for rule in RULES if rule.takes == "value"
-    }
     arrays = {rule.name: call.arrays[rule.name] for rule in RULES if rule.name in call.arrays}
-    found = {"softmax_scale": problem.softmax_scale, "causal": problem.causal, **values}
-    return {**found, **arrays, **call.formulas, "mod_args": call.mod_args}
+    found = {"softmax_scale": problem.softmax_scale, "causal": problem.causal}
+    return {**found, **problem.rules.values, **arrays, **call.formulas, "mod_args": call.mod_args}
 
 
 def check_request(request: Request, stream: Any) -> None:

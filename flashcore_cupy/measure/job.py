@@ -19,7 +19,7 @@ from flashcore_cupy.launch.plan import GpuPlan
 from flashcore_cupy.measure.timing import Peak, Timing, free_memory, peak, time_calls, time_graph
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, contiguous_problem
 from flashcore_cupy.problem.blocks import Array
-from flashcore_cupy.problem.rules import Rules, check_softcap, check_window
+from flashcore_cupy.problem.rules import NO_RULES, describe_rules
 from flashcore_cupy.select import selector
 
 OnPhase = Callable[[str], None]
@@ -109,8 +109,7 @@ def problem_json(problem: AttentionProblem) -> dict[str, Any]:
         "dtype": problem.dtype,
         "layout": problem.layout,
         "causal": problem.causal,
-        "window": list(problem.rules.window),
-        "softcap": problem.rules.softcap,
+        **problem.rules.values,
         "gate": problem.gate,
     }
 
@@ -120,14 +119,13 @@ def problem_of(
     heads: int,
     seqlen: int,
     head_dim: int,
-    *,
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
     **others: Any,
 ) -> AttentionProblem:
-    """``contiguous_problem`` with rules; ``ValueError`` says what is wrong with it."""
-    rules = Rules(window=check_window(window or (-1, -1)), softcap=check_softcap(softcap))
-    return replace(contiguous_problem(batch, heads, seqlen, head_dim, **others), rules=rules)
+    """``contiguous_problem`` with rules that are values; ``ValueError`` says what is wrong."""
+    given = {name: others.pop(name, None) for name in NO_RULES.values}
+    problem = contiguous_problem(batch, heads, seqlen, head_dim, **others)
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(problem, rules=describe_rules(problem.scores, problem.dtype, **given))
 
 
 def arguments_of(problem: AttentionProblem) -> dict[str, Any]:
@@ -135,8 +133,7 @@ def arguments_of(problem: AttentionProblem) -> dict[str, Any]:
     return {
         "layout": problem.layout,
         "causal": problem.causal,
-        "window": problem.rules.window,
-        "softcap": problem.rules.softcap,
+        **problem.rules.values,
         "gate": problem.gate,
     }
 

@@ -30,7 +30,6 @@ from flashcore_cupy.problem.attention_problem import (
     check_dimensions,
     describe,
 )
-from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.mods import check_mod_args, check_mods
 from flashcore_cupy.problem.rule_arrays import few_numbers, rule_array
 from flashcore_cupy.problem.rules import RULES, Rules, describe_rules
@@ -192,8 +191,7 @@ class Request:
             rules["mod_args"] = {name: spec_of(x) for name, x in mod_args.items()}
         else:  # for NumPy mods are callables
             check_mods(rules.pop("score_mod", None), rules.pop("mask_mod", None), mod_args)
-        sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
-        return describe_rules(sizes, problem.dtype, packed=problem.packed, **rules)
+        return describe_rules(problem.scores, problem.dtype, packed=problem.packed, **rules)
 
     def _boundaries(self, q: Any, k: Any, v: Any, on_gpu: bool) -> tuple[Any, Any] | None:
         if self.cu_seqlens_q is None and self.cu_seqlens_k is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,18 @@ class Broadcast:
     """Two neighbouring keys can be loaded at once."""
     chunks: bool = False
     """Of a mask: 16 of them can."""
+
+
+class Bounds(NamedTuple):
+    """What holds of all scores in fp32."""
+
+    largest: float
+    """Of their magnitudes."""
+    error: float
+
+    def rounded(self, largest: float) -> Bounds:
+        """Return what holds once they have been changed, and are at most so large."""
+        return Bounds(largest, self.error + largest * 2.0**-22)
 
 
 class Rule:
@@ -78,6 +90,10 @@ class Rule:
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Change a block of scores (M, N) in place, in their dtype."""
 
+    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+        """Return what holds of scores that it has changed, from what held before."""
+        return before
+
     def seen(self, value: Any, at: Block, around: Around) -> BoolArray | None:
         """Return where the queries of a block see its keys, (M, N); None for everywhere."""
         return None
@@ -113,7 +129,21 @@ class BroadcastRule(Rule):
         return Broadcast(x.dtype.name, strides, loads(2), chunks)  # type: ignore[arg-type]
 
 
-def check_float32(name: str, x: Any) -> None:
-    """Raise ``TypeError`` for an array of another dtype."""
-    if x.dtype.name != "float32":
-        raise TypeError(f"{name}: got dtype {x.dtype.name}; use float32")
+class PerHeadRule(Rule):
+    """A number per query head."""
+
+    takes = "numbers per head"
+
+    def describe(self, value: Any, scores: Scores, dtype: str) -> Any:
+        """Return True: there are any."""
+        self.check(value, scores)
+        if value.dtype.name != "float32":
+            raise TypeError(f"{self.name}: got dtype {value.dtype.name}; use float32")
+        return True
+
+    def check(self, value: Any, scores: Scores) -> None:
+        """(Hq,)."""
+        if tuple(value.shape) != (scores.heads,):
+            raise ValueError(
+                f"{self.name}: got shape {tuple(value.shape)}; use (Hq,) = ({scores.heads},)"
+            )

@@ -35,10 +35,11 @@ from flashcore_cupy.problem.mods import (
 )
 from flashcore_cupy.problem.rule import (
     HEAD_STRIDES,
+    Bounds,
     Broadcast,
     BroadcastRule,
+    PerHeadRule,
     Rule,
-    check_float32,
 )
 from flashcore_cupy.problem.values import check_number, shown
 
@@ -73,6 +74,11 @@ class Rules:
         return tuple(rule.name for rule, _ in self.given if rule.name != "window")
 
     @property
+    def values(self) -> dict[str, Any]:
+        """The arguments that are no arrays and no formulas."""
+        return {rule.name: getattr(self, rule.name) for rule in RULES if rule.takes == "value"}
+
+    @property
     def given(self) -> tuple[tuple[Rule, Any], ...]:
         """The rules that are not at their defaults, with their descriptions."""
         formulas = vars(self.mods) if self.mods is not None else {}
@@ -97,8 +103,22 @@ class Window(Rule):
     acts_on = "positions"
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> tuple[int, int]:
-        """Return (left, right)."""
-        return check_window(value)
+        """Return (left, right), -1 for a side that hides nothing."""
+        wrong = (
+            f"window: got {shown(value)}; use (left, right), each an int from 0, or -1 for no bound"
+        )
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise ValueError(wrong)
+        sides = []
+        for side in value:
+            try:
+                n = side.__index__()
+            except Exception:  # of no integer, or of an array of any library that is none
+                raise ValueError(wrong) from None
+            if isinstance(side, bool) or n < -1:
+                raise ValueError(wrong)
+            sides.append(-1 if n >= UNBOUNDED_WINDOW else n)
+        return sides[0], sides[1]
 
 
 class Softcap(Rule):
@@ -109,8 +129,13 @@ class Softcap(Rule):
     numbers = ("softcap", "inverse_softcap")
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> float:
-        """Return the cap."""
-        return check_softcap(value)
+        """Return the cap as a float, 0 for none, which infinity is, too."""
+        cap = check_number("softcap", value, "0 for none")
+        if not cap >= 0:  # so written that NaN fails
+            raise ValueError(f"softcap: got {shown(cap)}; use a positive number, or 0 for none")
+        if cap == 0 or cap > _FLOAT32_MAX:
+            return 0.0
+        return max(float(cap), _LEAST_SOFTCAP)
 
     def bits(self, described: Any, dtype: str) -> tuple[str, ...]:
         """Return the way that is right about scores far below the cap, where that shows."""
@@ -134,18 +159,23 @@ class Softcap(Rule):
             ratio *= cap
         np.copyto(scores, ratio, where=~same)
 
+    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+        """The tanh is of approximate instructions."""
+        if not value:
+            return before
+        return Bounds(min(before.largest, value), before.error + value * 2.0**-20)
 
-class AlibiSlopes(Rule):
+
+class AlibiSlopes(PerHeadRule):
     """Press et al. 2022, arXiv 2108.12409, section 3; by distance, so that it is symmetric."""
 
-    name, takes = "alibi_slopes", "numbers per head"
+    name = "alibi_slopes"
     codes: ClassVar = {"alibi": 2}
     pointer, strides = "alibi", HEAD_STRIDES
 
     def describe(self, value: Any, scores: Scores, dtype: str) -> tuple[int, int]:
         """Return the element strides of batches and heads."""
-        self.check(value, scores)
-        check_float32(self.name, value)
+        super().describe(value, scores, dtype)
         strides = [s // value.dtype.itemsize for s in value.strides]
         return (0, strides[0]) if len(strides) == 1 else (strides[0], strides[1])
 
@@ -168,6 +198,11 @@ class AlibiSlopes(Rule):
         of_batch = slopes if slopes.ndim == 1 else slopes[around.number(at.batch)]
         distance = np.abs(at.q_idx + around.offset - at.kv_idx).astype(scores.dtype)
         scores -= scores.dtype.type(float(of_batch[at.head])) * distance
+
+    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+        """No distance is longer than both sequences."""
+        longest = scores.seqlen_q + scores.seqlen_kv
+        return before.rounded(before.largest + float(np.abs(value).max()) * longest)
 
 
 class Bias(BroadcastRule):
@@ -200,6 +235,11 @@ class Bias(BroadcastRule):
         """Add it."""
         scores += cut(value, at, around).astype(scores.dtype)
 
+    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+        """What it adds, where that is finite."""
+        finite = np.abs(np.where(np.isfinite(value), value, 0).astype(np.float64))
+        return before.rounded(before.largest + float(finite.max(initial=0.0)))
+
 
 class ScoreMod(Rule):
     """A formula of the user's; FlexAttention, Dong et al. 2024, arXiv 2412.05496."""
@@ -210,6 +250,10 @@ class ScoreMod(Rule):
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Have the function change the block."""
         apply_score_mod(value, scores, at, around)
+
+    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+        """Formulas are taken to leave scores about as large as they are."""
+        return before.rounded(before.largest)
 
 
 class Mask(BroadcastRule):
@@ -268,24 +312,13 @@ class MaskMod(Rule):
         return flags_of_mask_mod(value, at, around)
 
 
-class Sink(Rule):
+class Sink(PerHeadRule):
     """A logit that joins the denominator; gpt-oss, after Xiao et al. 2023, arXiv 2309.17453."""
 
-    name, takes = "sink", "numbers per head"
+    name = "sink"
     acts_on = "sum"
     codes: ClassVar = {"sink": 128}
     pointer = "sink"
-
-    def describe(self, value: Any, scores: Scores, dtype: str) -> bool:
-        """Check it."""
-        self.check(value, scores)
-        check_float32(self.name, value)
-        return True
-
-    def check(self, value: Any, scores: Scores) -> None:
-        """(Hq,)."""
-        if tuple(value.shape) != (scores.heads,):
-            raise ValueError(f"sink: got shape {tuple(value.shape)}; use (Hq,) = ({scores.heads},)")
 
 
 #: In the order in which they apply.
@@ -328,30 +361,7 @@ def describe_rules(scores: Scores, dtype: str, *, packed: bool = False, **given:
     return Rules(**described, mods=describe_mods(*mods))
 
 
-def check_window(window: Any) -> tuple[int, int]:
-    """Return (left, right), -1 for a side that hides nothing."""
-    wrong = (
-        f"window: got {shown(window)}; use (left, right), each an int from 0, or -1 for no bound"
-    )
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise ValueError(wrong)
-    sides = []
-    for side in window:
-        try:
-            n = side.__index__()
-        except Exception:  # of no integer, or of an array of any library that is none
-            raise ValueError(wrong) from None
-        if isinstance(side, bool) or n < -1:
-            raise ValueError(wrong)
-        sides.append(-1 if n >= UNBOUNDED_WINDOW else n)
-    return sides[0], sides[1]
-
-
-def check_softcap(softcap: Any) -> float:
-    """Return the cap as a float, 0 for none, which infinity is, too."""
-    cap = check_number("softcap", softcap, "0 for none")
-    if not cap >= 0:  # so written that NaN fails
-        raise ValueError(f"softcap: got {shown(cap)}; use a positive number, or 0 for none")
-    if cap == 0 or cap > _FLOAT32_MAX:
-        return 0.0
-    return max(float(cap), _LEAST_SOFTCAP)
+def hiding(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments without the rules that hide no key: all that gate "pv" asks for."""
+    others = {rule.name for rule in RULES if rule.acts_on in ("scores", "sum")}
+    return {name: x for name, x in arguments.items() if name not in others}

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.selftest.case import Case
 from flashcore_cupy.problem.attention_problem import AttentionProblem, describe
-from flashcore_cupy.problem.blocks import Array, Scores
+from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.problem.rules import describe_rules
 
 #: NaN elements before and after every array. 64 keeps what follows aligned.
@@ -179,9 +179,9 @@ def described(case: Case) -> AttentionProblem:
     for name, x in case.rule_arrays().items():
         four = (1,) * (4 - x.ndim) + x.shape
         extras[name] = _Spec.of(four, x.dtype, _view_of(case, name)).last(x.ndim)
-    sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
     rules = case.rules(extras, cuda=True)
-    return replace(problem, rules=describe_rules(sizes, case.dtype, packed=problem.packed, **rules))
+    described = describe_rules(problem.scores, case.dtype, packed=problem.packed, **rules)
+    return replace(problem, rules=described)
 
 
 @dataclass(frozen=True)
