@@ -1,24 +1,53 @@
-"""Every wrapper of an instruction has a probe; tiles of float32 lie without conflicts."""
+"""Every function of the PTX layer has a probe and a twin; fp32 tiles lie without conflicts."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cases_ptx import lane_offsets_f32
 from helpers import PROBES, ROOT
 
-HEADERS = sorted((ROOT / "kernels" / "flashcore" / "ptx").glob("*.cuh"))
-WRAPPER = re.compile(r"__device__ (?:__forceinline__ )?[\w<>:]+ (\w+)\(")
+LAYER = ROOT / "kernels" / "flashcore" / "ptx"
+TWINS = ROOT / "flashcore_cupy" / "cpu" / "emulator" / "include" / "flashcore" / "ptx"
+HEADERS = sorted(path.name for path in LAYER.glob("*.cuh"))
+#: What a kernel may name of the layer: functions, macros like functions, types and constants.
+FUNCTION = re.compile(
+    r"^(?:__\w+__ |inline |constexpr )+[\w<>:*& ]+?\b(\w+)(?:<\w+>)?\(|^#define ([a-z]\w+)\(",
+    re.MULTILINE,
+)
+TYPE = re.compile(r"^struct (?:alignas\(\d+\) )?(\w+) \{|^constexpr \w+ (\w+) =", re.MULTILINE)
 
 
-def test_every_wrapper_has_a_probe() -> None:
-    probes = "".join(path.read_text() for path in PROBES)
-    wrappers = {name for header in HEADERS for name in WRAPPER.findall(header.read_text())}
-    assert len(wrappers) > 20
-    missing = sorted(name for name in wrappers if not re.search(rf"\b{name}\b", probes))
-    assert not missing, f"no probe in tests/probes/ uses {missing}"
+def names(pattern: re.Pattern[str], header: Path) -> set[str]:
+    return {one or other for one, other in pattern.findall(header.read_text())}
+
+
+def test_every_function_has_a_probe() -> None:
+    probes = "".join(re.sub("//.*", "", path.read_text()) for path in PROBES)
+    functions = set().union(*(names(FUNCTION, LAYER / header) for header in HEADERS))
+    assert {"thread_index", "swizzled", "wgmma", "from_float", "cp_async_4"} <= functions
+    assert len(functions) > 80
+    called = set(re.findall(r"\b(\w+)(?:<[^;()]*>)?\(", probes))
+    assert sorted(functions - called) == []
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_every_function_has_a_twin(header: str) -> None:
+    for pattern in (FUNCTION, TYPE):
+        own = names(pattern, LAYER / header)
+        # Sometimes a twin stands in another header, which that one includes.
+        twins = set().union(*(names(pattern, TWINS / other) for other in HEADERS))
+        assert sorted(own - twins) == []
+
+
+def test_every_probe_has_its_tests() -> None:
+    folder = ROOT / "tests" / "probes"
+    assert {path.stem for path in PROBES} == {
+        path.stem.removeprefix("test_") for path in folder.glob("test_*.py")
+    }
 
 
 @pytest.mark.parametrize("head_dim", range(16, 513, 16))

@@ -10,13 +10,13 @@ using namespace flashcore;
 constexpr int BLOCKS = 4, THREADS = 64;
 
 // Each thread block leaves x of its own, late where `late` says so, and reads everyone's:
-// four (blocks in all, BLOCKS, 64, 4), two (..., 2), rank (blocks in all). Warp 1 of thread block 3
-// has ended before; its part is left by warp 0. Then all leave something else and go again.
+// four (2, blocks in all, BLOCKS, 64, 4), two (..., 2), rank (blocks in all). Warp 1 of thread block
+// 3 has ended before; its part is left by warp 0. Then all leave something else and go again.
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1)
-    exchange(const float* x, int late, int* rank, float* four, float* two) {
-    __shared__ float4 sFour[THREADS];
-    __shared__ float2 sTwo[THREADS];
-    const int block = blockIdx.x, thread = threadIdx.x, own = cluster_rank();
+    leave_and_read(const float* x, int late, int* rank, float* four, float* two) {
+    float4* const sFour = reinterpret_cast<float4*>(dynamic_shared<16>());
+    float2* const sTwo = reinterpret_cast<float2*>(sFour + THREADS);
+    const int block = block_index(), thread = thread_index(), own = cluster_rank();
     const bool leaves_early = own == 3;
     if (leaves_early && thread >= 32) return;
     if (thread == 0) rank[block] = own;
@@ -35,7 +35,8 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1)
                 float2 b;
                 load_peer(a, peer_address(shared_address(&sFour[t]), peer));
                 load_peer(b, peer_address(shared_address(&sTwo[t]), peer));
-                const int64 i = ((int64(round) * gridDim.x + block) * BLOCKS + peer) * THREADS + t;
+                const int64 i =
+                    ((int64(round) * grid_size() + block) * BLOCKS + peer) * THREADS + t;
                 reinterpret_cast<float4*>(four)[i] = a;
                 reinterpret_cast<float2*>(two)[i] = b;
             }

@@ -1,79 +1,78 @@
-// Probes of ptx/convert.cuh: element-wise, one thread per input.
+// Probes of ptx/convert.cuh: element-wise, one thread per input, blocks of 256.
 #include <flashcore/ptx/convert.cuh>
+#include <flashcore/ptx/thread.cuh>
 
 using namespace flashcore;
 
-// All 65536 fp16 bit patterns, and the same bits as bf16.
+__device__ __forceinline__ int own() { return block_index() * 256 + thread_index(); }
+
+extern "C" __global__ void unchanged(const float* x, float* y) {
+    y[own()] = from_float<float>(to_float(x[own()]));
+}
+
+// The same 16 bits as fp16 and as bf16.
 extern "C" __global__ void widen(const uint16* bits, float* from_half, float* from_bfloat16) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    from_half[i] = to_float(half_t{bits[i]});
-    from_bfloat16[i] = to_float(bfloat16_t{bits[i]});
+    from_half[own()] = to_float(half_t{bits[own()]});
+    from_bfloat16[own()] = to_float(bfloat16_t{bits[own()]});
 }
 
-extern "C" __global__ void narrow_half(const float* x, uint16* half, uint32* packed) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    half[i] = from_float<half_t>(from_float<float>(to_float(x[i]))).bits;
-    packed[i] = pack2<half_t>(x[i], -x[i]);
+extern "C" __global__ void narrow_half(const float* x, const float* y, uint16* half,
+                                       uint32* packed) {
+    half[own()] = from_float<half_t>(x[own()]).bits;
+    packed[own()] = pack2<half_t>(x[own()], y[own()]);
 }
 
-extern "C" __global__ void narrow_bfloat16(const float* x, uint16* bfloat16, uint32* packed) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+extern "C" __global__ void narrow_bfloat16(const float* x, const float* y, uint16* bfloat16,
+                                           uint32* packed) {
 #if __CUDA_ARCH__ >= 800
-    bfloat16[i] = from_float<bfloat16_t>(x[i]).bits;
-    packed[i] = pack2<bfloat16_t>(x[i], -x[i]);
+    bfloat16[own()] = from_float<bfloat16_t>(x[own()]).bits;
+    packed[own()] = pack2<bfloat16_t>(x[own()], y[own()]);
 #endif
 }
 
 extern "C" __global__ void narrow_e4m3(const float* x, uint8* y) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    y[i] = to_e4m3(x[i]).bits;
+    y[own()] = to_e4m3(x[own()]).bits;
 }
 
-// All 65536 pairs of e4m3, by the instruction (where there is one) and by shifting; and one by one.
+// Pairs of e4m3, by the instruction (where there is one) and by shifting; and one by one.
 extern "C" __global__ void widen_e4m3(const uint16* pairs, uint32* native, uint32* shifted,
                                       uint32* half, float* low) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    native[i] = e4m3x2_to_f16x2(pairs[i]);
-    shifted[i] = e4m3x2_to_f16x2_shift(pairs[i]);
-    half[i] = widen_e4m3x2<half_t>(pairs[i]);
-    low[i] = to_float(e4m3_t{uint8(pairs[i])});
+    native[own()] = e4m3x2_to_f16x2(pairs[own()]);
+    shifted[own()] = e4m3x2_to_f16x2_shift(pairs[own()]);
+    half[own()] = widen_e4m3x2<half_t>(pairs[own()]);
+    low[own()] = to_float(e4m3_t{uint8(pairs[own()])});
 }
 
 extern "C" __global__ void widen_e4m3_bfloat16(const uint16* pairs, uint32* bfloat16) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
 #if __CUDA_ARCH__ >= 800
-    bfloat16[i] = widen_e4m3x2<bfloat16_t>(pairs[i]);
+    bfloat16[own()] = widen_e4m3x2<bfloat16_t>(pairs[own()]);
 #endif
 }
 
 extern "C" __global__ void exponential(const float* x, float* y) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    y[i] = exp2_approx(x[i]);
+    y[own()] = exp2_approx(x[own()]);
 }
 
-// What is left of a product when its rounded value is subtracted: 0, unless the two were fused.
-extern "C" __global__ void rounded_product(const float* x, const float* y, const float* product,
-                                           float* left) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    left[i] = mul_rn(x[i], y[i]) - product[i];
+// The product, and what is left when `z` is subtracted: of its rounded value nothing, unless the
+// two were fused.
+extern "C" __global__ void rounded_product(const float* x, const float* y, const float* z,
+                                           float* product, float* left) {
+    product[own()] = mul_rn(x[own()], y[own()]);
+    left[own()] = mul_rn(x[own()], y[own()]) - z[own()];
 }
 
 extern "C" __global__ void reciprocal(const float* x, float* y) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    y[i] = reciprocal_approx(x[i]);
+    y[own()] = reciprocal_approx(x[own()]);
 }
 
 extern "C" __global__ void widen_bytes(const uint8* bytes, float* y) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    y[i] = to_float(bytes[i]);
+    y[own()] = to_float(bytes[own()]);
 }
 
 extern "C" __global__ void interleave(const uint32* a, const uint32* b, uint32* y) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    y[i] = interleave_bytes(a[i], b[i]);
+    y[own()] = interleave_bytes(a[own()], b[own()]);
 }
 
 extern "C" __global__ void split(const float* x, uint32* hi, uint32* lo) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    split_tf32(x[i], hi[i], lo[i]);
+    split_tf32(x[own()], hi[own()], lo[own()]);
 }

@@ -1,5 +1,6 @@
 // Probes of ptx/global.cuh.
 #include <flashcore/ptx/global.cuh>
+#include <flashcore/ptx/thread.cuh>
 
 using namespace flashcore;
 
@@ -8,25 +9,33 @@ using namespace flashcore;
 // (blocks, 256); arrivals, sum: 256.
 extern "C" __global__ void last_one_sums(const float* x, float* parts, int* before, int* arrivals,
                                          float* sum) {
-    const int thread = threadIdx.x, mine = blockIdx.x * 256 + thread;
+    const int thread = thread_index(), mine = block_index() * 256 + thread;
     parts[mine] = x[mine];
     fence_gpu();  // my number first, then the news of it
     before[mine] = atomic_add(arrivals + thread, 1);
-    if (before[mine] + 1 < gridDim.x) return;
+    if (before[mine] + 1 < grid_size()) return;
     fence_gpu();  // the news first, then the others' numbers
     float total = 0.0f;
-    for (int block = 0; block < gridDim.x; ++block) total += load_l2(parts + block * 256 + thread);
+    for (int block = 0; block < grid_size(); ++block)
+        total += load_l2(parts + block * 256 + thread);
     sum[thread] = total;
 }
 
-// One warp: the loads of two and of four numbers. x: 128; y: 64 + 128.
-extern "C" __global__ void wide_loads(const float* x, float* y) {
-    const int lane = threadIdx.x;
+// Any number of blocks of 256 threads, which all add to the same numbers. x: (blocks, 256); sums: 8.
+extern "C" __global__ void sums(const int* x, int* sums) {
+    const int thread = thread_index();
+    atomic_add(sums + thread % 8, x[block_index() * 256 + thread]);
+}
+
+// One warp: the loads of one, two and four numbers. x: 128; y: 32 + 64 + 128.
+extern "C" __global__ void loads(const float* x, float* y) {
+    const int lane = thread_index();
     const float2 two = load_l2(reinterpret_cast<const float2*>(x) + lane);
     const float4 four = load_l2(reinterpret_cast<const float4*>(x) + lane);
-    y[2 * lane] = two.x;
-    y[2 * lane + 1] = two.y;
-    float* const rest = y + 64 + 4 * lane;
+    y[lane] = load_l2(x + lane);
+    y[32 + 2 * lane] = two.x;
+    y[32 + 2 * lane + 1] = two.y;
+    float* const rest = y + 96 + 4 * lane;
     rest[0] = four.x;
     rest[1] = four.y;
     rest[2] = four.z;

@@ -6,7 +6,7 @@ using namespace flashcore;
 template <int PAIRS>
 __device__ void read_and_tell(const uint8* mask, uint8* seen, uint32* values, float* singles,
                               uint8* kept, uint8* together) {
-    const int lane = threadIdx.x, quad = lane % 4, row = lane / 4, keys = PAIRS * 8;
+    const int lane = thread_index(), quad = lane % 4, row = lane / 4, keys = PAIRS * 8;
     KeyBits<true, PAIRS> bits;
     bits.words[0] = mask_chunks(quad, PAIRS, [&](int chunk) {
         return reinterpret_cast<const uint4*>(mask + row * keys)[chunk];

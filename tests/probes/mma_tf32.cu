@@ -9,11 +9,14 @@ constexpr int QUAD = 4;
 constexpr int FRAGMENTS_M = 2, TILES_N = 4;  // 32 rows; 32 keys at a time
 constexpr int ROWS = FRAGMENTS_M * 16, KEYS = TILES_N * 8;
 
-// d = a b + c, of 16 x 8, 8 x 8 and 16 x 8, row-major, values that tf32 holds.
+// Any number of warps, a block each, with one product each: d = a b + c, of 16 x 8, 8 x 8 and
+// 16 x 8, row-major.
 extern "C" __global__ void product_tf32(const float* a, const float* b, const float* c, float* d) {
-    __shared__ __align__(128) float sA[16 * 8];
-    __shared__ __align__(128) float sB[8 * 8];
-    const int lane = threadIdx.x, row = lane / QUAD, col = lane % QUAD;
+    float* const sA = reinterpret_cast<float*>(dynamic_shared<128>());
+    float* const sB = sA + 16 * 8;
+    const int block = block_index();
+    a += block * 128, b += block * 64, c += block * 128, d += block * 128;
+    const int lane = thread_index(), row = lane / QUAD, col = lane % QUAD;
     for (int i = lane; i < 16 * 8; i += WARP_SIZE) sA[i] = a[i];
     for (int i = lane; i < 8 * 8; i += WARP_SIZE) sB[i] = b[i];
     warp_sync();
@@ -22,14 +25,15 @@ extern "C" __global__ void product_tf32(const float* a, const float* b, const fl
     for (int i = 0; i < 2; ++i) rB[i] = load_shared(shared_address(sB + (col + i * 4) * 8 + row));
     for (int e = 0; e < 4; ++e) rC[e] = c[(row + e / 2 * 8) * 8 + col * 2 + e % 2];
     uint32 a_bits[4];
-    for (int i = 0; i < 4; ++i) a_bits[i] = __float_as_uint(rA[i]);
-    mma_m16n8k8_tf32(rC, a_bits, __float_as_uint(rB[0]), __float_as_uint(rB[1]));
+    for (int i = 0; i < 4; ++i) a_bits[i] = __builtin_bit_cast(uint32, rA[i]);
+    mma_m16n8k8_tf32(rC, a_bits, __builtin_bit_cast(uint32, rB[0]),
+                     __builtin_bit_cast(uint32, rB[1]));
     for (int e = 0; e < 4; ++e) d[(row + e / 2 * 8) * 8 + col * 2 + e % 2] = rC[e];
 }
 
 template <int ROWS_TILE, int DEPTH>
 __device__ void load(float* sTile, const float* gTile) {
-    for (int i = threadIdx.x; i < ROWS_TILE * DEPTH; i += WARP_SIZE)
+    for (int i = thread_index(); i < ROWS_TILE * DEPTH; i += WARP_SIZE)
         sTile[SharedLayout<float, 16, DEPTH>::element(i / DEPTH, i % DEPTH)] = gTile[i];
 }
 
@@ -39,8 +43,8 @@ __device__ void for_each(AccumulatorTile<FRAGMENTS_M, TILES>& tile, F f) {
     for (int m = 0; m < FRAGMENTS_M; ++m)
         for (int n = 0; n < TILES; ++n)
             for (int e = 0; e < 4; ++e)
-                f(tile.x[m][n][e], m * 16 + e / 2 * 8 + threadIdx.x / QUAD,
-                  n * 8 + threadIdx.x % QUAD * 2 + e % 2);
+                f(tile.x[m][n][e], m * 16 + e / 2 * 8 + thread_index() / QUAD,
+                  n * 8 + thread_index() % QUAD * 2 + e % 2);
 }
 
 // s = q k^T and o = p v over `keys` keys, a multiple of KEYS, as attention walks over them. q, o:
@@ -49,9 +53,10 @@ template <int DEPTH>
 __device__ void products(const float* q, const float* k, const float* p, const float* v, int keys,
                          float* s, float* o) {
     constexpr int LD = SharedLayout<float, 16, DEPTH>::LD;
-    __shared__ __align__(128) float sQ[ROWS * LD];
-    __shared__ __align__(128) float sK[KEYS * LD];
-    __shared__ __align__(128) float sV[KEYS * LD];
+    static_assert(ROWS * LD % 32 == 0 && KEYS * LD % 32 == 0);
+    float* const sQ = reinterpret_cast<float*>(dynamic_shared<128>());
+    float* const sK = sQ + ROWS * LD;
+    float* const sV = sK + KEYS * LD;
     load<ROWS, DEPTH>(sQ, q);
     AccumulatorTile<FRAGMENTS_M, DEPTH / 8> rO;
     rO.clear();
@@ -85,7 +90,7 @@ extern "C" __global__ void products_64(const float* q, const float* k, const flo
 // Where each lane reads, for the arithmetic of the banks.
 extern "C" __global__ void offsets_64(uint32* q, uint32* k, uint32* v) {
     constexpr int LD = SharedLayout<float, 16, 64>::LD;
-    q[threadIdx.x] = lane_offset_q_f32<LD>();
-    k[threadIdx.x] = lane_offset_k_f32<LD>();
-    v[threadIdx.x] = lane_offset_v_f32<LD>();
+    q[thread_index()] = lane_offset_q_f32<LD>();
+    k[thread_index()] = lane_offset_k_f32<LD>();
+    v[thread_index()] = lane_offset_v_f32<LD>();
 }

@@ -1,5 +1,7 @@
 // Probes of ptx/thread.cuh: blocks of 64 threads, 4 bytes of shared memory for each.
+#include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
 
 using namespace flashcore;
 
@@ -19,7 +21,7 @@ extern "C" __global__ void through_shared(const int* x, int* y, int* misplaced) 
     int* const sX = reinterpret_cast<int*>(dynamic_shared<128>());
     const int thread = thread_index(), i = block_index() * 64 + thread;
     sX[thread] = x[i];
-    __syncwarp();
+    warp_sync();
     y[i] = sX[thread ^ 31];
-    misplaced[i] = static_cast<int>(__cvta_generic_to_shared(sX)) % 128;
+    misplaced[i] = shared_address(sX) % 128;
 }

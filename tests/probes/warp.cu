@@ -3,41 +3,71 @@
 
 using namespace flashcore;
 
-// 32 threads.
-extern "C" __global__ void shuffles(const float* x, float* partner, float* from_five, float* max8,
-                                    float* max32, float* sum4, float* sum32, float* any) {
-    const int lane = threadIdx.x;
-    partner[lane] = shfl_xor(x[lane], 3);
-    from_five[lane] = shfl(x[lane], 5);
-    max8[lane] = group_max<8>(x[lane]);
-    max32[lane] = group_max<32>(x[lane]);
-    sum4[lane] = group_sum<4>(x[lane]);
-    sum32[lane] = group_sum<32>(x[lane]);
-    any[lane] = float(warp_any(x[lane] == x[7]) && !warp_any(x[lane] > 1e9f));
+// x of the lane with a number (0 to 63, of which a warp has half), and of the lane that differs in
+// the bits of a mask. from: (64, 32); partner: (32, 32).
+template <typename T>
+__device__ void from_each(const T* x, T* from) {
+    const int lane = thread_index();
+    for (int source = 0; source < 64; ++source)
+        from[source * WARP_SIZE + lane] = shfl(x[lane], source);
+}
+template <typename T>
+__device__ void by_each_mask(const T* x, T* partner) {
+    const int lane = thread_index();
+    for (int mask = 0; mask < WARP_SIZE; ++mask)
+        partner[mask * WARP_SIZE + lane] = shfl_xor(x[lane], mask);
 }
 
 // 32 threads.
-extern "C" __global__ void integers(const int* x, const uint32* bits, int* from_five, int* negative,
-                                    uint32* from_six, uint32* partner) {
-    const int lane = threadIdx.x;
-    from_five[lane] = shfl(x[lane], 5);
-    negative[lane] = warp_count(x[lane] < 0);
-    from_six[lane] = shfl(bits[lane], 6);
-    partner[lane] = shfl_xor(bits[lane], 12);
+extern "C" __global__ void shuffles(const float* x, const uint32* bits, const int* numbers,
+                                    float* x_partner, uint32* bits_partner, float* x_from,
+                                    uint32* bits_from, int* numbers_from) {
+    by_each_mask(x, x_partner);
+    by_each_mask(bits, bits_partner);
+    from_each(x, x_from);
+    from_each(bits, bits_from);
+    from_each(numbers, numbers_from);
+}
+
+template <int WIDTH>
+__device__ void group(const float* x, float* largest, float* sum) {
+    const int lane = thread_index();
+    largest[lane] = group_max<WIDTH>(x[lane]);
+    sum[lane] = group_sum<WIDTH>(x[lane]);
+}
+
+// 32 threads. Groups of 1, 2, 4, 8, 16, 32 lanes: (6, 32).
+extern "C" __global__ void groups(const float* x, float* largest, float* sum) {
+    group<1>(x, largest, sum);
+    group<2>(x, largest + 32, sum + 32);
+    group<4>(x, largest + 64, sum + 64);
+    group<8>(x, largest + 96, sum + 96);
+    group<16>(x, largest + 128, sum + 128);
+    group<32>(x, largest + 160, sum + 160);
+}
+
+// 32 threads. Bit l of each word is lane l's condition. any, count: (words, 32).
+extern "C" __global__ void votes(const uint32* conditions, int words, int* any, int* count) {
+    const int lane = thread_index();
+    for (int i = 0; i < words; ++i) {
+        const bool mine = conditions[i] >> lane & 1;
+        any[i * WARP_SIZE + lane] = warp_any(mine);
+        count[i * WARP_SIZE + lane] = warp_count(mine);
+    }
 }
 
 // 32 threads: x and y are (32, 4), a row for each lane.
 extern "C" __global__ void transposed_quads(const uint32* x, uint32* y) {
     uint32 words[4];
-    for (int i = 0; i < 4; ++i) words[i] = x[threadIdx.x * 4 + i];
+    for (int i = 0; i < 4; ++i) words[i] = x[thread_index() * 4 + i];
     quad_transpose(words);
-    for (int i = 0; i < 4; ++i) y[threadIdx.x * 4 + i] = words[i];
+    for (int i = 0; i < 4; ++i) y[thread_index() * 4 + i] = words[i];
 }
 
-// 256 threads: pairs of warps hand each other their numbers, one more each time; the first pair
-// once, the last four times, so no pair may wait for another.
+// 960 threads: 15 pairs of warps, with barriers 1 to 15, hand each other their numbers, one more
+// each time; the first pair once, the last 15 times, so no pair may wait for another.
 extern "C" __global__ void pairs_of_warps(const float* x, float* y) {
-    __shared__ float sX[256];
+    float* const sX = reinterpret_cast<float*>(dynamic_shared<16>());
     const int thread = thread_index_anew(), pair = thread / 64;
     float mine = x[thread];
     for (int lap = 0; lap <= pair; ++lap) {
@@ -49,11 +79,11 @@ extern "C" __global__ void pairs_of_warps(const float* x, float* y) {
     y[thread] = mine;
 }
 
-// 256 threads, pairs of warps: whether x is 1 for any thread of the pair, and what the thread in
+// 960 threads, pairs of warps: whether x is 1 for any thread of the pair, and what the thread in
 // the other warp has written.
 extern "C" __global__ void any_of_pairs(const int* x, int* any, int* partner) {
-    __shared__ int sX[256];
-    const int thread = threadIdx.x, pair = thread / 64;
+    int* const sX = reinterpret_cast<int*>(dynamic_shared<16>());
+    const int thread = thread_index(), pair = thread / 64;
     sX[thread] = thread;
     any[thread] = named_barrier_any(pair + 1, 64, x[thread] == 1);
     partner[thread] = sX[thread ^ 32];
@@ -61,9 +91,9 @@ extern "C" __global__ void any_of_pairs(const int* x, int* any, int* partner) {
 
 // 256 threads: each reads what another warp (block_sync) and another lane (warp_sync) has written.
 extern "C" __global__ void syncs(const float* x, float* across_block, float* across_warp) {
-    __shared__ float sBlock[256];
-    __shared__ float sWarp[256];
-    const int thread = threadIdx.x;
+    float* const sBlock = reinterpret_cast<float*>(dynamic_shared<16>());
+    float* const sWarp = sBlock + 256;
+    const int thread = thread_index();
     sBlock[thread] = x[thread];
     block_sync();
     across_block[thread] = sBlock[255 - thread];

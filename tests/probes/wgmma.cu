@@ -8,7 +8,7 @@
 
 using namespace flashcore;
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if __CUDA_ARCH__ == 900
 
 constexpr int THREADS = 128, M = 64, K_STEP = 16;
 
@@ -20,7 +20,7 @@ template <int SWIZZLE>
 __device__ void store_panels(char* shared, const uint16* x, int rows, int cols) {
     const int panels = div_up(cols, PANEL_COLS<SWIZZLE>);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows * panels * PANEL_COLS<SWIZZLE>; i += THREADS) {
+    for (int i = thread_index(); i < rows * panels * PANEL_COLS<SWIZZLE>; i += THREADS) {
         const int row = i / PANEL_COLS<SWIZZLE> % rows, in_row = i % PANEL_COLS<SWIZZLE>;
         const int panel = i / PANEL_COLS<SWIZZLE> / rows;
         const int col = panel * PANEL_COLS<SWIZZLE> + in_row;
@@ -30,16 +30,10 @@ __device__ void store_panels(char* shared, const uint16* x, int rows, int cols) 
     }
 }
 
-// Aligned to 1024 bytes; the launch gives that much more.
-__device__ __forceinline__ char* tiles() {
-    extern __shared__ char smem[];
-    return smem + (1024 - shared_address(smem) % 1024) % 1024;
-}
-
 template <typename T, int N, int SWIZZLE, bool TRANSPOSED>
 __device__ __forceinline__ void product_ss(const uint16* a, const uint16* b, int depth,
                                            int accumulate, float* d) {
-    char* const sA = tiles();
+    char* const sA = dynamic_shared<1024>();
     char* const sB = sA + M * div_up(depth, PANEL_COLS<SWIZZLE>) * SWIZZLE;
     store_panels<SWIZZLE>(sA, a, M, depth);
     store_panels<SWIZZLE>(sB, b, TRANSPOSED ? depth : N, TRANSPOSED ? N : depth);
@@ -50,7 +44,7 @@ __device__ __forceinline__ void product_ss(const uint16* a, const uint16* b, int
         matrix_layout<SWIZZLE>(TRANSPOSED ? depth * SWIZZLE : 16), shared_address(sB));
     float rD[N / 2];
 #pragma unroll
-    for (int e = 0; e < N / 2; ++e) rD[e] = d[e * THREADS + threadIdx.x];
+    for (int e = 0; e < N / 2; ++e) rD[e] = d[e * THREADS + thread_index()];
     fence_registers(rD);
 #pragma unroll 1
     for (int k = 0; k < depth; k += PANEL_COLS<SWIZZLE>) {
@@ -70,7 +64,7 @@ __device__ __forceinline__ void product_ss(const uint16* a, const uint16* b, int
     wgmma_wait<0>();
     fence_registers(rD);
 #pragma unroll
-    for (int e = 0; e < N / 2; ++e) d[e * THREADS + threadIdx.x] = rD[e];
+    for (int e = 0; e < N / 2; ++e) d[e * THREADS + thread_index()] = rD[e];
 }
 
 // 64 deep; register i of thread t at step s is given in a[s][i][t].
@@ -78,7 +72,7 @@ template <typename T, int N, int SWIZZLE, bool TRANSPOSED>
 __device__ __forceinline__ void product_rs(const uint32* a, const uint16* b, int accumulate,
                                            float* d) {
     constexpr int DEPTH = 64, STEPS = DEPTH / K_STEP;
-    char* const sB = tiles();
+    char* const sB = dynamic_shared<1024>();
     store_panels<SWIZZLE>(sB, b, TRANSPOSED ? DEPTH : N, TRANSPOSED ? N : DEPTH);
     fence_proxy_async();
     block_sync();
@@ -88,12 +82,12 @@ __device__ __forceinline__ void product_rs(const uint32* a, const uint16* b, int
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) rA[step][i] = a[(step * 4 + i) * THREADS + threadIdx.x];
+        for (int i = 0; i < 4; ++i) rA[step][i] = a[(step * 4 + i) * THREADS + thread_index()];
         fence_registers(rA[step]);
     }
     float rD[N / 2];
 #pragma unroll
-    for (int e = 0; e < N / 2; ++e) rD[e] = d[e * THREADS + threadIdx.x];
+    for (int e = 0; e < N / 2; ++e) rD[e] = d[e * THREADS + thread_index()];
     fence_registers(rD);
     wgmma_fence();
 #pragma unroll
@@ -110,7 +104,7 @@ __device__ __forceinline__ void product_rs(const uint32* a, const uint16* b, int
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) fence_registers(rA[step]);
 #pragma unroll
-    for (int e = 0; e < N / 2; ++e) d[e * THREADS + threadIdx.x] = rD[e];
+    for (int e = 0; e < N / 2; ++e) d[e * THREADS + thread_index()] = rD[e];
 }
 
 constexpr bool rows = false, transposed = true;
@@ -123,7 +117,7 @@ constexpr bool rows = false, transposed = true;
     }
 #define RS(T, SWIZZLE, B, N)                                                                 \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) rs_##T##_##SWIZZLE##_##B##_##N( \
-        const uint32* a, const uint16* b, int depth, int accumulate, float* d) {             \
+        const uint32* a, const uint16* b, int accumulate, float* d) {                        \
         product_rs<T, N, SWIZZLE, B>(a, b, accumulate, d);                                   \
     }
 
@@ -144,8 +138,11 @@ SS(half_t, 128, rows, 224)
 SS(half_t, 128, rows, 240)
 SS(half_t, 128, rows, 256)
 SS(half_t, 64, rows, 80)
+SS(half_t, 32, rows, 16)
 SS(half_t, 32, rows, 112)
+SS(half_t, 32, transposed, 64)
 SS(half_t, 128, transposed, 192)
+SS(bfloat16_t, 32, rows, 256)
 SS(bfloat16_t, 128, rows, 128)
 SS(bfloat16_t, 64, transposed, 96)
 
@@ -164,7 +161,7 @@ RS(bfloat16_t, 128, transposed, 176)
 // 384 threads: one warpgroup gives registers to the others, which then need them. y = 8128 x, which
 // is the sum of 0 x to 127 x.
 extern "C" __global__ void __launch_bounds__(384, 1) shared_out(const float* x, float* y) {
-    const int thread = threadIdx.x;
+    const int thread = thread_index();
     if (thread < 128) {
         registers_dec<24>();
         y[thread] = 8128.0f * x[thread];

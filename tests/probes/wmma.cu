@@ -1,5 +1,6 @@
-// Probes of ptx/wmma.cuh and wmma_tile.cuh: one warp, one 16 x 16 x 16 product, rows LD apart. A is
-// stored row by row; B once row by row (like V) and once column by column (like K).
+// Probes of ptx/wmma.cuh and wmma_tile.cuh: any number of warps, a block each, with a 16 x 16 x 16
+// product each, rows LD apart. A is stored row by row; B once row by row (like V) and once column
+// by column (like K).
 #include <ladder/wmma_tile.cuh>
 
 using namespace flashcore;
@@ -10,10 +11,11 @@ constexpr int LD_C = 20;
 template <typename T>
 __device__ void products(const uint16* a, const uint16* b, const float* c, float* row, float* col,
                          float* global) {
-    __shared__ __align__(128) T sA[16 * LD];
-    __shared__ __align__(128) T sB[16 * LD];
-    __shared__ __align__(128) float sC[16 * LD_C];
-    const int lane = threadIdx.x;
+    T* const sA = reinterpret_cast<T*>(dynamic_shared<128>());
+    T* const sB = sA + 16 * LD;
+    float* const sC = reinterpret_cast<float*>(sB + 16 * LD);
+    const int lane = thread_index(), first = block_index() * 256;
+    a += first, b += first, c += first, row += first, col += first, global += first;
     for (int i = lane; i < 256; i += 32) {
         sA[i / 16 * LD + i % 16].bits = a[i];
         sB[i / 16 * LD + i % 16].bits = b[i];
@@ -54,9 +56,9 @@ extern "C" __global__ void products_bfloat16(const uint16* a, const uint16* b, c
 
 // Multiplies row r of a matrix by factor[r] in registers, by accumulator_rows.
 extern "C" __global__ void scaled_rows(const float* c, const float* factor, float* out) {
-    __shared__ __align__(128) float sC[16 * LD_C];
-    __shared__ float sFactor[16];
-    const int lane = threadIdx.x;
+    float* const sC = reinterpret_cast<float*>(dynamic_shared<128>());
+    float* const sFactor = sC + 16 * LD_C;
+    const int lane = thread_index();
     RegisterOutput<1> output;
     accumulator_rows<LD_C>(output.rows, sC);
     for (int i = lane; i < 256; i += 32) sC[i / 16 * LD_C + i % 16] = c[i];

@@ -10,6 +10,8 @@
 #define __cluster_dims__(...)
 #define __grid_constant__
 
+void __nanosleep(unsigned nanoseconds);
+
 struct uint2 {
     unsigned x, y;
 } __attribute__((aligned(8)));

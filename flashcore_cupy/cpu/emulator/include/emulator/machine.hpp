@@ -28,6 +28,7 @@ namespace emulator {
 
 constexpr int WARP = 32;
 constexpr uint32_t SHARED_BASE = 1024;  // the shared address of a block's first byte; 0 is none
+constexpr int MOST_IDLE = 1 << 16;      // times that threads ask in vain, with nobody else left
 constexpr int PEER_SHIFT = 24;          // of a shared address: which block of the cluster, plus 1
 
 struct Random {  // xorshift64*
@@ -138,6 +139,7 @@ struct Fiber {
     const void* condition = nullptr;
     const char* waits_for = "";
     const void* place = nullptr;  // where in the kernel it waits
+    bool polls = false;           // it waits for nothing: it asks again
     // cp.async: those started, in order, of which `finished` have been made.
     std::vector<Copy> copies;
     size_t finished = 0;
@@ -230,6 +232,13 @@ void wait_until(const char* what, const Condition& condition) {
     current->waits_for = what;
     current->condition = &condition;
     current->is_ready = [](const void* c) { return (*static_cast<const Condition*>(c))(); };
+    yield();
+}
+
+// Lets all others go first, once.
+inline void let_others_go(const char* what) {
+    current->waits_for = what;
+    current->polls = true;
     yield();
 }
 
@@ -373,12 +382,13 @@ inline void Cluster::run() {
     std::vector<std::pair<Block*, int>> order;
     for (Block& b : blocks)
         for (size_t w = 0; w < b.warps.size(); ++w) order.push_back({&b, int(w)});
+    int idle = 0;  // rounds in a row in which some asked again, and nothing else happened
     while (living > 0) {
         if (*options.stop) {
             failure = "stopped";
             return;
         }
-        bool moved = false;
+        bool moved = false, polled = false;
         const uint32_t first = random(uint32_t(order.size()));
         for (size_t i = 0; i < order.size(); ++i) {
             auto& [b, w] = order[(i + first) % order.size()];
@@ -388,10 +398,12 @@ inline void Cluster::run() {
                 Fiber& fiber = b->fibers[w * WARP + (n + start) % count];
                 if (fiber.ended || (fiber.is_ready && !fiber.is_ready(fiber.condition))) continue;
                 fiber.is_ready = nullptr;
-                moved = true;
+                fiber.polls = false;
                 current = &fiber;
                 switch_to(scheduler, fiber.context);
                 current = nullptr;
+                moved |= !fiber.polls;
+                polled |= fiber.polls;
                 if (!failure.empty()) return;
             }
             if (int(random(100)) < options.eager) moved |= finish_one();
@@ -399,7 +411,8 @@ inline void Cluster::run() {
         }
         moved = moved || finish_one();
         if (!failure.empty()) return;
-        if (!moved) return report_deadlock();
+        idle = moved ? 0 : idle + 1;
+        if (!moved && (!polled || idle > MOST_IDLE)) return report_deadlock();
     }
 }
 
@@ -429,3 +442,9 @@ inline void Cluster::report_deadlock() {
 }
 
 }  // namespace emulator
+
+// A thread that sleeps lets others go first: 1000 nanoseconds are one look of the scheduler.
+inline __attribute__((noinline)) void __nanosleep(unsigned nanoseconds) {
+    emulator::current->place = __builtin_return_address(0);
+    for (unsigned i = 0; i < nanoseconds; i += 1000) emulator::let_others_go("nanosleep");
+}

@@ -17,10 +17,14 @@ inline uint32_t bits_of(float x) {
     return bits;
 }
 
+// Whatever NaN goes into an instruction that computes or converts, this one comes out.
+constexpr uint32_t NAN_BITS = 0x7fffffffu;
+inline float canonical(float x) { return std::isnan(x) ? float_of(NAN_BITS) : x; }
+
 inline float half_to_float_slow(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = h >> 10 & 31u,
                    fraction = h & 1023u;
-    if (exponent == 31) return float_of(sign | 0x7f800000u | fraction << 13);
+    if (exponent == 31) return float_of(fraction ? NAN_BITS : sign | 0x7f800000u);
     if (exponent == 0) {
         const float x = float(fraction) * 0x1p-24f;
         return sign ? -x : x;

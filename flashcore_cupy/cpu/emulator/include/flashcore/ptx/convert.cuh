@@ -10,22 +10,29 @@ inline float to_float(half_t x) { return emulator::half_to_float(x.bits); }
 inline float to_float(bfloat16_t x) { return emulator::bfloat16_to_float(x.bits); }
 inline float to_float(e4m3_t x) {
     const uint32 magnitude = x.bits & 0x7fu;
-    if (magnitude == 0x7fu) return emulator::float_of(0x7fffffffu);
+    if (magnitude == 0x7fu) return emulator::float_of(emulator::NAN_BITS);
     const uint32 exponent = magnitude >> 3, fraction = magnitude & 7u;
     const float y =
         exponent ? ldexpf(float(8 + fraction), int(exponent) - 10) : ldexpf(float(fraction), -9);
     return x.bits & 0x80u ? -y : y;
 }
 
-inline uint32 e4m3x2_to_f16x2(uint16 packed) {
-    const auto half = [](uint32 bits) {
-        const uint32 sign = (bits & 0x80u) << 8;
-        if ((bits & 0x7fu) == 0x7fu) return 0x7fffu;
-        return emulator::float_to_half(to_float(e4m3_t{uint8(bits & 0x7fu)})) | sign;
-    };
-    return half(packed & 0xffu) | half(packed >> 8) << 16;
+// By the instruction a NaN loses its sign; by shifting it keeps it.
+inline uint32 e4m3_to_f16(uint32 bits, bool keeps_sign_of_nan) {
+    const uint32 sign = (bits & 0x80u) << 8, magnitude = bits & 0x7fu;
+    if (magnitude == 0x7fu) return keeps_sign_of_nan ? sign | 0x7fffu : 0x7fffu;
+    return sign | emulator::float_to_half(to_float(e4m3_t{uint8(magnitude)}));
 }
-inline uint32 e4m3x2_to_f16x2_shift(uint16 packed) { return e4m3x2_to_f16x2(packed); }
+inline uint32 e4m3x2_to_f16x2_shift(uint16 packed) {
+    return e4m3_to_f16(packed & 0xffu, true) | e4m3_to_f16(packed >> 8, true) << 16;
+}
+inline uint32 e4m3x2_to_f16x2(uint16 packed) {
+#if __CUDA_ARCH__ >= 890
+    return e4m3_to_f16(packed & 0xffu, false) | e4m3_to_f16(packed >> 8, false) << 16;
+#else
+    return e4m3x2_to_f16x2_shift(packed);
+#endif
+}
 
 inline e4m3_t to_e4m3(float x) {
     const uint32 bits = emulator::bits_of(x), magnitude = bits & 0x7fffffffu;
@@ -71,11 +78,13 @@ inline uint32 widen_e4m3x2<bfloat16_t>(uint16 packed) {
 
 inline void split_tf32(float x, uint32& hi, uint32& lo) {
     const float power = emulator::float_of(emulator::bits_of(x) & 0xff800000u);
-    hi = emulator::bits_of(fmaf(power, 1.0f / 2048, x)) & 0xffffe000u;
-    lo = emulator::bits_of(x - emulator::float_of(hi));
+    hi = emulator::bits_of(emulator::canonical(fmaf(power, 1.0f / 2048, x))) & 0xffffe000u;
+    lo = emulator::bits_of(emulator::canonical(x - emulator::float_of(hi)));
 }
 
-inline float reciprocal_approx(float x) { return emulator::flushed(1.0f / emulator::flushed(x)); }
+inline float reciprocal_approx(float x) {
+    return emulator::canonical(emulator::flushed(1.0f / emulator::flushed(x)));
+}
 
 inline float to_float(uint8 x) { return float(x); }
 
@@ -84,8 +93,10 @@ inline uint32 interleave_bytes(uint32 a, uint32 b) {
 }
 
 // The compiler is told not to join products and sums (-ffp-contract=off).
-inline float mul_rn(float x, float y) { return x * y; }
+inline float mul_rn(float x, float y) { return emulator::canonical(x * y); }
 
-inline float exp2_approx(float x) { return emulator::flushed(exp2f(emulator::flushed(x))); }
+inline float exp2_approx(float x) {
+    return emulator::canonical(emulator::flushed(exp2f(emulator::flushed(x))));
+}
 
 }  // namespace flashcore

@@ -85,7 +85,9 @@ __forceinline__ bool is_over(const MBarrier& b, uint32 parity) { return b.parity
 
 __forceinline__ bool mbarrier_try_wait(uint64* barrier, uint32 parity) {
     const emulator::Inside inside;
-    if (!is_over(made_mbarrier(barrier, "mbarrier.try_wait"), parity)) return false;
+    const MBarrier& b = made_mbarrier(barrier, "mbarrier.try_wait");
+    if (!is_over(b, parity)) emulator::let_others_go("mbarrier.try_wait");
+    if (!is_over(b, parity)) return false;
     emulator::acquire_from(emulator::clock_of(barrier));
     return true;
 }

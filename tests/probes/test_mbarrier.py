@@ -1,0 +1,35 @@
+"""ptx/mbarrier.cuh: barriers with phases, named barriers, in the roles that kernels have them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from probe import Launch, Probes, assert_same_bits
+
+WARPGROUP = 128
+ROUNDS = 10
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 32, 1000])
+def test_phases(probe: Probes, count: int) -> None:
+    """Of each phase: parity 0, parity 1, and its own parity while one or more are missing."""
+    passed = np.full((5, count + 1), -1, "i4")
+    (passed,) = probe("mbarrier")(Launch("phases", 1, shared=8), [np.int32(count)], [passed])
+    expected = np.zeros_like(passed)
+    expected[0::2, 1] = expected[1::2, 0] = 1
+    assert_same_bits(passed, expected)
+
+
+def test_hand_over(probe: Probes) -> None:
+    x = np.random.default_rng(2).integers(1, 2**31, ROUNDS, np.int32)
+    launch = Launch("hand_over", WARPGROUP + 32, shared=40)
+    outputs = [np.zeros((ROUNDS, WARPGROUP), "i4")]
+    (y,) = probe("mbarrier")(launch, [x, np.int32(ROUNDS)], outputs)
+    assert_same_bits(y, np.repeat(x[:, None], WARPGROUP, 1))
+
+
+def test_named_barriers_take_turns(probe: Probes) -> None:
+    launch = Launch("turns", 2 * WARPGROUP, shared=4)
+    outputs = [np.full(2 * ROUNDS, -1, "i4")]
+    (order,) = probe("mbarrier")(launch, [np.int32(ROUNDS)], outputs)
+    assert_same_bits(order, [0, 1] * ROUNDS)
