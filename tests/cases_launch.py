@@ -17,7 +17,6 @@ from flashcore_cupy.problem.attention_problem import (
     Operand,
     operand,
 )
-from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import params, selector
 from flashcore_cupy.select.config import KernelConfig
@@ -56,8 +55,7 @@ def views(problem: AttentionProblem, **overrides: int) -> dict[str, View]:
 
 
 def ruled(problem: AttentionProblem, **rules: Any) -> AttentionProblem:
-    sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
-    described = describe_rules(sizes, problem.dtype, packed=problem.packed, **rules)
+    described = describe_rules(problem.scores, problem.dtype, packed=problem.packed, **rules)
     return replace(problem, rules=described)
 
 

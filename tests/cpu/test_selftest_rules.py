@@ -18,7 +18,7 @@ from flashcore_cupy.check.selftest.arrays import Placed, set_up
 from flashcore_cupy.check.selftest.case import MASK_MODS, SCORE_MODS, Case, packed
 from flashcore_cupy.check.selftest.rule_cases import pairwise
 from flashcore_cupy.problem.attention_problem import contiguous_problem
-from flashcore_cupy.problem.rules import Rules
+from flashcore_cupy.problem.rules import RULES, Rules
 from flashcore_cupy.select import registry, selector
 
 GROUPS = ("rules", "packed", "rules gate", "decode", "invariant")
@@ -68,6 +68,17 @@ def test_every_rule_meets_every_dtype_and_tile(kernel: str) -> None:
     assert {case.gate for case in mine} == {None, "qk", "softmax", "pv"}
     configs = {config for case in mine for config in matrix.case_config(case, "sm_90a")}
     assert len(configs) <= 300
+
+
+@pytest.mark.parametrize("kernel", RULED)
+def test_every_record_has_cases(kernel: str) -> None:
+    packed_too = [rule for rule in RULES if rule.when_packed is None]
+    for group, rules in (("rules", RULES), ("packed", packed_too), ("rules gate", RULES)):
+        mine = [case for case in CASES if (case.kernel, case.group) == (kernel, group)]
+        configs = [config for case in mine for config in matrix.case_config(case, "sm_90a")]
+        built = {name for config in configs for name in config.rules}
+        missing = [rule.name for rule in rules if rule.codes and built.isdisjoint(rule.codes)]
+        assert not missing, group
 
 
 BASE = Case("x", "mma_sm80", dtype="bfloat16", heads=4, heads_kv=2, batch=2, seed=3)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases_reference import repeatable
+from cases_rules import ASKED
 from helpers import ROOT as CHECKOUT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem, describe
-from flashcore_cupy.problem.blocks import Scores
 from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import registry, selector, table, targets
 from flashcore_cupy.select.config import KernelConfig, Tile
@@ -33,8 +33,7 @@ def tile_of(problem: AttentionProblem) -> Tile:
 
 
 def ruled(problem: AttentionProblem, causal: Any = None, **rules: Any) -> AttentionProblem:
-    sizes = Scores(problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_kv)
-    described = describe_rules(sizes, problem.dtype, **rules)
+    described = describe_rules(problem.scores, problem.dtype, **rules)
     causal = problem.causal if causal is None else causal
     return replace(problem, causal=causal, rules=described)
 
@@ -176,16 +175,8 @@ def test_rules_per_score_have_a_row_that_is_not_plain(dims: tuple[int, int]) -> 
     assert tile_of(replace(plain, causal=True)) == rows[True].tile
 
 
-RULED: dict[str, dict[str, Any]] = {
-    "softcap": {"softcap": 30.0},
-    "softcap_wide": {"softcap": 1e4},
-    "alibi": {"alibi_slopes": spec_of(np.zeros(16, np.float32))},
-    "bias": {"bias": spec_of(np.zeros((64, 64), np.float16))},
-    "bias_fp32": {"bias": spec_of(np.zeros((64, 64), np.float32))},
+POSITIONS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
-    "mask": {"mask": spec_of(np.zeros((64, 64), np.bool_))},
-    "score_mod": {"score_mod": "score * 2"},
-    "mask_mod": {"mask_mod": "kv_idx != 3"},
     "window": {"window": (20, 0)},
 }
 
@@ -193,18 +184,18 @@ RULED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", registry.KERNELS)
 def test_rules_that_spill_get_another_row(name: str) -> None:
     """What ``spills_with`` names keeps problems out; of "a+b" neither alone does."""
-    rows = selector.rows_of(name)
+    rows, asking = selector.rows_of(name), ASKED | POSITIONS
     for row in rows:
-        problem = contiguous_problem(1, 16, 64, row.dims[0], head_dim_v=row.dims[1])
+        problem = contiguous_problem(1, 1, 64, row.dims[0], head_dim_v=row.dims[1])
         problem = replace(problem, dtype=row.dtypes[0])
         assert row.takes_rules(problem)
         for rules in (rules.split("+") for rules in row.spills_with if rules != "scale_first"):
-            together = {key: x for rule in rules for key, x in RULED[rule].items()}
+            together = {key: x for rule in rules for key, x in asking[rule].items()}
             asked = ruled(problem, **together)
             assert not row.takes_rules(asked)
             assert any(other.takes_rules(asked) for other in rows if other.dims == row.dims)
             for rule in rules if len(rules) > 1 else ():
-                assert row.takes_rules(ruled(problem, **RULED[rule])) or rule in row.spills_with
+                assert row.takes_rules(ruled(problem, **asking[rule])) or rule in row.spills_with
         negative = replace(problem, softmax_scale=-0.1)
         assert row.takes_rules(negative) == ("scale_first" not in row.spills_with)
         # Whatever comes together has a row for all grids.

@@ -16,7 +16,7 @@ from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.selftest.case import Case
 from flashcore_cupy.problem.attention_problem import AttentionProblem, describe
 from flashcore_cupy.problem.blocks import Array
-from flashcore_cupy.problem.rules import describe_rules
+from flashcore_cupy.problem.rules import RULES, describe_rules
 
 #: NaN elements before and after every array. 64 keeps what follows aligned.
 _GUARD = 64
@@ -121,7 +121,8 @@ def set_up(case: Case) -> Setup:
 
 def _view_of(case: Case, name: str) -> str:
     """How a rule's array lies: the broadcast ones as q, k and v do, the others contiguous."""
-    return case.view if name in ("bias", "mask") else "contiguous"
+    broadcast = [rule.name for rule in RULES if rule.takes == "array"]
+    return case.view if name in broadcast else "contiguous"
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from flashcore_cupy.problem.attention_problem import (
     contiguous_problem,
 )
 from flashcore_cupy.problem.blocks import Array
-from flashcore_cupy.problem.rules import Rules
+from flashcore_cupy.problem.rules import NO_RULES, RULES, Rules
 
 View = Literal["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]
 
-#: Arrays that rules take, besides those of mods; arguments of ``attention``.
-_RULE_ARRAYS = ("alibi_slopes", "bias", "mask", "sink")
+Choice = dict[str, Any]
+"""Some fields of a case."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,42 @@ _MOD_ARRAYS: Mapping[str, Callable[[np.random.Generator], Array]] = {
     "halves": lambda rng: rng.standard_normal(16).astype(np.float16),
     "allowed": lambda rng: np.arange(16) != rng.integers(16),
 }
+
+# What is tried of every rule, with and without a gate. {}: without the rule.
+SCORES: tuple[Choice, ...] = (
+    {},
+    {"softcap": 5.0},
+    {"alibi": "h"},
+    {"alibi": "bh"},
+    {"bias": "1h1k"},
+    {"bias": "bhqk", "bias_fp32": True},
+    {"bias": "qk"},
+    {"score_mod": "table"},
+    {"score_mod": "halves"},
+    {"softcap": 20.0, "alibi": "h", "bias": "b1q1", "bias_fp32": True},
+)
+HIDES: tuple[Choice, ...] = (
+    {},
+    {"mask": "bhqk"},
+    {"mask": "b11k"},
+    {"mask": "qk"},
+    {"mask_mod": "thirds"},
+    {"mask_mod": "blocks"},
+    {"mask_mod": "allowed"},
+)
+SINKS: tuple[Choice, ...] = ({}, {"sink": True})
+GATE_RULES: tuple[Choice, ...] = (
+    {"window": (70, -1)},
+    {"causal": True, "window": (50, -1)},
+    {"softcap": 5.0},
+    {"alibi": "bh"},
+    {"bias": "1h1k"},
+    {"bias": "bhqk", "bias_fp32": True},
+    {"score_mod": "table"},
+    {"mask": "bhqk"},
+    {"mask_mod": "thirds"},
+    {"sink": True},
+)
 
 
 @dataclass(frozen=True)
@@ -189,7 +225,7 @@ class Case:
         return replace(
             problem,
             softmax_scale=problem.softmax_scale if scale is None else scale,
-            rules=Rules(window=self.window, softcap=self.softcap),
+            rules=Rules(**self._values),
         )
 
     def shape_of(self, name: str) -> tuple[int, int, int, int]:
@@ -224,6 +260,10 @@ class Case:
         return arrays
 
     @property
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in NO_RULES.values}
+
+    @property
     def mods(self) -> dict[str, Mod]:
         """What score_mod and mask_mod are, as far as there are any."""
         found = {}
@@ -238,8 +278,9 @@ class Case:
 
         ``arrays`` are those of ``rule_arrays``, wherever they lie; ``cuda``: mods as expressions.
         """
-        rules: dict[str, Any] = {"window": self.window, "softcap": self.softcap}
-        rules |= {name: arrays[name] for name in _RULE_ARRAYS if name in arrays}
+        rules = self._values | {
+            rule.name: arrays[rule.name] for rule in RULES if rule.name in arrays
+        }
         rules |= {name: mod.cuda if cuda else mod.python for name, mod in self.mods.items()}
         names = [name for mod in self.mods.values() for name in mod.args]
         return rules | ({"mod_args": {name: arrays[name] for name in names}} if names else {})

@@ -12,16 +12,25 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from flashcore_cupy.check.selftest.case import Case, View, packed
+from flashcore_cupy.check.selftest.case import (
+    GATE_RULES,
+    HIDES,
+    SCORES,
+    SINKS,
+    Case,
+    Choice,
+    View,
+    packed,
+)
 from flashcore_cupy.problem.attention_problem import ITEMSIZE
+from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.select import registry, selector
 from flashcore_cupy.select.units import round_up
 
-_Choice = dict[str, Any]  # fields of Case
 #: Of q and k, and of v: between the table's rows, and apart from each other.
 _MORE_DIMS = ((33, 33), (40, 40), (64, 256), (192, 128))
 
-_POSITIONS: tuple[_Choice, ...] = (
+_POSITIONS: tuple[Choice, ...] = (
     {},
     {"causal": True},
     {"causal": "top-left"},
@@ -31,49 +40,13 @@ _POSITIONS: tuple[_Choice, ...] = (
     {"causal": True, "window": (50, -1)},
     {"causal": "top-left", "window": (20, 5)},
 )
-_SCORES: tuple[_Choice, ...] = (
-    {},
-    {"softcap": 5.0},
-    {"alibi": "h"},
-    {"alibi": "bh"},
-    {"bias": "1h1k"},
-    {"bias": "bhqk", "bias_fp32": True},
-    {"bias": "qk"},
-    {"score_mod": "table"},
-    {"score_mod": "halves"},
-    {"softcap": 20.0, "alibi": "h", "bias": "b1q1", "bias_fp32": True},
-)
-_HIDES: tuple[_Choice, ...] = (
-    {},
-    {"mask": "bhqk"},
-    {"mask": "b11k"},
-    {"mask": "qk"},
-    {"mask_mod": "thirds"},
-    {"mask_mod": "blocks"},
-    {"mask_mod": "allowed"},
-)
-_SINKS: tuple[_Choice, ...] = ({}, {"sink": True})
-_SCALES: tuple[_Choice, ...] = ({}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0})
-_MEMORY: tuple[_Choice, ...] = tuple(
+_SCALES: tuple[Choice, ...] = ({}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0})
+_MEMORY: tuple[Choice, ...] = tuple(
     {"view": view, "layout": layout} for view in get_args(View) for layout in ("bhsd", "bshd")
 )
 
 
-_GATE_RULES: tuple[_Choice, ...] = (
-    {"window": (70, -1)},
-    {"causal": True, "window": (50, -1)},
-    {"softcap": 5.0},
-    {"alibi": "bh"},
-    {"bias": "1h1k"},
-    {"bias": "bhqk", "bias_fp32": True},
-    {"score_mod": "table"},
-    {"mask": "bhqk"},
-    {"mask_mod": "thirds"},
-    {"sink": True},
-)
-
-
-def _size(batch: int, heads: int, heads_kv: int, seqlen_q: int, seqlen_kv: int) -> _Choice:
+def _size(batch: int, heads: int, heads_kv: int, seqlen_q: int, seqlen_kv: int) -> Choice:
     return {
         "batch": batch,
         "heads": heads,
@@ -85,7 +58,7 @@ def _size(batch: int, heads: int, heads_kv: int, seqlen_q: int, seqlen_kv: int) 
 
 #: Sizes by the tile that they get: one kernel is compiled for all sizes of a line. All have an even
 #: number of keys, which is no multiple of 16: see _MORE_KEYS.
-_GRIDS: tuple[tuple[_Choice, ...], ...] = (
+_GRIDS: tuple[tuple[Choice, ...], ...] = (
     (_size(2, 8, 2, 4, 254), _size(1, 8, 1, 2, 3000)),  # decode: the keys are split
     (_size(1, 2, 2, 77, 100), _size(2, 4, 1, 129, 190)),  # few blocks
     (_size(2, 8, 2, 300, 130), _size(6, 8, 8, 65, 62)),  # some
@@ -95,10 +68,11 @@ _GRIDS: tuple[tuple[_Choice, ...], ...] = (
         for size in (_size(3, 4, 2, 77, 200), _size(2, 2, 1, 5, 300))
     ),
 )
+_UNPACKED = {rule.name for rule in RULES if rule.when_packed}
 #: So many more keys, up to a multiple of the second number. How many there are decides how a bias
 #: and a mask are loaded: in pairs, key by key, 16 at a time.
 _MORE_KEYS = ((0, 1), (1, 1), (0, 16))
-_PACKED: tuple[tuple[_Choice, tuple[tuple[int, int], ...]], ...] = (
+_PACKED: tuple[tuple[Choice, tuple[tuple[int, int], ...]], ...] = (
     ({"heads": 4, "heads_kv": 2}, ((0, 5), (77, 100), (130, 64), (1, 1), (33, 0), (0, 0))),
     ({"heads": 8, "heads_kv": 2}, ((1, 300), (1, 0), (1, 2000), (0, 40), (1, 77))),
     ({"heads": 8, "heads_kv": 1}, ((2, 900), (0, 0), (1, 65), (2, 2))),
@@ -127,9 +101,9 @@ def _pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
             "dims": _dims(kernel),
             "grid": _GRIDS,
             "position": _POSITIONS,
-            "score": _taken(kernel, _SCORES),
-            "hide": _taken(kernel, _HIDES),
-            "sink": _SINKS,
+            "score": _taken(kernel, SCORES),
+            "hide": _taken(kernel, HIDES),
+            "sink": SINKS,
             "scale": _SCALES,
             "memory": _taken(kernel, _MEMORY),
             "more keys": _MORE_KEYS,
@@ -151,9 +125,9 @@ def _packed_pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
             "dims": [dim for dim in _dims(kernel) if dim["head_dim"] in (33, 64, 128, 192)],
             "lengths": _PACKED,
             "position": _POSITIONS,
-            "score": [choice for choice in _taken(kernel, _SCORES) if "bias" not in choice],
-            "hide": [choice for choice in _taken(kernel, _HIDES) if "mask" not in choice],
-            "sink": _SINKS,
+            "score": [choice for choice in _taken(kernel, SCORES) if _UNPACKED.isdisjoint(choice)],
+            "hide": [choice for choice in _taken(kernel, HIDES) if _UNPACKED.isdisjoint(choice)],
+            "sink": SINKS,
             "view": _taken(
                 kernel,
                 [{"view": v} for v in ("contiguous", "strided", "misaligned", "transposed")],
@@ -172,7 +146,7 @@ def _gates(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
     chosen = pairwise(
         {
             "gate": [{"gate": gate} for gate in ("qk", "softmax", "pv")],
-            "rule": _taken(kernel, _GATE_RULES),
+            "rule": _taken(kernel, GATE_RULES),
             "grid": [_GRIDS[n][0] for n in (0, 1, 4)],
             "dtype": [{"dtype": dtype} for dtype in dtypes],
             "dims": [{"head_dim": n, "head_dim_v": n} for n in (64, 128)],
@@ -215,7 +189,7 @@ def _invariant(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
 
 
 @functools.cache
-def _dims(kernel: str) -> tuple[_Choice, ...]:
+def _dims(kernel: str) -> tuple[Choice, ...]:
     rows = {row.dims for row in selector.rows_of(kernel)}
     dims = rows | {more for more in _MORE_DIMS if takes_dims(kernel, "float16", more)}
     return tuple({"head_dim": d, "head_dim_v": d_v} for d, d_v in sorted(dims))
@@ -229,7 +203,7 @@ def takes_views(kernel: str) -> tuple[View, ...]:
     return tuple(v for v in views if v in aligned or anywhere)
 
 
-def _taken(kernel: str, choices: Sequence[_Choice]) -> list[_Choice]:
+def _taken(kernel: str, choices: Sequence[Choice]) -> list[Choice]:
     """Without memory that the kernel cannot read."""
     views = takes_views(kernel)
     return [choice for choice in choices if choice.get("view", views[0]) in views]
@@ -244,12 +218,12 @@ def takes_dims(kernel: str, dtype: str, dims: tuple[int, int]) -> bool:
     return any(row[0] >= dims[0] and row[1] >= dims[1] for row in rows)
 
 
-def _in_dtype_taken(kernel: str, choice: _Choice) -> _Choice:
+def _in_dtype_taken(kernel: str, choice: Choice) -> Choice:
     dims = choice["head_dim"], choice["head_dim_v"]
     return choice if takes_dims(kernel, choice["dtype"], dims) else choice | {"dtype": "bfloat16"}
 
 
-def _whole_masks(kernel: str, choice: _Choice) -> _Choice:
+def _whole_masks(kernel: str, choice: Choice) -> Choice:
     """With masks that the kernel can read so many keys at a time as it does."""
     keys = registry.KERNELS[kernel].family.mask_keys
     if keys == 1 or not choice.get("mask"):
@@ -257,8 +231,8 @@ def _whole_masks(kernel: str, choice: _Choice) -> _Choice:
     return choice | {"view": "contiguous", "seqlen_kv": round_up(choice["seqlen_kv"], keys)}
 
 
-def _merged(choices: Any) -> _Choice:
-    fields: _Choice = {}
+def _merged(choices: Any) -> Choice:
+    fields: Choice = {}
     for choice in choices:
         fields |= choice
     return fields
