@@ -45,7 +45,7 @@ def test_wmma(probe: Probes, dtype: str, kind: str) -> None:
     of_rows, of_columns = ({name: out[i] for name, out in results.items()} for i in (0, 1))
     check_products(run, of_rows, a, b, c, f"wmma {dtype}, {kind}")
     b = b.transpose(0, 2, 1)
-    check_products(run, of_columns, a, b, np.full_like(c, 0.5), f"wmma {dtype}, {kind}, columns")
+    check_products(run, of_columns, a, b, np.full_like(c, 0.5), f"wmma {dtype}, columns, {kind}")
 
 
 def test_accumulator_rows(probe: Probes) -> None:
