@@ -1,5 +1,5 @@
-// config.cuh - the one place that reads the -DFC_* defines. A compiled kernel has exactly one
-// configuration, so everything below is a constant and branches on it are `if constexpr`. Entry
+// config.cuh - the one place that reads the -DFC_* defines. A compiled kernel has one
+// configuration, so everything below is a constant, and branches on it are `if constexpr`. Entry
 // files and their pages include this; the building blocks of flashcore/ take what they need as
 // template values.
 #pragma once
@@ -19,11 +19,11 @@
     !defined(FC_SPLIT_KV)
 #error "define FC_HEAD_DIM_V, FC_WARPS_D, FC_PACK_GQA and FC_SPLIT_KV"
 #endif
-#if !defined(FC_WINDOW) || !defined(FC_RULES) || !defined(FC_VARLEN)
-#error "define FC_WINDOW, FC_RULES and FC_VARLEN"
+#if !defined(FC_BOUNDED_LEFT) || !defined(FC_RULES) || !defined(FC_VARLEN)
+#error "define FC_BOUNDED_LEFT, FC_RULES and FC_VARLEN"
 #endif
-#if !defined(FC_FP8) || !defined(FC_CAUSAL) || !defined(FC_GATE) || !defined(FC_ALIGN_BYTES)
-#error "define FC_FP8, FC_CAUSAL, FC_GATE and FC_ALIGN_BYTES"
+#if !defined(FC_FP8) || !defined(FC_BOUNDED_RIGHT) || !defined(FC_GATE) || !defined(FC_ALIGN_BYTES)
+#error "define FC_FP8, FC_BOUNDED_RIGHT, FC_GATE and FC_ALIGN_BYTES"
 #endif
 #if !defined(FC_SMEM_BYTES) || !defined(FC_PARAMS_BYTES) || !defined(FC_MIN_BLOCKS)
 #error "define FC_SMEM_BYTES, FC_PARAMS_BYTES and FC_MIN_BLOCKS"
@@ -60,17 +60,19 @@ constexpr int WARPS_M = FC_WARPS_M;        // warps along the queries
 constexpr int WARPS_N = FC_WARPS_N;        // warps along the keys (S) or the head dim (O)
 constexpr int WARPS_D = FC_WARPS_D;        // warps along the columns of O, sharing a row's scores
 constexpr int NUM_STAGES = FC_NUM_STAGES;  // of K and V
-constexpr int Q_STAGES = FC_Q_STAGES;      // 2: the next block's Q comes while this one is used
+constexpr int Q_STAGES = FC_Q_STAGES;      // 2: the next block's Q arrives while this one is used
 constexpr bool CP_ASYNC = FC_CP_ASYNC;     // asynchronous copies; needs sm_80
 constexpr bool WARP_SOFTMAX = FC_WARP_SOFTMAX;
-constexpr bool FP8 = FC_FP8;            // q, k, v arrive as e4m3 with a scale per head
-constexpr bool CAUSAL = FC_CAUSAL;      // a query sees no key far to the right of its own position
-constexpr bool WINDOW = FC_WINDOW;      // nor one far to the left
+constexpr bool FP8 = FC_FP8;  // q, k, v arrive as e4m3 with a scale per head
+// Whether the window has a right and a left side: a query sees no key further from its own position
+// than that. Causal is a right side of 0; see position_mask.cuh.
+constexpr bool BOUNDED_RIGHT = FC_BOUNDED_RIGHT;
+constexpr bool BOUNDED_LEFT = FC_BOUNDED_LEFT;
 constexpr int RULES = FC_RULES;         // bits of score.cuh
-constexpr bool VARLEN = FC_VARLEN;      // packed sequences, see schedule.cuh
+constexpr bool VARLEN = FC_VARLEN;      // packed sequences: see work.cuh
 constexpr bool PACK_GQA = FC_PACK_GQA;  // the query heads of a group share a tile
-constexpr bool SPLIT_KV = FC_SPLIT_KV;  // several thread blocks share out a row's keys
-constexpr int CLUSTER = FC_CLUSTER;     // of them that merge in each other's shared memory
+constexpr bool SPLIT_KV = FC_SPLIT_KV;  // a row's keys may be split over several CTAs
+constexpr int CLUSTER = FC_CLUSTER;  // CTAs that combine splits through each other's shared memory
 #if FC_CLUSTER > 1
 #define CLUSTER_DIMS __cluster_dims__(FC_CLUSTER, 1, 1)
 #else
@@ -80,9 +82,10 @@ constexpr int GATE = FC_GATE;
 constexpr int ALIGN_BYTES = FC_ALIGN_BYTES;    // every row of q, k, v, o starts and ends on this
 constexpr int STAGED_COLS = FC_STAGED_COLS;    // columns of O that leave through shared memory
 constexpr int MIN_BLOCKS = FC_MIN_BLOCKS;      // CTAs per multiprocessor to leave registers for
-constexpr int SMEM_BYTES = FC_SMEM_BYTES;      // as the package reckons them
-constexpr int PARAMS_BYTES = FC_PARAMS_BYTES;  // of the struct that it packs
+constexpr int SMEM_BYTES = FC_SMEM_BYTES;      // dynamic shared memory, as the package computes it
+constexpr int PARAMS_BYTES = FC_PARAMS_BYTES;  // of the struct that the package packs
 
+// The warps that compute: all of a CTA's, but in fwd_sm90 a warpgroup more loads (sm90/traits.cuh).
 constexpr int NUM_WARPS = WARPS_M * WARPS_N * WARPS_D;
 constexpr int NUM_THREADS = NUM_WARPS * WARP_SIZE;
 

@@ -6,26 +6,27 @@
 // with PACK_GQA the query heads that share a head of K and V are rows side by side.
 //
 //   S = Q K_j^T                       ldmatrix + mma, fp32 accumulators
-//   S = rules(S), -inf where hidden   flashcore/rules/score.cuh, mask.cuh
+//   S = rules(S), -inf where hidden   flashcore/rules/score.cuh, position_mask.cuh
 //   m, l, p = exp2(S - m)             on the fragments: a row lies in four neighbouring lanes
 //   O = O * exp2(m_old - m) + P V_j   the accumulator layout of S is the operand layout of P
 //
 // Every warp copies its part of every tile, and computes. The warps of a CTA need not be at the
-// same tile: a warp waits only for the copies that it needs next, or for the slower warps that
-// still read the stage that it fills next (sm80/producer.cuh).
+// same tile: a warp waits only for the copies that it needs next, or for slower warps that still
+// read the stage that it fills next (sm80/producer.cuh).
 //
 //   NUM_STAGES = 1: K and V have barriers of their own
 //     copies      | V_j           | K_{j+1}      | V_{j+1} ...
 //     this warp   | S = Q K_j^T   | O += P V_j   | S = Q K_{j+1}^T ...
-//   NUM_STAGES = 2: a stage's K and V have barriers together
+//   NUM_STAGES = 2: K and V of a stage share barriers (KV_TOGETHER)
 //     copies      |               | K_{j+1}, V_{j+1} |
 //     this warp   | S = Q K_j^T   | O += P V_j       | S = Q K_{j+1}^T ...
 //
 // Warps: WARPS_M along the rows, FRAGMENTS_M * 16 rows each. Warps that share rows either
-//   WARPS_N  own different keys of every tile and have m, l, O of their own, merged at the end: for
-//            grids that do not fill the GPU with one warp per row; or
+//   WARPS_N  own different keys of every tile and have m, l, O of their own, combined at the end:
+//            for grids that do not fill the GPU with one warp per row; or
 //   WARPS_D  share m and P, each with its part of O's columns: for O too wide for one warp.
-// With SPLIT_KV several CTAs share out the keys; the last one to finish merges.
+// With SPLIT_KV the keys of a block of rows are split over several CTAs; the last one to arrive
+// combines their partials (RowCombine in flashcore/softmax/warp_rows.cuh).
 //
 // Shared memory (SharedStorage in sm80/traits.cuh)
 //   | sQ, BLOCK_M rows | sK, NUM_STAGES x BLOCK_N rows | sV, NUM_STAGES x BLOCK_N rows | sP, sRow |
@@ -33,7 +34,7 @@
 #include <config.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
-#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/scheduler/work.cuh>
 #include <flashcore/softmax/finish_row.cuh>
 #include <flashcore/softmax/row_sharing.cuh>
 #include <flashcore/softmax/warp_rows.cuh>
@@ -48,7 +49,7 @@ namespace flashcore {
 
 // ---- the main loop: one tile of keys -----------------------------------------------------------
 
-__device__ __forceinline__ void pass_tile(const Context& c, Walk& walk, const TileStage& at,
+__device__ __forceinline__ void skip_tile(const Context& c, Walk& walk, const TileStage& at,
                                           int tile);
 __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
                                                 int tile, const float (&shift)[FRAGMENTS_M][2],
@@ -59,9 +60,9 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     const Operands first = KEEPS_OPERANDS ? kept : Operands(c);
     const TileStage at = walk.stage_of(tile);
     const bool has_v = EARLY_V && tile == walk.all.begin;
-    if (NUM_STAGES == 1 && !has_v) fill_v(c, walk, tile);
+    if (!KV_TOGETHER && !has_v) fill_v(c, walk, tile);
 
-    // Keys are looked up before there are scores: both together do not fit the registers.
+    // Masks are looked up before there are scores: both together do not fit the registers.
     const bool needs_mask = walk.needs_mask(c, tile);
     Visible visible;
     if (needs_mask) {
@@ -70,31 +71,34 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
         look_up_keys<false>(c, tile, visible);
     }
     const Bits seen = seen_keys(c, visible);
-    if (SKIPS_TILES && !seen.any_in_warp()) return pass_tile(c, walk, at, tile);
+    if (SKIPS_TILES && !seen.any_in_warp()) return skip_tile(c, walk, at, tile);
 
     Scores rS;
     wait_full(c, at, at.barriers_k);
     Products::scores(rS, first.q, first.k + at.stage * LayoutK::BYTES);
-    if (NUM_STAGES == 1) release(c, at.barriers_k);
+    if (!KV_TOGETHER) release(c, at.barriers_k);
 
-    float max[FRAGMENTS_M][2];  // of each of the lane's rows; then the shift of its exponents
+    float max[FRAGMENTS_M][2];    // of each of the lane's rows
+    float shift[FRAGMENTS_M][2];  // what its exponents subtract
+    // With masks, look_up_keys has left out keys by their positions already; only rules that look
+    // up arrays still have to know that keys may lie behind the sequence.
     if (needs_mask && (!HIDES_KEYS || RULES & SCORE_RULES)) {
         find_maxima<true>(c, rows, rS, tile, visible, max);
     } else {
         find_maxima<false>(c, rows, rS, tile, visible, max);
     }
     c.smem.all_reduce(max, c.first_row(), c.warp_d, c.rows_barrier(), fmaxf);
-    if (NUM_STAGES == 1) wait_full(c, at, at.barriers_v);
-    raise_maxima(c, rows, tile, max);
-    // This is late because slower warps still read what it overwrites: right after S it would be up
-    // to 8 % slower.
-    if (tile + 1 < walk.all.end) fill_k(c, walk, tile + 1);
-    multiply_values(c, rows, rS, tile, max, seen, first.p, first.v + at.stage * LayoutV::BYTES);
-    release(c, at.barriers_v);
+    if (!KV_TOGETHER) wait_full(c, at, at.barriers_v);
+    raise_maxima(c, rows, tile, max, shift);
+    // The next copy is asked for this late because slower warps still read the stage that it
+    // overwrites. Right after S the kernel would be up to 8 % slower.
+    if (tile + 1 < walk.all.end) fill_tile(c, walk, tile + 1);
+    multiply_values(c, rows, rS, tile, shift, seen, first.p, first.v + at.stage * LayoutV::BYTES);
+    release(c, at.barriers_v);  // V, and K with it where they share barriers
 }
 
-// O += P V. While the tensor cores multiply one step of keys, the next step's exponentials are
-// found. Warps that share rows put P together first.
+// O += P V, in steps of keys: the exponentials of a step are computed while the tensor cores
+// multiply the step before. Warps that share rows first exchange P through shared memory.
 __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
                                                 int tile, const float (&shift)[FRAGMENTS_M][2],
                                                 const Bits& seen, uint32 p, uint32 v) {
@@ -111,32 +115,32 @@ __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, co
     }
     if constexpr (SHARES_ROWS) {
         c.smem.publish(seen, c.warp_m * WARPS_D + c.warp_d);
-        c.smem.sync(c.rows_barrier());  // all of P is there, and which keys all of them see
+        c.smem.sync(c.rows_barrier());  // P is complete, and the keys that each warp sees are known
         const SeenOfAll<HIDES_KEYS && SHARES_ROWS, WARPS_D, TILES_N> all(c.smem,
                                                                          c.warp_m * WARPS_D);
         multiply_shared_pv<T, LayoutV, Sharing::LayoutP>(rows.rO, p, v, all);
     }
 }
 
-// A warp whose rows see no key of the tile takes its part in the copies alone.
-__device__ __forceinline__ void pass_tile(const Context& c, Walk& walk, const TileStage& at,
+// A warp whose rows see no key of the tile copies its part of the tiles, and computes nothing.
+__device__ __forceinline__ void skip_tile(const Context& c, Walk& walk, const TileStage& at,
                                           int tile) {
     wait_full(c, at, at.barriers_k);
-    if (NUM_STAGES == 1) release(c, at.barriers_k);
-    if (tile + 1 < walk.all.end) fill_k(c, walk, tile + 1);
-    if (NUM_STAGES == 1) wait_full(c, at, at.barriers_v);
-    release(c, at.barriers_v);
+    if (!KV_TOGETHER) release(c, at.barriers_k);
+    if (tile + 1 < walk.all.end) fill_tile(c, walk, tile + 1);
+    if (!KV_TOGETHER) wait_full(c, at, at.barriers_v);
+    release(c, at.barriers_v);  // V, and K with it where they share barriers
 }
 
 // ---- a block of rows ---------------------------------------------------------------------------
 
 __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
-    const TileRange all =
-        tiles_seen<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M, SPLIT_KV ? c.params.splits : 1);
+    const TileRange all = visible_tiles<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M,
+                                                           SPLIT_KV ? c.params.splits : 1);
     if (all.begin >= all.end) return;
     Walk walk(c, all);
-    load_q(c);
-    fill_k(c, walk, all.begin);
+    load_q(c);  // part of the first commit: it is there when the first K is
+    fill_tile(c, walk, all.begin);
     if (EARLY_V) fill_v(c, walk, all.begin);
     const Operands first(c);
 #pragma unroll 1
@@ -147,9 +151,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     fwd_sm80(const __grid_constant__ AttentionParams params) {
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared<128>());
     Work work;
-    const BlockPart part = SPLIT_KV ? block_part(block_index(), grid_size() / params.splits)
-                                    : BlockPart{int(block_index()), 0};
-    if (!find_work<CAUSAL, VARLEN, PACK_GQA>(params, BLOCK_M, work, part)) return;
+    const BlockSplit which = SPLIT_KV ? block_split(block_index(), grid_size() / params.splits)
+                                      : BlockSplit{int(block_index()), 0};
+    if (!find_work<BOUNDED_RIGHT, VARLEN, PACK_GQA>(params, BLOCK_M, work, which)) return;
     if (thread_index() == 0) {
         smem.kv.init(NUM_THREADS, NUM_THREADS);
         smem.work = work;
@@ -157,20 +161,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
         smem.gV = head_row<T>(params.v, params.v_strides, work.batch, work.head_kv, work.start_kv);
     }
     block_sync();  // all threads see the work and the barriers
-    const Context context = context_anew(params, smem);
+    const Context context = make_context(params, smem);
     Rows rows;
     rows.rO.clear();
     attend(context, rows);
-    if (has_far_rows(context, rows)) attend_exactly(context_anew(params, smem), rows);
+    if (has_far_rows(context, rows)) attend_exactly(make_context(params, smem), rows);
     if constexpr (WARPS_N > 1 || SPLIT_KV) {
-        // Rows that do not exist, most of a tile of a few decoded queries, are not merged.
+        // Of a few decoded queries most rows of the tile do not exist; those are left out.
         const int end = smem.work.seqlen_q * smem.work.group - smem.work.first_row;
-        const RowMerge<WARPS_M, WARPS_N> merge = {
+        const RowCombine<WARPS_M, WARPS_N> combine = {
             reinterpret_cast<float*>(smem.sK[0]), context.warp_m, context.warp_n,
             end - context.first_row(), exponent_scale<RULES>(params)};
-        merge.warps(rows);
+        combine.warps(rows);
         if constexpr (SPLIT_KV) {
-            if (params.splits > 1 && !merge.splits(params, smem.work.split, smem.arrived, rows))
+            if (params.splits > 1 && !combine.splits(params, smem.work.split, smem.arrived, rows))
                 return;
         }
         if (context.warp_n > 0) return;

@@ -7,8 +7,9 @@
 // to the first, BLOCK_N at a time. A row is a query; with PACK_GQA the query heads that share a
 // head of K and V are rows side by side. The CTA's warpgroups have roles:
 //
-//   warpgroup 0    one warp claims work (flashcore/scheduler/tile_scheduler.cuh); one warp starts
-//                  the copies of Q, K_j, V_j as stages become empty (sm90/producer.cuh)
+//   warpgroup 0    warp 0, the producer, starts the copies of Q, K_j, V_j as stages become empty
+//                  (sm90/producer.cuh); warp 1 is the tile scheduler, which claims blocks of rows
+//                  (flashcore/scheduler/tile_scheduler.cuh)
 //   warpgroups 1.. the consumers (sm90/consumer.cuh): 64 rows each; m, l, O and the scores stay in
 //                  their registers
 //
@@ -17,16 +18,16 @@
 //   S_j = Q K_j^T            wgmma starts, both operands in shared memory
 //   O  += P_{j-1} V_{j-1}    wgmma starts, P in registers
 //   wait for S_j             rules, mask, m, p = exp2(S_j - m) while P V is still running
-//   wait for O               O *= exp2(m_old - m); P_j takes the place of P_{j-1}
+//   wait for O               O *= exp2(m_old - m); P_j replaces P_{j-1} in its registers
 //
 //   tensor cores  | S_j    | P_{j-1} V_{j-1} |                 | S_{j+1} | P_j V_j | ...
 //   this warpgroup|        | softmax of S_j  | pack P, scale O |         | softmax of S_{j+1} ...
 //
-// There are as many CTAs as multiprocessors. Each one takes blocks of rows until none is left, the
-// longest first, and loads for the next block while it finishes the last. With SPLIT_KV the keys of
-// a block of rows are split into parts, and each part is a block of its own: see
-// flashcore/output/split_combine.cuh. With CLUSTER a CTA has one part, and the CTAs of a block of
-// rows are a cluster.
+// The kernel is persistent: there are as many CTAs as multiprocessors. Each CTA claims blocks of
+// rows until none is left, the longest first, and loads for the next block while it finishes the
+// last one. With SPLIT_KV the keys of a block of rows are split, and each split is claimed by
+// itself; their partials are combined at the end (flashcore/output/split_combine.cuh). With
+// CLUSTER > 1 the CTAs of a cluster have one split each, of the same block of rows.
 //
 // Shared memory (SharedStorage in sm90/traits.cuh):
 //   | sQ, Q_STAGES tiles | sK, NUM_STAGES tiles | sV, NUM_STAGES tiles | sO | barriers, work |
@@ -40,7 +41,7 @@
 #include <flashcore/tile/wgmma_tile.cuh>
 #include <sm90/consumer.cuh>
 #include <sm90/epilogue.cuh>
-#include <sm90/masks.cuh>
+#include <sm90/unseen_keys.cuh>
 #include <sm90/producer.cuh>
 #include <sm90/softmax.cuh>
 #include <sm90/traits.cuh>
@@ -49,35 +50,42 @@ namespace flashcore {
 
 // ---- the main loop: a consumer and the tiles of keys that its rows see -------------------------
 
+// Software-pipelined: S of the next tile is started before P V of this one, so there are two wgmma
+// groups in flight, and the softmax of the first runs while the second does. The first tile has
+// nothing to overlap with, and the last P V follows the loop. One whole iteration is compiled, not
+// unrolled: S, P and O of one step fill the registers.
 __device__ __forceinline__ void Consumer::attend_tiles(const TileRange& tiles) {
     float factor[2];
-    begin_scores();
+    start_qk();
     pass_turn();
-    end_scores<0>();
+    wait_qk<0>();
     softmax_of(tiles.end - 1, factor);
     pack_p<T>(rP, rS);
 #pragma unroll 1
     for (int tile = tiles.end - 2; tile >= tiles.begin; --tile) {
         const StateKV last = kv;
         kv.advance();
-        begin_scores();
-        begin_output(last, tile + 1);
+        start_qk();
+        start_pv(last, tile + 1);
         pass_turn();
-        end_scores<1>();
+        wait_qk<1>();  // P V may still run
         softmax_of(tile, factor);
-        end_output(last);
+        wait_pv(last);  // P V has read rP and written rO
         pack_p<T>(rP, rS);
         scale_output(factor);
     }
+    // The last Q K^T is done, so the next block's Q may arrive during the last P V and the
+    // epilogue.
     q.release(smem.q);
-    begin_output(kv, tiles.begin);
-    end_output(kv);
+    start_pv(kv, tiles.begin);
+    wait_pv(kv);
     kv.advance();
 }
 
 // ---- a block of rows ---------------------------------------------------------------------------
 
-// Passes over tiles that only other warpgroups need.
+// Skips tiles that only other consumers need. Stages are released when all consumers have, so this
+// one releases them, too; and it takes and passes its turns, which the others count on.
 __device__ __forceinline__ void Consumer::skip_tiles(int count) {
 #pragma unroll 1
     for (; count > 0; --count) {
@@ -93,7 +101,7 @@ __device__ __forceinline__ void Consumer::skip_tiles(int count) {
 
 __device__ __forceinline__ void Consumer::attend() {
     const TileRange all = work_tile().tiles, mine = tiles_of(params, work_tile(), index);
-    takes_turns = all.end - all.begin > SHORT;
+    takes_turns = all.end - all.begin > SHORT_BLOCK;
     state[0] = state[1] = RowState();
 #pragma unroll
     for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] = 0.0f;
@@ -115,6 +123,7 @@ __device__ __forceinline__ void Consumer::attend() {
 
 // ---- all work of a consumer --------------------------------------------------------------------
 
+// Hands the work tile's stage back to the tile scheduler, and waits for the next one.
 __device__ __forceinline__ void Consumer::next_work_tile() {
     warp_sync();  // all lanes have read the work tile before its stage is released
     work.release(smem.work.pipeline);
@@ -122,14 +131,15 @@ __device__ __forceinline__ void Consumer::next_work_tile() {
     work.wait_full(smem.work.pipeline);
 }
 
-// Works on blocks of rows until there are none, or one has rows that have to be done again.
+// Works on blocks of rows until there are none, or until one has rows that have to be computed
+// again.
 __device__ __forceinline__ void Consumer::attend_work_tiles() {
 #pragma unroll 1
     for (; !is_end(work_tile()); next_work_tile()) {
         attend();
         if (SPLIT_KV && has_far_rows()) attend_exactly();
         if (SPLIT_KV && params.splits > 1) {
-            finish_part();
+            finish_split();
             continue;
         }
         const bool again = !SPLIT_KV && has_far_rows();
@@ -140,11 +150,12 @@ __device__ __forceinline__ void Consumer::attend_work_tiles() {
     }
 }
 
-// Doing rows again is a loop of its own, so that it takes no registers that the main loop needs.
+// Computing rows again stands in a loop of its own: inside the main loop's it would take registers
+// that the main loop needs.
 __device__ __forceinline__ void Consumer::run() {
-    takes_turns = true;
+    takes_turns = true;  // for the pass_turn below
     tiles_synced = 0;
-    if (index == CONSUMERS - 1) pass_turn();  // the first consumer begins
+    if (index == CONSUMERS - 1) pass_turn();  // the first consumer has the first turn
 #pragma unroll 1
     for (attend_work_tiles(); !SPLIT_KV && !is_end(work_tile()); attend_work_tiles()) {
         float factor[2];
@@ -153,27 +164,29 @@ __device__ __forceinline__ void Consumer::run() {
         store(factor);
         next_work_tile();
     }
-    if (STAGED_COLS > 0) await_stored();
+    if (STAGED_COLS > 0) await_stored();  // shared memory must outlive TMA's reads
 }
 
 // ---- roles -------------------------------------------------------------------------------------
 
-extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROUP, 1)
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(CTA_THREADS, 1)
     fwd_sm90(const __grid_constant__ HopperParams params) {
+    // The swizzle of TMA and wgmma depends on address bits below 1024, so tiles have to begin on
+    // multiples of that; a launch promises 16 bytes. SMEM_BYTES has 1 KiB to spare for this.
     char* const smem_raw = dynamic_shared<1>();
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
     const int warp = shfl(int(thread_index() / WARP_SIZE), 0);
     Scheduler scheduler(params);
-    // Three things take half a microsecond each, so three warps do them side by side.
+    // To find the first work tile, to make the barriers and to fetch the tensor maps takes half a
+    // microsecond each, so three warps do it side by side.
     if (warp == 1) scheduler.begin(smem.work);
     if (thread_index() == 2 * WARP_SIZE) {
-        smem.q.init(1, CONSUMERS * 4);  // the consumers' warps
-        smem.k.init(1, CONSUMERS * 4);
-        smem.v.init(1, CONSUMERS * 4);
-        smem.work.claims.init(1, 1);
-        smem.work.pipeline.init(1, CONSUMERS * 4 + 1);  // and the warp that loads
-        fence_mbarrier_init();                          // TMA sees the new barriers
+        smem.q.init(1, CONSUMER_WARPS);
+        smem.k.init(1, CONSUMER_WARPS);
+        smem.v.init(1, CONSUMER_WARPS);
+        smem.work.init(CONSUMER_WARPS + 1);  // and the producer
+        fence_mbarrier_init();               // TMA sees the new barriers
     }
     if (thread_index() == 3 * WARP_SIZE) {
         prefetch_tensormap(&params.k_map);
@@ -181,10 +194,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS + WARPGROU
         prefetch_tensormap(&params.v_map);
     }
     block_sync();  // all warps see the barriers and the first work tile
-    const int warpgroup = warp / (WARPGROUP / WARP_SIZE);
+    const int warpgroup = warp / WARPGROUP_WARPS;
     if (warpgroup == 0) {
         if constexpr (MOVES_REGISTERS) registers_dec<PRODUCER_REGISTERS>();
-        if (warp == 0) load(params, smem);
+        if (warp == 0) run_producer(params, smem);
         if (warp == 1) scheduler.run(smem.work);
     } else {
         if constexpr (MOVES_REGISTERS) registers_inc<CONSUMER_REGISTERS>();

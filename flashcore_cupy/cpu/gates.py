@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.cpu.numpy_rules import Rules, sizes_of
+from flashcore_cupy.cpu.numpy_rules import NumpyRules, sizes_of
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray
 
 _BLOCK_ELEMENTS = 2**22  # scores of a block, 32 MB
@@ -19,15 +19,15 @@ _BLOCK_ELEMENTS = 2**22  # scores of a block, 32 MB
 
 def scores(q: Array, k: Array, v: Array, rules: Mapping[str, Any]) -> Array:
     """Gate "qk": scores by all rules, -inf where hidden, float32 (B, Hq, Sq, Skv)."""
-    return _stage(q, k, Rules(sizes_of(q, k, v), **rules), normalise=False)
+    return _stage(q, k, NumpyRules(sizes_of(q, k, v), **rules), normalise=False)
 
 
 def probabilities(q: Array, k: Array, v: Array, rules: Mapping[str, Any]) -> Array:
     """Gate "softmax": P, 0 where hidden, float32 (B, Hq, Sq, Skv). A sink takes a part of 1."""
-    return _stage(q, k, Rules(sizes_of(q, k, v), **rules), normalise=True)
+    return _stage(q, k, NumpyRules(sizes_of(q, k, v), **rules), normalise=True)
 
 
-def _stage(q: Array, k: Array, rules: Rules, *, normalise: bool) -> Array:
+def _stage(q: Array, k: Array, rules: NumpyRules, *, normalise: bool) -> Array:
     sizes = rules.sizes
     out = np.empty((*q.shape[:3], sizes.seqlen_kv), np.float32)
     for at in _blocks(rules):
@@ -41,7 +41,7 @@ def _stage(q: Array, k: Array, rules: Rules, *, normalise: bool) -> Array:
     return out
 
 
-def _blocks(rules: Rules) -> Iterator[Block]:
+def _blocks(rules: NumpyRules) -> Iterator[Block]:
     sizes = rules.sizes
     step = max(1, _BLOCK_ELEMENTS // max(1, sizes.seqlen_kv))
     for batch, head in np.ndindex(sizes.batch, sizes.heads_q):

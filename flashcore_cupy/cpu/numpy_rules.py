@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashcore_cupy.problem.attention_problem import Causal
-from flashcore_cupy.problem.blocks import Array, Block, BoolArray, Scores
+from flashcore_cupy.problem.blocks import Array, Block, BoolArray, ScoreShape
 from flashcore_cupy.problem.mods import check_mods
 from flashcore_cupy.problem.rule import Rule
 from flashcore_cupy.problem.rules import RULES
@@ -71,7 +71,7 @@ def causal_offset(causal: Causal, seqlen_q: int, seqlen_kv: int) -> int | None:
     raise ValueError(f"causal: got {causal!r}; use False, True (bottom-right) or 'top-left'")
 
 
-class Rules:
+class NumpyRules:
     """The rules of one attention of these sizes.
 
     Takes ``attention``'s arguments of the same names, as NumPy arrays and callables: softmax_scale,
@@ -143,10 +143,10 @@ class Rules:
         return -math.inf if self._sink is None else float(self._sink[head])
 
     @cached_property
-    def scores(self) -> Scores:
+    def scores(self) -> ScoreShape:
         """Sizes of all scores."""
         sizes = self.sizes
-        return Scores(sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_kv)
+        return ScoreShape(sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_kv)
 
     def apply(self, scores: Array, at: Block) -> None:
         """Turn the products q.k of a block, (M, N), into its scores: in place, in their dtype."""

@@ -4,7 +4,7 @@ NumPy only, plain formulas, nothing shared with the tiled algorithm but the rule
 operands are canonical views with any strides: q (B, Hq, Sq, D), k (B, Hkv, Skv, D) and
 v (B, Hkv, Skv, Dv); query head h uses key head h // (Hq // Hkv). `rows`, a 1-D integer array, asks
 for these queries only, so that a few rows of a long sequence can be checked; Sq below is then
-len(rows). `rules` are the arguments of `numpy_rules.Rules`.
+len(rows). `rules` are the arguments of `numpy_rules.NumpyRules`.
 
 A query that sees no key gives o = 0 and lse = -inf, or the sink. NaN and infinity reach the outputs
 that attend to them and no others: a hidden value is left out, not multiplied by 0.
@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from flashcore_cupy.cpu.numpy_rules import Rules, causal_offset, sizes_of
+from flashcore_cupy.cpu.numpy_rules import NumpyRules, causal_offset, sizes_of
 from flashcore_cupy.cpu.tiled_attention import sequences, tiled
 from flashcore_cupy.problem.attention_problem import EPSILON
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray, IntArray
@@ -179,14 +179,14 @@ class _Task:
     q: Array
     k: Array
     queries: IntArray
-    rules: Rules
+    rules: NumpyRules
 
     @classmethod
     def of(
         cls, q: Array, k: Array, v: Array, rows: Array | None, rules: Mapping[str, Any]
     ) -> _Task:
         sizes = sizes_of(q, k, v)
-        return cls(q, k, _queries(sizes.seqlen_q, rows), Rules(sizes, **rules))
+        return cls(q, k, _queries(sizes.seqlen_q, rows), NumpyRules(sizes, **rules))
 
     def shape(self, *columns: int) -> tuple[int, ...]:
         return *self.q.shape[:2], len(self.queries), *columns

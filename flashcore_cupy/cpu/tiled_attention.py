@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from flashcore_cupy.cpu.numpy_rules import Rules, Sizes, sizes_of
+from flashcore_cupy.cpu.numpy_rules import NumpyRules, Sizes, sizes_of
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray
 
 __all__ = ["Array", "Sizes", "sequences", "tiled"]
@@ -46,17 +46,17 @@ def tiled(
     """Attention on NumPy arrays, softmax(scale * Q K^T) V, in O(S * tile) memory.
 
     Takes q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv) of float16, bfloat16 or float32
-    with any strides, Hq being a multiple of Hkv, and the arguments of `Rules`. Returns
+    with any strides, Hq being a multiple of Hkv, and the arguments of `NumpyRules`. Returns
     o (B, Hq, Sq, Dv) in q's dtype, which is `out` if given, and the natural-log log-sum-exp of the
     scores and the sink (B, Hq, Sq), float32. A query that sees no key gets o = 0 and, unless there
     is a sink, lse = -inf. The same call gives the same bits, however many cores.
 
     `out` takes any strides and must not overlap the inputs. Raises ValueError where shapes or out
-    do not fit, and what `Rules` raises.
+    do not fit, and what `NumpyRules` raises.
     """
     sizes = sizes_of(q, k, v)
     shape = (*q.shape[:3], sizes.head_dim_v)
-    checked = Rules(sizes, **rules)
+    checked = NumpyRules(sizes, **rules)
     if out is None:
         out = np.empty(shape, q.dtype)
     elif out.shape != shape or out.dtype != q.dtype:
@@ -88,7 +88,7 @@ class _Problem:
     v: Array
     out: Array
     lse: Float32Array
-    rules: Rules
+    rules: NumpyRules
 
 
 class _Task(NamedTuple):
@@ -225,7 +225,7 @@ def _in_blocks(x: Array, block: int) -> Float32Array:
 
 
 def _attend(
-    q: Float32Array, keys: _Keys, rules: Rules, at: Block, scratch: Float32Array
+    q: Float32Array, keys: _Keys, rules: NumpyRules, at: Block, scratch: Float32Array
 ) -> tuple[Float32Array, Float32Array]:
     """Return o (M, Dv) and lse (M,) of the queries q (M, D) at `at`, over all keys they see."""
     rows, block = len(q), keys.block
@@ -247,7 +247,7 @@ def _attend(
     return state.finish(keys.v_unit)
 
 
-def _finish_scores(scores: Float32Array, rules: Rules, at: Block) -> bool:
+def _finish_scores(scores: Float32Array, rules: NumpyRules, at: Block) -> bool:
     """Turn products into scores, -inf where hidden, in place; return whether any may be."""
     columns = at.keys.stop - at.keys.start
     rules.apply(scores[:, :columns], at)

@@ -121,7 +121,7 @@ def probe_writable() -> None:
 
 def cache_entries() -> list[CacheEntry]:
     """Return every entry of the cache folder, oldest first; damaged ones are marked."""
-    entries = [_describe(path) for path in _entry_paths()]
+    entries = [_read_entry(path) for path in _entry_paths()]
     return sorted(entries, key=lambda entry: (entry.created, entry.key))
 
 
@@ -218,7 +218,7 @@ def _entry_paths() -> Iterator[Path]:
     return (path for path in _children(cache_dir()) if _KEY.fullmatch(path.name))
 
 
-def _describe(path: Path) -> CacheEntry:
+def _read_entry(path: Path) -> CacheEntry:
     found = _read(path)
     sound = found[1] if found else {}
     files = [path] if os.path.isfile(path) else _children(path)

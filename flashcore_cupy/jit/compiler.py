@@ -259,10 +259,10 @@ def _look_up(job: Job) -> CompiledKernel | None:
 
 def _from_cache(key: str) -> CompiledKernel | None:
     found = cache.find(key)
-    return None if found is None else _describe(*found, from_cache=True)
+    return None if found is None else _as_compiled(*found, from_cache=True)
 
 
-def _describe(cubin: bytes, meta: Mapping[str, Any], *, from_cache: bool) -> CompiledKernel:
+def _as_compiled(cubin: bytes, meta: Mapping[str, Any], *, from_cache: bool) -> CompiledKernel:
     return CompiledKernel(
         source=meta["source"],
         arch=meta["arch"],
@@ -305,7 +305,7 @@ def _try_build(job: Job) -> _Built | Exception:
 
 def _keep(built: _Built) -> CompiledKernel:
     cache.store(*built)
-    return _describe(built.cubin, built.meta, from_cache=False)
+    return _as_compiled(built.cubin, built.meta, from_cache=False)
 
 
 def _kept(result: _Built | Exception) -> CompiledKernel | Exception:

@@ -24,16 +24,16 @@ from flashcore_cupy.problem.rules import NO_WINDOW
 from flashcore_cupy.select.params import ATTENTION_PARAMS
 from flashcore_cupy.settings import arch_override, kernels_override
 
-_SETTLED = (Number, str, type, type(None), np.bool_)  # of choices that key a call
+_SETTLED = (Number, str, type, type(None), np.bool_)  # choices that may key a call
 _LIMIT = 4096  # problems remembered; beyond, all are forgotten
 
-_POINTERS = struct.Struct("5Q")  # q, k, v, o, lse: the first fields of AttentionParams
+_ADDRESSES = struct.Struct("5Q")  # q, k, v, o, lse: the first fields of AttentionParams
 assert ATTENTION_PARAMS.names is not None and ATTENTION_PARAMS.fields is not None
 assert ATTENTION_PARAMS.names[:5] == ("q", "k", "v", "o", "lse")
-_SPLIT = struct.Struct("2Q")
-_SPLIT_OFFSET = ATTENTION_PARAMS.fields["split_partial"][1]
+_WORKSPACE = struct.Struct("2Q")
+_WORKSPACE_OFFSET = ATTENTION_PARAMS.fields["split_partials"][1]
 
-_known: dict[Any, _Known] = {}
+_known: dict[Any, _KnownCall] = {}
 # CuPy's, bound when the first call is remembered: until then nothing here needs CuPy.
 _ndarray: Any = None
 _empty: Any = None
@@ -41,12 +41,13 @@ _float32: Any = None
 _current_device: Any = None
 _current_stream: Any = None
 _is_captured: Any = None
-_launch: Any = None
-_environment = -1
+_launch_kernel: Any = None
+#: How many environment variables there were when the environment was last asked.
+_variables = -1
 
 
-class _Known:
-    """A launch that only lacks its addresses."""
+class _KnownCall:
+    """All that a call's launch needs besides its arrays' addresses."""
 
     def __init__(self, plan: GpuPlan) -> None:
         problem, (step,) = plan.problem, plan.steps
@@ -62,8 +63,8 @@ class _Known:
             addresses = {name: plan.arrays[name].data.ptr for name in "qkvo"}
             self.maps = Maps(views, addresses)
         self.workspace_bytes = plan.workspace_bytes if any(plan.workspace_bytes) else None
-        # Taken and put back whole, so that threads never share one.
-        self.launches: list[_Launch] = []
+        # A call takes one and puts it back, so that threads never share one.
+        self.blocks: list[_BoundBlock] = []
 
     def overlaps(self, q: int, k: int, v: int, o: int) -> bool:
         """Whether the output's span at address o meets that of an input."""
@@ -77,8 +78,8 @@ class _Known:
         )
 
 
-class _Launch:
-    """The parameters of one launch, and the addresses that they hold: of q, k, v, o, lse."""
+class _BoundBlock:
+    """A parameter block, and the addresses that it holds: of q, k, v, o, lse."""
 
     __slots__ = ("addresses", "block")
 
@@ -88,7 +89,7 @@ class _Launch:
 
     def move(self, addresses: tuple[int, int, int, int, int], maps: Maps | None) -> None:
         """Have the parameters hold other addresses."""
-        _POINTERS.pack_into(self.block.words, 0, *addresses)
+        _ADDRESSES.pack_into(self.block.words, 0, *addresses)
         if maps is not None:
             maps.move(self.block, *addresses[:4])
         self.addresses = addresses
@@ -96,7 +97,7 @@ class _Launch:
 
 def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool) -> None:
     """Keep what was found out for a call without rule arrays, if one launch is all that it is."""
-    global _ndarray, _empty, _float32, _launch, _environment
+    global _ndarray, _empty, _float32, _launch_kernel, _variables
     global _current_device, _current_stream, _is_captured
     if len(plan.steps) != 1 or plan.problem.gate is not None or _overridden():
         return
@@ -109,7 +110,7 @@ def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool) -> Non
         _current_device = cupy.cuda.runtime.getDevice
         _current_stream = cupy.cuda.get_current_stream
         _is_captured = cupy.cuda.runtime.streamIsCapturing
-        _launch = cupy.cuda.driver.launchKernel
+        _launch_kernel = cupy.cuda.driver.launchKernel
     q, k, v, o = (plan.arrays[name] for name in "qkvo")
     addresses = q.data.ptr | k.data.ptr | v.data.ptr | (o.data.ptr if out_given else 0)
     out, lse = o if out_given else None, "lse" in plan.arrays
@@ -120,8 +121,8 @@ def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool) -> Non
         return
     if len(_known) >= _LIMIT:
         _known.clear()
-    _environment = len(os.environ)
-    _known[key] = _Known(plan)
+    _variables = len(os.environ)
+    _known[key] = _KnownCall(plan)
 
 
 def launch_again(
@@ -138,7 +139,7 @@ def launch_again(
         known = _known.get(_key(q, k, v, out, pq | pk | pv | po, return_lse, device, choices))
     except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
         return None
-    if known is None or (len(os.environ) != _environment and _environment_changed()):
+    if known is None or (len(os.environ) != _variables and _environment_changed()):
         return None
     stream = _current_stream().ptr
     if stream > 1 and _is_captured(stream):
@@ -148,17 +149,17 @@ def launch_again(
         po = out.data.ptr
     lse = _empty(known.lse_shape, _float32) if return_lse else None
     addresses = (pq, pk, pv, po, 0 if lse is None else lse.data.ptr)
-    launch = known.launches.pop() if known.launches else _Launch(known.params.copy())
-    if launch.addresses != addresses:
+    bound = known.blocks.pop() if known.blocks else _BoundBlock(known.params.copy())
+    if bound.addresses != addresses:
         if known.overlaps(pq, pk, pv, po) or not _all_on(device, q, k, v, out):
-            known.launches.append(launch)
+            known.blocks.append(bound)
             return None  # the long way looks closer, or says what is wrong
-        launch.move(addresses, known.maps)
+        bound.move(addresses, known.maps)
     if known.workspace_bytes is not None:
         area = workspace(*known.workspace_bytes)
-        _SPLIT.pack_into(launch.block.words, _SPLIT_OFFSET, area.partial, area.arrivals)
-    _launch(*known.geometry, stream, launch.block.address, 0)
-    known.launches.append(launch)
+        _WORKSPACE.pack_into(bound.block.words, _WORKSPACE_OFFSET, area.partials, area.counters)
+    _launch_kernel(*known.geometry, stream, bound.block.address, 0)
+    known.blocks.append(bound)
     return out if lse is None else (out, lse)
 
 
@@ -200,13 +201,14 @@ def _overridden() -> bool:
 
 
 def _environment_changed() -> bool:
-    """Whether the environment asks for other kernels or another target meanwhile.
+    """Whether the environment has come to ask for other kernels or another target.
 
-    Nothing is remembered while it does. To ask takes a microsecond, so it is asked only where the
-    number of variables is not ``_environment``.
+    Nothing is remembered while it does. To read two variables takes a microsecond of each call, to
+    count them all next to nothing. So they are read only when the count has changed, as it has when
+    one of the two is set.
     """
-    global _environment
+    global _variables
     if _overridden():
         return True
-    _environment = len(os.environ)
+    _variables = len(os.environ)
     return False

@@ -16,8 +16,8 @@ class ParameterBlock:
         self.words = arrays.array("Q", params.tobytes())
         #: The same memory.
         self.bytes: Any = np.frombuffer(self.words, np.uint8)
-        self._pointers = np.array([self.bytes.ctypes.data], np.uint64)
-        self.address = int(self._pointers.ctypes.data)
+        self._arguments = np.array([self.bytes.ctypes.data], np.uint64)
+        self.address = int(self._arguments.ctypes.data)
 
     def copy(self) -> ParameterBlock:
         """Another block with the same contents."""

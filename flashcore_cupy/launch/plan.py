@@ -102,7 +102,7 @@ class GpuPlan(Plan):
     kernels: tuple[LoadedKernel, ...] = ()
     steps: tuple[Step, ...] = ()
     workspace_bytes: tuple[int, int] = (0, 0)
-    """Of split_partial and split_arrivals, if the arrays have those."""
+    """Of split_partials and counters, if the arrays have those."""
 
     @property
     def compiled(self) -> tuple[compiler.CompiledKernel, ...]:
@@ -170,11 +170,11 @@ def make_plan(
     for name, words in tensor_map.maps_of(plan.views, plan.arrays).items():
         params[f"{name}_map"] = words
     work = plan.work(params, prepared.multiprocessors)
-    plan.workspace_bytes = work.partial_bytes, work.arrivals_bytes
+    plan.workspace_bytes = work.partials_bytes, work.counters_bytes
     if any(plan.workspace_bytes):
         area = (allocate if own_workspace else workspace)(*plan.workspace_bytes)
-        plan.arrays["split_partial"] = area.partial_array
-        plan.arrays["split_arrivals"] = area.arrivals_array
+        plan.arrays["split_partials"] = area.partials_array
+        plan.arrays["counters"] = area.counter_array
     plan.point(params, mod_args)
     launches = plan.launches(params, work.blocks)
     plan.steps = tuple(_step(plan.kernels[launch.number], launch) for launch in launches)

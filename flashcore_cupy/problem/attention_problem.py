@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.blocks import ScoreShape
 from flashcore_cupy.problem.rules import NO_RULES, Rules
 from flashcore_cupy.problem.values import check_flag, check_number, shown
 
@@ -125,9 +125,9 @@ class AttentionProblem:
         return max(0, min(self.seqlen_kv, self.seqlen_q + self.causal_offset + right))
 
     @property
-    def scores(self) -> Scores:
+    def scores(self) -> ScoreShape:
         """Sizes of its scores."""
-        return Scores(self.batch, self.heads_q, self.seqlen_q, self.seqlen_kv)
+        return ScoreShape(self.batch, self.heads_q, self.seqlen_q, self.seqlen_kv)
 
     @property
     def align_bytes(self) -> int:

@@ -13,8 +13,8 @@ BoolArray: TypeAlias = NDArray[np.bool_]
 IntArray: TypeAlias = NDArray[np.int64]
 
 
-class Scores(NamedTuple):
-    """Sizes of the scores that rules apply to."""
+class ScoreShape(NamedTuple):
+    """The shape of all scores of a call, (B, Hq, Sq, Skv)."""
 
     batch: int
     heads: int
@@ -56,7 +56,7 @@ class Around(Protocol):
     """What a rule's formula needs to know besides the block: of the whole call."""
 
     @property
-    def scores(self) -> Scores:
+    def scores(self) -> ScoreShape:
         """Sizes of all scores."""
 
     @property

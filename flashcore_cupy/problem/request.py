@@ -112,7 +112,7 @@ class Request:
             request._check_for_kernel({"q": q, "k": k, "v": v, **arrays}, mod_args)
         sequences = request._boundaries(q, k, v, on_gpu)
         count = None if sequences is None else len(sequences[0]) - 1
-        problem = request._describe(q, k, v, count)
+        problem = request._problem(q, k, v, count)
         described = request._describe_rules(problem, arrays, mod_args, in_kernel)
         problem = replace(problem, rules=described)
         given = {"q": q, "k": k, "v": v, **arrays}
@@ -171,12 +171,12 @@ class Request:
                     f"as kernel={self.kernel!r} takes it"
                 )
 
-    def _describe(self, q: Any, k: Any, v: Any, sequences: int | None) -> AttentionProblem:
+    def _problem(self, q: Any, k: Any, v: Any, sequences: int | None) -> AttentionProblem:
         """The problem, but for its rules."""
         specs = [spec_of_copy(x) if why_copied(x) else spec_of(x) for x in (q, k, v)]
         others = (self.softmax_scale, self.causal, self.gate, self.layout, sequences,
                   self.batch_invariant)  # fmt: skip
-        return _described(*specs, *(_Exact.of(x) for x in others))
+        return _problem_of(*specs, *(_Exact.of(x) for x in others))
 
     def _describe_rules(
         self,
@@ -238,17 +238,17 @@ class _Exact:
         return cls(type(value), value)
 
 
-def _described(*key: Any) -> AttentionProblem:
+def _problem_of(*key: Any) -> AttentionProblem:
     try:
-        return _describe_once(*key)
+        return _cached_problem(*key)
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-        return _describe_once.__wrapped__(*key)  # which says what is wrong with the argument
+        return _cached_problem.__wrapped__(*key)  # which says what is wrong with the argument
 
 
 @functools.lru_cache(maxsize=4096)
-def _describe_once(q: ArraySpec, k: ArraySpec, v: ArraySpec, *rules: _Exact) -> AttentionProblem:
+def _cached_problem(q: ArraySpec, k: ArraySpec, v: ArraySpec, *rules: _Exact) -> AttentionProblem:
     softmax_scale, causal, gate, layout, sequences, batch_invariant = (x.value for x in rules)
     return describe(
         *(q, k, v),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, Scores
+from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, ScoreShape
 
 # Element strides of arrays, as ``AttentionParams`` has them.
 HEAD_STRIDES = np.dtype([("batch", "i8"), ("head", "i8")])
@@ -62,7 +62,7 @@ class Rule:
     when_packed: ClassVar[str | None] = None
     """What to use instead in a packed batch; None if it goes with one."""
 
-    def describe(self, value: Any, scores: Scores, dtype: str) -> Any:
+    def describe(self, value: Any, scores: ScoreShape, dtype: str) -> Any:
         """Check the argument and describe it without its data; ``dtype`` is q's."""
         raise NotImplementedError
 
@@ -84,13 +84,13 @@ class Rule:
         """Whether it may hide a key from one query head and not from another."""
         return False
 
-    def check(self, value: Any, scores: Scores) -> None:
+    def check(self, value: Any, scores: ScoreShape) -> None:
         """Raise ``TypeError`` or ``ValueError`` for an array that does not fit the scores."""
 
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Change a block of scores (M, N) in place, in their dtype."""
 
-    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+    def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """Return what holds of scores that it has changed, from what held before."""
         return before
 
@@ -104,7 +104,7 @@ class BroadcastRule(Rule):
 
     strides = BROADCAST_STRIDES
 
-    def check(self, value: Any, scores: Scores) -> None:
+    def check(self, value: Any, scores: ScoreShape) -> None:
         """(B, Hq, Sq, Skv), or what broadcasts to it."""
         shape = tuple(value.shape)
         axes = zip(shape[::-1], tuple(scores)[::-1], strict=False)
@@ -114,7 +114,7 @@ class BroadcastRule(Rule):
                 f"(B, Hq, Sq, Skv) = {tuple(scores)}"
             )
 
-    def broadcast(self, x: Any, scores: Scores) -> Broadcast:
+    def broadcast(self, x: Any, scores: ScoreShape) -> Broadcast:
         """Describe an array."""
         shape, size = tuple(x.shape), x.dtype.itemsize
         self.check(x, scores)
@@ -134,14 +134,14 @@ class PerHeadRule(Rule):
 
     takes = "numbers per head"
 
-    def describe(self, value: Any, scores: Scores, dtype: str) -> Any:
+    def describe(self, value: Any, scores: ScoreShape, dtype: str) -> Any:
         """Return True: there are any."""
         self.check(value, scores)
         if value.dtype.name != "float32":
             raise TypeError(f"{self.name}: got dtype {value.dtype.name}; use float32")
         return True
 
-    def check(self, value: Any, scores: Scores) -> None:
+    def check(self, value: Any, scores: ScoreShape) -> None:
         """(Hq,)."""
         if tuple(value.shape) != (scores.heads,):
             raise ValueError(

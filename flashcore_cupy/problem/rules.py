@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, Scores, cut
+from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, ScoreShape, cut
 from flashcore_cupy.problem.mods import (
     Mods,
     apply_score_mod,
@@ -102,7 +102,7 @@ class Window(Rule):
     name, default, takes = "window", NO_WINDOW, "value"
     acts_on = "positions"
 
-    def describe(self, value: Any, scores: Scores, dtype: str) -> tuple[int, int]:
+    def describe(self, value: Any, scores: ScoreShape, dtype: str) -> tuple[int, int]:
         """Return (left, right), -1 for a side that hides nothing."""
         wrong = (
             f"window: got {shown(value)}; use (left, right), each an int from 0, or -1 for no bound"
@@ -128,7 +128,7 @@ class Softcap(Rule):
     codes: ClassVar = {"softcap": 1, "softcap_wide": 4096}
     numbers = ("softcap", "inverse_softcap")
 
-    def describe(self, value: Any, scores: Scores, dtype: str) -> float:
+    def describe(self, value: Any, scores: ScoreShape, dtype: str) -> float:
         """Return the cap as a float, 0 for none, which infinity is, too."""
         cap = check_number("softcap", value, "0 for none")
         if not cap >= 0:  # so written that NaN fails
@@ -159,7 +159,7 @@ class Softcap(Rule):
             ratio *= cap
         np.copyto(scores, ratio, where=~same)
 
-    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+    def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """The tanh is of approximate instructions."""
         if not value:
             return before
@@ -173,7 +173,7 @@ class AlibiSlopes(PerHeadRule):
     codes: ClassVar = {"alibi": 2}
     pointer, strides = "alibi", HEAD_STRIDES
 
-    def describe(self, value: Any, scores: Scores, dtype: str) -> tuple[int, int]:
+    def describe(self, value: Any, scores: ScoreShape, dtype: str) -> tuple[int, int]:
         """Return the element strides of batches and heads."""
         super().describe(value, scores, dtype)
         strides = [s // value.dtype.itemsize for s in value.strides]
@@ -183,7 +183,7 @@ class AlibiSlopes(PerHeadRule):
         """Return the strides."""
         return {"alibi_strides": described}
 
-    def check(self, value: Any, scores: Scores) -> None:
+    def check(self, value: Any, scores: ScoreShape) -> None:
         """(Hq,) or (B, Hq)."""
         shape, allowed = tuple(value.shape), ((scores.heads,), (scores.batch, scores.heads))
         if shape not in allowed:
@@ -199,7 +199,7 @@ class AlibiSlopes(PerHeadRule):
         distance = np.abs(at.q_idx + around.offset - at.kv_idx).astype(scores.dtype)
         scores -= scores.dtype.type(float(of_batch[at.head])) * distance
 
-    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+    def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """No distance is longer than both sequences."""
         longest = scores.seqlen_q + scores.seqlen_kv
         return before.rounded(before.largest + float(np.abs(value).max()) * longest)
@@ -212,7 +212,7 @@ class Bias(BroadcastRule):
     codes: ClassVar = {"bias": 4, "bias_fp32": 8}
     load_codes: ClassVar = {"bias_pairs": 256}
 
-    def describe(self, value: Any, scores: Scores, dtype: str) -> Broadcast:
+    def describe(self, value: Any, scores: ScoreShape, dtype: str) -> Broadcast:
         """Return how it broadcasts."""
         if value.dtype.name not in (dtype, "float32"):
             wanted = "q's, float32" if dtype == "float32" else f"q's, {dtype}, or float32"
@@ -235,7 +235,7 @@ class Bias(BroadcastRule):
         """Add it."""
         scores += cut(value, at, around).astype(scores.dtype)
 
-    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+    def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """What it adds, where that is finite."""
         finite = np.abs(np.where(np.isfinite(value), value, 0).astype(np.float64))
         return before.rounded(before.largest + float(finite.max(initial=0.0)))
@@ -251,7 +251,7 @@ class ScoreMod(Rule):
         """Have the function change the block."""
         apply_score_mod(value, scores, at, around)
 
-    def bounds(self, value: Any, before: Bounds, scores: Scores) -> Bounds:
+    def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """Formulas are taken to leave scores about as large as they are."""
         return before.rounded(before.largest)
 
@@ -264,11 +264,11 @@ class Mask(BroadcastRule):
     codes: ClassVar = {"mask": 32}
     load_codes: ClassVar = {"mask_pairs": 512, "mask_chunks": 2048}
 
-    def describe(self, value: Any, scores: Scores, dtype: str) -> Broadcast:
+    def describe(self, value: Any, scores: ScoreShape, dtype: str) -> Broadcast:
         """Return how it broadcasts."""
         return self.broadcast(value, scores)
 
-    def check(self, value: Any, scores: Scores) -> None:
+    def check(self, value: Any, scores: ScoreShape) -> None:
         """Booleans that broadcast."""
         if value.dtype.name != "bool":
             raise TypeError(
@@ -336,7 +336,7 @@ RULE_BITS: Mapping[str, int] = {
 }
 
 
-def describe_rules(scores: Scores, dtype: str, *, packed: bool = False, **given: Any) -> Rules:
+def describe_rules(scores: ScoreShape, dtype: str, *, packed: bool = False, **given: Any) -> Rules:
     """Check every rule of a call and describe it.
 
     ``given``: the rules' arguments and ``mod_args``. Arrays come as ``ArraySpec`` or anything with

@@ -58,9 +58,9 @@ class Tile:
     pack_gqa: bool = False
     """mma_sm80, wgmma_sm90: the query heads that share a head of K and V are rows of one tile."""
     split_kv: bool = False
-    """mma_sm80, wgmma_sm90: several thread blocks may share out the keys."""
+    """mma_sm80, wgmma_sm90: the keys may be split over several thread blocks."""
     cluster: int = 1
-    """wgmma_sm90: so many share them out, and merge through each other's shared memory."""
+    """wgmma_sm90: thread blocks that combine splits through each other's shared memory."""
     min_blocks: int = 1
     """Thread blocks per multiprocessor that registers are kept free for."""
 
@@ -116,11 +116,12 @@ class KernelConfig(ABC):
     dim_qk: int
     dim_v: int
     tile: Tile
-    causal: bool = False
+    bounded_right: bool = False
+    """Queries see no key too far to the right of their own position: causal, or a window."""
+    bounded_left: bool = False
+    """Nor one too far to the left: a window."""
     gate: str | None = None
     align_bytes: int = 16
-    window: bool = False
-    """Queries see no key far to the left of their own position; causal: to the right."""
     rules: tuple[str, ...] = ()
     """Names in ``RULE_BITS``."""
     packed: bool = False
@@ -163,10 +164,10 @@ class KernelConfig(ABC):
             dim_qk=problem.head_dim,
             dim_v=problem.head_dim_v,
             tile=tile,
-            causal=right >= 0,
+            bounded_right=right >= 0,
+            bounded_left=left >= 0,
             gate=problem.gate,
             align_bytes=problem.align_bytes,
-            window=left >= 0,
             rules=rules_of(problem) if cls.has_rules else (),
             packed=problem.packed,
             mods=problem.rules.mods,
@@ -272,8 +273,8 @@ class KernelConfig(ABC):
             "FC_PACK_GQA": int(t.pack_gqa),
             "FC_SPLIT_KV": int(t.split_kv),
             "FC_CLUSTER": t.cluster,
-            "FC_CAUSAL": int(self.causal),
-            "FC_WINDOW": int(self.window),
+            "FC_BOUNDED_RIGHT": int(self.bounded_right),
+            "FC_BOUNDED_LEFT": int(self.bounded_left),
             "FC_RULES": sum(RULE_BITS[name] for name in self.rules),
             "FC_VARLEN": int(self.packed),
             "FC_GATE": _GATE_CODE[self.gate],
@@ -300,24 +301,24 @@ class KernelConfig(ABC):
         return (blocks,)
 
     def splits(self, problem: AttentionProblem, resident: int) -> int:
-        """Parts of the keys that the thread blocks of one row of tiles share out.
+        """Ranges into which the keys of a block of rows are split, one thread block each.
 
         ``resident``: the thread blocks that run side by side on the whole GPU.
         """
         return 1
 
     def section(self, problem: AttentionProblem, multiprocessors: int) -> int:
-        """Heads whose blocks take turns, the longest first."""
+        """Heads whose blocks of rows are interleaved, the longest first."""
         return 1
 
     def most_blocks(self, multiprocessors: int) -> int:
-        """Thread blocks of a launch; a kernel with more work than that hands it out itself."""
+        """Thread blocks of a launch at most; a persistent kernel gives each of them more work."""
         return MAX_GRID
 
     def workspace_bytes(self, blocks: int, splits: int, most_blocks: int) -> tuple[int, int]:
-        """Bytes of partial results and of counters that a launch needs, (0, 0) if none.
+        """Bytes of partials and of counters that a launch needs, (0, 0) if none.
 
-        ``blocks``: rows of tiles, each of which has ``splits`` parts.
+        ``blocks``: blocks of rows, each of which has ``splits`` splits of the keys.
         """
         return 0, 0
 

@@ -1,4 +1,4 @@
-"""How a problem's work is cut: blocks of queries, and parts of the keys."""
+"""How a problem's work is cut: blocks of rows, and splits of their keys."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def blocks_per_head(problem: AttentionProblem, config: KernelConfig) -> int:
     """Blocks of rows per head of q, or of k and v where a group's heads are packed."""
     block_m, rows = config.tile.block_m, rows_per_head(problem, config)
     # Each packed sequence may start within a block, and so may the rows before and behind them: see
-    # PackedBatch in schedule.cuh.
+    # PackedBatch in work.cuh.
     return rows // block_m + problem.batch + 2 if problem.packed else -(-rows // block_m)
 
 
@@ -68,9 +68,9 @@ def query_blocks(problem: AttentionProblem, config: KernelConfig) -> int:
 
 
 class Split(NamedTuple):
-    """A number of parts of the keys, and what it makes of a grid."""
+    """A number of splits of the keys, and what it makes of a grid."""
 
-    parts: int
+    splits: int
     waves: int
     """Rounds of the thread blocks that fit on the GPU side by side."""
     own_keys: int
@@ -85,10 +85,10 @@ def fastest_split(
     resident: int,
     cost: Callable[[Split], float],
 ) -> int:
-    """The number of parts that ends first by ``cost``, a time in keys; of equals the fewest keys.
+    """The number of splits that ends first by ``cost``, a time in keys; of equals the fewest keys.
 
-    ``resident`` thread blocks fit on the GPU, each taking as long as its keys, and some more for
-    its beginning and for the merge.
+    ``resident`` thread blocks run side by side on the GPU. Each takes as long as its keys, and some
+    more to begin and to combine.
     """
     if not config.tile.split_kv or problem.batch_invariant:
         return 1
@@ -99,9 +99,9 @@ def fastest_split(
         blocks = max(1, blocks // 2)  # about every other one has no sequence
     tiles = max(1, -(-keys // config.tile.block_n))
 
-    def order(parts: int) -> tuple[float, int]:
-        waves = -(-blocks * parts // resident)
-        own = waves * -(-tiles // parts) * config.tile.block_n
-        return cost(Split(parts, waves, own, blocks * keys / resident)), own
+    def order(splits: int) -> tuple[float, int]:
+        waves = -(-blocks * splits // resident)
+        own = waves * -(-tiles // splits) * config.tile.block_n
+        return cost(Split(splits, waves, own, blocks * keys / resident)), own
 
     return min(range(1, min(tiles, most) + 1), key=order)

@@ -24,7 +24,7 @@ _POINTERS = [
     *("q_scale", "k_scale", "v_scale"),
     *(rule.pointer for rule in RULES if rule.pointer is not None),
 ]
-_MORE_POINTERS = ["cu_seqlens_q", "cu_seqlens_kv", "split_partial", "split_arrivals"]
+_MORE_POINTERS = ["cu_seqlens_q", "cu_seqlens_kv", "split_partials", "counters"]
 _INTEGERS = [
     *("batch", "heads_q", "heads_kv", "group", "seqlen_q", "seqlen_kv", "causal_offset"),
     *("window_left", "window_right", "top_left", "m_blocks", "splits", "section"),

@@ -40,9 +40,9 @@ class Work(NamedTuple):
 
     blocks: int
     """Thread blocks of the last launch."""
-    partial_bytes: int
-    """Of what the parts of split rows leave for each other."""
-    arrivals_bytes: int
+    partials_bytes: int
+    """Of the partials of split keys."""
+    counters_bytes: int
     """Of counters, which are 0 between launches."""
 
 
@@ -111,8 +111,8 @@ class Plan(ABC):
     def work(self, params: Params, multiprocessors: int) -> Work:
         """Return how much there is to do.
 
-        There is a thread block per row of tiles and part of its keys, or as many as the kernel
-        takes at most: then they take work from a counter.
+        There is a thread block per block of rows and split of its keys, or as many as the kernel
+        takes at most: then they claim work from a counter.
         """
         config = self.selection.config
         blocks, splits = grids.query_blocks(self.problem, config), int(params["splits"])

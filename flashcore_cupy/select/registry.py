@@ -10,8 +10,8 @@ from flashcore_cupy.select.ladder import Fused, Quantized, Scalar, Unfused
 from flashcore_cupy.select.sm80 import Sm80
 from flashcore_cupy.select.sm90 import Sm90
 
-_HALF = ("float16", "bfloat16")
-_ALL = (*_HALF, "float32")
+_SIXTEEN_BIT = ("float16", "bfloat16")
+_ALL = (*_SIXTEEN_BIT, "float32")
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,23 @@ KERNELS: Mapping[str, Kernel] = {
     for k in (
         Kernel("scalar", Scalar, _ALL, "one fused kernel, online softmax, no tensor cores"),
         Kernel(
-            *("wmma_unfused", Unfused, _HALF),
+            *("wmma_unfused", Unfused, _SIXTEEN_BIT),
             idea="two tensor-core products with a softmax between, S and P in global memory",
         ),
         Kernel(
-            *("wmma_fused_32", Fused, _HALF),
+            *("wmma_fused_32", Fused, _SIXTEEN_BIT),
             idea="FlashAttention in one kernel: 32 x 32 tiles, S and P in shared memory",
         ),
         Kernel(
-            *("wmma_fused_64", Fused, _HALF),
+            *("wmma_fused_64", Fused, _SIXTEEN_BIT),
             idea="64 x 64 tiles: each K and V row is loaded half as often",
         ),
         Kernel(
-            *("wmma_cp_async", Fused, _HALF),
+            *("wmma_cp_async", Fused, _SIXTEEN_BIT),
             idea="two stages: the next K and V tile is on its way while this one is used",
         ),
         Kernel(
-            *("wmma_warp_softmax", Fused, _HALF),
+            *("wmma_warp_softmax", Fused, _SIXTEEN_BIT),
             idea="a warp owns its rows: softmax by shuffle, O in registers, one barrier per tile",
         ),
         Kernel(
@@ -79,11 +79,11 @@ KERNELS: Mapping[str, Kernel] = {
             idea="mma.sync and ldmatrix: scores, probabilities and output stay in registers",
         ),
         Kernel(
-            *("wgmma_sm90", Sm90, _HALF),
+            *("wgmma_sm90", Sm90, _SIXTEEN_BIT),
             idea="TMA and wgmma: a warp that loads, warpgroups that overlap softmax with products",
         ),
         Kernel(
-            *("fp8_wmma", Quantized, _HALF),
+            *("fp8_wmma", Quantized, _SIXTEEN_BIT),
             idea="q, k, v quantised to e4m3 with a scale per head, widened to 16 bit on load",
         ),
     )

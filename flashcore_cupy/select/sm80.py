@@ -9,9 +9,9 @@ from flashcore_cupy.select.units import MMA, WARP_SIZE, panel_cols, round_up
 
 _NAMED_BARRIERS = 15  # the sixteenth is __syncthreads's
 _WORK_BYTES = 96
-"""``Work`` in ``schedule.cuh``, a counter, two pointers, and the barriers of K and V."""
-# What a part of split keys costs beyond its own, in keys: to begin and end, and to be merged.
-_PART_KEYS, _MERGE_KEYS = 256, 24
+"""``Work`` in ``work.cuh``, a counter, two pointers, and the barriers of K and V."""
+# What a split costs beyond its own keys, in keys: to begin and end, and to be combined.
+_SPLIT_KEYS, _COMBINE_KEYS = 256, 24
 
 
 class Sm80(KernelConfig):
@@ -38,10 +38,10 @@ class Sm80(KernelConfig):
         if size == 4 and t.block_n // t.warps_n > 64:
             reasons.append(f"block_n={t.block_n}: a warp takes at most 64 keys of float32")
         columns = self.head_dim_v // t.warps_d // 2
-        merged = (t.warps_n - 1) * 32 * (t.block_m // 16) * (4 + columns) * 4
-        if merged > t.num_stages * t.block_n * (self._row_qk + self._row_v):
+        partials = (t.warps_n - 1) * 32 * (t.block_m // 16) * (4 + columns) * 4
+        if partials > t.num_stages * t.block_n * (self._row_qk + self._row_v):
             reasons.append(
-                f"warps_n={t.warps_n}: their results do not fit over K and V for the merge"
+                f"warps_n={t.warps_n}: their partials do not fit over K and V to be combined"
             )
         return reasons
 
@@ -102,16 +102,16 @@ class Sm80(KernelConfig):
     # --- launches ---------------------------------------------------------------------------------
 
     def splits(self, problem: AttentionProblem, resident: int) -> int:
-        """The number of parts with which the last thread block ends first."""
+        """The number of splits with which the last thread block ends first."""
 
         def cost(split: Split) -> float:
-            merge = _MERGE_KEYS * (split.parts - 1)
-            return split.own_keys + split.waves * _PART_KEYS + merge
+            combine = _COMBINE_KEYS * (split.splits - 1)
+            return split.own_keys + split.waves * _SPLIT_KEYS + combine
 
         return fastest_split(problem, self, resident, cost)
 
     def workspace_bytes(self, blocks: int, splits: int, most_blocks: int) -> tuple[int, int]:
-        """What each warp of each part leaves, and how many parts of a row of tiles are done."""
+        """The partials of each warp of each split; a counter of arrivals per block of rows."""
         if splits == 1:
             return 0, 0
         t = self.tile

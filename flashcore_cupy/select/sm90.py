@@ -26,7 +26,7 @@ from flashcore_cupy.select.tensor_view import (
     is_addressable,
     view_of,
 )
-from flashcore_cupy.select.units import MAX_GRID, MMA, WARP_SIZE, WARPGROUP, panel_cols
+from flashcore_cupy.select.units import MAX_GRID, MMA, WARP_SIZE, WARPGROUP_WARPS, panel_cols
 
 ROWS_OF_WARPGROUP = 64
 """Rows of q that one copy takes."""
@@ -34,11 +34,12 @@ ROWS_OF_WARP = 16
 """Rows of o that one copy brings."""
 _MAX_STAGES = 4
 _KIB = 1024
-# What a part of split keys costs beyond its own, in keys: to begin and end, while the next part is
-# loaded; that there are parts at all; and a round of merging eight of them.
-_PART_KEYS, _SPLIT_KEYS, _MERGE_KEYS = 64, 128, 100
-# Measured on an H200 at D=64, 128, 256 and 512 to 16384 queries; a long head has so many blocks.
-_L2_BYTES, _LONG, _ROUNDS = 34_000_000, 40, 8
+# What a split costs beyond its own keys, in keys: to begin and end, while the next one is loaded;
+# that keys are split at all; and to combine eight splits.
+_SPLIT_KEYS, _ANY_SPLIT_KEYS, _COMBINE_KEYS = 64, 128, 100
+# Of ``section``, measured on an H200 at D=64, 128, 256 and 512 to 16384 queries: the K and V that
+# stay in L2; and of heads with many blocks, how many that is, and how many rounds are interleaved.
+_L2_BYTES, _MANY_BLOCKS, _MANY_ROUNDS = 34_000_000, 40, 8
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Sm90(KernelConfig):
     # --- tiles ------------------------------------------------------------------------------------
 
     def unfit(self) -> list[str]:
-        """Whole warpgroups, boxes that TMA copies, parts that fit over K for the merge."""
+        """Whole warpgroups, boxes that TMA copies, partials that fit over K to be combined."""
         t, reasons = self.tile, []
         if t.warps_m not in (4, 8, 12) or t.block_m != MMA * t.warps_m:
             reasons.append(
@@ -112,14 +113,14 @@ class Sm90(KernelConfig):
             reasons.append(f"block_n={t.block_n} is not a multiple of 16 up to {MAX_BOX}")
         if t.num_stages > _MAX_STAGES:
             reasons.append(f"num_stages={t.num_stages}; at most {_MAX_STAGES}")
-        if (t.pack_gqa or t.split_kv) and t.warps_m > WARPGROUP:
+        if (t.pack_gqa or t.split_kv) and t.warps_m > WARPGROUP_WARPS:
             reasons.append("wgmma_sm90 has pack_gqa and split_kv for one consumer warpgroup alone")
         if t.cluster not in (1, 2, 4, 8) or (t.cluster > 1 and not t.split_kv):
             reasons.append(f"cluster={t.cluster}; 2, 4 or 8 thread blocks, with split_kv")
         # O, padded, and m and l: see split_combine.cuh
-        part = 4 * t.block_m * (self.head_dim_v + 8 + 2)
-        if t.cluster > 1 and part > self._size * t.num_stages * t.block_n * self.head_dim:
-            reasons.append(f"cluster={t.cluster}: a part does not fit over K for the merge")
+        partials = 4 * t.block_m * (self.head_dim_v + 8 + 2)
+        if t.cluster > 1 and partials > self._size * t.num_stages * t.block_n * self.head_dim:
+            reasons.append(f"cluster={t.cluster}: partials do not fit over K to be combined")
         others = [name for name in ("warps_n", "warps_d") if getattr(t, name) > 1]
         others += [name for name in ("cp_async", "warp_softmax", "fp8") if getattr(t, name)]
         if others:
@@ -131,7 +132,7 @@ class Sm90(KernelConfig):
     @property
     def num_warps(self) -> int:
         """The consumers and the warpgroup that loads."""
-        return super().num_warps + WARPGROUP
+        return super().num_warps + WARPGROUP_WARPS
 
     @property
     def _size(self) -> int:
@@ -167,8 +168,8 @@ class Sm90(KernelConfig):
         As many panels as there is room for.
         """
         t = self.tile
-        # A box of 16 rows is one of the array only where rows are queries of one sequence; and what
-        # parts of the keys have found is merged in memory.
+        # A box of 16 rows is one of the array only where rows are queries of one sequence; and O of
+        # split keys is combined in memory first.
         is_box = not (self.packed or t.pack_gqa or t.split_kv)
         has_output = self.gate not in ("qk", "softmax")
         if not (self.tma_stores and self.align_bytes == TMA_ALIGN and is_box and has_output):
@@ -183,65 +184,64 @@ class Sm90(KernelConfig):
         return self._loaded_bytes + self._size * self.tile.block_m * self.staged_cols
 
     def own_defines(self) -> dict[str, int]:
-        """How shared memory is divided, for the kernel not to reckon again."""
+        """How shared memory is divided, so that the kernel need not compute it again."""
         return {"FC_Q_STAGES": self.q_stages, "FC_STAGED_COLS": self.staged_cols}
 
     # --- launches ---------------------------------------------------------------------------------
 
     def splits(self, problem: AttentionProblem, resident: int) -> int:
-        """A cluster's thread blocks have a part each; else as many as end first."""
+        """A cluster's thread blocks have a split each; else as many as end first."""
         if self.tile.cluster > 1:
             return self.tile.cluster
 
         def cost(split: Split) -> float:
             # Half of the thread blocks read about as fast as memory delivers; between that and all
             # of them some have the way to memory for themselves, and others wait: B=1, 8 heads,
-            # 65536 keys, D=128 71, 77 and 69 us in 9, 12 and 16 parts. So of equals the most parts.
+            # 65536 keys, D=128 71, 77 and 69 us in 9, 12 and 16 splits. So of equals the most.
             busy = max(split.own_keys, 2 * split.share)
-            return busy + split.waves * _PART_KEYS + self._merge_keys(problem, split.parts)
+            return busy + split.waves * _SPLIT_KEYS + self._combine_keys(problem, split.splits)
 
         return fastest_split(problem, self, resident, cost)
 
-    def _merge_keys(self, problem: AttentionProblem, parts: int) -> int:
-        """What it takes to merge the parts: a warpgroup, four columns per thread at a time."""
-        if parts == 1:
+    def _combine_keys(self, problem: AttentionProblem, splits: int) -> int:
+        """What it takes to combine: a warpgroup, four columns per thread at a time."""
+        if splits == 1:
             return 0
         rows = min(self.tile.block_m, rows_per_head(problem, self))
-        rounds = -(-rows * self.head_dim_v // (4 * WARPGROUP * WARP_SIZE))
-        return _SPLIT_KEYS + _MERGE_KEYS * rounds * -(-parts // 8)
+        rounds = -(-rows * self.head_dim_v // (4 * WARPGROUP_WARPS * WARP_SIZE))
+        return _ANY_SPLIT_KEYS + _COMBINE_KEYS * rounds * -(-splits // 8)
 
     def section(self, problem: AttentionProblem, multiprocessors: int) -> int:
-        """Heads whose blocks are dealt out together; see ``deal_out_section`` in ``schedule.cuh``.
+        """Heads whose blocks are interleaved; see ``interleave_section`` in ``work.cuh``.
 
-        As many as have their K and V in L2 together, or, of long sequences, as make up several
-        rounds of blocks: there a few blocks of every head are under way at a time and share what
-        they read.
+        As many as have their K and V in L2 together, or, of heads with many blocks, as make up
+        several rounds: there a few blocks of every head run at a time and share what they read.
         """
         blocks = blocks_per_head(problem, self)
         head_bytes = 2 * problem.visible_kv * (self.head_dim + self.head_dim_v)
         room = _L2_BYTES // 2 if blocks <= 4 else _L2_BYTES
         heads = max(1, room // max(1, head_bytes))
         size = 1 << heads.bit_length() - 1
-        if blocks >= _LONG:
-            rounds = -(-_ROUNDS * multiprocessors // blocks)
+        if blocks >= _MANY_BLOCKS:
+            rounds = -(-_MANY_ROUNDS * multiprocessors // blocks)
             size = max(size, 1 << (rounds - 1).bit_length())
         # The scheduler multiplies it by the blocks of a head, in 32 bits: keys that take no room in
         # L2 must not make it larger than all heads.
         return min(size, query_blocks(problem, self) // max(1, blocks))
 
     def most_blocks(self, multiprocessors: int) -> int:
-        """One per multiprocessor; those of a cluster have one block of rows, and go."""
+        """One per multiprocessor, which stays; clusters have one block of rows and end."""
         return MAX_GRID if self.tile.cluster > 1 else multiprocessors
 
     def workspace_bytes(self, blocks: int, splits: int, most_blocks: int) -> tuple[int, int]:
-        """What each part leaves: ``SplitRows`` in ``split_combine.cuh``; a cluster leaves nothing.
+        """``SplitRows`` in ``split_combine.cuh``, which a cluster has in shared memory.
 
-        The first counter is of the blocks that are taken.
+        The counters are ``WorkCounters`` in ``params.cuh``: claimed blocks, then arrivals.
         """
         if self.tile.cluster > 1 or (splits == 1 and blocks <= most_blocks):
             return 0, 0
-        part = self.tile.block_m * (self.head_dim_v + 2) * 4
-        return (blocks * splits * part, 4 + blocks * 4) if splits > 1 else (0, 4)
+        partials = self.tile.block_m * (self.head_dim_v + 2) * 4
+        return (blocks * splits * partials, 4 + blocks * 4) if splits > 1 else (0, 4)
 
     def views(self, problem: AttentionProblem, output: Operand) -> tuple[View, ...]:
         """How the kernel's maps see q, k and v, and o where it is stored by one.
@@ -267,7 +267,7 @@ class Sm90(KernelConfig):
 
     def describe_warps(self) -> str:
         """Who multiplies."""
-        consumers = self.tile.warps_m // WARPGROUP
+        consumers = self.tile.warps_m // WARPGROUP_WARPS
         return f"{consumers} consumer warpgroup{'s' * (consumers > 1)}"
 
     def describe_units(self) -> list[str]:

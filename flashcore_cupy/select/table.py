@@ -44,8 +44,8 @@ WMMA_HEAD_DIMS = (32, 64, 80, 96, 128)
 # 1651 us; 64 queries per block 1959, 256 queries 2152.
 _UNFUSED = Tile(128, 64, warps_m=4, warps_n=4, num_stages=2, cp_async=True)
 _unfused = partial(_line, "wmma_unfused")
-_TALL = _choice(_UNFUSED)
-_HALF = _choice(replace(_UNFUSED, block_m=64))
+_ROWS_128 = _choice(_UNFUSED)
+_ROWS_64 = _choice(replace(_UNFUSED, block_m=64))
 
 # 1154 us; bounded to five blocks' worth of registers, 96 and fewer.
 _FUSED_32 = _choice(Tile(32, 32, warps_m=2, warps_n=2, min_blocks=5))
@@ -64,10 +64,10 @@ def _async(keys: int) -> _Choice:
 # 425 us bounded to three blocks' worth of registers, 477 unbounded.
 _WARP = Tile(64, 64, warps_m=4, num_stages=2, cp_async=True, warp_softmax=True, min_blocks=3)
 _warp = partial(_line, "wmma_warp_softmax")
-_THREE_WARP = _choice(_WARP)
+_THREE_CTAS_WARP = _choice(_WARP)
 # Two blocks are all that shared memory holds; a third one's worth of registers would spill.
-_TWO_WARP = _choice(replace(_WARP, min_blocks=2))
-_WARP_32 = _choice(replace(_WARP, block_n=32))
+_TWO_CTAS_WARP = _choice(replace(_WARP, min_blocks=2))
+_KEYS_32_WARP = _choice(replace(_WARP, block_n=32))
 
 # 569 us with two stages, 647 with one.
 _FP8 = Tile(64, 64, warps_m=4, num_stages=2, warp_softmax=True, fp8=True)
@@ -79,11 +79,11 @@ _LADDER_ROWS = (
     *_line("scalar", 128, _choice(Tile(16, 32, warps_m=4), dtypes=DTYPES)),
     # The accumulators of 256 columns need the registers of half of the queries.
     *_line("scalar", 256, _choice(Tile(8, 32, warps_m=4), dtypes=DTYPES)),
-    *_unfused(32, _TALL),
-    *_unfused(64, _TALL),
-    *_unfused(80, _TALL, _HALF),
-    *_unfused(96, _TALL, _HALF),
-    *_unfused(128, _TALL, _HALF),
+    *_unfused(32, _ROWS_128),
+    *_unfused(64, _ROWS_128),
+    *_unfused(80, _ROWS_128, _ROWS_64),
+    *_unfused(96, _ROWS_128, _ROWS_64),
+    *_unfused(128, _ROWS_128, _ROWS_64),
     *(row for dim in WMMA_HEAD_DIMS for row in _line("wmma_fused_32", dim, _FUSED_32)),
     *(row for dim in WMMA_HEAD_DIMS for row in _line("wmma_fused_64", dim, _FUSED_64)),
     *_cp_async(32, _async(128), _async(64)),
@@ -91,11 +91,11 @@ _LADDER_ROWS = (
     *_cp_async(80, _async(64)),
     *_cp_async(96, _async(64), _async(32)),
     *_cp_async(128, _async(64), _async(32)),
-    *_warp(32, _THREE_WARP),
-    *_warp(64, _THREE_WARP),
-    *_warp(80, _THREE_WARP),
-    *_warp(96, _TWO_WARP),
-    *_warp(128, _TWO_WARP, _WARP_32),
+    *_warp(32, _THREE_CTAS_WARP),
+    *_warp(64, _THREE_CTAS_WARP),
+    *_warp(80, _THREE_CTAS_WARP),
+    *_warp(96, _TWO_CTAS_WARP),
+    *_warp(128, _TWO_CTAS_WARP, _KEYS_32_WARP),
     *_fp8(32, _FP8_64),
     *_fp8(64, _FP8_64),
     *_fp8(80, _FP8_64, _FP8_32),
@@ -132,15 +132,15 @@ def _few(keys: int) -> _Choice:
 
 _SOME = _choice(Tile(64, 128, warps_m=4, warps_n=2, num_stages=2, cp_async=True), max_blocks=100)
 # Three blocks of 168 registers' threads.
-_THREE = _choice(replace(_MMA_2, min_blocks=3), max_arch=90, spills_with=_PLAIN)
-# D=64, S=512 causal: 184 us, 190 with _LONG.
-_SHORT = partial(_THREE, max_keys=512)
+_THREE_CTAS = _choice(replace(_MMA_2, min_blocks=3), max_arch=90, spills_with=_PLAIN)
+# D=64, S=512 causal: 184 us, 190 with _LONG_TILES.
+_FEW_KEYS = partial(_THREE_CTAS, max_keys=512)
 # Two blocks on long tiles: S=2048 is 5 % faster than with three on short ones.
-_LONG = _choice(
+_LONG_TILES = _choice(
     replace(_MMA_2, block_n=128, min_blocks=2), min_arch=90, max_arch=100, spills_with=_PLAIN
 )
 # D=128: 1.02 to 1.17 times.
-_TWO = _choice(_MMA_2, spills_with=PER_SCORE)
+_TWO_STAGES = _choice(_MMA_2, spills_with=PER_SCORE)
 # Rules take registers, too.
 _RULED = _choice(replace(_MMA_64, min_blocks=2))
 # D=64: 1 to 11 % faster than _RULED.
@@ -153,12 +153,14 @@ _COLUMNS = _choice(replace(_MMA_64, warps_m=2, warps_d=2), spills_with=PER_SCORE
 # fmt: off
 _SM80_ROWS = (
     # D         one query, a few     small grids          larger   all others
-    *_sm80(32,  _one(128),           _few(128),           _SOME,   _THREE, _TWO, _RULED),
-    *_sm80(64,  _one(128),           _few(128),           _SOME,   _SHORT, _LONG, _THREE,
-                                                                   _TWO, _RULED_64),
-    *_sm80(80,  _one(128),           _few(128),           _SOME,   _TWO, _RULED),
-    *_sm80(96,  _one(128),           _few(128), _few(64), _SOME,   _TWO, _RULED),
-    *_sm80(128, _one(128),           _few(128), _few(64), _SOME,   _TWO, _RULED),
+    *_sm80(32,  _one(128),           _few(128),           _SOME,   _THREE_CTAS, _TWO_STAGES,
+                                                                   _RULED),
+    *_sm80(64,  _one(128),           _few(128),           _SOME,   _FEW_KEYS, _LONG_TILES,
+                                                                   _THREE_CTAS, _TWO_STAGES,
+                                                                   _RULED_64),
+    *_sm80(80,  _one(128),           _few(128),           _SOME,   _TWO_STAGES, _RULED),
+    *_sm80(96,  _one(128),           _few(128), _few(64), _SOME,   _TWO_STAGES, _RULED),
+    *_sm80(128, _one(128),           _few(128), _few(64), _SOME,   _TWO_STAGES, _RULED),
     *_sm80(192, _one(128), _one(64), _few(64), _few(32),           _WIDE),
     *_sm80(256, _one(128), _one(64), _few(64), _few(32),           _COLUMNS, _WIDE),
     # (D, Dv) and wider heads, for whatever grid
@@ -204,9 +206,9 @@ _WGMMA = Tile(128, 128, warps_m=8, num_stages=2)
 _WGMMA_192 = Tile(192, 128, warps_m=12, num_stages=3)
 _WGMMA_64 = Tile(64, 128, warps_m=4, num_stages=2)
 _NARROW = replace(_WGMMA, block_n=64)
-# Thread blocks that merge in shared memory, 2 us sooner than in global memory. B=1, 32/8 heads,
-# D=128, 1024 keys: 6.1 us, 8.6 without. But only 64 of them find a place at once, in twos 128, and
-# 64 do not read as fast as all: 65536 keys 75 us, 69 without.
+# Clusters combine splits in shared memory, which is 2 us faster than in global memory. B=1, 32/8
+# heads, D=128, 1024 keys: 6.1 us, 8.6 without. But in clusters of 8 only 64 thread blocks run at
+# once, in pairs 128, and 64 do not read as fast as all: 65536 keys 75 us, 69 without.
 _CLUSTER_HEADS = {8: 8, 4: 16, 2: 64}
 _CLUSTER_KEYS = 3 << 16
 # A tile of wgmma's; heads that share nothing gain nothing by it.
@@ -241,12 +243,12 @@ def _rounds(tile: Tile, cost: float, **limits: Any) -> _Choice:
     )
 
 
-_FULL = _rounds(_WGMMA, 1)
+_FULL_BLOCKS = _rounds(_WGMMA, 1)
 _BIAS = ("bias", "bias_fp32")
 _SOFTCAP = ("softcap", "softcap_wide")
 _BOTH_MODS = "score_mod+mask_mod"
-_MOST = ("bias_fp32", "alibi+causal", _BOTH_MODS)
-_HALF_ROUND = _rounds(_WGMMA_64, 0.75, spills_with=(*_BIAS, _BOTH_MODS))
+_HEAVY_RULES = ("bias_fp32", "alibi+causal", _BOTH_MODS)
+_SMALL_BLOCKS = _rounds(_WGMMA_64, 0.75, spills_with=(*_BIAS, _BOTH_MODS))
 
 # Time per round: D=64 S=1024 13.4, 10.9 and 7.9 us, D=128 14.7 and 11.4.
 _SM90_ROWS = (
@@ -259,8 +261,8 @@ _SM90_ROWS = (
         _rounds(_WGMMA, 0.83),
         _rounds(_WGMMA_64, 0.6),
     ),
-    *_sm90(96, *_few_rows(128, num_stages=4), _FULL, _HALF_ROUND),
-    *_sm90(128, *_few_rows(128, num_stages=3), _FULL, _HALF_ROUND),
+    *_sm90(96, *_few_rows(128, num_stages=4), _FULL_BLOCKS, _SMALL_BLOCKS),
+    *_sm90(128, *_few_rows(128, num_stages=3), _FULL_BLOCKS, _SMALL_BLOCKS),
     *_sm90(
         (192, 128),
         *_few_rows(64, num_stages=4),
@@ -270,17 +272,17 @@ _SM90_ROWS = (
     *_sm90(
         192,
         *_few_rows(64, num_stages=4),
-        _rounds(replace(_WGMMA, block_n=96), 1, spills_with=_MOST),
+        _rounds(replace(_WGMMA, block_n=96), 1, spills_with=_HEAVY_RULES),
         _rounds(_NARROW, 1.1),  # for all rules; not yet timed
     ),
     *_sm90(
         256,
         *_few_rows(64, num_stages=3),
         # 512 keys: 130 us against 134, causal 97 against 104, for half of O is stored by TMA.
-        _rounds(_NARROW, 0.97, max_keys=512, spills_with=_MOST),
+        _rounds(_NARROW, 0.97, max_keys=512, spills_with=_HEAVY_RULES),
         _rounds(replace(_WGMMA, block_n=80), 1, spills_with=PER_SCORE),
-        _rounds(_NARROW, 1.05, spills_with=_MOST),
-        _rounds(replace(_WGMMA, block_n=48), 1.1),  # likewise
+        _rounds(_NARROW, 1.05, spills_with=_HEAVY_RULES),
+        _rounds(replace(_WGMMA, block_n=48), 1.1),  # for all rules; not yet timed
     ),
 )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 WARP_SIZE = 32
-WARPGROUP = 4
-"""Warps that issue wgmma together."""
+WARPGROUP_WARPS = 4
+"""Warps that execute wgmma together."""
 MMA = 16
 """Tensor cores multiply fragments of 16 x 16; tiles are cut into those."""
 MAX_GRID = 2**31 - 1

@@ -47,10 +47,10 @@ struct AttentionParams {
     ModArgs mod_args;          // the user's arrays
     const int* cu_seqlens_q;   // (B + 1), where each packed sequence starts, or null
     const int* cu_seqlens_kv;  // (B + 1)
-    float* split_partial;      // the partials of each part of the keys, per block of rows
-    // How many parts of the keys have arrived, for each block of rows; in fwd_sm90 WorkCounters.
-    // All counters are 0 between launches.
-    int* split_arrivals;
+    float* split_partials;     // split keys: partials of each split of each block of rows
+    // 0 between launches. fwd_sm80: for each block of rows, how many of its splits have arrived.
+    // fwd_sm90: WorkCounters.
+    int* counters;
     Strides q_strides, k_strides, v_strides, o_strides;
     HeadStrides lse_strides, alibi_strides;
     BroadcastStrides bias_strides, mask_strides;
@@ -60,13 +60,13 @@ struct AttentionParams {
     int group;          // heads of q that share a head of k and v
     int seqlen_q;       // packed batches: all queries
     int seqlen_kv;      // keys that at least one query may see; packed batches: all keys
-    int causal_offset;  // the key at query 0's own position: query i stands at i + this
-    int window_left;    // query i sees key j >= i + causal_offset - window_left, where windowed
-    int window_right;   // query i sees key j <= i + causal_offset + window_right; causal: 0
+    int causal_offset;  // the key at query 0's own position: query i's is i + causal_offset
+    int window_left;    // BOUNDED_LEFT: query i sees keys j >= i + causal_offset - window_left
+    int window_right;   // BOUNDED_RIGHT: ... j <= i + causal_offset + window_right; causal: 0
     int top_left;       // packed batches: query 0's own position is key 0 of its sequence
     int m_blocks;       // blocks of rows per head, all sequences together
-    int splits;         // parts of the keys, each the work of one CTA
-    int section;        // heads whose blocks of rows are dealt out together; see schedule.cuh
+    int splits;         // ranges of the keys of a block of rows, one CTA's work each
+    int section;        // heads whose blocks are interleaved, the longest first; see work.cuh
     int gate_row;       // the gate array's row length: the true Skv
     int gate_tiles;     // tiles per row in gate_tile_max
     int rows_padded;    // scratch rows: Sq rounded up to the tile
@@ -80,13 +80,13 @@ __device__ __forceinline__ int kv_head(const AttentionParams& p, int head) {
     return head / p.group;
 }
 
-// Counters in global memory that all CTAs of fwd_sm90 share.
+// The counters of fwd_sm90.
 struct WorkCounters {
-    int claimed;      // blocks that were claimed, without those that the launch gives to the CTAs
-    int arrivals[1];  // parts of the keys that have arrived, for each block of rows
+    int claimed;      // blocks claimed so far, without the first one of each CTA
+    int arrivals[1];  // for each block of rows, so not only one: its splits that have arrived
 };
 __device__ __forceinline__ WorkCounters& counters_of(const AttentionParams& p) {
-    return *reinterpret_cast<WorkCounters*>(p.split_arrivals);
+    return *reinterpret_cast<WorkCounters*>(p.counters);
 }
 
 // First element of a head.

@@ -27,15 +27,15 @@ struct BlockWide {
 
     __device__ __forceinline__ void sync_rows() const { block_sync(); }
 
-    // Every thread of the row leaves its value; all of them get the whole row's.
-    template <typename Combine>
-    __device__ __forceinline__ float across_row(const C& c, float value, Combine combine) const {
+    // A reduction by op over the threads of a row; all of them get the result.
+    template <typename Op>
+    __device__ __forceinline__ float across_row(const C& c, float value, Op op) const {
         float* sPartial = c.smem.rows.sPartial + row * THREADS_PER_ROW;
         sPartial[part] = value;
         block_sync();  // all parts are written before any is read
         float result = sPartial[0];
 #pragma unroll
-        for (int i = 1; i < THREADS_PER_ROW; ++i) result = combine(result, sPartial[i]);
+        for (int i = 1; i < THREADS_PER_ROW; ++i) result = op(result, sPartial[i]);
         return result;
     }
 

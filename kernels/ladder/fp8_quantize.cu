@@ -3,12 +3,10 @@
 //
 //   scale = max |x| / 448 over the finite values of the head's visible rows,  x8 = e4m3(x / scale)
 //
-// so the largest value uses e4m3's whole range (448); a head whose maximum is below 1e-30 keeps
-// scale
-// 1. NaN and infinities become e4m3's NaN: they still reach the outputs that attend to them. One
-// block per head of q, k and v: it reads the head twice, once for the maximum and once to convert.
-// Rows of x8 are HEAD_DIM bytes, the columns beyond D zeros; rows that no query sees are zeros,
-// too.
+// so the largest value uses e4m3's whole range (448). A head whose maximum is below 1e-30 keeps the
+// scale 1. NaN and infinities become e4m3's NaN: they still reach the outputs that attend to them.
+// One CTA per head of q, k and v reads the head twice, once for the maximum and once to convert.
+// Rows of x8 are HEAD_DIM bytes; columns beyond D are zeros, and so are rows that no query sees.
 #include <config.cuh>
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/convert.cuh>

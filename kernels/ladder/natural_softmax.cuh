@@ -3,7 +3,7 @@
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/ptx/convert.cuh>
-#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/position_mask.cuh>
 #include <flashcore/softmax/online_softmax.cuh>
 
 namespace flashcore {
@@ -21,9 +21,10 @@ __device__ __forceinline__ float raise_max(RowState& row, float tile_max) {
 
 // Scaled, masked score. The product is rounded before the maximum is subtracted from it: in a
 // multiply-add it would not be, and the largest score would not give exp(0).
-template <bool MASKED, bool CAUSAL, int GATE>
+template <bool MASKED, bool RIGHT, int GATE>
 __device__ __forceinline__ float masked_score(float score, float scale, int query, int key,
-                                              const Mask<CAUSAL>& mask, const GateRow<GATE>& gate) {
+                                              const PositionMask<RIGHT>& mask,
+                                              const GateRow<GATE>& gate) {
     const bool visible = !MASKED || mask.visible(query, key);
     gate.score(key, score, visible);
     return visible ? mul_rn(gate.raw_score(score), scale) : NEG_INFINITY;

@@ -20,7 +20,7 @@
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
-#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/position_mask.cuh>
 #include <flashcore/softmax/online_softmax.cuh>
 #include <ladder/natural_softmax.cuh>
 #include <ladder/tile_coord.cuh>
@@ -56,7 +56,8 @@ __device__ __forceinline__ void load_rows(float* sTile, const T* gHead, int64 ro
     }
 }
 
-struct WarpRows {
+// A warp's rows.
+struct ScalarRows {
     RowState state[ROWS];  // the same maximum in all lanes, each its own keys' part of the sum
     float rO[ROWS][COLS];  // columns lane, lane + 32, ... of each row
     int first_query;       // of this warp
@@ -76,9 +77,9 @@ __device__ __forceinline__ void dot_rows(float (&score)[ROWS], const float* sQ, 
 }
 
 template <bool MASKED>
-__device__ __forceinline__ void attend_tile(WarpRows& rows, const SharedStorage& smem,
+__device__ __forceinline__ void attend_tile(ScalarRows& rows, const SharedStorage& smem,
                                             const AttentionParams& params, int64 first_row,
-                                            const Mask<CAUSAL>& mask, int tile) {
+                                            const PositionMask<BOUNDED_RIGHT>& mask, int tile) {
     const int warp = thread_index() / WARP_SIZE;
     const int first_key = tile * BLOCK_N;
     const int key = first_key + rows.lane;
@@ -118,7 +119,7 @@ __device__ __forceinline__ void attend_tile(WarpRows& rows, const SharedStorage&
     }
 }
 
-__device__ __forceinline__ void store_output(const WarpRows& rows, const AttentionParams& params,
+__device__ __forceinline__ void store_output(const ScalarRows& rows, const AttentionParams& params,
                                              const TileCoord& tile, int64 first_row) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -144,16 +145,16 @@ __device__ __forceinline__ void store_output(const WarpRows& rows, const Attenti
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     scalar(const __grid_constant__ AttentionParams params) {
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared<128>());
-    const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
+    const TileCoord tile = tile_coord<BOUNDED_RIGHT>(params, BLOCK_M);
     const int block_first = tile.m_block * BLOCK_M;
     const int64 first_row = head_index(params, tile) * params.seqlen_q;
     const int head_kv = kv_head(params, tile.head);
     const T* gQ = head_pointer<T>(params.q, params.q_strides, tile.batch, tile.head);
     const T* gK = head_pointer<T>(params.k, params.k_strides, tile.batch, head_kv);
     const T* gV = head_pointer<T>(params.v, params.v_strides, tile.batch, head_kv);
-    const Mask<CAUSAL> mask(params);
+    const PositionMask<BOUNDED_RIGHT> mask(params);
 
-    WarpRows rows = {};
+    ScalarRows rows = {};
     rows.lane = thread_index() % WARP_SIZE;
     rows.first_query = block_first + int(thread_index() / WARP_SIZE) * ROWS;
     load_rows<BLOCK_M, DIM_QK, DIM_QK>(smem.sQ, gQ, params.q_strides.row, block_first,

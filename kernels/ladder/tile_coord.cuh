@@ -14,12 +14,12 @@ struct TileCoord {
 // Consecutive blocks share a head, so that its K and V stay in L2 while they are read again. Under
 // a causal mask the last queries see the most keys: they come first, so that no long block runs
 // alone at the end.
-template <bool CAUSAL>
+template <bool LAST_FIRST>
 __device__ __forceinline__ TileCoord tile_coord(const AttentionParams& p, int block_m) {
     const int m_blocks = div_up(p.seqlen_q, block_m);
     const int head_index = block_index() / m_blocks;
     const int m_block = block_index() - head_index * m_blocks;
-    return {CAUSAL ? m_blocks - 1 - m_block : m_block, head_index % p.heads_q,
+    return {LAST_FIRST ? m_blocks - 1 - m_block : m_block, head_index % p.heads_q,
             head_index / p.heads_q};
 }
 

@@ -5,7 +5,7 @@
 #include <flashcore/debug.cuh>
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/cp_async.cuh>
-#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/position_mask.cuh>
 #include <ladder/tile_coord.cuh>
 #include <ladder/tile_load.cuh>
 #include <ladder/wmma_tile.cuh>
@@ -67,7 +67,7 @@ struct Context {
     const AttentionParams& params;
     SharedStorage& smem;
     TileCoord tile;
-    Mask<CAUSAL> mask;
+    PositionMask<BOUNDED_RIGHT> mask;
     int first_query;
     float score_scale;  // raw to scaled scores: 1, or the product of fp8's scales of q and k
     int warp_m, warp_n;

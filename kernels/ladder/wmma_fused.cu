@@ -32,7 +32,7 @@
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
-#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/position_mask.cuh>
 #include <ladder/block_wide.cuh>
 #include <ladder/tile_coord.cuh>
 #include <ladder/tile_load.cuh>
@@ -93,7 +93,7 @@ struct RowsOf<true> {
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     wmma_fused(const __grid_constant__ AttentionParams params) {
-    const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
+    const TileCoord tile = tile_coord<BOUNDED_RIGHT>(params, BLOCK_M);
     const int warp = thread_index() / WARP_SIZE;
     float score_scale = 1.0f;
     float v_scale = 1.0f;
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     const Context context = {params,
                              *reinterpret_cast<SharedStorage*>(dynamic_shared<128>()),
                              tile,
-                             Mask<CAUSAL>(params),
+                             PositionMask<BOUNDED_RIGHT>(params),
                              tile.m_block * BLOCK_M,
                              score_scale,
                              warp % WARPS_M,

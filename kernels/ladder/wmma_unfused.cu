@@ -5,7 +5,7 @@
 //   wmma_softmax  one warp per row of S: m and l, then P = exp(S - m), 16 bit, unnormalised
 //   wmma_pv       one block per BLOCK_M x HEAD_DIM tile of O: walks over the keys, tiles of P and V
 //                 two deep by cp.async; each warp owns its part of O in registers and adds tile
-//                 after tile in order. No atomics and no merging of partial sums, hence the same
+//                 after tile in order. No atomics and no partial sums, and so the same
 //                 bits twice.
 //
 // What it costs: S is written once and read twice, P written and read once, 16 bytes of traffic per
@@ -18,7 +18,7 @@
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
-#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/position_mask.cuh>
 #include <flashcore/softmax/online_softmax.cuh>
 #include <ladder/natural_softmax.cuh>
 #include <ladder/store_rows.cuh>
@@ -67,7 +67,7 @@ __device__ __forceinline__ int64 scratch_row(const AttentionParams& p, int64 hea
 // Keys that wmma_pv reads for the block of queries that starts at first_query.
 __device__ __forceinline__ int keys_read(const AttentionParams& p, int first_query) {
     const int last_query = min(first_query + BLOCK_M, p.seqlen_q) - 1;
-    return div_up(Mask<CAUSAL>(p).row_end(last_query), BLOCK_N) * BLOCK_N;
+    return div_up(PositionMask<BOUNDED_RIGHT>(p).row_end(last_query), BLOCK_N) * BLOCK_N;
 }
 
 // ---- S = Q K^T: grid (n_blocks * m_blocks * B * Hq) --------------------------------------------
@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     const float* gS =
         static_cast<const float*>(params.scratch_scores) + scratch * params.cols_padded;
     T* gP = static_cast<T*>(params.scratch_probs) + scratch * params.cols_padded;
-    const Mask<CAUSAL> mask(params);
+    const PositionMask<BOUNDED_RIGHT> mask(params);
     const GateRow<GATE> gate = {params, row, true, params.softmax_scale};
     const int end = keys_read(params, query / BLOCK_M * BLOCK_M);
 
@@ -172,7 +172,7 @@ __device__ __forceinline__ void load_pv(OutputStorage& smem, const AttentionPara
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     wmma_pv(const __grid_constant__ AttentionParams params) {
     OutputStorage& smem = reinterpret_cast<SharedStorage*>(dynamic_shared<128>())->output;
-    const TileCoord tile = tile_coord<CAUSAL>(params, BLOCK_M);
+    const TileCoord tile = tile_coord<BOUNDED_RIGHT>(params, BLOCK_M);
     const int first_query = tile.m_block * BLOCK_M;
     const int64 scratch = scratch_row(params, head_index(params, tile), first_query);
     const T* gP = static_cast<const T*>(params.scratch_probs) + scratch * params.cols_padded;

@@ -1,5 +1,5 @@
-// epilogue.cuh - the end of a warp's rows in fwd_sm80.cu: their LSE, and O, which leaves through
-// shared memory.
+// epilogue.cuh - the end of a warp's rows in fwd_sm80.cu: their LSE, and O, which goes through
+// shared memory so that stores are wide.
 #pragma once
 #include <config.cuh>
 #include <flashcore/output/epilogue.cuh>
@@ -9,7 +9,7 @@
 
 namespace flashcore {
 
-// Normalises, writes the LSE, and writes O, through the warp's own rows of sQ.
+// Writes the LSE; normalises O and writes it through the warp's own rows of sQ.
 __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
     const AttentionParams& p = c.params;
     float sum[FRAGMENTS_M][2];
@@ -17,7 +17,8 @@ __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
     c.smem.all_reduce(sum, c.first_row(), c.warp_d, c.rows_barrier(),
                       [](float a, float b) { return a + b; });
     rows.set_sums(sum);
-    // A warp's rows of O lie over its own rows of Q. Where they do not, all warps must have read Q.
+    // In the same layout, a warp's rows of O lie over its own rows of Q. In another layout they lie
+    // over other warps' rows, too, which those must have read.
     if (LayoutO::PANEL != LayoutQ::PANEL || LayoutO::LD != LayoutQ::LD) block_sync();
     const int first_col = c.warp_d * COLS_PER_WARP;
 #pragma unroll

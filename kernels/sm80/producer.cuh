@@ -1,6 +1,6 @@
-// producer.cuh - how the threads of fwd_sm80.cu copy tiles into shared memory, by cp.async, and
-// when they wait for each other. Every thread copies its pieces of every tile: all are producers,
-// and all are consumers.
+// producer.cuh - how the threads of fwd_sm80.cu copy tiles into shared memory by cp.async, and when
+// they wait for each other. Every thread copies its pieces of every tile: all are producers, and
+// all are consumers.
 #pragma once
 #include <config.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
@@ -28,8 +28,8 @@ __device__ __forceinline__ void load_q(const Context& c) {
 using CopyK = TileCopy<LayoutK, DIM_QK, ALIGN_BYTES, NUM_THREADS>;
 using CopyV = TileCopy<LayoutV, DIM_V, ALIGN_BYTES, NUM_THREADS>;
 
-// Where a tile of K and V lies: in which stage, guarded by which barriers, in the round of which
-// parity.
+// Where a tile of K and V lies: its stage, the barriers (of SharedStorage::kv) that guard K and V
+// there, and the parity of their phase. KV_TOGETHER: barriers_k and barriers_v are the same.
 struct TileStage {
     int stage, barriers_k, barriers_v;
     uint32 parity;
@@ -38,40 +38,40 @@ struct TileStage {
 // The walk over the keys: which tiles, and what this thread keeps from one to the next.
 struct Walk {
     TileRange all;
-    TileRange kept_whole;
-    // This thread's first piece of the tile that is copied next; and the shared address where that
-    // piece goes in K's first stage. In V's it goes as far from sV[0] as from sK[0] in K's.
+    TileRange kept_unmasked;  // see unmasked
+    // This thread's first piece of the next K and the next V to be copied, and the shared address
+    // of that piece in sK[0]. It has the same offset in sV[0].
     const T *next_k, *next_v;
     uint32 target;
     static_assert(!KEEPS_COPIES || !CopyV::BY_PIECES ||
                       (LayoutK::PANEL == LayoutV::PANEL && LayoutK::LD == LayoutV::LD),
-                  "K and V are copied alike");
+                  "a thread's pieces have the same offset in tiles of K and of V");
 
     __device__ __forceinline__ Walk(const Context& c, const TileRange& all)
         : all(all),
-          kept_whole(whole_of(c)),
+          kept_unmasked(unmasked(c)),
           next_k(CopyK::first_piece(c.smem.gK, c.params.k_strides.row, all.begin * BLOCK_N)),
           next_v(CopyV::first_piece(c.smem.gV, c.params.v_strides.row, all.begin * BLOCK_N)),
           target(CopyK::first_target(c.smem.sK[0])) {}
 
-    // Whether some row of the block misses some key of the tile by its position.
+    // Whether positions hide some key of the tile from some row of the block.
     __device__ __forceinline__ bool needs_mask(const Context& c, int tile) const {
-        const TileRange whole = KEEPS_EDGES ? kept_whole : whole_of(c);
-        return tile >= whole.end || (WINDOW && tile < whole.begin);
+        const TileRange tiles = KEEPS_EDGES ? kept_unmasked : unmasked(c);
+        return tile >= tiles.end || (BOUNDED_LEFT && tile < tiles.begin);
     }
     // The tiles of which every row of the block sees every key.
-    __device__ static __forceinline__ TileRange whole_of(const Context& c) {
-        return tiles_whole<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M);
+    __device__ static __forceinline__ TileRange unmasked(const Context& c) {
+        return unmasked_tiles<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M);
     }
 
     __device__ __forceinline__ TileStage stage_of(int tile) const {
         const uint32 nth = tile - all.begin;
         const int stage = nth % NUM_STAGES;
-        return {stage, stage, NUM_STAGES == 1 ? 1 : stage, nth / NUM_STAGES % 2};
+        return {stage, stage, KV_TOGETHER ? stage : 1, nth / NUM_STAGES % 2};
     }
 
-    // The last tile may have keys that do not exist or that no query sees; with a window on the
-    // left the first one may, too.
+    // The last tile may have keys that do not exist or that no query sees; bounded on the left, so
+    // may the first one.
     __device__ __forceinline__ bool has_all_keys(int tile) const {
         return tile > all.begin && tile + 1 < all.end;
     }
@@ -89,8 +89,8 @@ __device__ __forceinline__ void load_k(const Context& c, Walk& walk, int tile, i
     walk.next_k += BLOCK_N * row_stride;
 }
 
-// Values that no query of the sequence sees become zeros: their probability is 0, but 0 * NaN is
-// not.
+// Values that no query of the sequence sees are filled with zeros: their probability is 0, but
+// 0 * NaN is not.
 __device__ __forceinline__ void load_v(const Context& c, Walk& walk, int tile, int stage) {
     const int64 row_stride = c.params.v_strides.row;
     const int first_key = tile * BLOCK_N;
@@ -106,22 +106,22 @@ __device__ __forceinline__ void load_v(const Context& c, Walk& walk, int tile, i
 }
 
 // ---- who waits for what ------------------------------------------------------------------------
-// Every thread arrives at both barriers. If one lane arrived at `empty` for its warp, that would be
-// 1 % faster, but compute-sanitizer's racecheck could not follow it.
+// Every thread arrives at both barriers. To let one lane arrive at `empty` for its warp is 1 %
+// faster, but compute-sanitizer's racecheck cannot follow it.
 
-// Waits until all threads' copies have arrived.
+// Waits until all threads' copies are in shared memory.
 __device__ __forceinline__ void wait_full(const Context& c, const TileStage& at, int barriers) {
     mbarrier_wait(&c.smem.kv.full[barriers], at.parity);
 }
-// This thread has started its copies. Others may read when all threads' copies have arrived.
+// Arrives at `full` when the copies that this thread has started are in shared memory.
 __device__ __forceinline__ void commit(const Context& c, int barriers) {
     if (CopyK::ASYNC) {
         mbarrier_arrive_copied(&c.smem.kv.full[barriers]);
     } else {
-        mbarrier_arrive(&c.smem.kv.full[barriers]);  // the copies have passed through registers
+        mbarrier_arrive(&c.smem.kv.full[barriers]);  // the copies were plain stores
     }
 }
-// Waits until all threads have read what was there before.
+// Waits until all threads have read the tile that the stage had before.
 __device__ __forceinline__ void wait_empty(const Context& c, const TileStage& at, int barriers) {
     mbarrier_wait(&c.smem.kv.empty[barriers], at.parity ^ 1);
 }
@@ -129,14 +129,15 @@ __device__ __forceinline__ void release(const Context& c, int barriers) {
     mbarrier_arrive(&c.smem.kv.empty[barriers]);
 }
 
-// Asks for K of a tile; with two stages for V, too, which has the same barriers.
-__device__ __forceinline__ void fill_k(const Context& c, Walk& walk, int tile) {
+// Starts to copy K of a tile; and V, too, where they share barriers.
+__device__ __forceinline__ void fill_tile(const Context& c, Walk& walk, int tile) {
     const TileStage at = walk.stage_of(tile);
     wait_empty(c, at, at.barriers_k);
     load_k(c, walk, tile, at.stage);
-    if (NUM_STAGES == 2) load_v(c, walk, tile, at.stage);
+    if (KV_TOGETHER) load_v(c, walk, tile, at.stage);
     commit(c, at.barriers_k);
 }
+// Starts to copy V of a tile, where it has barriers of its own.
 __device__ __forceinline__ void fill_v(const Context& c, Walk& walk, int tile) {
     const TileStage at = walk.stage_of(tile);
     wait_empty(c, at, at.barriers_v);

@@ -1,5 +1,6 @@
-// softmax.cuh - a warp's softmax in fwd_sm80.cu, on the accumulators of S. A row that the fast loop
-// cannot be trusted with is done again.
+// softmax.cuh - a warp's softmax in fwd_sm80.cu, on the accumulators of S. A row whose scores are
+// too far from 0 for the main loop is computed again (online_softmax.cuh says when, exact_row.cuh
+// how).
 #pragma once
 #include <config.cuh>
 #include <flashcore/ptx/warp.cuh>
@@ -11,8 +12,8 @@
 
 namespace flashcore {
 
-// Looks up which keys masks leave to this lane's rows. MASKED: which keys positions leave to them,
-// too.
+// Looks up which of its keys of a tile this lane's rows see by `mask` and mask_mod. MASKED: by
+// their positions, too.
 template <bool MASKED>
 __device__ __forceinline__ void look_up_keys(const Context& c, int tile, Visible& visible) {
     if constexpr (HIDES_KEYS) {
@@ -26,7 +27,7 @@ __device__ __forceinline__ void look_up_keys(const Context& c, int tile, Visible
     }
 }
 
-// Which keys some row of the warp sees.
+// Returns which keys some row of the warp sees.
 __device__ __forceinline__ Bits seen_keys(const Context& c, const Visible& visible) {
     Bits seen;
     if constexpr (HIDES_KEYS) {
@@ -40,8 +41,8 @@ __device__ __forceinline__ Bits seen_keys(const Context& c, const Visible& visib
     return seen;
 }
 
-// Applies the rules, hides what is hidden, and finds the rows' new maxima, as far as this lane's
-// quad has their keys.
+// Applies the rules, sets hidden scores to -inf, and finds the rows' new maxima over the keys that
+// this warp has.
 template <bool MASKED>
 __device__ __forceinline__ void find_maxima(const Context& c, const Rows& rows, Scores& rS,
                                             int tile, const Visible& visible,
@@ -62,10 +63,10 @@ __device__ __forceinline__ void find_maxima(const Context& c, const Rows& rows, 
     }
 }
 
-// Given the new maxima, rescales O where they are not the old ones. max becomes what the exponents
-// subtract.
+// Rescales l and O where the maxima have risen. Sets shift to what the exponents subtract.
 __device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int tile,
-                                             float (&max)[FRAGMENTS_M][2]) {
+                                             const float (&max)[FRAGMENTS_M][2],
+                                             float (&shift)[FRAGMENTS_M][2]) {
     const float scale = exponent_scale<RULES>(c.params);
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
@@ -73,9 +74,8 @@ __device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int t
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             RowState& state = rows.state[m][half];
-            const float shift = shift_of(max[m][half], scale);
-            factor[half] = raise_max(state, max[m][half], shift, scale);
-            max[m][half] = shift;
+            shift[m][half] = shift_of(max[m][half], scale);
+            factor[half] = raise_max(state, max[m][half], shift[m][half], scale);
             c.gate_row(c.query(m, half))
                 .tile_max(tile * WARPS_N + c.warp_n, state.max * natural_scale<RULES>(c.params));
         }
@@ -83,7 +83,7 @@ __device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int t
     }
 }
 
-// Finds the probabilities of step `step` of P V.
+// Computes the probabilities of step `step` of P V, and adds them to l.
 __device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const Scores& rS,
                                              Probabilities& rP, int tile, int step,
                                              const float (&shift)[FRAGMENTS_M][2]) {
@@ -106,8 +106,8 @@ __device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const
     }
 }
 
-// Whether the main loop cannot be trusted with some row of the warp: see online_softmax.cuh. Warps
-// that share rows agree on it, for they have to subtract the same.
+// Whether some row of the warp has to be computed again. Warps that share rows agree on it, for
+// they have to subtract the same maximum.
 __device__ __forceinline__ bool has_far_rows(const Context& c, const Rows& rows) {
     bool is_any = false;
 #pragma unroll
@@ -118,13 +118,13 @@ __device__ __forceinline__ bool has_far_rows(const Context& c, const Rows& rows)
     return c.smem.sync_any(c.rows_barrier(), warp_any(is_any));
 }
 
-// Does those rows again, without tensor cores (exact_row.cuh).
+// Computes those rows again, without tensor cores.
 __device__ __forceinline__ void attend_exactly(const Context& c, Rows& rows) {
-    const PositionMask mask = c.mask();
+    const Positions mask = c.mask();
     const TileRange all =
-        tiles_seen<BLOCK_N, PACK_GQA>(c.work, mask, 0, BLOCK_M, SPLIT_KV ? c.params.splits : 1);
+        visible_tiles<BLOCK_N, PACK_GQA>(c.work, mask, 0, BLOCK_M, SPLIT_KV ? c.params.splits : 1);
     const KeySpan keys = {all.begin * BLOCK_N, min(all.end * BLOCK_N, c.work.seqlen_kv)};
-    // This warp's keys of every tile. Warps that share rows need all keys for O.
+    // A warp has the same keys of every tile. Warps that share rows need all keys for O.
     const auto is_own = [&](int key) {
         return key % BLOCK_N / KEYS_PER_WARP == c.warp_n + c.warp_d;
     };
@@ -135,7 +135,7 @@ __device__ __forceinline__ void attend_exactly(const Context& c, Rows& rows) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const QueryRow q = c.query(m, half);
-            const ExactRow<T, RULES, GATE, DIM_QK, PositionMask> exact = {
+            const ExactRow<T, RULES, GATE, DIM_QK, Positions> exact = {
                 c.params, c.work, mask, q, c.rules_for(q), c.gate_row(q)};
             RowState& state = rows.state[m][half];
             const bool again = exact.template attend<COLS_PER_WARP>(

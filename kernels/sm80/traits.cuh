@@ -6,10 +6,10 @@
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
 #include <flashcore/rules/key_bits.cuh>
-#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/position_mask.cuh>
 #include <flashcore/rules/score.cuh>
 #include <flashcore/rules/seen_keys.cuh>
-#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/scheduler/work.cuh>
 #include <flashcore/softmax/row_sharing.cuh>
 #include <flashcore/softmax/score_tile.cuh>
 #include <flashcore/softmax/warp_rows.cuh>
@@ -30,20 +30,23 @@ constexpr int TILES_N = KEYS_PER_WARP / 8;  // 8-key accumulator tiles of a warp
 constexpr int COLS_PER_WARP = HEAD_DIM_V / WARPS_D;
 constexpr int TILES_D = COLS_PER_WARP / 8;  // 8-column accumulator tiles of a warp's O
 constexpr bool SHARES_ROWS = WARPS_D > 1;
+// With two stages, K and V of a tile are copied together and share a stage's barriers.
+constexpr bool KV_TOGETHER = NUM_STAGES == 2;
 // A CTA with few tiles asks for its first V before its first K is there.
-constexpr bool EARLY_V = NUM_STAGES == 1 && SPLIT_KV;
-// What a thread finds once and keeps from tile to tile: where its copies are, the edges of the
-// mask, and the addresses of its operands. With up to 256 threads per multiprocessor there are
-// registers for the copies and the edges, and from sm_90 on for the operands, too. With more
-// threads there are some for the copies alone, from sm_90 on. fp32 and CTAs of 512 threads have
-// none for any of these.
+constexpr bool EARLY_V = !KV_TOGETHER && SPLIT_KV;
+// What a thread computes once and keeps in registers from tile to tile, where there are enough: the
+// addresses of its copies, the edges of the mask, the addresses of its operands. With up to 256
+// threads per multiprocessor (HAS_ROOM) there are enough for the copies and the edges, and from
+// sm_90 on for the operands, too. With more threads there are enough for the copies alone, from
+// sm_90 on. fp32 and CTAs of 512 threads have none to spare.
 constexpr bool HAS_ROOM = NUM_THREADS * MIN_BLOCKS <= 256;
 constexpr bool KEEPS_COPIES =
     sizeof(T) == 2 && NUM_THREADS <= 256 && (HAS_ROOM || CUDA_ARCH >= 900);
 constexpr bool KEEPS_EDGES = KEEPS_COPIES && HAS_ROOM;
 constexpr bool KEEPS_OPERANDS = KEEPS_EDGES && CUDA_ARCH >= 900;
 constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
-// A gate asks for all scores, and warps that share rows do all tiles together.
+// Not for gates, which store all scores, nor where warps share rows, which go tile by tile
+// together.
 constexpr bool SKIPS_TILES = HIDES_KEYS && GATE == GATE_NONE && !SHARES_ROWS;
 
 // Named barriers. 0 is block_sync's.
@@ -51,15 +54,15 @@ enum NamedBarrier : int {
     BARRIER_ROWS = 1,  // the warps that share rows; one per warp along the rows
 };
 
-using PositionMask = Mask<CAUSAL, WINDOW>;
+using Positions = PositionMask<BOUNDED_RIGHT, BOUNDED_LEFT>;
 using Products = TileProducts<T, FRAGMENTS_M, TILES_N, TILES_D, LayoutQ, LayoutK, LayoutV>;
 using Scores = Products::Scores;
 using Probabilities = Products::Probabilities;
 using Rows = WarpRows<FRAGMENTS_M, TILES_D>;
 using Sharing = RowSharing<T, WARPS_D, BLOCK_M, BLOCK_N>;
 using Bits = KeyBits<HIDES_KEYS, TILES_N>;
-using Visible = Bits[FRAGMENTS_M][2];  // which keys masks leave to each of a lane's rows
-// The warps that share rows need all of V, but each looks up its own keys alone.
+using Visible = Bits[FRAGMENTS_M][2];  // with masks: which of its keys each of a lane's rows sees
+// Warps that share rows need all of V, but each looks up its own keys alone: they exchange them.
 using Seen = SeenKeys<HIDES_KEYS && SHARES_ROWS, WARPS_M * WARPS_D, KEYS_PER_WARP>;
 
 static_assert(BLOCK_M % (16 * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
@@ -67,12 +70,12 @@ static_assert(BLOCK_N % (16 * WARPS_N * WARPS_D) == 0, "warps own whole 16-key s
 static_assert(HEAD_DIM % 16 == 0 && COLS_PER_WARP % 16 == 0, "the head dims are whole steps");
 static_assert(CP_ASYNC && !WARP_SOFTMAX && !FP8 && NUM_STAGES <= 2, "cp.async, up to two stages");
 static_assert(!LayoutV::SWIZZLED || WARPS_D == 1 || COLS_PER_WARP % LayoutV::PANEL == 0,
-              "a warp's columns begin with a panel: its addresses reckon with it");
+              "a warp's columns begin with a panel: step_bytes relies on it");
 constexpr int PANEL_P = Sharing::LayoutP::PANEL;
 static_assert(!SHARES_ROWS || KEYS_PER_WARP % PANEL_P == 0 || PANEL_P % KEYS_PER_WARP == 0,
               "a warp's part of P: whole panels, or an equal part of one");
 static_assert(!SHARES_ROWS || (WARPS_N == 1 && !SPLIT_KV && NUM_STAGES == 1),
-              "warps that share rows have one stage, and nothing to merge");
+              "warps that share rows have one stage, and nothing to combine");
 
 struct Tiles {
     // BLOCK_M x HEAD_DIM; in the end O, BLOCK_M x HEAD_DIM_V.
@@ -80,13 +83,15 @@ struct Tiles {
     T sK[NUM_STAGES][LayoutK::SIZE];  // BLOCK_N x HEAD_DIM each
     T sV[NUM_STAGES][LayoutV::SIZE];  // BLOCK_N x HEAD_DIM_V each
 };
-// The CTA's work lies here rather than in each thread: the main loop needs every register.
+// The CTA's work lies here rather than in each thread: the main loop needs every register. 128
+// bytes are the period of the swizzle, which counts from there.
 struct alignas(128) SharedStorage : Tiles, Sharing, Seen {
-    // One stage: barriers 0 guard K, barriers 1 guard V. Two stages: a pair guards K and V of each.
+    // A full and an empty barrier each. KV_TOGETHER: pair i guards K and V of stage i. Else pair 0
+    // guards K, and pair 1 guards V.
     Pipeline<2> kv;
     Work work;
-    int arrived;       // parts of split rows that have arrived
-    const T *gK, *gV;  // the sequence's first rows of the head
+    int arrived;       // splits of the block's keys that have arrived
+    const T *gK, *gV;  // the head's rows for the sequence's first key
 };
 static_assert(sizeof(SharedStorage) == SMEM_BYTES, "flashcore_cupy/select computes the same size");
 static_assert(sizeof(AttentionParams) == PARAMS_BYTES,
@@ -103,13 +108,13 @@ struct Context {
     int warp_m, warp_n, warp_d;
     int lane;
 
-    // Made anew wherever it is used: its members are seldom worth their registers.
-    __device__ __forceinline__ PositionMask mask() const {
+    // Made where it is used: kept, its members would take registers that few loops can spare.
+    __device__ __forceinline__ Positions mask() const {
         return {params, work.seqlen_kv, work.diagonal};
     }
     __device__ __forceinline__ int first_row() const { return warp_m * ROWS_PER_WARP; }
     __device__ __forceinline__ int rows_barrier() const { return BARRIER_ROWS + warp_m; }
-    // The row of the block that is row `half` (0 or 1) of this lane in fragment m.
+    // Which row of the block is this lane's row `half` (0 or 1) of fragment m.
     __device__ __forceinline__ int row(int m, int half) const {
         return first_row() + m * 16 + half * 8 + lane / QUAD;
     }
@@ -123,9 +128,10 @@ struct Context {
         valid = q.valid;
         return head_row<T>(base, strides, work.batch, q.head, work.start_q + q.query);
     }
-    // The first key of the tile that this lane has.
+    // The first of the keys of the tile that this lane has.
     __device__ __forceinline__ int first_key(int tile) const {
-        return tile * BLOCK_N + (warp_n + warp_d) * KEYS_PER_WARP + thread_index_anew() % QUAD * 2;
+        return tile * BLOCK_N + (warp_n + warp_d) * KEYS_PER_WARP +
+               thread_index_volatile() % QUAD * 2;
     }
     __device__ __forceinline__ GateRow<GATE> gate_row(const QueryRow& q) const {
         return gate_of<RULES, GATE>(params, work, q);
@@ -135,11 +141,11 @@ struct Context {
     }
 };
 
-// Made from the thread's number, read anew: if it is used after the loop, it takes no register
-// through the loop.
-__device__ __forceinline__ Context context_anew(const AttentionParams& params,
+// Reads the thread's number again, so that a context that is used after the main loop takes no
+// register during it.
+__device__ __forceinline__ Context make_context(const AttentionParams& params,
                                                 SharedStorage& smem) {
-    const int thread = thread_index_anew();
+    const int thread = thread_index_volatile();
     // The shuffle tells the compiler that a warp's lanes agree on the warp's number.
     const int warp = shfl(thread / WARP_SIZE, 0), column = warp / WARPS_M;
     return {params,

@@ -1,6 +1,6 @@
-// consumer.cuh - one of the warpgroups of fwd_sm90.cu that compute: what it has in registers, where
-// its rows are, and the two products. What else it does is defined in the entry file and in masks,
-// softmax and epilogue.
+// consumer.cuh - one of the warpgroups of fwd_sm90.cu that compute: what it has in registers, which
+// rows are its own, and the two products. Its other methods are defined in the entry file and in
+// unseen_keys, softmax and epilogue.
 #pragma once
 #include <config.cuh>
 #include <flashcore/debug.cuh>
@@ -21,17 +21,18 @@ struct Consumer {
     const HopperParams& params;
     SharedStorage& smem;
     int index;   // of the warpgroup among the consumers
-    StateKV kv;  // the next tile of K and V
+    StateKV kv;  // the next stage of K and V
     StateQ q;
     WorkState work;
-    bool takes_turns;
-    Bits visible[2];    // which keys of the tile masks leave to each of the lane's rows
-    Bits seen;          // which keys some row of the warp sees
-    int tiles_synced;   // how often sync_seen_keys was called
+    bool takes_turns;   // in this block: see HAS_TURNS
+    Bits visible[2];    // with masks: which of its keys of the tile each of the lane's rows sees
+    Bits seen;          // which of these keys some row of the warp sees
+    int tiles_synced;   // how often sync_seen_keys was called; chooses its buffer
     RowState state[2];  // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
-    // Element 4 n + 2 half + e is of row `half`: of S key 8 n + 2 (lane % 4) + e, of O that column.
+    // Of S and O, element 4 n + 2 half + e is of the lane's row `half` (0 or 1) and of column
+    // 8 n + 2 (lane % 4) + e; the columns of S are keys.
     float rS[BLOCK_N / 2];
-    uint32 rP[STEPS][4];  // P as T, pair by pair: the A operand of 16 keys each
+    uint32 rP[STEPS][4];  // P as T, two to a register: the A operand of 16 keys each
     float rO[HEAD_DIM_V / 2];
 
     // ---- where this thread is ------------------------------------------------------------------
@@ -39,10 +40,11 @@ struct Consumer {
     __device__ __forceinline__ const WorkTile& work_tile() const {
         return smem.work.tile[work.stage];
     }
-    __device__ __forceinline__ PositionMask mask() const { return mask_of(params, work_tile()); }
-    __device__ __forceinline__ static int lane() { return thread_index_anew() % WARP_SIZE; }
-    __device__ __forceinline__ static int warp() {  // among all consumers' warps, 16 rows each
-        return thread_index_anew() / WARP_SIZE - WARPGROUP / WARP_SIZE;
+    __device__ __forceinline__ Positions mask() const { return mask_of(params, work_tile()); }
+    __device__ __forceinline__ static int lane() { return thread_index_volatile() % WARP_SIZE; }
+    // The number of this warp among all consumers' warps, which have 16 rows each.
+    __device__ __forceinline__ static int warp() {
+        return thread_index_volatile() / WARP_SIZE - WARPGROUP_WARPS;
     }
     __device__ __forceinline__ static int row(int half) {
         return warp() * 16 + half * 8 + lane() / QUAD;
@@ -56,11 +58,11 @@ struct Consumer {
     __device__ __forceinline__ RowRules<T, RULES> rules_for(const QueryRow& q) const {
         return rules_of<T, RULES>(params, work_tile(), q);
     }
-    // The first key of the tile that this lane has.
+    // The first of the keys of the tile that this lane has.
     __device__ __forceinline__ static int first_key(int tile) {
-        return tile * BLOCK_N + thread_index_anew() % QUAD * 2;
+        return tile * BLOCK_N + thread_index_volatile() % QUAD * 2;
     }
-    // Whether some row of the warpgroup misses some key of the tile by its position.
+    // Whether positions hide some key of the tile from some row of the warpgroup.
     __device__ __forceinline__ bool needs_mask(int tile) const {
         const int first = query_of<PACK_GQA>(work_tile(), index * ROWS);
         const int last = last_query_of<PACK_GQA>(work_tile(), (index + 1) * ROWS);
@@ -70,39 +72,43 @@ struct Consumer {
     // ---- the products --------------------------------------------------------------------------
 
     // Starts S = Q K^T of the next tile when it is this warpgroup's turn.
-    __device__ __forceinline__ void begin_scores() {
+    __device__ __forceinline__ void start_qk() {
         kv.wait_full(smem.k);
         wait_turn();
-        start_scores<LayoutQ, LayoutK>(rS, smem.sQ[q.stage] + LayoutQ::step(0, index * ROWS, 0),
-                                       smem.sK[kv.stage]);
+        wgmma_qk<LayoutQ, LayoutK>(rS, smem.sQ[q.stage] + LayoutQ::step(0, index * ROWS, 0),
+                                   smem.sK[kv.stage]);
     }
-    __device__ __forceinline__ void begin_output(const StateKV& of, int tile) {
-        of.wait_full(smem.v);
-        clear_unseen(tile, of.stage);
-        start_output<LayoutV>(rO, rP, smem.sV[of.stage]);
+    // Starts O += P V with the V of stage `v`, which is of tile `tile`.
+    __device__ __forceinline__ void start_pv(const StateKV& v, int tile) {
+        v.wait_full(smem.v);
+        clear_unseen(tile, v.stage);
+        wgmma_pv<LayoutV>(rO, rP, smem.sV[v.stage]);
     }
-    // Waits for S. PENDING = 1: the product with V, which was started after it, goes on.
+    // Waits for S, and releases K. PENDING = 1: P V, which was started after it, goes on.
     template <int PENDING>
-    __device__ __forceinline__ void end_scores() {
+    __device__ __forceinline__ void wait_qk() {
         wgmma_wait<PENDING>();
         fence_registers(rS);
         kv.release(smem.k);
     }
-    __device__ __forceinline__ void end_output(const StateKV& of) {
+    // Waits for O, and releases V.
+    __device__ __forceinline__ void wait_pv(const StateKV& v) {
         wgmma_wait<0>();
         fence_registers(rO);
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) fence_registers(rP[step]);
-        of.release(smem.v);
+        v.release(smem.v);
     }
 
-    // Two warpgroups meet at a turn's barrier: one waits for its turn, the other passes it on.
+    // Each consumer's turn is a barrier of two warpgroups: its own waits there, and the one before
+    // it arrives there when it has started its products.
     __device__ __forceinline__ void wait_turn() const {
-        if (HAS_TURNS && takes_turns) named_barrier_sync(BARRIER_TURN + index, 2 * WARPGROUP);
+        if (HAS_TURNS && takes_turns)
+            named_barrier_sync(BARRIER_TURN + index, 2 * WARPGROUP_THREADS);
     }
     __device__ __forceinline__ void pass_turn() const {
         if (HAS_TURNS && takes_turns)
-            named_barrier_arrive(BARRIER_TURN + (index + 1) % CONSUMERS, 2 * WARPGROUP);
+            named_barrier_arrive(BARRIER_TURN + (index + 1) % CONSUMERS, 2 * WARPGROUP_THREADS);
     }
 
     // fwd_sm90.cu
@@ -113,7 +119,7 @@ struct Consumer {
     __device__ __forceinline__ void skip_tiles(int count);
     __device__ __forceinline__ void next_work_tile();
 
-    // masks.cuh
+    // unseen_keys.cuh
     __device__ __forceinline__ void attend_seen_tiles(const TileRange& tiles);
     template <bool MASKED>
     __device__ __forceinline__ void look_up_keys(int tile);
@@ -133,12 +139,10 @@ struct Consumer {
     __device__ __forceinline__ void attend_exactly();
 
     // epilogue.cuh
-    __device__ __forceinline__ float finish_row(RowState& row, const QueryRow& q,
-                                                bool writes_lse) const;
     __device__ __forceinline__ T* output_row(const QueryRow& q) const;
     __device__ __forceinline__ void finish_rows(float (&factor)[2]) const;
     __device__ __forceinline__ void store(const float (&factor)[2]);
-    __device__ __forceinline__ void finish_part();
+    __device__ __forceinline__ void finish_split();
 };
 
 }  // namespace flashcore

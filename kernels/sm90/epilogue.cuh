@@ -1,5 +1,5 @@
 // epilogue.cuh - the end of a consumer's rows: their LSE, and O, which leaves by TMA, from
-// registers, or as a part of split keys.
+// registers, or as partials of split keys.
 #pragma once
 #include <config.cuh>
 #include <flashcore/output/epilogue.cuh>
@@ -15,24 +15,22 @@
 
 namespace flashcore {
 
-__device__ __forceinline__ float Consumer::finish_row(RowState& row, const QueryRow& q,
-                                                      bool writes_lse) const {
-    return flashcore::finish_row<RULES>(params, work_tile(), q, gate_row(q), row, writes_lse);
-}
 __device__ __forceinline__ T* Consumer::output_row(const QueryRow& q) const {
     const Work& w = work_tile();
     return const_cast<T*>(
         head_row<T>(params.o, params.o_strides, w.batch, q.head, w.start_q + q.query));
 }
 
-// Writes both rows' LSE. factor: what O is multiplied by. The rows stay as they are: some may have
-// to be done again.
+// Writes both rows' LSE, and sets factor to what O has to be multiplied by. The rows' state stays
+// as it is, for some rows may have to be computed again.
 __device__ __forceinline__ void Consumer::finish_rows(float (&factor)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         RowState end = state[half];
         end.sum = group_sum<QUAD>(end.sum);
-        factor[half] = finish_row(end, query(half), lane() % QUAD == 0);
+        const QueryRow q = query(half);
+        factor[half] =
+            finish_row<RULES>(params, work_tile(), q, gate_row(q), end, lane() % QUAD == 0);
     }
 }
 
@@ -54,37 +52,38 @@ __device__ __forceinline__ void Consumer::store(const float (&factor)[2]) {
     if constexpr (STAGED_COLS > 0) {
         const Work& w = work_tile();
         T* const tile = smem.sO[warp()];
-        await_stored();
+        await_stored();  // TMA has read the rows of the block before
         put_rows<LayoutO>(shared_address(tile), pair);
         const TileBox box = {&params.o_map, w.first_row + warp() * 16, w.head, w.batch};
         store_tile_tma<LayoutO>(tile, box, EVICT_FIRST);
     }
 }
 
-// The end where the keys are split: the CTA publishes its partials, and combines those of all parts
-// if that falls to it.
-__device__ __forceinline__ void Consumer::finish_part() {
-    const Parts parts(params, work_tile().block, work_tile().split, smem.sK);
-    // A cluster's partials take K's place: all warps have read K.
-    if (CLUSTER > 1) named_barrier_sync(BARRIER_CONSUMER + index, WARPGROUP);
+// The end where keys are split: the CTA publishes its partials, and combines those of all splits of
+// its rows if it is the CTA to do so.
+__device__ __forceinline__ void Consumer::finish_split() {
+    const Splits splits(params, work_tile().block, work_tile().split, smem.sK);
+    // All warps have read K: a cluster's partials may be written over it.
+    if (CLUSTER > 1) named_barrier_sync(BARRIER_CONSUMER + index, WARPGROUP_THREADS);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         state[half].sum = group_sum<QUAD>(state[half].sum);
         if (query(half).valid)
-            parts.publish(row(half), state[half],
-                          [&](int n, int e) { return rO[4 * n + 2 * half + e]; });
+            splits.publish(row(half), state[half],
+                           [&](int n, int e) { return rO[4 * n + 2 * half + e]; });
     }
-    const int thread = thread_index_anew() % WARPGROUP;
-    if (!parts.sync(smem.is_last, thread == 0, BARRIER_CONSUMER + index, WARPGROUP)) return;
+    const int thread = thread_index_volatile() % WARPGROUP_THREADS;
+    if (!splits.sync(smem.is_last, thread == 0, BARRIER_CONSUMER + index, WARPGROUP_THREADS))
+        return;
     const int rows = min(rows_of(work_tile()) - work_tile().first_row, BLOCK_M);
     const auto use = [&](int row, int col, RowState& all, float4 o) {
         const QueryRow q = query_row<PACK_GQA>(work_tile(), row);
-        const float factor = finish_row(all, q, col == 0);
+        const float factor = finish_row<RULES>(params, work_tile(), q, gate_row(q), all, col == 0);
         if constexpr (WRITES_OUTPUT<GATE>)
             store_four<ALIGN_BYTES>(output_row(q) + col, DIM_V - col, o, factor);
     };
-    parts.combine(rows, exponent_scale<RULES>(params), thread, WARPGROUP, use);
-    parts.end();
+    splits.combine(rows, exponent_scale<RULES>(params), thread, WARPGROUP_THREADS, use);
+    splits.end();
 }
 
 }  // namespace flashcore

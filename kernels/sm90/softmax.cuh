@@ -1,5 +1,5 @@
-// softmax.cuh - a consumer's softmax, on the accumulators of S. A row that the fast loop cannot be
-// trusted with is done again.
+// softmax.cuh - a consumer's softmax, on the accumulators of S. A row whose scores are too far from
+// 0 for the main loop is computed again (online_softmax.cuh says when, exact_row.cuh how).
 #pragma once
 #include <config.cuh>
 #include <flashcore/ptx/warp.cuh>
@@ -12,7 +12,7 @@
 
 namespace flashcore {
 
-// Applies the rules, hides what is hidden, and finds both rows' new maxima.
+// Applies the rules, sets hidden scores to -inf, and finds both rows' new maxima.
 template <bool MASKED>
 __device__ __forceinline__ void Consumer::find_maxima(int tile, float (&max)[2]) {
     const int first_key = this->first_key(tile);
@@ -27,7 +27,8 @@ __device__ __forceinline__ void Consumer::find_maxima(int tile, float (&max)[2])
     }
 }
 
-// Given the new maxima, turns scores into probabilities, in place. factor: what O is multiplied by.
+// Turns scores into probabilities, in place, given the new maxima. Sets factor to what O has to be
+// multiplied by.
 __device__ __forceinline__ void Consumer::exponentiate(int tile, const float (&max)[2],
                                                        float (&factor)[2]) {
     const float scale = exponent_scale<RULES>(params);
@@ -54,6 +55,8 @@ __device__ __forceinline__ void Consumer::exponentiate(int tile, const float (&m
 
 __device__ __forceinline__ void Consumer::softmax_of(int tile, float (&factor)[2]) {
     float max[2];
+    // With masks, look_up_keys has left out keys by their positions already; only rules that look
+    // up arrays still have to know that keys may lie behind the sequence.
     if ((!HIDES_KEYS || RULES & SCORE_RULES) && needs_mask(tile)) {
         find_maxima<true>(tile, max);
         exponentiate(tile, max, factor);
@@ -69,7 +72,7 @@ __device__ __forceinline__ void Consumer::scale_output(const float (&factor)[2])
     for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] *= factor[e / 2 % 2];
 }
 
-// Whether the main loop cannot be trusted with some row of the warp: see online_softmax.cuh.
+// Whether some row of the warp has to be computed again.
 __device__ __forceinline__ bool Consumer::has_far_rows() const {
     bool is_any = false;
 #pragma unroll
@@ -78,16 +81,16 @@ __device__ __forceinline__ bool Consumer::has_far_rows() const {
     return warp_any(is_any);
 }
 
-// Does those rows again, without tensor cores (exact_row.cuh).
+// Computes those rows again, without tensor cores.
 __device__ __forceinline__ void Consumer::attend_exactly() {
     const TileRange tiles = tiles_of(params, work_tile(), index);
-    const PositionMask positions = mask();
+    const Positions positions = mask();
     const KeySpan keys = {tiles.begin * BLOCK_N, min(tiles.end * BLOCK_N, work_tile().seqlen_kv)};
     const auto all = [](int) { return true; };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const QueryRow q = query(half);
-        const ExactRow<T, RULES, GATE, DIM_QK, PositionMask> exact = {
+        const ExactRow<T, RULES, GATE, DIM_QK, Positions> exact = {
             params, work_tile(), positions, q, rules_for(q), gate_row(q)};
         const bool again = exact.template attend<HEAD_DIM_V>(
             state[half], keys, 0, DIM_V, all, all,

@@ -1,4 +1,4 @@
-// traits.cuh - the sizes of fwd_sm90.cu, its shared memory, and which of its threads do what.
+// traits.cuh - the sizes of fwd_sm90.cu, its shared memory, and its threads.
 #pragma once
 #include <config.cuh>
 #include <flashcore/output/split_combine.cuh>
@@ -6,47 +6,51 @@
 #include <flashcore/pipeline/mbarrier_pipeline.cuh>
 #include <flashcore/ptx/tma.cuh>
 #include <flashcore/rules/key_bits.cuh>
-#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/position_mask.cuh>
 #include <flashcore/rules/score.cuh>
 #include <flashcore/rules/seen_keys.cuh>
-#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/scheduler/work.cuh>
 #include <flashcore/scheduler/tile_scheduler.cuh>
 #include <flashcore/tile/shared_layout.cuh>
 
 namespace flashcore {
 
 struct alignas(64) HopperParams : AttentionParams {
-    TensorMap q_map, k_map, v_map, o_map;  // of the arrays; v from its first seen key on
+    TensorMap q_map, k_map, v_map, o_map;  // v's begins at the first key that some query sees
 };
 
 using LayoutQ = SharedLayout<T, BLOCK_M, HEAD_DIM>;
 using LayoutK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
 using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
-// What a warp stores through shared memory and does not wait for: all multiprocessors end a block
-// at about the same time, and together they write more than L2 takes at once.
+// A warp's rows of O on their way out. The warp does not wait until they are stored: all CTAs end a
+// block at about the same time, and together they write more than L2 takes at once.
 using LayoutO = SharedLayout<T, 16, STAGED_COLS>;
-using PositionMask = Mask<CAUSAL, WINDOW>;
+using Positions = PositionMask<BOUNDED_RIGHT, BOUNDED_LEFT>;
 
-constexpr int WARPGROUP = 128;  // threads
-constexpr int CONSUMERS = NUM_THREADS / WARPGROUP;
-constexpr int ROWS = 64;  // of a consumer
-constexpr int TILES_N = BLOCK_N / 8;
-constexpr int STEPS = BLOCK_N / 16;
+constexpr int WARPGROUP_WARPS = 4;  // wgmma is an instruction of four warps
+constexpr int WARPGROUP_THREADS = WARPGROUP_WARPS * WARP_SIZE;
+constexpr int CONSUMER_WARPS = NUM_WARPS;  // the table's warps: those that compute
+constexpr int CONSUMER_THREADS = NUM_THREADS;
+constexpr int CONSUMERS = CONSUMER_WARPS / WARPGROUP_WARPS;
+constexpr int CTA_THREADS = CONSUMER_THREADS + WARPGROUP_THREADS;
+constexpr int ROWS = 64;              // of a consumer: wgmma's M
+constexpr int TILES_N = BLOCK_N / 8;  // 8-key column groups of S
+constexpr int STEPS = BLOCK_N / 16;   // 16-key steps of P V
 
-// 0 is block_sync's.
+// Named barriers. 0 is block_sync's.
 enum NamedBarrier : int {
-    BARRIER_CONSUMER = 1,                         // a consumer's warps; one per consumer
-    BARRIER_TURN = BARRIER_CONSUMER + CONSUMERS,  // a consumer and the one before it
-    BARRIER_ALL_CONSUMERS = BARRIER_TURN + CONSUMERS,
+    BARRIER_CONSUMER = 1,                              // one consumer's warps; one per consumer
+    BARRIER_TURN = BARRIER_CONSUMER + CONSUMERS,       // a consumer and the one before it; one each
+    BARRIER_ALL_CONSUMERS = BARRIER_TURN + CONSUMERS,  // all consumers' warps
 };
 
-// A multiprocessor has 64K registers: what the producer does not need goes to the consumers. A lone
-// consumer has as many as a thread can have anyway.
+// A multiprocessor has 64K registers, and setmaxnreg moves what the producer does not need to the
+// consumers. With one consumer, every thread starts with 255 anyway, the most that it can have.
 constexpr bool MOVES_REGISTERS = CONSUMERS > 1;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
-// How many steps of 16 keys a mask_mod looks up at a time: all of them, if there are registers.
+// How many steps of 16 keys are looked up in masks at a time: all of them where registers allow.
 [[maybe_unused]] constexpr int LOOKUPS =
     HEAD_DIM_V > 192                                               ? 1
     : HEAD_DIM_V > 128 || (HEAD_DIM_V > 64 && RULES & SCORE_RULES) ? 2
@@ -54,52 +58,55 @@ constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 using Bits = KeyBits<HIDES_KEYS, TILES_N>;
 // Other blocks need K and V too, unless all heads that share them are packed into this one.
 constexpr uint64 POLICY_KV = PACK_GQA ? EVICT_FIRST : EVICT_LAST;
-// Warpgroups take turns at the tensor cores, so that the softmax of one meets the products of the
-// others. They do not take turns in wider heads, which have enough products to hide the softmax,
-// nor where they meet for every tile anyway to tell which keys they see. In a short causal block
-// three warpgroups have different numbers of tiles, and turns would hold them up.
+// Ping-pong: consumers take turns at starting products, so that the softmax of one runs during the
+// products of another. Heads wider than 128 have enough products to hide the softmax without turns.
+// With masks all consumers synchronise at every tile, which leaves no room for turns. In a short
+// causal block three consumers have different numbers of tiles, and turns would delay them: blocks
+// of up to SHORT_BLOCK tiles go without.
 constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && !HIDES_KEYS;
-constexpr int SHORT = CAUSAL && CONSUMERS == 3 ? 4 : 0;  // tiles
+constexpr int SHORT_BLOCK = BOUNDED_RIGHT && CONSUMERS == 3 ? 4 : 0;
 
-static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == 4 * CONSUMERS, "64 rows per warpgroup");
+static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == CONSUMER_WARPS, "64 rows per consumer");
 static_assert(WARPS_N == 1 && WARPS_D == 1, "warps do not share rows");
 static_assert(STAGED_COLS == 0 || !(VARLEN || PACK_GQA) && ALIGN_BYTES == 16 && WRITES_OUTPUT<GATE>,
               "boxes of O are rows side by side, of one head and sequence");
-static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for a few rows, which one consumer has");
+static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for few rows: one consumer has them all");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
 static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,
-              "others are slower than fwd_sm80's");
+              "masks that are read key by key are faster in fwd_sm80");
 
 using StateQ = PipelineState<Q_STAGES>;
 using StateKV = PipelineState<NUM_STAGES>;
 using Scheduler =
-    TileScheduler<BLOCK_M, BLOCK_N, PositionMask, CAUSAL, VARLEN, PACK_GQA, SPLIT_KV, CLUSTER>;
-using Parts = SplitRows<BLOCK_M, HEAD_DIM_V, CLUSTER>;
+    TileScheduler<BLOCK_M, BLOCK_N, Positions, BOUNDED_RIGHT, VARLEN, PACK_GQA, SPLIT_KV, CLUSTER>;
+using Splits = SplitRows<BLOCK_M, HEAD_DIM_V, CLUSTER>;
 
-// A double buffer: a warp may publish what it sees of one tile before another warp has read what
-// was published of the tile before.
-struct alignas(HIDES_KEYS ? 1024 : 4) SeenKeysOfTiles {
-    SeenKeys<HIDES_KEYS, CONSUMERS * 4, BLOCK_N> of[2];
+// A double buffer: a warp may publish the keys that it sees of one tile while another warp still
+// reads what was published for the tile before.
+struct alignas(HIDES_KEYS ? 1024 : 4) SeenKeysBuffers {
+    SeenKeys<HIDES_KEYS, CONSUMER_WARPS, BLOCK_N> buffer[2];
 };
 
-// Tiles lie as shared_layout.cuh says, which is TMA's and wgmma's swizzle.
+// Tiles are swizzled as shared_layout.cuh says, which is TMA's and wgmma's swizzle, too. It counts
+// from multiples of 1024 bytes.
 struct alignas(1024) SharedStorage {
-    T sQ[Q_STAGES][LayoutQ::SIZE];                             // BLOCK_M x HEAD_DIM each
-    T sK[NUM_STAGES][LayoutK::SIZE];                           // BLOCK_N x HEAD_DIM each
-    T sV[NUM_STAGES][LayoutV::SIZE];                           // BLOCK_N x HEAD_DIM_V each
-    T sO[CONSUMERS * 4][STAGED_COLS > 0 ? LayoutO::SIZE : 1];  // 16 x STAGED_COLS for each warp
+    T sQ[Q_STAGES][LayoutQ::SIZE];                              // BLOCK_M x HEAD_DIM each
+    T sK[NUM_STAGES][LayoutK::SIZE];                            // BLOCK_N x HEAD_DIM each
+    T sV[NUM_STAGES][LayoutV::SIZE];                            // BLOCK_N x HEAD_DIM_V each
+    T sO[CONSUMER_WARPS][STAGED_COLS > 0 ? LayoutO::SIZE : 1];  // 16 x STAGED_COLS for each warp
     Pipeline<Q_STAGES> q;
+    // K and V have barriers of their own: K is free a whole softmax before V.
     Pipeline<NUM_STAGES> k, v;
-    WorkQueue work;  // in registers a work tile would take a dozen of every thread
-    int is_last;     // whether this CTA is the last one of split rows
-    SeenKeysOfTiles seen;
+    WorkQueue work;  // in registers, a work tile would take a dozen of every thread
+    int is_last;     // whether this CTA is the last one to arrive with a split of its rows
+    SeenKeysBuffers seen;
 };
-static_assert(Parts::SMEM_BYTES <= sizeof(SharedStorage::sK), "a part takes the place of K");
+static_assert(Splits::SMEM_BYTES <= sizeof(SharedStorage::sK), "a split's partials fit over K");
 static_assert(sizeof(SharedStorage) + 1024 == SMEM_BYTES,
-              "flashcore_cupy/select computes the same size");
+              "flashcore_cupy/select computes the same size, and 1 KiB to align it");
 static_assert(sizeof(HopperParams) == PARAMS_BYTES, "flashcore_cupy/select packs the same struct");
 
-__device__ __forceinline__ PositionMask mask_of(const AttentionParams& p, const Work& w) {
+__device__ __forceinline__ Positions mask_of(const AttentionParams& p, const Work& w) {
     return {p, w.seqlen_kv, w.diagonal};
 }
 
@@ -107,14 +114,14 @@ __device__ __forceinline__ int rows_of(const Work& w) {
     return PACK_GQA ? w.seqlen_q * w.group : w.seqlen_q;
 }
 
-// The tiles of keys, among the block's, that some row of a consumer sees. Where consumers meet for
-// every tile all of them walk over all tiles.
+// The tiles of keys, among the block's, that some row of a consumer sees. Where consumers
+// synchronise at every tile, all of them walk over all tiles.
 __device__ __forceinline__ TileRange tiles_of(const AttentionParams& p, const WorkTile& w,
                                               int consumer) {
     if (CONSUMERS == 1 || HIDES_KEYS) return w.tiles;
     const int first_row = consumer * ROWS;
     if (w.first_row + first_row >= rows_of(w)) return {0, 0};
-    return tiles_seen<BLOCK_N, PACK_GQA>(w, mask_of(p, w), first_row, first_row + ROWS, 1);
+    return visible_tiles<BLOCK_N, PACK_GQA>(w, mask_of(p, w), first_row, first_row + ROWS, 1);
 }
 
 }  // namespace flashcore

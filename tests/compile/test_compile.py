@@ -17,7 +17,7 @@ from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, contiguous_problem
-from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.blocks import ScoreShape
 from flashcore_cupy.problem.rules import RULES, describe_rules
 from flashcore_cupy.select import registry, selector, table, targets
 from flashcore_cupy.select.config import KernelConfig
@@ -65,7 +65,7 @@ def _problem(row: Row, dtype: str, causal: Any = False, **rules: Any) -> Attenti
     problem = contiguous_problem(
         1, 1, LENGTH, dim, head_dim_v=dim_v, dtype=dtype, causal=causal, gate=gate
     )
-    described = describe_rules(Scores(1, 1, LENGTH, LENGTH), dtype, **rules)
+    described = describe_rules(ScoreShape(1, 1, LENGTH, LENGTH), dtype, **rules)
     return replace(problem, rules=described, sequences=1 if rules.get("packed") else None)
 
 

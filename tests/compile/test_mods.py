@@ -21,7 +21,7 @@ from flashcore_cupy.jit.sources import kernels_dir
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import contiguous_problem
-from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.blocks import ScoreShape
 from flashcore_cupy.problem.mods import MAX_MOD_ARGS, MOD_TYPES
 from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import selector
@@ -32,7 +32,7 @@ ARCH = "sm_90a"
 
 def configured(**rules: Any) -> KernelConfig:
     """What a problem with these rules is built from."""
-    described = describe_rules(Scores(1, 2, 64, 64), "float16", **rules)
+    described = describe_rules(ScoreShape(1, 2, 64, 64), "float16", **rules)
     problem = replace(contiguous_problem(1, 2, 64, 32), rules=described)
     return selector.select(problem, ARCH).config
 

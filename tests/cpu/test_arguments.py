@@ -43,13 +43,13 @@ from flashcore_cupy.cpu import reference
 from flashcore_cupy.problem import values
 from flashcore_cupy.problem.array_spec import ArraySpec, spec_of
 from flashcore_cupy.problem.attention_problem import describe
-from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.blocks import ScoreShape
 from flashcore_cupy.problem.mods import MAX_MOD_ARGS, MOD_TYPES, Mods
 from flashcore_cupy.problem.request import ARGUMENTS
 from flashcore_cupy.problem.rule import Broadcast
 from flashcore_cupy.problem.rules import NO_RULES, Rules, describe_rules
 
-SCORES = Scores(B, HQ, SQ, SKV)
+SCORES = ScoreShape(B, HQ, SQ, SKV)
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
 
 
@@ -352,7 +352,7 @@ def _view(draw: Any) -> tuple[np.ndarray, tuple[int, ...]]:
 @given(st.data())
 def test_a_broadcast_is_read_where_it_is(data: Any) -> None:
     x, full = _view(data.draw)
-    rules = describe_rules(Scores(*full), "float16", bias=spec_of(x))
+    rules = describe_rules(ScoreShape(*full), "float16", bias=spec_of(x))
     assert rules.bias is not None and rules.bias.dtype == x.dtype.name
     strides = [x.itemsize * n for n in rules.bias.strides]
     read = np.lib.stride_tricks.as_strided(x, full, strides)
@@ -397,18 +397,18 @@ def test_pairs_of_a_bias_are_taken_where_they_are(bias: np.ndarray, pairs: bool)
 def test_chunks_of_a_mask_are_taken_where_they_are(shape: Any, view: Any, chunks: bool) -> None:
     room = np.ones(math.prod(shape) + 15, bool)
     room = room[-room.ctypes.data % 16 :][: math.prod(shape)].reshape(shape)
-    rules = describe_rules(Scores(1, 1, 4, 32), "float16", mask=spec_of(room[view]))
+    rules = describe_rules(ScoreShape(1, 1, 4, 32), "float16", mask=spec_of(room[view]))
     assert rules.mask is not None and rules.mask.chunks == chunks
 
 
 def test_a_length_that_is_no_multiple_of_16_has_no_chunks() -> None:
-    rules = describe_rules(Scores(1, 1, 4, 24), "float16", mask=spec_of(ones(24, dtype=bool)))
+    rules = describe_rules(ScoreShape(1, 1, 4, 24), "float16", mask=spec_of(ones(24, dtype=bool)))
     assert rules.mask is not None and rules.mask.pairs and not rules.mask.chunks
 
 
 def test_an_odd_number_of_keys_has_no_pairs() -> None:
     """The row's last pair would end in the next row, or outside."""
-    rules = describe_rules(Scores(1, 1, 4, 7), "float16", mask=spec_of(ones(7, dtype=bool)))
+    rules = describe_rules(ScoreShape(1, 1, 4, 7), "float16", mask=spec_of(ones(7, dtype=bool)))
     assert rules.mask is not None and not rules.mask.pairs
 
 

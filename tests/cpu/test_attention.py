@@ -284,7 +284,11 @@ def test_warps_that_share_rows_say_why_not(changes: dict, message: str) -> None:
 def test_kernels_without_rules_say_so(kernel: str) -> None:
     plain = contiguous_problem(1, 2, 64, 64)
     rules = rules_module.describe_rules(
-        rules_module.Scores(1, 2, 64, 64), "float16", window=(3, -1), softcap=2.0, mask_mod="true"
+        rules_module.ScoreShape(1, 2, 64, 64),
+        "float16",
+        window=(3, -1),
+        softcap=2.0,
+        mask_mod="true",
     )
     for wanted, missing in (
         (replace(plain, rules=rules), "softcap, mask_mod, window"),

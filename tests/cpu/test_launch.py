@@ -36,7 +36,7 @@ from flashcore_cupy.problem.attention_problem import (
     contiguous_problem,
     describe,
 )
-from flashcore_cupy.problem.blocks import Scores
+from flashcore_cupy.problem.blocks import ScoreShape
 from flashcore_cupy.problem.mods import MAX_MOD_ARGS
 from flashcore_cupy.problem.rule import BROADCAST_STRIDES, HEAD_STRIDES
 from flashcore_cupy.problem.rules import RULE_BITS, RULES, describe_rules
@@ -100,10 +100,10 @@ def test_rule_bits_are_the_kernels() -> None:
 def test_the_first_fields_are_those_that_a_repeated_call_writes() -> None:
     block = np.zeros((), params.ATTENTION_PARAMS)
     raw = bytearray(block.tobytes())
-    launch_cache._POINTERS.pack_into(raw, 0, 1, 2, 3, 4, 5)
-    launch_cache._SPLIT.pack_into(raw, launch_cache._SPLIT_OFFSET, 6, 7)
+    launch_cache._ADDRESSES.pack_into(raw, 0, 1, 2, 3, 4, 5)
+    launch_cache._WORKSPACE.pack_into(raw, launch_cache._WORKSPACE_OFFSET, 6, 7)
     written = np.frombuffer(bytes(raw), params.ATTENTION_PARAMS)[0]
-    names = ("q", "k", "v", "o", "lse", "split_partial", "split_arrivals")
+    names = ("q", "k", "v", "o", "lse", "split_partials", "counters")
     assert [int(written[name]) for name in names] == [1, 2, 3, 4, 5, 6, 7]
     rest = [name for name in params.ATTENTION_PARAMS.names if name not in names]
     assert all(written[name].tobytes().strip(b"\0") == b"" for name in rest)
@@ -116,7 +116,7 @@ def test_parameters_of_rules() -> None:
     bias, slopes = np.zeros((2, 1, 200, 300), np.float32), np.zeros((2, 8), np.float32)
     mask = np.ones((8, 1, 300), bool)
     rules = describe_rules(
-        Scores(2, 8, 200, 300),
+        ScoreShape(2, 8, 200, 300),
         "float16",
         window=(50, -1),
         softcap=8.0,
@@ -167,7 +167,7 @@ SIDES = st.integers(-1, 14)
 @given(st.integers(0, 12), st.integers(0, 12), ALIGNMENTS, SIDES, SIDES)
 def test_visible_pairs(seqlen_q: int, seqlen_kv: int, causal: Any, left: int, right: int) -> None:
     """What the problem says of causal masks and windows, against every pair looked at."""
-    rules = describe_rules(Scores(2, 3, seqlen_q, seqlen_kv), "float16", window=(left, right))
+    rules = describe_rules(ScoreShape(2, 3, seqlen_q, seqlen_kv), "float16", window=(left, right))
     problem = contiguous_problem(2, 3, seqlen_q, 8, seqlen_kv=seqlen_kv, head_dim_v=5)
     problem = replace(problem, causal=causal, rules=rules)
     offset = 0 if causal == "top-left" else seqlen_kv - seqlen_q
@@ -197,7 +197,7 @@ def packed_problem(
 
 
 class PackedBatch:
-    """``PackedBatch`` of schedule.cuh, for any values of cu_seqlens."""
+    """``PackedBatch`` of work.cuh, for any values of cu_seqlens."""
 
     def __init__(self, cu_seqlens: list[int], total: int, rows_per_query: int, block_m: int):
         self.cu_seqlens, self.total = cu_seqlens, total
@@ -298,7 +298,7 @@ def test_no_boundary_leads_outside(cu_seqlens: list[int]) -> None:
 
 
 def test_the_header_has_this_arithmetic() -> None:
-    text = " ".join((KERNELS / "flashcore" / "scheduler" / "schedule.cuh").read_text().split())
+    text = " ".join((KERNELS / "flashcore" / "scheduler" / "work.cuh").read_text().split())
     for line in (
         "int pieces() const { return sequences + 2; }",
         "return piece > 0 && piece <= sequences;",
@@ -435,9 +435,9 @@ def plan_of(*operands: Any) -> Any:
     )
 
 
-def known_of(q: Any, k: Any, v: Any, o: Any) -> launch_cache._Known:
+def known_of(q: Any, k: Any, v: Any, o: Any) -> launch_cache._KnownCall:
     """What a repeated call knows of arrays, as far as their places."""
-    return launch_cache._Known(plan_of(q, k, v, o))
+    return launch_cache._KnownCall(plan_of(q, k, v, o))
 
 
 @pytest.fixture
@@ -451,7 +451,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         "_current_device": lambda: 0,
         "_current_stream": lambda: SimpleNamespace(ptr=7),
         "_is_captured": lambda stream: False,
-        "_launch": lambda *arguments: calls.append(arguments),
+        "_launch_kernel": lambda *arguments: calls.append(arguments),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(launch_cache, name, fake)
@@ -517,9 +517,11 @@ def test_addresses_are_looked_at_only_where_they_are_new(
     choices = choices_of()
     launch_cache.remember(plan, choices, out_given=True)
     looked: list[tuple[int, ...]] = []
-    overlaps = launch_cache._Known.overlaps
+    overlaps = launch_cache._KnownCall.overlaps
     monkeypatch.setattr(
-        launch_cache._Known, "overlaps", lambda self, *at: looked.append(at) or overlaps(self, *at)
+        launch_cache._KnownCall,
+        "overlaps",
+        lambda self, *at: looked.append(at) or overlaps(self, *at),
     )
 
     def call(*addresses: int, device_of_v: int = 0) -> Any:
@@ -596,7 +598,7 @@ def test_parts_of_the_keys_on_hopper() -> None:
     assert chosen.workspace_bytes(133, 1, 132) == (0, 4), "blocks are taken from a counter"
     assert chosen.workspace_bytes(132, 1, 132) == (0, 0), "each has one"
     text = (KERNELS / "flashcore" / "output" / "split_combine.cuh").read_text()
-    assert "PART = ROWS * (COLS + 2)" in text and "counters_of(params).arrivals[block]" in text
+    assert "FLOATS = ROWS * (COLS + 2)" in text and "counters_of(params).arrivals[block]" in text
     assert "struct WorkCounters {\n    int claimed;\n    int arrivals[1];" in re.sub(
         r" *//.*", "", (KERNELS / "flashcore" / "params.cuh").read_text()
     )
@@ -632,13 +634,13 @@ def test_clusters_share_out_the_keys_of_a_few_heads(
     ("head_dim", "changes"),
     [(128, {"num_stages": 1}), (128, {"block_n": 32}), (256, {"num_stages": 2})],
 )
-def test_tiles_whose_parts_do_not_fit_over_k_have_no_cluster(
+def test_tiles_whose_partials_do_not_fit_over_k_have_no_cluster(
     head_dim: int, changes: dict[str, int]
 ) -> None:
     problem = contiguous_problem(1, 32, 1, head_dim, heads_kv=8, seqlen_kv=1024)
     chosen = selector.select(problem, "sm_90a", kernel="wgmma_sm90", overrides=changes).config
     assert chosen.tile.split_kv and chosen.tile.cluster == 1
-    with pytest.raises(ValueError, match="cluster=8: a part does not fit"):
+    with pytest.raises(ValueError, match="cluster=8: partials do not fit"):
         selector.select(problem, "sm_90a", kernel="wgmma_sm90", overrides=changes | {"cluster": 8})
 
 
@@ -675,13 +677,13 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
 
 def test_a_stream_keeps_its_workspace_until_it_is_too_small(cupy: FakeCuPy) -> None:
     first = workspace.workspace(5000, 100)
-    assert first.partial_array.nbytes == 8192 and first.arrivals_array.nbytes == 4096
-    assert not first.arrivals_array.any(), "counters are 0 between launches"
+    assert first.partials_array.nbytes == 8192 and first.counter_array.nbytes == 4096
+    assert not first.counter_array.any(), "counters are 0 between launches"
     assert workspace.workspace(8192, 4096) is first and workspace.workspace(1, 1) is first
     wider = workspace.workspace(8193, 1)
-    assert wider is not first and wider.partial_array.nbytes == 16384
+    assert wider is not first and wider.partials_array.nbytes == 16384
     longer = workspace.workspace(8193, 5000)
-    assert longer.arrivals_array.nbytes == 8192 and longer.holds(8193, 5000)
+    assert longer.counter_array.nbytes == 8192 and longer.holds(8193, 5000)
     assert workspace.workspace(16384, 8192) is longer
     assert not longer.holds(16385, 1) and not longer.holds(1, 8193)
 
@@ -709,7 +711,7 @@ def test_a_captured_call_has_a_workspace_of_its_own(
     monkeypatch.setattr(captures, "beside", contextlib.nullcontext)
     captured = [workspace.workspace(5000, 100) for _ in range(2)]
     assert len({id(usual), *map(id, captured)}) == 3
-    assert captured[0].partial_array.nbytes == 5000 and not captured[0].arrivals_array.any()
+    assert captured[0].partials_array.nbytes == 5000 and not captured[0].counter_array.any()
     monkeypatch.setattr(captures, "is_active", lambda: False)
     assert workspace.workspace(5000, 100) is usual
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashcore_cupy.cpu import reference, tiled_attention
-from flashcore_cupy.cpu.numpy_rules import Rules, Sizes
+from flashcore_cupy.cpu.numpy_rules import NumpyRules, Sizes
 from flashcore_cupy.cpu.reference import (
     gate_probabilities,
     gate_scores,
@@ -561,7 +561,7 @@ def test_rows_are_those_of_the_whole(rows: list[int]) -> None:
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("causal", CAUSAL)
 def test_what_the_rules_say_of_a_block(window: Any, causal: Any) -> None:
-    rules = Rules(Sizes(1, 1, 1, 20, 23, 8, 8), causal=causal, window=window)
+    rules = NumpyRules(Sizes(1, 1, 1, 20, 23, 8, 8), causal=causal, window=window)
     whole = rules.visible(Block(0, 0, np.arange(20), 0, 19, slice(0, 23)))
     for row, stop, start, end in ((0, 4, 0, 23), (4, 8, 5, 9), (17, 20, 1, 22), (9, 10, 10, 11)):
         at = Block(0, 0, np.arange(row, stop), row, stop - 1, slice(start, end))

@@ -317,11 +317,11 @@ def test_arrays_without_elements_have_no_address(driver: Driver) -> None:
     assert all(min(call[3]) >= 1 for call in driver.calls)
 
 
-def known_call(problem: AttentionProblem, chosen: KernelConfig) -> launch_cache._Known:
+def known_call(problem: AttentionProblem, chosen: KernelConfig) -> launch_cache._KnownCall:
     """What is remembered of a call with arrays at 64, 128, ..."""
     step = Step(0, 1, 32, 0, ParameterBlock(fixed(problem, chosen.kernel)))
     x = {"shape": (1, 8, 300, 64), "strides": (307200, 38400, 128, 2), "dtype": np.dtype("f2")}
-    return launch_cache._Known(
+    return launch_cache._KnownCall(
         SimpleNamespace(
             problem=problem,
             selection=SimpleNamespace(config=chosen),
@@ -357,7 +357,7 @@ def test_a_repeated_call_gets_the_maps_of_its_addresses(
         "_current_device": lambda: 0,
         "_current_stream": lambda: SimpleNamespace(ptr=7),
         "_is_captured": lambda stream: False,
-        "_launch": launch_kernel,
+        "_launch_kernel": launch_kernel,
         "_key": lambda *arguments: "key",
         "_known": {"key": known},
         "_environment_changed": lambda: False,

@@ -309,7 +309,7 @@ def on_gpu(rules: dict[str, Any]) -> dict[str, Any]:
 def test_these_calls_split_their_keys() -> None:
     for queries, rules in DECODE:
         found = plan(*decode(queries), **on_gpu(rules))
-        few, in_memory = queries * 4 <= 16, "split_partial" in found.arrays
+        few, in_memory = queries * 4 <= 16, "split_partials" in found.arrays
         if compiler.device_arch() == HOPPER:
             assert found.selection.config.tile.cluster == (8 if few else 1)
             assert in_memory == (not few)

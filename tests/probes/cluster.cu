@@ -42,7 +42,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1)
             }
         }
         warp_sync();
-        cluster_meet();  // all has been read
+        cluster_sync_relaxed();  // all has been read
     }
 }
 

@@ -9,7 +9,7 @@ using namespace flashcore;
 extern "C" __global__ void numbers(int* thread, int* anew, int* block, int* grid, int* arch) {
     const int i = block_index() * 64 + thread_index();
     thread[i] = thread_index();
-    anew[i] = thread_index_anew();
+    anew[i] = thread_index_volatile();
     block[i] = block_index();
     grid[i] = grid_size();
     arch[i] = CUDA_ARCH;

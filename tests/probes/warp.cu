@@ -68,7 +68,7 @@ extern "C" __global__ void transposed_quads(const uint32* x, uint32* y) {
 // each time; the first pair once, the last 15 times, so no pair may wait for another.
 extern "C" __global__ void pairs_of_warps(const float* x, float* y) {
     float* const sX = reinterpret_cast<float*>(dynamic_shared<16>());
-    const int thread = thread_index_anew(), pair = thread / 64;
+    const int thread = thread_index_volatile(), pair = thread / 64;
     float mine = x[thread];
     for (int lap = 0; lap <= pair; ++lap) {
         sX[thread] = mine;

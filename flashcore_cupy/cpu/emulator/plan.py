@@ -82,9 +82,9 @@ def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...]) -> None:
     for view in plan.views:
         params[f"{view.name}_map"] = _tensor_map(view, plan.arrays[view.name].ctypes.data)
     work = plan.work(params, _MULTIPROCESSORS)
-    if work.partial_bytes or work.arrivals_bytes:
-        plan.arrays["split_partial"] = _poisoned((work.partial_bytes,), np.dtype(np.uint8))
-        plan.arrays["split_arrivals"] = np.zeros(work.arrivals_bytes, np.uint8)
+    if work.partials_bytes or work.counters_bytes:
+        plan.arrays["split_partials"] = _poisoned((work.partials_bytes,), np.dtype(np.uint8))
+        plan.arrays["counters"] = np.zeros(work.counters_bytes, np.uint8)
     plan.point(params, mod_args)
     plan.steps = tuple(plan.launches(params, work.blocks))
 

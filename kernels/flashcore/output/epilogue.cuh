@@ -1,5 +1,5 @@
-// epilogue.cuh - how O, normalised and converted, leaves: in wide pieces from registers or from
-// shared memory; or into shared memory, for TMA to store.
+// epilogue.cuh - how O, normalised and converted, is stored: in wide pieces from registers or from
+// shared memory; or into shared memory, from where TMA stores it.
 #pragma once
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/mma.cuh>
@@ -9,8 +9,8 @@
 
 namespace flashcore {
 
-// A query that saw no key has factor 0. Its output is 0, even if a NaN among the values that other
-// rows of its tile saw has made its sum NaN.
+// A query that sees no key has factor 0. Its output is 0 even if O is NaN, which a NaN among the
+// values that other rows of its tile see can make it: 0 * NaN is NaN.
 __device__ __forceinline__ float scaled_output(float o, float factor) {
     return factor == 0.0f ? 0.0f : o * factor;
 }
@@ -25,8 +25,9 @@ __device__ __forceinline__ void store_pair(T* address, float lo, float hi) {
     }
 }
 
-// One warp stores ROWS x COLS values of T that are already final, those from (first_row, first_col)
-// of a shared tile on, to where row_of(row, valid) says; columns from valid_cols on are left out.
+// One warp stores the ROWS x COLS values of a shared tile that begin at (first_row, first_col).
+// row_of(row, valid) returns a row's address in global memory and sets whether the row exists.
+// Columns from valid_cols on are left out.
 template <typename Layout, int ROWS, int COLS, int BYTES, typename T, typename RowOf>
 __device__ __forceinline__ void scatter_rows(const T* sO, int first_row, int first_col,
                                              RowOf row_of, int valid_cols, int lane) {

@@ -7,12 +7,12 @@
 
 namespace flashcore {
 
-// full: what was copied to the stage has arrived. empty: every consumer has read it.
+// full: the stage holds its data. empty: every consumer has read it, so it may be overwritten.
 template <int STAGES>
 struct Pipeline {
     uint64 full[STAGES], empty[STAGES];
 
-    // One thread does this. producers, consumers: how many arrive each time.
+    // One thread does this. producers, consumers: how many arrive per phase.
     __device__ __forceinline__ void init(int producers, int consumers) {
         for (int i = 0; i < STAGES; ++i) {
             mbarrier_init(&full[i], producers);
@@ -21,8 +21,8 @@ struct Pipeline {
     }
 };
 
-// The stage that a producer or a consumer comes to next. It has come to stage 0 as often as it has
-// come to all of them; `parity` says whether that number is odd.
+// The pipeline state of a producer or a consumer: its next stage, and the parity of its round over
+// the stages (0 in the first round, 1 in the second, 0 in the third ...).
 template <int STAGES>
 struct PipelineState {
     int stage = 0;
@@ -40,7 +40,7 @@ struct PipelineState {
     __device__ __forceinline__ void wait_empty(Pipeline<STAGES>& pipeline) const {
         mbarrier_wait(&pipeline.empty[stage], parity ^ 1);
     }
-    // Every consuming warp does this when all of its lanes have read the stage.
+    // Each consuming warp calls it once all of its lanes have read the stage; one lane arrives.
     __device__ __forceinline__ void release(Pipeline<STAGES>& pipeline) const {
         if (elect_one()) mbarrier_arrive(&pipeline.empty[stage]);
     }

@@ -1,5 +1,5 @@
-// ptx/cluster.cuh - thread blocks that run side by side and reach each other's shared memory (sm_90
-// and later). A kernel with __cluster_dims__ has its neighbouring thread blocks in clusters.
+// ptx/cluster.cuh - clusters: CTAs that run at the same time and reach each other's shared memory
+// (sm_90 and later). A kernel's __cluster_dims__ make clusters of neighbouring CTAs.
 #pragma once
 #include <flashcore/types.cuh>
 
@@ -12,8 +12,8 @@ __device__ __forceinline__ int cluster_rank() {
     return int(rank);
 }
 
-// Waits for all threads of the cluster that have not ended. What they wrote before, to any shared
-// memory of the cluster, is there then. Whole warps call it together.
+// A barrier for all threads of the cluster that have not exited. After it each of them sees what
+// the others wrote before it, to any shared memory of the cluster. Whole warps call it together.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile(
         "barrier.cluster.arrive.release.aligned;\n"
@@ -21,9 +21,9 @@ __device__ __forceinline__ void cluster_sync() {
             : "memory");
 }
 
-// The same, but it orders no writes: after it, shared memory that has been read may be given up. A
-// thread that has used a value has waited for its load.
-__device__ __forceinline__ void cluster_meet() {
+// The same without ordering memory. It suffices before a CTA exits whose shared memory others have
+// read: a thread that has used a value has waited for its load.
+__device__ __forceinline__ void cluster_sync_relaxed() {
     asm volatile(
         "barrier.cluster.arrive.relaxed.aligned;\n"
         "barrier.cluster.wait.aligned;" ::

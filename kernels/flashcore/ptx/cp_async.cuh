@@ -1,5 +1,5 @@
-// ptx/cp_async.cuh - copies from global to shared memory that pass no register and finish later
-// (sm_80 and later). A thread waits for its own copies, and a barrier makes them visible; or an
+// ptx/cp_async.cuh - asynchronous copies from global to shared memory, past the registers (sm_80
+// and later). A thread waits for its own copies, and a barrier makes them visible to others; or an
 // mbarrier counts them (ptx/mbarrier.cuh).
 #pragma once
 #include <flashcore/types.cuh>
@@ -12,7 +12,7 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
 
 // Copies `valid` bytes and fills the rest of the 16, 8 or 4 with zeros; valid = 0 reads nothing.
 // Only the 16-byte form may bypass L1 (.cg), which is wanted here: a tile is used from shared
-// memory. The rest of the 128 bytes around will be asked for next.
+// memory. L2::128B fetches the rest of the 128-byte line into L2, which is copied next.
 __device__ __forceinline__ void cp_async_16(uint32 shared, const void* global, int valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
                  "l"(global), "r"(valid)

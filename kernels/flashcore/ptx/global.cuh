@@ -17,7 +17,7 @@ __device__ __forceinline__ int atomic_add(int* counter, int x) {
     return old;
 }
 
-// A load that does not look into this multiprocessor's own cache, which others' stores pass by.
+// A load from L2, past this multiprocessor's L1, which does not see what other CTAs have stored.
 __device__ __forceinline__ float load_l2(const float* address) {
     float x;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(address) : "memory");

@@ -1,6 +1,5 @@
-// ptx/mbarrier.cuh - barriers in shared memory that count arrivals, from sm_80 on, and bytes, and
-// what orders plain stores with the asynchronous units that read shared memory on their own (sm_90
-// and later).
+// ptx/mbarrier.cuh - barriers in shared memory that count arrivals (sm_80 and later) and bytes of
+// TMA (sm_90 and later), and the fence between plain accesses and those of TMA and wgmma.
 //
 // A barrier is a uint64. Its phase is over when `count` arrivals and all expected bytes have come;
 // the next one then begins by itself. Phases have parity 0, 1, 0, ...; a wait names the parity of
@@ -21,12 +20,12 @@ __device__ __forceinline__ void mbarrier_init(uint64* barrier, int count) {
                  : "memory");
 }
 
-// Shows new barriers to the asynchronous units, by the thread that made them.
+// Makes new barriers visible to TMA. The thread that made them calls it.
 __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// What this thread has read and written before is done for those who wait.
+// Arrives. Whoever waits sees what this thread wrote before it, and may overwrite what it read.
 __device__ __forceinline__ void mbarrier_arrive(uint64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                  : "memory");
@@ -74,15 +73,15 @@ __device__ __forceinline__ void mbarrier_wait(uint64* barrier, uint32 parity) {
     }
 }
 
-// Counts `threads` (those that arrive and those that wait in named_barrier_sync, whole warps) and
-// does not wait itself.
+// Arrives at a named barrier without waiting. threads: all that arrive here or wait in
+// named_barrier_sync, whole warps.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Shows this thread's plain stores to shared memory to wgmma and TMA, and orders its plain reads
-// before their writes. Each thread that stored or read does this before the barrier that tells of
-// it.
+// Makes this thread's plain stores to shared memory visible to wgmma and TMA, and orders its plain
+// reads before their writes. Each thread that stored or read calls it before the barrier after
+// which they start.
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

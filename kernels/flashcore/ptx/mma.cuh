@@ -31,7 +31,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32 (&r)[4], uint32 row_add
                  : "memory");
 }
 
-// The way back (sm_90 and later).
+// Stores blocks from the registers into which ldmatrix_x4 loads them (sm_90 and later).
 __device__ __forceinline__ void stmatrix_x4(uint32 row_address, const uint32 (&r)[4]) {
     asm volatile(
         "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),

@@ -8,14 +8,13 @@ namespace flashcore {
 // The target's compute capability: 900 for sm_90 and sm_90a.
 constexpr int CUDA_ARCH = __CUDA_ARCH__;
 
-// %tid.x: this thread's number in its block. Unsigned: / and % are shifts and masks. (A macro:
-// compilers simplify an inlined function later than a variable, and make other code of the
-// kernels.)
+// %tid.x: this thread's number in its block. Unsigned: / and % are shifts and masks. (A macro,
+// because with an inlined function, which it simplifies later, the compiler uses more registers.)
 #define thread_index() (threadIdx.x)
 
-// The same, read where it is used: what a loop computes from it is then not kept in registers from
-// before the loop on.
-__device__ __forceinline__ int thread_index_anew() {
+// The same, read again at every use: what is computed from it is then not kept in registers during
+// a loop.
+__device__ __forceinline__ int thread_index_volatile() {
     int index;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
     __builtin_assume(index >= 0 && index < 1024);  // so that / and % are shifts and masks

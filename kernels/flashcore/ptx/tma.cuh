@@ -59,12 +59,12 @@ __device__ __forceinline__ void tma_store_4d(const TensorMap* map, const void* s
         : "memory");
 }
 
-// What this thread has started to store since it last said so is a group.
+// Closes a group of the stores that this thread has started since the last one.
 __device__ __forceinline__ void tma_store_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until all of this thread's groups have left shared memory, which is free again.
+// Waits until TMA has read all of this thread's groups from shared memory, which is free then.
 __device__ __forceinline__ void tma_store_wait() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }

@@ -65,9 +65,9 @@ __device__ __forceinline__ int warp_count(bool condition) {
     return __popc(__ballot_sync(FULL_WARP, condition));
 }
 
-// True in one lane of a warp whose lanes are all here (sm_90 and later). Behind a comparison of
-// thread numbers the compiler puts a loop over the lanes around each copy; here it knows that it is
-// one.
+// True in one lane of a converged warp (sm_90 and later). After a comparison of lane numbers the
+// compiler puts a loop over the active lanes around each TMA instruction; here it knows that there
+// is one.
 __device__ __forceinline__ bool elect_one() {
     uint32 elected;
     asm volatile(

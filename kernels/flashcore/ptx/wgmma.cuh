@@ -30,7 +30,8 @@ __host__ __device__ constexpr uint32 swizzled(uint32 offset) {
 }
 
 // The part of a matrix descriptor that does not depend on the address. leading_bytes: from panel to
-// panel of a transposed B, else ignored. stride_bytes: from eight rows to the next eight.
+// panel of a transposed B, else ignored. stride_bytes: from eight rows to the next eight. A
+// descriptor counts addresses and bytes in units of 16, so they are shifted by 4.
 template <int SWIZZLE>
 __host__ __device__ constexpr uint64 matrix_layout(uint32 leading_bytes = 16,
                                                    uint32 stride_bytes = 8 * SWIZZLE) {
@@ -79,8 +80,8 @@ __device__ __forceinline__ void fence_registers(uint32 (&r)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(r[i])::"memory");
 }
 
-// Hands registers of this warpgroup's threads back, or takes such until each has COUNT; all of the
-// block's warpgroups start with what __launch_bounds__ leaves each thread.
+// Gives up registers of this warpgroup's threads, or waits for and takes more, until each thread
+// has COUNT. All warpgroups start with what __launch_bounds__ leaves each thread.
 template <int COUNT>
 __device__ __forceinline__ void registers_dec() {
     static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);

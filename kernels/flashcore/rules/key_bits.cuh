@@ -2,13 +2,12 @@
 // of a row of scores. The bit says whether the row sees the key.
 //
 // A lane has pairs of keys: pair n is keys 8 n and 8 n + 1, counted from the lane's first key. A
-// word holds 16 pairs, which is the lane's share of 128 keys. Key e (0 or 1) of pair n has bit
+// word holds 16 pairs, which are the lane's share of 128 keys. Key e (0 or 1) of pair n has bit
 //
 //   16 e + 8 (n / 4 % 2) + 4 (n / 8 % 2) + 2 (n % 2) + n / 2 % 2
 //
-// So e chooses the halfword, and a multiplication turns a pair's two bits into a mask of two 16-bit
-// values. The order within a halfword is what comes out where four lanes read a row together
-// (mask_chunks).
+// e chooses the halfword, so that one multiplication turns a pair's two bits into a mask for two
+// 16-bit values. The order within a halfword is the one in which mask_chunks gets the bits.
 #pragma once
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/thread.cuh>
@@ -48,8 +47,8 @@ struct KeyBits {
         return warp_any(bits != 0);
     }
 
-    // Keeps those of two 16-bit values, of the keys of pair n, whose key has its bit. The others
-    // become zeros.
+    // Of two 16-bit values, for the keys of pair n, returns those whose key has its bit, and zeros
+    // for the others.
     __device__ __forceinline__ uint32 select(int n, uint32 values) const {
         return values & (words[n / 16] >> bit(n, 0) & 0x00010001u) * 0xffffu;
     }
@@ -58,7 +57,7 @@ struct KeyBits {
         return has(n, e) ? value : 0.0f;
     }
 
-    // Drops keys outside [begin, end), counted from the lane's first key.
+    // Clears the bits of keys outside [begin, end), counted from the lane's first key.
     __device__ __forceinline__ void keep(int begin, int end) {
         KeyBits inside;
 #pragma unroll
@@ -111,10 +110,10 @@ __device__ __forceinline__ uint32 chunk_bits(const uint4& chunk) {
     return bits;
 }
 
-// Returns the bits of a row's pairs, 16 at most: one word of KeyBits. Each of the four lanes that
-// share the row reads a chunk of the first 64 keys and a chunk of the second 64; then they exchange
-// them. read(i) returns the i-th chunk. Lane `quad` of the four has the keys 2 quad and 2 quad + 1
-// of every 8.
+// Returns the bits of up to 16 pairs of a row: one word of KeyBits. Each of the four lanes that
+// share the row reads one chunk of the first 64 keys and one of the second 64; then they exchange
+// bits, since lane `quad` of the four needs keys 2 quad and 2 quad + 1 of every 8. read(i) returns
+// the i-th chunk.
 template <typename Read>
 __device__ __forceinline__ uint32 mask_chunks(int quad, int pairs, Read read) {
     uint32 mine = 0;

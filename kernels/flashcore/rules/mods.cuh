@@ -1,7 +1,6 @@
-// mods.cuh - the user's score_mod and mask_mod, for calls that have none. For other calls a header
-// of this name is generated (problem/mods.py) and takes its place: there the user's expressions are
-// the results of these two functions, and every array of mod_args is a variable that is indexed by
-// element.
+// mods.cuh - score_mod and mask_mod for calls that have none. For other calls a header of this name
+// is generated (problem/mods.py) and takes its place: there these two functions return the user's
+// expressions, and every array of mod_args is a variable that is indexed by element.
 #pragma once
 #include <flashcore/rules/mod_array.cuh>
 

@@ -1,6 +1,6 @@
-// score.cuh - what a score goes through between Q K^T and softmax, besides the position masks of
-// mask.cuh: softcap, ALiBi, additive bias, the user's score_mod; then the boolean mask and the
-// user's mask_mod. A compiled kernel has the rules of its problem and no others.
+// score.cuh - what a score goes through between Q K^T and softmax, besides position_mask.cuh:
+// softcap, ALiBi, additive bias, the user's score_mod; then the boolean mask and the user's
+// mask_mod. A compiled kernel has the rules of its problem and no others.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/convert.cuh>
@@ -31,9 +31,9 @@ constexpr int SCORE_RULES =
     CAPPING_RULES | RULE_ALIBI | RULE_BIAS | RULE_BIAS_FP32 | RULE_SCORE_MOD | RULE_SCALE_FIRST;
 constexpr int HIDING_RULES = RULE_MASK | RULE_MASK_MOD;
 
-// tanh by one exponential is off by 1e-7, where tanh.approx is off by 5e-4. That is 1e-7 of the
-// cap, which is too much for fp32 inputs. WIDE: the cap may be so high that it is too much of the
-// score, too. That is so near 0, where Taylor's series to x^7 is off by 4e-7 of x.
+// tanh by one exponential has an error of 1e-7; tanh.approx has 5e-4. The score's error is 1e-7 of
+// the cap, which is too much for fp32 inputs: those take tanhf. WIDE: the cap is so high that 1e-7
+// of it is too much for scores near 0, too; there Taylor's series to x^7 has an error of 4e-7 of x.
 template <typename T, bool WIDE>
 __device__ __forceinline__ float tanh_for(float x) {
     if constexpr (sizeof(T) == 4) return tanhf(x);
@@ -83,8 +83,8 @@ struct RowRules {
         if constexpr (RULES & RULE_MASK) gMask = p.mask + row_offset(p.mask_strides);
     }
 
-    // Turns q . k of keys `key` and key + 1 into their scores in natural units. MASKED: there may
-    // be no such key in the sequence; then its score is the last key's, and the mask hides it.
+    // Turns q . k of keys `key` and key + 1 into their scores in natural units. MASKED: the keys
+    // may lie behind the sequence; they get the last key's score then, which the mask hides.
     template <bool MASKED>
     __device__ __forceinline__ void change(float (&s)[2], int key) const {
         const int keys[2] = {inside<MASKED>(key), inside<MASKED>(key + 1)};
@@ -104,12 +104,11 @@ struct RowRules {
         }
     }
 
-    // Returns which of a lane's pairs of keys from `key` on the query sees, by the boolean mask and
-    // mask_mod; MASKED: by its position, too. UNROLL steps of 16 keys are looked up at a time. All
-    // lanes take part.
-    template <bool MASKED, int PAIRS, int UNROLL, typename PositionMask>
-    __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> visible(const PositionMask& mask,
-                                                                  int key) const {
+    // Returns which of a lane's keys, PAIRS pairs from `key` on, the query sees by the boolean mask
+    // and mask_mod; MASKED: by its position, too. UNROLL steps of 16 keys are looked up at a time.
+    // All lanes of the warp call it.
+    template <bool MASKED, int PAIRS, int UNROLL, typename Mask>
+    __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> visible(const Mask& mask, int key) const {
         KeyBits<HIDES_KEYS, PAIRS> bits;
         if constexpr (LOOKS_UP_KEYS) {
 #pragma unroll(UNROLL)
@@ -184,8 +183,7 @@ struct RowRules {
         return batch * s.batch + head * s.head + query * s.row;
     }
 
-    // PAIRS is promised only where rows hold an even number of keys, so a pair that begins inside a
-    // row ends inside it.
+    // PAIRS: rows hold an even number of keys, so a pair that begins inside a row ends inside it.
     template <bool MASKED, bool PAIRS, typename E>
     __device__ __forceinline__ void load_two(float (&x)[2], const E* gRow,
                                              const BroadcastStrides& s, int key) const {

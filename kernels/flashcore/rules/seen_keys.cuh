@@ -1,7 +1,7 @@
-// seen_keys.cuh - a mask may hide a key from all rows of a tile. Its probability is 0 then, but
-// 0 * NaN is not: what its row of V holds must not matter. A warp that reads V itself takes zeros
-// instead (KeyBits::select). Where warps read V together, as wgmma does, they first find out which
-// keys nobody sees, and overwrite those rows of V with zeros in shared memory.
+// seen_keys.cuh - which keys of a tile some row sees. A key that a mask hides from all rows has
+// probability 0, but 0 * NaN is not 0: what its row of V holds must not matter. A warp that loads V
+// into registers takes zeros instead (KeyBits::select). wgmma reads V from shared memory: there the
+// warps first find out which keys nobody sees, and overwrite those rows of V with zeros.
 #pragma once
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
@@ -23,7 +23,7 @@ struct SeenKeys {
     static_assert(4 * WORDS <= WARP_SIZE, "a lane per word");
     uint32 bits[NUM_WARPS][4][WORDS];  // of the four lanes that share a row
 
-    // mine: what the warp sees, all its rows added. A barrier has to follow before others read it.
+    // mine: the keys that some row of the warp sees. A barrier has to follow before others read it.
     __device__ __forceinline__ void publish(const Bits& mine, int warp) {
         const int lane = thread_index() % WARP_SIZE;
         if (lane >= 4) return;
@@ -31,15 +31,15 @@ struct SeenKeys {
         for (int w = 0; w < WORDS; ++w) bits[warp][lane][w] = mine.words[w];
     }
 
-    // What a warp has published, as far as it concerns this lane's keys.
-    __device__ __forceinline__ Bits of(int warp) const {
+    // Which of this lane's keys a warp has published as seen.
+    __device__ __forceinline__ Bits by(int warp) const {
         Bits theirs;
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) theirs.words[w] = bits[warp][thread_index() % 4][w];
         return theirs;
     }
 
-    // When all have published: how much of the tile is seen. All warps come to the same answer.
+    // How much of the tile is seen, once all have published. All warps get the same answer.
     __device__ __forceinline__ SeenExtent extent() const {
         const int lane = thread_index() % WARP_SIZE;
         const bool has_word = lane < 4 * WORDS;
@@ -47,7 +47,8 @@ struct SeenKeys {
         return {warp_any(word != 0), !warp_any(has_word && word != Bits::all(lane % WORDS))};
     }
 
-    // Overwrites the rows of sV (KEYS rows) whose key no warp sees, this warp's part of them.
+    // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Each warp has every
+    // NUM_WARPS-th row.
     template <typename Layout, typename T>
     __device__ __forceinline__ void clear_unseen(T* sV, int warp) const {
 #pragma unroll 1
@@ -74,7 +75,7 @@ struct SeenKeys<false, NUM_WARPS, KEYS> {
     using Bits = KeyBits<false, KEYS / 8>;
     template <typename Mine>
     __device__ __forceinline__ void publish(const Mine&, int) {}
-    __device__ __forceinline__ Bits of(int) const { return {}; }
+    __device__ __forceinline__ Bits by(int) const { return {}; }
     __device__ __forceinline__ SeenExtent extent() const { return {true, true}; }
     template <typename Layout, typename T>
     __device__ __forceinline__ void clear_unseen(T*, int) const {}

@@ -1,7 +1,6 @@
-// exact_row.cuh - does a row of queries again, key after key in fp32, where the fast loops cannot
-// be trusted with it: its scores are so far from 0 that what they subtract is off
-// (online_softmax.cuh). It has no tensor cores. It is a loop of its own for what hardly ever
-// happens, so that the loops that always run carry nothing for it.
+// exact_row.cuh - computes a row again whose scores are too far from 0 for the main loops
+// (online_softmax.cuh): key after key, in fp32, without tensor cores. That hardly ever happens, so
+// it is a loop of its own, and costs the main loops no register.
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/params.cuh>
@@ -9,7 +8,7 @@
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
 #include <flashcore/rules/score.cuh>
-#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/scheduler/work.cuh>
 #include <flashcore/softmax/finish_row.cuh>
 #include <flashcore/softmax/online_softmax.cuh>
 
@@ -20,19 +19,19 @@ struct KeySpan {
     int begin, end;
 };
 
-// Four lanes have the row, as mma.sync and wgmma leave it: of every 8 columns each has two. All
-// lanes of the warp take part, for their own rows. A row whose scores are not that far stays as the
-// loop left it, to the bit: which rows are its neighbours must not matter.
-template <typename T, int RULES, int GATE, int DIM_QK, typename PositionMask>
+// Four lanes share the row, as mma.sync and wgmma leave it: each has two of every 8 columns. All
+// lanes of the warp call it, for their own rows. A row whose scores are not far from 0 keeps the
+// bits that the main loop gave it: they must not depend on the other rows of its warp.
+template <typename T, int RULES, int GATE, int DIM_QK, typename Mask>
 struct ExactRow {
     const AttentionParams& params;
     const Work& work;
-    const PositionMask& mask;
-    QueryRow q;  // if it does not exist, the last one that does is computed instead
+    const Mask& mask;
+    QueryRow q;  // if it does not exist, the last query's row is computed, and not used
     RowRules<T, RULES> rules;
     GateRow<GATE> gate;
 
-    // Finds the scores of keys `key` (even) and key + 1; -inf if a key is hidden.
+    // Computes the scores of keys `key` (even) and key + 1; -inf if a key is hidden.
     __device__ __forceinline__ void scores(float (&s)[2], bool (&seen)[2], int key) const {
         const int query = min(q.query, work.seqlen_q - 1);
         const T* const gQ =
@@ -54,9 +53,9 @@ struct ExactRow {
         }
     }
 
-    // Finds m, l, and O in COLS columns of V from first_col on, over the keys for which has(key),
-    // two at a time. sums(key): whether the key counts in this warp's l. o(n, e): this lane's e-th
-    // column of columns 8 n to 8 n + 7. Returns whether the row was done again.
+    // Computes m, l, and O in COLS columns of V from first_col on, over the keys for which has(key)
+    // holds, two at a time. sums(key): whether the key counts in this warp's l. o(n, e): this
+    // lane's e-th column of columns 8 n to 8 n + 7. Returns whether the row was computed again.
     template <int COLS, typename Has, typename Sums, typename Columns>
     __device__ __forceinline__ bool attend(RowState& row, const KeySpan& keys, int first_col,
                                            int valid_cols, Has has, Sums sums, Columns o) const {
@@ -88,7 +87,7 @@ struct ExactRow {
                 if (!again) continue;
                 gate.probability(key + e, p);
                 if (!seen[e]) continue;  // what the key's row of V holds must not matter
-                if (quad == 0 && sums(key)) row.sum += p;  // one lane's: lanes are summed later
+                if (quad == 0 && sums(key)) row.sum += p;  // in one lane: the quad is summed later
                 const T* const gV = key_row(params.v, params.v_strides, key + e) + first_col;
 #pragma unroll
                 for (int n = 0; n < COLS / 8; ++n)

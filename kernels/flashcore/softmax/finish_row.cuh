@@ -1,16 +1,16 @@
-// finish_row.cuh - the end of a row whose m and l are complete: its sink, its LSE, what O is
-// multiplied by.
+// finish_row.cuh - the end of a row whose m and l are complete: its sink, its LSE, and the factor
+// of its O.
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/params.cuh>
 #include <flashcore/rules/score.cuh>
-#include <flashcore/scheduler/schedule.cuh>
+#include <flashcore/scheduler/work.cuh>
 #include <flashcore/softmax/online_softmax.cuh>
 
 namespace flashcore {
 
-// What m is multiplied by: the first gives log2 units, which the exponents take, the second natural
-// units. Without score rules the scores are still raw products.
+// Scores and m are raw products q . k, or with score rules natural units. These are the factors to
+// log2 units, which exponents take, and to natural units.
 template <int RULES>
 __device__ __forceinline__ float exponent_scale(const AttentionParams& p) {
     return RULES & SCORE_RULES ? LOG2_E : p.scale_log2;
@@ -20,7 +20,8 @@ __device__ __forceinline__ float natural_scale(const AttentionParams& p) {
     return RULES & SCORE_RULES ? 1.0f : p.softmax_scale;
 }
 
-// Returns the factor for O. writes_lse: one of the threads that have the row writes its LSE.
+// Returns the factor for O. writes_lse: whether this thread writes the row's LSE, as one of those
+// that have the row does.
 template <int RULES, int GATE>
 __device__ __forceinline__ float finish_row(const AttentionParams& p, const Work& w,
                                             const QueryRow& q, const GateRow<GATE>& gate,

@@ -1,7 +1,7 @@
-// row_sharing.cuh - WARPS_D warps have the same rows: for heads that are too wide for one warp's
-// registers, or that leave a warp only 16 rows, which take twice the reads of 32 from shared
-// memory. Each warp computes the scores of its part of the keys and the output of its part of the
-// columns, so they tell each other the rows' maxima and all of P, through shared memory.
+// row_sharing.cuh - WARPS_D warps have the same rows. This is for heads too wide for one warp's
+// registers, or so wide that a warp would have only 16 rows, which read shared memory twice as
+// often as 32. Each warp computes the scores of some of the keys, and some columns of O. So the
+// warps exchange the rows' maxima and all of P, through shared memory.
 #pragma once
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
@@ -22,7 +22,7 @@ struct RowSharing {
         return first_row + m * 16 + half * 8 + thread_index() % WARP_SIZE / 4;
     }
 
-    // A barrier for the warps that share the rows: what they wrote before is there.
+    // A barrier for the warps that share the rows: each sees what the others wrote before it.
     __device__ __forceinline__ void sync(int barrier) const {
         named_barrier_sync(barrier, WARPS_D * WARP_SIZE);
     }
@@ -57,7 +57,7 @@ struct RowSharing {
         }
     }
 
-    // The place of the first pair of P that this lane writes, of its warp's keys from first_key on.
+    // The index in sP of the first pair that this lane writes of its warp's keys from first_key on.
     __device__ static __forceinline__ int first_pair(int first_row, int first_key) {
         return LayoutP::element(row(first_row, 0, 0), first_key) + thread_index() % 4 * 2;
     }
@@ -82,20 +82,20 @@ struct RowSharing {
     }
 };
 
-// Which keys of a tile the warps that share rows see together, PAIRS pairs of a lane from each
-// warp.
+// Which keys of a tile are seen, put together from the warps that share rows: each has PAIRS pairs
+// of keys in a lane.
 template <bool HIDES_KEYS, int WARPS_D, int PAIRS>
 struct SeenOfAll {
-    KeyBits<HIDES_KEYS, PAIRS> of[WARPS_D];
+    KeyBits<HIDES_KEYS, PAIRS> by[WARPS_D];
 
     // published: a SeenKeys, in which the warps from first_warp on have published.
     template <typename Published>
     __device__ __forceinline__ SeenOfAll(const Published& published, int first_warp) {
 #pragma unroll
-        for (int d = 0; d < WARPS_D; ++d) of[d] = published.of(first_warp + d);
+        for (int d = 0; d < WARPS_D; ++d) by[d] = published.by(first_warp + d);
     }
     __device__ __forceinline__ uint32 select(int n, uint32 values) const {
-        return of[n / PAIRS].select(n % PAIRS, values);
+        return by[n / PAIRS].select(n % PAIRS, values);
     }
 };
 

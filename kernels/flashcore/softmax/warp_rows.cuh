@@ -1,5 +1,5 @@
-// warp_rows.cuh - what one warp knows of its rows: m, l and O, in mma fragments. And how the
-// partials of warps and CTAs that have different keys of the same rows are merged.
+// warp_rows.cuh - one warp's rows: m, l and O, in mma fragments. And how the partials of warps and
+// CTAs that have different keys of the same rows are combined.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/global.cuh>
@@ -16,7 +16,7 @@ struct WarpRows {
     RowState state[FRAGMENTS_M][2];  // of the lane's two rows of each fragment
     AccumulatorTile<FRAGMENTS_M, TILES_D> rO;
 
-    // Floats of a lane: m, l and O of each of its rows.
+    // Floats that a lane publishes: m, l and O of each of its rows.
     static constexpr int VALUES_OF_ROW = 2 + TILES_D * 2;
     static constexpr int VALUES = FRAGMENTS_M * 2 * VALUES_OF_ROW;
 
@@ -40,8 +40,8 @@ struct WarpRows {
             for (int half = 0; half < 2; ++half) state[m][half].sum = sum[m][half];
     }
 
-    // Calls put(i, value) for i = 0 ... VALUES - 1. Leaves out each 8 rows that all lie at or
-    // behind row `end` of the warp.
+    // Calls put(i, value) for i = 0 ... VALUES - 1, but not for groups of 8 rows that begin at the
+    // warp's row `end` or behind it.
     template <typename Put>
     __device__ __forceinline__ void publish(int end, Put put) const {
         int i = 0;
@@ -60,10 +60,10 @@ struct WarpRows {
         }
     }
 
-    // Adds the partials of another warp: get(i) returns what publish put there. scale: of the
-    // maxima, to log2 units.
+    // Combines the partials of another warp with this one's: get(i) returns what publish put there.
+    // scale: from the unit of the maxima to log2 units.
     template <typename Get>
-    __device__ __forceinline__ void merge(int end, float scale, Get get) {
+    __device__ __forceinline__ void combine(int end, float scale, Get get) {
         int i = 0;
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m) {
@@ -72,7 +72,7 @@ struct WarpRows {
                 if (m * 16 + half * 8 >= end) continue;
                 RowState& row = state[m][half];
                 const float max = get(i), sum = get(i + 1);
-                const MergeFactors by(row.max, max, scale);
+                const CombineFactors by(row.max, max, scale);
                 row.max = by.max;
                 row.sum = row.sum * by.a + sum * by.b;
 #pragma unroll
@@ -88,62 +88,63 @@ struct WarpRows {
     }
 };
 
-// Merges the partials of all who have the same rows. Only the first `end` rows of the warp matter.
+// Combines the partials of all warps and CTAs that have the same rows. Of a warp's rows only the
+// first `end` exist.
 template <int WARPS_M, int WARPS_N>
-struct RowMerge {
-    float* sMerge;  // the partials of the warps n = 1, 2, ...: value i of all lanes side by side
+struct RowCombine {
+    float* sPartials;  // (WARPS_N - 1) x WARPS_M warps x VALUES x 32 lanes
     int warp_m, warp_n;
     int end;
-    float scale;  // of the maxima, to log2 units
+    float scale;  // from the unit of the maxima to log2 units
 
     // Warp n = 0 adds the partials of the warps n = 1, 2, ... to its own, in this order.
     template <typename Rows>
     __device__ __forceinline__ void warps(Rows& rows) const {
         if constexpr (WARPS_N > 1) {
-            block_sync();  // no warp reads K or V any more: the partials may take their place
+            block_sync();  // all warps have read K and V: partials may be written over them
             if (warp_n > 0)
                 rows.publish(end, [&](int i, float x) { shared_value<Rows>(warp_n, i) = x; });
-            block_sync();  // the partials of the other warps are there
+            block_sync();  // all other warps have published
             if (warp_n > 0) return;
 #pragma unroll 1
             for (int other = 1; other < WARPS_N; ++other)
-                rows.merge(end, scale, [&](int i) { return shared_value<Rows>(other, i); });
+                rows.combine(end, scale, [&](int i) { return shared_value<Rows>(other, i); });
         }
     }
 
-    // Merges across the CTAs that share out these rows' keys. Each CTA publishes its partials in
-    // global memory; the one that arrives last merges all parts in the order of the keys, whichever
-    // came first: the same bits every time. Returns whether this CTA is the last. All warps take
-    // part.
+    // Split keys: each CTA publishes its partials in global memory. The one that arrives last
+    // combines those of all splits in the order of the keys, whichever came first: the same bits
+    // every time. Returns whether this CTA is the last. All warps call it.
     template <typename Rows>
     __device__ __forceinline__ bool splits(const AttentionParams& p, int mine, int& sArrived,
                                            Rows& rows) const {
         const int lane = thread_index() % WARP_SIZE;
         const int64 block = block_index() % (grid_size() / p.splits);
-        const auto part = [&](int split) {  // of this warp's rows; lanes next to each other
+        // The partials of this warp's rows: VALUES x 32 lanes.
+        const auto partials_of = [&](int split) {
             const int64 slot = (block * p.splits + split) * WARPS_M + warp_m;
-            return p.split_partial + slot * Rows::VALUES * WARP_SIZE + lane;
+            return p.split_partials + slot * Rows::VALUES * WARP_SIZE + lane;
         };
         if (warp_n == 0) {
-            float* gMine = part(mine);
+            float* gMine = partials_of(mine);
             rows.publish(end, [&](int i, float x) { gMine[i * WARP_SIZE] = x; });
             fence_gpu();  // the GPU sees the partials before it sees the arrival
         }
         block_sync();  // all warps have published
-        if (thread_index() == 0) sArrived = atomic_add(p.split_arrivals + block, 1) + 1;
+        if (thread_index() == 0) sArrived = atomic_add(p.counters + block, 1) + 1;
         block_sync();  // all threads see whether this CTA is the last
         if (sArrived < p.splits) return false;
-        fence_gpu();  // the others' partials are read after their arrivals
-        if (thread_index() == 0) p.split_arrivals[block] = 0;  // for the next launch
+        fence_gpu();  // the other CTAs' partials are read after their arrivals are seen
+        if (thread_index() == 0) p.counters[block] = 0;  // for the next launch
         rows = Rows();
         rows.rO.clear();
-        // Warps that share out the keys share out the parts, a range each.
+        // The WARPS_N warps of the same rows combine a range of the splits each, then each other's.
         const int share = div_up(p.splits, WARPS_N);
         const int last = min((warp_n + 1) * share, p.splits);
 #pragma unroll 2
         for (int split = warp_n * share; split < last; ++split) {
-            const float* gPart = part(split);
-            rows.merge(end, scale, [&](int i) { return load_l2(gPart + i * WARP_SIZE); });
+            const float* gPartials = partials_of(split);
+            rows.combine(end, scale, [&](int i) { return load_l2(gPartials + i * WARP_SIZE); });
         }
         warps(rows);
         return true;
@@ -154,7 +155,7 @@ struct RowMerge {
     template <typename Rows>
     __device__ __forceinline__ float& shared_value(int n, int i) const {
         const int warp = (n - 1) * WARPS_M + warp_m;
-        return sMerge[(warp * Rows::VALUES + i) * WARP_SIZE + thread_index() % WARP_SIZE];
+        return sPartials[(warp * Rows::VALUES + i) * WARP_SIZE + thread_index() % WARP_SIZE];
     }
 };
 

@@ -37,13 +37,13 @@ struct AccumulatorTile {
 // For A and V: blocks of rows 0-7 and 8-15 of the left columns, then of the right columns.
 template <typename Layout, typename T>
 __device__ __forceinline__ uint32 lane_address_rows_first(const T* sTile, int row, int col) {
-    const int lane = thread_index_anew() % WARP_SIZE;
+    const int lane = thread_index_volatile() % WARP_SIZE;
     return shared_address(sTile + Layout::element(row + lane % 16, col + lane / 16 * 8));
 }
 // For K: blocks of left and right columns of the upper rows, then of the lower rows.
 template <typename Layout, typename T>
 __device__ __forceinline__ uint32 lane_address_columns_first(const T* sTile, int row, int col) {
-    const int lane = thread_index_anew() % WARP_SIZE;
+    const int lane = thread_index_volatile() % WARP_SIZE;
     return shared_address(sTile +
                           Layout::element(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
 }

@@ -86,7 +86,7 @@ __device__ __forceinline__ void add_small(float (&sum)[4], const float (&small)[
 template <int FRAGMENTS_M, int TILES_N, int DEPTH, int LD>
 __device__ __forceinline__ void multiply_qk_f32(AccumulatorTile<FRAGMENTS_M, TILES_N>& rS, uint32 q,
                                                 uint32 k) {
-    static_assert(DEPTH % 16 == 0 && LD % 16 == 4, "whole steps; the banks reckon with this LD");
+    static_assert(DEPTH % 16 == 0 && LD % 16 == 4, "whole steps; no bank conflicts with this LD");
     AccumulatorTile<FRAGMENTS_M, TILES_N> rSmall;
     rS.clear();
     rSmall.clear();
@@ -136,7 +136,7 @@ template <int LD, int FRAGMENTS_M, int TILES_N, int TILES_D, typename Seen>
 __device__ __forceinline__ void multiply_pv_f32(AccumulatorTile<FRAGMENTS_M, TILES_D>& rO,
                                                 const AccumulatorTile<FRAGMENTS_M, TILES_N>& rP,
                                                 uint32 v, const Seen& seen) {
-    static_assert(TILES_N <= 8 && LD % 16 == 4, "short chains; the banks reckon with this LD");
+    static_assert(TILES_N <= 8 && LD % 16 == 4, "short chains; no bank conflicts with this LD");
     SplitOperand<4> rA[FRAGMENTS_M][TILES_N];
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {

@@ -25,7 +25,7 @@ struct SharedLayout {
     static constexpr int LD = SWIZZLED ? PANEL : COLS + CHUNK;                 // from row to row
     static constexpr int SIZE = COLS / PANEL * ROWS * LD;
     static constexpr int BYTES = SIZE * int(sizeof(T));
-    // Rows that are so many rows apart have their chunks in the same order.
+    // Rows that are PERIOD rows apart have their chunks in the same order.
     static constexpr int PERIOD = SWIZZLED ? 8 : 1;
 
     // The index of element (row, col). Unsigned: / and % are shifts and masks.
@@ -38,9 +38,9 @@ struct SharedLayout {
         }
     }
 
-    // The way from element (r, c) to element (r + rows, c + cols). `rows` is a multiple of PERIOD
-    // and `cols` of CHUNK, and c has no bit in common with cols within a panel. With constants that
-    // is one xor at most: the rest is the instruction's offset.
+    // The index of element (r + rows, c + cols), given the index of (r, c). `rows` is a multiple of
+    // PERIOD and `cols` of CHUNK, and c has no bit in common with cols within a panel. With
+    // constant rows and cols that is one xor at most, and the rest is the instruction's offset.
     __device__ static __forceinline__ int step(int element, int rows, int cols) {
         if (!SWIZZLED) return element + rows * LD + cols;
         return (element ^ cols % PANEL) + (cols / PANEL * ROWS + rows) * LD;
@@ -52,8 +52,8 @@ struct SharedLayout {
         return (address ^ cols % PANEL * SIZE_OF) + (cols / PANEL * ROWS + rows) * LD * SIZE_OF;
     }
 
-    // The first column of the i-th step of 16 columns. Steps with the same xor come one after the
-    // other, so that there are fewer addresses to keep.
+    // The first column of the i-th step of 16 columns. Steps with the same xor follow each other,
+    // so that fewer addresses are in registers at a time.
     __device__ static __forceinline__ constexpr int nth_step(int i) {
         constexpr int PANELS = COLS / PANEL;
         return i % PANELS * PANEL + i / PANELS * 16;

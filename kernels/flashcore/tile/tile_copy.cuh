@@ -43,16 +43,16 @@ struct TileCopy {
     static constexpr int COLS_PER_PASS = THREADS_PER_ROW * VEC;
     static constexpr int ROWS_PER_PASS = THREADS / THREADS_PER_ROW;
     static constexpr int PASSES = div_up(ROWS, ROWS_PER_PASS);
-    // Whether constant steps do for shared memory. If not (narrow pieces, few threads), each
-    // address is found anew.
+    // Whether a thread's shared addresses are constant steps apart. If not (narrow pieces, few
+    // threads), each one is computed by itself.
     static constexpr bool STEPS = ROWS_PER_PASS % Layout::PERIOD == 0 &&
                                   (!Layout::SWIZZLED || COLS_PER_PASS % Layout::PANEL == 0);
     static_assert(VALID_COLS % VEC == 0, "a copy is all inside or all outside");
     static constexpr bool ASYNC = BYTES >= 4;  // otherwise through registers
 
-    // Starts copying rows [first_valid, end_valid) from gTile. Other rows and columns become zeros:
-    // a masked probability is 0, but 0 * NaN is not, so what lies outside must not reach shared
-    // memory.
+    // Starts copying rows [first_valid, end_valid) from gTile. Other rows and columns are filled
+    // with zeros: a masked probability is 0, but 0 * NaN is not, so what lies outside must not
+    // reach shared memory.
     __device__ static __forceinline__ void load(T* sTile, const T* gTile, int64 row_stride,
                                                 int first_valid, int end_valid) {
         if (first_valid <= 0 && end_valid >= ROWS) {
@@ -69,12 +69,12 @@ struct TileCopy {
     // address where it goes.
     __device__ static __forceinline__ const T* first_piece(const T* gRows, int64 row_stride,
                                                            int first_row) {
-        const int thread = thread_index_anew();
+        const int thread = thread_index_volatile();
         return gRows + (first_row + thread / THREADS_PER_ROW) * row_stride +
                thread % THREADS_PER_ROW * VEC;
     }
     __device__ static __forceinline__ uint32 first_target(const T* sTile) {
-        const int thread = thread_index_anew();
+        const int thread = thread_index_volatile();
         return shared_address(
             sTile + Layout::element(thread / THREADS_PER_ROW, thread % THREADS_PER_ROW * VEC));
     }
@@ -82,7 +82,7 @@ struct TileCopy {
     // to `target`.
     __device__ static __forceinline__ void load_all(uint32 target, const T* source,
                                                     int64 row_stride) {
-        const int first_col = thread_index_anew() % THREADS_PER_ROW * VEC;
+        const int first_col = thread_index_volatile() % THREADS_PER_ROW * VEC;
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
 #pragma unroll
@@ -99,7 +99,7 @@ struct TileCopy {
     template <bool FULL>
     __device__ static __forceinline__ void passes(T* sTile, const T* gTile, int64 row_stride,
                                                   int first_valid, int end_valid) {
-        const int thread = thread_index_anew();
+        const int thread = thread_index_volatile();
         const int first_row = thread / THREADS_PER_ROW;
         const int first_col = thread % THREADS_PER_ROW * VEC;
         const T* source = gTile + first_row * row_stride + first_col;
@@ -129,7 +129,7 @@ struct TileCopy {
 };
 
 // Starts copying rows that lie anywhere: row_of(row, valid) returns the address of a row's first
-// element and sets whether the row exists. Other rows and columns become zeros.
+// element and sets whether the row exists. Other rows and columns are filled with zeros.
 template <typename Layout, int VALID_COLS, int BYTES, int THREADS, typename T, typename RowOf>
 __device__ __forceinline__ void gather_rows(T* sTile, RowOf row_of) {
     constexpr int VEC = BYTES / int(sizeof(T));

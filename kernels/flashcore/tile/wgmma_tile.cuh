@@ -11,8 +11,7 @@ namespace flashcore {
 
 // S = Q K^T. sQ: the warpgroup's first row. All columns of the tiles of Q and K.
 template <typename LayoutQ, typename LayoutK, typename T>
-__device__ __forceinline__ void start_scores(float (&rS)[LayoutK::ROWS / 2], const T* sQ,
-                                             const T* sK) {
+__device__ __forceinline__ void wgmma_qk(float (&rS)[LayoutK::ROWS / 2], const T* sQ, const T* sK) {
     constexpr int SWIZZLE = LayoutK::PANEL * int(sizeof(T));
     const uint64 q = matrix_descriptor(matrix_layout<SWIZZLE>(), shared_address(sQ));
     const uint64 k = matrix_descriptor(matrix_layout<SWIZZLE>(), shared_address(sK));
@@ -27,8 +26,8 @@ __device__ __forceinline__ void start_scores(float (&rS)[LayoutK::ROWS / 2], con
 
 // O += P V. rP: the A operand of 16 keys each.
 template <typename LayoutV, typename T>
-__device__ __forceinline__ void start_output(float (&rO)[LayoutV::COLS / 2],
-                                             uint32 (&rP)[LayoutV::ROWS / 16][4], const T* sV) {
+__device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2],
+                                         uint32 (&rP)[LayoutV::ROWS / 16][4], const T* sV) {
     constexpr int SWIZZLE = LayoutV::PANEL * int(sizeof(T));
     constexpr uint32 PANEL_BYTES = LayoutV::ROWS * SWIZZLE;
     const uint64 v = matrix_descriptor(matrix_layout<SWIZZLE>(PANEL_BYTES), shared_address(sV));

@@ -12,7 +12,7 @@ __forceinline__ void cluster_sync() {
     emulator::sync_all(c.meeting, c.living, "barrier.cluster");
 }
 
-__forceinline__ void cluster_meet() { cluster_sync(); }
+__forceinline__ void cluster_sync_relaxed() { cluster_sync(); }
 
 __forceinline__ uint32 peer_address(uint32 shared, int rank) {
     return shared | uint32(rank + 1) << emulator::PEER_SHIFT;

@@ -8,7 +8,7 @@ namespace flashcore {
 constexpr int CUDA_ARCH = __CUDA_ARCH__;
 
 __forceinline__ uint32 thread_index() { return uint32(emulator::current->thread); }
-__forceinline__ int thread_index_anew() { return emulator::current->thread; }
+__forceinline__ int thread_index_volatile() { return emulator::current->thread; }
 __forceinline__ uint32 block_index() { return uint32(emulator::block().index); }
 __forceinline__ uint32 grid_size() { return uint32(emulator::block().cluster->grid_size); }
 

@@ -1,33 +1,33 @@
-// schedule.cuh - what a CTA works on: which sequence, head and rows of queries, and which part of
-// the keys.
+// work.cuh - what a CTA works on: which sequence, head and rows of queries, and which split of the
+// keys.
 //
-// Consecutive blocks share a head, or a section of heads, so that their K and V stay in L2 while
-// they are read again. Where the last queries see the most keys they come first, so that no long
-// block runs alone at the end.
+// Consecutive blocks share a head, or a section of heads, so that K and V stay in L2 while they are
+// read again. Under a causal mask the last queries see the most keys: their blocks come first, so
+// that no long block runs alone at the end.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
-#include <flashcore/rules/mask.cuh>
+#include <flashcore/rules/position_mask.cuh>
 
 namespace flashcore {
 
-// The `batch` of rows of a packed batch that lie in none of its sequences.
+// Work::batch of rows of a packed batch that belong to none of its sequences.
 constexpr int NO_SEQUENCE = -1;
 
 struct Work {
     int batch;
-    int head;  // of q; where a group of heads is packed into a tile, of k and v
+    int head;  // of q; PACK_GQA: of k and v
     int head_kv;
-    int first_row;  // a row is a query, or in a packed group query * group + head of the group
-    int split;      // which part of the keys
+    int first_row;            // a row is a query; PACK_GQA: query * group + head of the group
+    int split;                // which split of the keys
     int seqlen_q, seqlen_kv;  // of the sequence
-    int start_q, start_kv;    // where it starts in a packed batch, else 0
+    int start_q, start_kv;    // where the sequence starts in a packed batch, else 0
     int diagonal;             // the key at query 0's own position
-    int group;                // rows per query: heads packed, else 1
+    int group;                // rows per query: PACK_GQA: heads of a group, else 1
 };
 
-// The query that a row of the tile is; `valid`: whether it exists.
+// The query and the head of q that a row of the tile is; `valid`: whether they exist.
 struct QueryRow {
     int query, head;
     bool valid;
@@ -54,14 +54,14 @@ __device__ __forceinline__ QueryRow query_row(const Work& w, int row) {
     return {query, w.head * w.group + (i - query * w.group), query < w.seqlen_q};
 }
 
-// A packed batch as pieces: the rows before the first boundary, the sequences, and the rows behind
+// A packed batch in pieces: the rows before the first boundary, the sequences, and the rows behind
 // the last boundary. The first and the last piece, usually empty, belong to no sequence and have no
-// keys. Values that lead outside are clamped: the host cannot check them without waiting for the
-// GPU.
+// keys. Boundaries outside the array are clamped: the host cannot check them without waiting for
+// the GPU.
 //
 // Pieces are cut into blocks of block_m rows. Piece n starts at block floor(its first row /
-// block_m) + n, which leaves it enough blocks wherever it starts, and at most one too many. So a
-// block finds its piece from cu_seqlens alone.
+// block_m) + n. That gives it all the blocks that it needs, wherever it starts, and at most one too
+// many; so a block finds its piece from cu_seqlens alone.
 struct PackedBatch {
     const int* cu_seqlens;
     int sequences, total, rows_per_query, block_m;
@@ -83,8 +83,8 @@ struct PackedBatch {
         return int(int64(start(piece)) * rows_per_query / block_m) + piece;
     }
 
-    // Returns the last piece that does not start behind `block`. All lanes of the warp search: each
-    // lane tries one of 32 evenly spaced pieces.
+    // Returns the last piece that starts at `block` or before it. A search by the whole warp: each
+    // lane tries one of 32 evenly spaced pieces, and the next round searches between two of them.
     __device__ __forceinline__ int find(int block) const {
         const int lane = thread_index() % WARP_SIZE;
         int first = 0, count = pieces();
@@ -99,12 +99,12 @@ struct PackedBatch {
     }
 };
 
-// Deals out the same blocks in another order: the longest blocks of all heads of a section come
-// first, then their second longest ones, and so on, so that what is left at the end is short. A
-// section is not all heads at once, so that its K and V stay in L2.
+// Puts blocks into another order: first the longest blocks of all heads of a section, then their
+// second longest ones, and so on, so that the blocks at the end are short. A section is no more
+// heads than have their K and V in L2 together.
 template <bool VARLEN>
-__device__ __forceinline__ void deal_out_section(const AttentionParams& p, int heads, int index,
-                                                 int& head_index, int& nth_block) {
+__device__ __forceinline__ void interleave_section(const AttentionParams& p, int heads, int index,
+                                                   int& head_index, int& nth_block) {
     const int section = index / (p.section * p.m_blocks), first = section * p.section;
     const int count = min(p.section, (VARLEN ? 1 : p.batch) * heads - first);
     index -= first * p.m_blocks;
@@ -116,57 +116,58 @@ struct TileRange {
     int begin, end;
 };
 
-// Returns the tiles of BLOCK_N keys that some row of [first_row, end_row) of the block sees; if
-// they are split into `parts`, the work's part of them; {0, 0} if there are none.
+// Returns the tiles of BLOCK_N keys that some row of [first_row, end_row) of the block sees; of
+// several splits, those in this one; {0, 0} if there are none.
 template <int BLOCK_N, bool PACK_GQA, typename Mask>
-__device__ __forceinline__ TileRange tiles_seen(const Work& w, const Mask& mask, int first_row,
-                                                int end_row, int parts) {
+__device__ __forceinline__ TileRange visible_tiles(const Work& w, const Mask& mask, int first_row,
+                                                   int end_row, int splits) {
     const int first_query = query_of<PACK_GQA>(w, first_row);
     const int last_query = last_query_of<PACK_GQA>(w, end_row);
     TileRange tiles = {mask.row_begin(first_query) / BLOCK_N,
                        div_up(max(mask.row_end(last_query), 0), BLOCK_N)};
-    if (parts > 1) {
-        const int part = div_up(max(tiles.end - tiles.begin, 0), parts);
-        tiles.begin += w.split * part;
-        tiles.end = min(tiles.end, tiles.begin + part);
+    if (splits > 1) {
+        const int share = div_up(max(tiles.end - tiles.begin, 0), splits);
+        tiles.begin += w.split * share;
+        tiles.end = min(tiles.end, tiles.begin + share);
     }
     return tiles.begin < tiles.end ? tiles : TileRange{0, 0};
 }
 
-// Returns the tiles of which every row of [first_row, end_row) that exists sees every key: they
-// need no comparison of positions.
+// Returns the tiles of which every row of [first_row, end_row) that exists sees every key: no
+// positions need to be compared in them.
 template <int BLOCK_N, bool PACK_GQA, typename Mask>
-__device__ __forceinline__ TileRange tiles_whole(const Work& w, const Mask& mask, int first_row,
-                                                 int end_row) {
+__device__ __forceinline__ TileRange unmasked_tiles(const Work& w, const Mask& mask, int first_row,
+                                                    int end_row) {
     return {div_up(mask.row_begin(last_query_of<PACK_GQA>(w, end_row)), BLOCK_N),
             max(mask.row_end(query_of<PACK_GQA>(w, first_row)), 0) / BLOCK_N};
 }
 
-// A block of rows, and a part of the keys.
-struct BlockPart {
+// A block of rows, and a split of its keys.
+struct BlockSplit {
     int block, split;
 };
 
-// Returns part number `index` of `blocks` blocks of rows: all first parts come before all second
-// parts. The last parts of the rows are the shortest, and this way no multiprocessor gets only long
-// ones.
-__device__ __forceinline__ BlockPart block_part(int index, int blocks) {
+// Returns number `index` of the splits of `blocks` blocks of rows: all first splits come before all
+// second ones. The last split of a block may be short, and in this order no multiprocessor gets
+// only long ones.
+__device__ __forceinline__ BlockSplit block_split(int index, int blocks) {
     const int split = index / blocks;
     return {index - split * blocks, split};
 }
 
-// Finds the work on a part of a block of rows. Returns false if there is none, which only happens
-// in packed batches.
+// Finds the work that a split of a block of rows is. LAST_FIRST: a head's last block comes first.
+// Returns false if the block has no rows, which only happens in packed batches.
 template <bool LAST_FIRST, bool VARLEN, bool PACK_GQA>
 __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m, Work& w,
-                                          BlockPart part) {
-    w.split = part.split;
+                                          BlockSplit which) {
+    w.split = which.split;
     const int heads = PACK_GQA ? p.heads_kv : p.heads_q;
-    // A division takes a tenth of a microsecond, and a short call begins with these.
-    int head_index = p.m_blocks == 1 ? part.block : part.block / p.m_blocks;
-    int nth_block = part.block - head_index * p.m_blocks;
+    // Divisions are left out where possible: each takes a tenth of a microsecond, which a short
+    // call feels.
+    int head_index = p.m_blocks == 1 ? which.block : which.block / p.m_blocks;
+    int nth_block = which.block - head_index * p.m_blocks;
     if (LAST_FIRST && p.section > 1)
-        deal_out_section<VARLEN>(p, heads, part.block, head_index, nth_block);
+        interleave_section<VARLEN>(p, heads, which.block, head_index, nth_block);
     int m_block = LAST_FIRST ? p.m_blocks - 1 - nth_block : nth_block;
     w.group = PACK_GQA ? p.group : 1;
     w.batch = VARLEN || p.batch == 1 ? 0 : head_index / heads;

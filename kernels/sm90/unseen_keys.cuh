@@ -1,5 +1,6 @@
-// masks.cuh - what a consumer does about keys that nobody sees: their rows of V become zeros,
-// because 0 * NaN is not 0; and tiles without a key that somebody sees are passed over.
+// unseen_keys.cuh - what a consumer does about keys that no row of its CTA sees: it overwrites
+// their rows of V with zeros, because their probability is 0, but 0 * NaN is not; and it skips
+// tiles of which no row sees any key.
 #pragma once
 #include <config.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
@@ -10,8 +11,8 @@
 
 namespace flashcore {
 
-// Looks up which keys masks leave to this lane's rows, before the scores are there. MASKED: which
-// keys positions leave to them, too.
+// Looks up which keys of a tile this lane's rows see by `mask` and mask_mod, before the scores are
+// there. MASKED: by their positions, too.
 template <bool MASKED>
 __device__ __forceinline__ void Consumer::look_up_keys(int tile) {
 #pragma unroll
@@ -34,42 +35,43 @@ __device__ __forceinline__ void Consumer::look_up_keys_of(int tile) {
     }
 }
 
-// Overwrites rows of V that lie outside the sequence. TMA leaves out what lies outside of all
-// sequences; but in packed batches the box of a sequence's last keys reaches into the next
-// sequence. Every consumer does this for itself, and all write the same. (What masks hide they find
-// out together: attend_seen_tiles.)
+// Packed batches: overwrites rows of V that lie outside the sequence. TMA leaves out what lies
+// outside the array, but the box of a sequence's last keys reaches into the next sequence. Every
+// consumer does this for itself, and all write the same zeros. (For keys that masks hide, all
+// consumers work together: attend_seen_tiles.)
 __device__ __forceinline__ void Consumer::clear_unseen(int tile, int stage) {
     if constexpr (!VARLEN) return;
     const int begin = mask().row_begin(0) - tile * BLOCK_N;
     const int end = mask().row_end(work_tile().seqlen_q - 1) - tile * BLOCK_N;
     if (begin <= 0 && end >= BLOCK_N) return;
-    for (int key = warp() % 4; key < BLOCK_N; key += 4) {
+    for (int key = warp() % WARPGROUP_WARPS; key < BLOCK_N; key += WARPGROUP_WARPS) {
         if (key >= begin && key < end) continue;
         for (int d = lane() * 2; d < HEAD_DIM_V; d += 2 * WARP_SIZE)
             *reinterpret_cast<uint32*>(smem.sV[stage] + LayoutV::element(key, d)) = 0;
     }
-    fence_proxy_async();                                      // wgmma sees this thread's zeros
-    named_barrier_sync(BARRIER_CONSUMER + index, WARPGROUP);  // all four warps have written theirs
+    fence_proxy_async();  // wgmma sees this thread's zeros
+    // All four warps have written their zeros.
+    named_barrier_sync(BARRIER_CONSUMER + index, WARPGROUP_THREADS);
 }
 
-// Publishes which keys of the tile this warp sees, and returns what all consumers see together. The
-// double buffer needs no second barrier: when a buffer is used again, all consumers have met once
-// more, and they have read it before that.
+// Publishes which keys of the tile this warp sees, and returns how much of it all consumers see
+// together. One barrier per tile is enough, because there are two buffers: before a warp writes to
+// a buffer again, it passes the next tile's barrier, at which every warp has read this one.
 __device__ __forceinline__ SeenExtent Consumer::sync_seen_keys() {
     ++tiles_synced;
-    smem.seen.of[tiles_synced % 2].publish(seen, warp());
-    named_barrier_sync(BARRIER_ALL_CONSUMERS, NUM_THREADS);  // all warps have published
-    return smem.seen.of[tiles_synced % 2].extent();
+    smem.seen.buffer[tiles_synced % 2].publish(seen, warp());
+    named_barrier_sync(BARRIER_ALL_CONSUMERS, CONSUMER_THREADS);  // all warps have published
+    return smem.seen.buffer[tiles_synced % 2].extent();
 }
 __device__ __forceinline__ void Consumer::clear_unseen_together() {
-    smem.seen.of[tiles_synced % 2].template clear_unseen<LayoutV>(smem.sV[kv.stage], warp());
-    fence_proxy_async();                                     // wgmma sees this thread's zeros
-    named_barrier_sync(BARRIER_ALL_CONSUMERS, NUM_THREADS);  // all warps have written theirs
+    smem.seen.buffer[tiles_synced % 2].template clear_unseen<LayoutV>(smem.sV[kv.stage], warp());
+    fence_proxy_async();                                          // wgmma sees this thread's zeros
+    named_barrier_sync(BARRIER_ALL_CONSUMERS, CONSUMER_THREADS);  // all warps have written theirs
 }
 
-// The main loop where there are masks. Which keys of the next tile they leave is looked up while P
-// V runs; then all consumers tell each other what they see. A tile of which nobody sees anything is
-// passed over; in others, values that nobody sees become zeros.
+// The main loop where there are masks. The next tile's keys are looked up while P V runs. Then all
+// consumers tell each other which keys they see, because all read V from the same stage: a tile of
+// which no row sees any key is skipped, and in others the values of unseen keys become zeros.
 __device__ __forceinline__ void Consumer::attend_seen_tiles(const TileRange& tiles) {
     float factor[2];
     look_up_keys_of(tiles.end - 1);
@@ -83,16 +85,16 @@ __device__ __forceinline__ void Consumer::attend_seen_tiles(const TileRange& til
             kv.release(smem.v);
             if (tile > tiles.begin) look_up_keys_of(tile - 1);
         } else {
-            begin_scores();
-            end_scores<0>();
+            start_qk();
+            wait_qk<0>();
             softmax_of(tile, factor);
             pack_p<T>(rP, rS);
             scale_output(factor);
             kv.wait_full(smem.v);
             if (!seen_keys.all) clear_unseen_together();
-            start_output<LayoutV>(rO, rP, smem.sV[kv.stage]);
+            wgmma_pv<LayoutV>(rO, rP, smem.sV[kv.stage]);
             if (tile > tiles.begin) look_up_keys_of(tile - 1);
-            end_output(kv);
+            wait_pv(kv);
         }
         kv.advance();
     }
