@@ -23,8 +23,8 @@ from rich.table import Table
 import flashcore_cupy
 from flashcore_cupy.check import machine
 from flashcore_cupy.cli.tables import console
+from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.select.targets import HOPPER
 
 SHAPE = (1, 8, 64, 64)
 RUNS, CALLS, SETS = 200, 20, 5

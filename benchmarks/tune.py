@@ -62,11 +62,12 @@ from flashcore_cupy.attention import plan
 from flashcore_cupy.check import inputs, machine, verify
 from flashcore_cupy.cli.options import POSITIVE, writable
 from flashcore_cupy.cli.tables import clean, console, kib, progress, significant
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure.job import problem_json, to_gpu
 from flashcore_cupy.problem.attention_problem import DTYPES, AttentionProblem, contiguous_problem
-from flashcore_cupy.select import selector, targets
+from flashcore_cupy.select import selector
 from flashcore_cupy.select.config import KernelConfig, Tile
 from flashcore_cupy.select.row import Row
 

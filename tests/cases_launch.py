@@ -68,7 +68,8 @@ def moved(
 ) -> Iterator[tuple[np.ndarray[Any, Any], tuple[int, int, int, int]]]:
     """Words of the four maps in one block of parameters, moved from place to place."""
     views = chosen.views(problem, output_of(problem))
-    maps = tensor_map.Maps(views, {"q": 2**40, "k": 2**41, "v": 2**42, "o": 2**39})
+    addresses = {"q": 2**40, "k": 2**41, "v": 2**42, "o": 2**39}
+    maps = tensor_map.Maps(views, addresses, chosen.params)
     assert maps.movable == movable
     arrays = {name: array_at(2**40) for name in "qkvo"}
     given = fixed(problem, KERNEL)

@@ -18,9 +18,9 @@ from flashcore_cupy.cpu.emulator.build import Source, library, why_not
 from flashcore_cupy.cpu.emulator.plan import _tensor_map as tensor_map
 from flashcore_cupy.cpu.emulator.run import Grid, Schedule
 from flashcore_cupy.cpu.emulator.run import launch as emulate
+from flashcore_cupy.cuda.targets import HOPPER, capability
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.jit.sources import kernels_digest
-from flashcore_cupy.select.targets import HOPPER, capability
 from flashcore_cupy.select.tensor_view import View
 
 FOLDER = ROOT / "tests" / "probes"

@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from flashcore_cupy._version import __version__
 from flashcore_cupy.cuda import driver
+from flashcore_cupy.cuda.targets import DEFAULT_ARCH
 from flashcore_cupy.jit import cache, compiler, nvrtc
 from flashcore_cupy.jit.sources import kernels_digest, kernels_dir, source_files
-from flashcore_cupy.select.targets import HOPPER
+from flashcore_cupy.select.registry import KERNELS
 from flashcore_cupy.settings import settings
 
 State = Literal["ok", "note", "problem"]
-_FALLBACK_ARCH = "sm_90a"
 _TINY = 'extern "C" __global__ void tiny(int* x) { *x = 1; }\n'
 _INSTALL = "pip install cupy-cuda12x (a driver of CUDA 12) or cupy-cuda13x (a driver of CUDA 13)"
 
@@ -197,11 +197,12 @@ def _target() -> Finding:
 
 
 def _tensor_maps() -> Finding:
-    """What Hopper's kernel has its arrays described with; other targets do without."""
+    """What some kernels have their arrays described with; targets without these do without."""
     try:
         driver.binding()
     except RuntimeError as error:
-        needed = _has_gpu() and compiler.device_arch() == HOPPER
+        with_maps = [kernel for kernel in KERNELS.values() if kernel.has_maps]
+        needed = _has_gpu() and any(k.runs_on(compiler.device_arch()) for k in with_maps)
         cure = "Install it, or name another kernel, such as kernel='mma_sm80'."
         state: State = "problem" if needed else "note"
         return Finding("cuda-bindings", _one_line(error), state, cure)
@@ -301,7 +302,7 @@ def _has_gpu() -> bool:
 
 def _fallback_arch() -> str:
     known = nvrtc.known_archs()
-    return _FALLBACK_ARCH if _FALLBACK_ARCH in known else known[-1]
+    return DEFAULT_ARCH if DEFAULT_ARCH in known else known[-1]
 
 
 def _severity() -> State:

@@ -33,10 +33,11 @@ from flashcore_cupy.cli.options import (
     writable,
 )
 from flashcore_cupy.cli.progress import Steps, orderly_end
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import cache, compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure import job, ladder
-from flashcore_cupy.select import registry, targets
+from flashcore_cupy.select import registry
 
 #: A call of more operations takes a CPU seconds, at the least.
 _LONG_FLOPS = 5e10

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.attention_problem import (
@@ -23,7 +24,7 @@ from flashcore_cupy.problem.attention_problem import (
     Causal,
 )
 from flashcore_cupy.problem.values import shown
-from flashcore_cupy.select import registry, targets
+from flashcore_cupy.select import registry
 from flashcore_cupy.select.config import Tile
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashcore_cupy.cpu import gates, tiled_attention
+from flashcore_cupy.cuda.targets import target_without_gpu
 from flashcore_cupy.problem.array_spec import usable
 from flashcore_cupy.problem.attention_problem import check_choice
 from flashcore_cupy.problem.request import Call, Request
 from flashcore_cupy.problem.rules import RULES, hiding
 from flashcore_cupy.select.registry import KERNELS
 from flashcore_cupy.select.selector import select
-from flashcore_cupy.select.targets import target_without_gpu
 
 if TYPE_CHECKING:
     from flashcore_cupy.cpu.emulator.plan import EmulatedPlan

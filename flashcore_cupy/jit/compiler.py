@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore_cupy._version import __version__
+from flashcore_cupy.cuda.targets import target_of
 from flashcore_cupy.jit import cache, nvrtc
 from flashcore_cupy.jit.nvrtc import (
     Defines,
@@ -181,8 +182,6 @@ def device_arch(device: int | None = None) -> str:
 def _arch_of(device: int) -> str:
     cupy = importlib.import_module("cupy")
     capability = int(cupy.cuda.Device(device).compute_capability)
-    if capability == 90:
-        return "sm_90a"  # wgmma and its relatives exist only there
     same_generation = [
         number
         for number in nvrtc.arch_numbers()
@@ -190,7 +189,8 @@ def _arch_of(device: int) -> str:
     ]
     if not same_generation:
         raise nvrtc.unknown_arch(f"sm_{capability}")
-    return f"sm_{max(same_generation)}"
+    nearest = max(same_generation)
+    return target_of(capability) if nearest == capability else f"sm_{nearest}"
 
 
 def no_gpu_reason() -> str | None:

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+from flashcore_cupy.cuda.targets import target_without_gpu
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.problem.attention_problem import contiguous_problem
 from flashcore_cupy.select import registry, selector
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.row import Row
-from flashcore_cupy.select.targets import target_without_gpu
 
 OnDone = Callable[[compiler.CompiledKernel | Exception], None]
 

@@ -61,7 +61,7 @@ class _KnownCall:
         self.maps: Maps | None = None
         if views := plan.views:
             addresses = {name: plan.arrays[name].data.ptr for name in "qkvo"}
-            self.maps = Maps(views, addresses)
+            self.maps = Maps(views, addresses, plan.selection.config.params)
         self.workspace_bytes = plan.workspace_bytes if any(plan.workspace_bytes) else None
         # A call takes one and puts it back, so that threads never share one.
         self.blocks: list[_BoundBlock] = []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashcore_cupy.cuda import captures
+from flashcore_cupy.cuda.targets import smem_limit
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import tensor_map
 from flashcore_cupy.launch.parameter_block import ParameterBlock
@@ -23,7 +24,6 @@ from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.parameters import fixed_params
 from flashcore_cupy.select.plan import Launch, Plan
 from flashcore_cupy.select.selector import Selection, configs_of
-from flashcore_cupy.select.targets import smem_limit
 from flashcore_cupy.select.units import round_up
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashcore_cupy.cuda.driver import binding
-from flashcore_cupy.select.params import HOPPER_PARAMS
 from flashcore_cupy.select.tensor_view import TMA_ALIGN, View
 
 if TYPE_CHECKING:
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 _MAP_BYTES = 128
 _LIMIT = 4096  # maps remembered
-_FIELDS: Mapping[str, Any] = HOPPER_PARAMS.fields or {}
-# The first words of the maps, in words of 8 bytes.
-_Q_MAP, _K_MAP, _V_MAP, _O_MAP = (_FIELDS[f"{name}_map"][1] // 8 for name in "qkvo")
 _ELSEWHERE = 2**33 + 2**21 + TMA_ALIGN  # bytes on: bits of both halves of an address
 
 
@@ -45,11 +41,16 @@ class Maps:
     """The maps in a launch's parameters, which follow the addresses of q, k, v, o.
 
     The driver encoded those of the first addresses, and all others are these, moved; a driver whose
-    maps are not ``movable`` is asked each time.
+    maps are not ``movable`` is asked each time. ``params``: the struct that holds them.
     """
 
-    def __init__(self, views: Sequence[View], addresses: Mapping[str, int]) -> None:
+    def __init__(
+        self, views: Sequence[View], addresses: Mapping[str, int], params: np.dtype[Any]
+    ) -> None:
         self._views = views
+        fields: Mapping[str, Any] = params.fields or {}
+        # Their first words, in words of 8 bytes.
+        self._first_words = tuple(fields[f"{name}_map"][1] // 8 for name in "qkvo")
         self._offset_k, self._offset_v = views[1].offset, views[2].offset
         places = [_address(addresses[view.name], addresses["q"]) for view in views]
         self.movable = all(map(movable, places, views))
@@ -57,16 +58,17 @@ class Maps:
     def move(self, block: ParameterBlock, q: int, k: int, v: int, o: int) -> None:
         """Write the maps of arrays at these addresses where the parameters have others."""
         if self.movable:
-            words = block.words
-            words[_Q_MAP] = q
-            words[_K_MAP] = (k or q) + self._offset_k  # as _address has it
-            words[_V_MAP] = (v or q) + self._offset_v
-            words[_O_MAP] = o  # which a kernel that stores directly does not look at
+            words, (q_map, k_map, v_map, o_map) = block.words, self._first_words
+            words[q_map] = q
+            words[k_map] = (k or q) + self._offset_k  # as _address has it
+            words[v_map] = (v or q) + self._offset_v
+            words[o_map] = o  # which a kernel that stores directly does not look at
         else:
             addresses = (q, _address(k, q), _address(v, q), o)
-            for view, address in zip(self._views, addresses, strict=False):
-                first = _FIELDS[f"{view.name}_map"][1]
-                block.bytes[first : first + _MAP_BYTES] = encode(address, view).view("u1")
+            each = zip(self._views, self._first_words, addresses, strict=False)
+            for view, first, address in each:
+                encoded = encode(address, view).view("u1")
+                block.bytes[first * 8 : first * 8 + _MAP_BYTES] = encoded
 
 
 def movable(address: int, view: View) -> bool:

@@ -44,6 +44,11 @@ class Kernel:
         return self.family.quantizes
 
     @property
+    def has_maps(self) -> bool:
+        """Whether it takes tensor maps, which the driver encodes."""
+        return "q_map" in (self.family.params.names or ())
+
+    @property
     def has_rules(self) -> bool:
         """Windows, score rules, masks, sinks, packed batches; the others are causal or not."""
         return self.family.has_rules

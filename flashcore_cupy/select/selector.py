@@ -6,13 +6,13 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from flashcore_cupy.cuda.targets import capability, smem_limit
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand, check_choice
 from flashcore_cupy.select.config import KernelConfig, check_overrides
 from flashcore_cupy.select.grids import check_sizes
 from flashcore_cupy.select.registry import AUTO_ORDER, KERNELS, Kernel
 from flashcore_cupy.select.row import Row
 from flashcore_cupy.select.table import ROWS
-from flashcore_cupy.select.targets import capability, check_fits
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,25 @@ def check_target(row: Row, config: KernelConfig, arch: str) -> KernelConfig:
         raise ValueError(f"has a row up to sm_{row.max_arch} alone, the target is {arch}")
     if row.min_arch is not None and capability(arch) < row.min_arch:
         raise ValueError(f"has a row from sm_{row.min_arch} on alone, the target is {arch}")
-    check_fits(config, arch)
+    _check_fits(config, arch)
     return config
+
+
+def _check_fits(config: KernelConfig, arch: str) -> None:
+    """Raise ``ValueError`` if ``arch`` lacks instructions or shared memory that it takes."""
+    needs = None
+    if config.tile.cp_async:
+        needs = "cp.async"
+    elif config.dtype == "bfloat16":
+        needs = "bfloat16 conversions"
+    if needs and capability(arch) < 80:
+        raise ValueError(f"needs {needs}, hence sm_80 or later; the target is {arch}")
+    if config.smem_bytes > smem_limit(arch):
+        columns = max(config.dim_qk, config.dim_v)
+        raise ValueError(
+            f"needs {config.smem_bytes} bytes of shared memory at head dim {columns}, "
+            f"{arch} has {smem_limit(arch)}; smaller tiles (block_m, block_n, num_stages) may fit"
+        )
 
 
 def configs_of(selection: Selection) -> tuple[KernelConfig, ...]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from flashcore_cupy.cuda.targets import HOPPER, smem_limit
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, Operand
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.grids import (
@@ -17,7 +18,6 @@ from flashcore_cupy.select.grids import (
     rows_per_head,
 )
 from flashcore_cupy.select.params import HOPPER_PARAMS
-from flashcore_cupy.select.targets import HOPPER, smem_limit
 from flashcore_cupy.select.tensor_view import (
     MAX_BOX,
     TMA_ALIGN,

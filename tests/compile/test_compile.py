@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from cases_rules import ASKED, array
 
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, contiguous_problem
 from flashcore_cupy.problem.blocks import ScoreShape
 from flashcore_cupy.problem.rules import RULES, describe_rules
-from flashcore_cupy.select import registry, selector, table, targets
+from flashcore_cupy.select import registry, selector, table
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.row import Row
 from flashcore_cupy.select.sm90 import Sm90

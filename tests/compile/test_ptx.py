@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import PROBES
 
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.select import targets
 
 
 @pytest.mark.parametrize("arch", targets.TARGETS)

@@ -7,8 +7,8 @@ import re
 import pytest
 from cases_ptx_sm90 import PRODUCTS
 
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.select import targets
 
 REPORT = re.compile(
     r"ptxas info\s*: (\d+ bytes gmem.*|Compiling entry function .*|Function properties for \w+"

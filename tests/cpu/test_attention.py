@@ -16,12 +16,13 @@ from helpers import three_arrays
 import flashcore_cupy
 from flashcore_cupy.check.selftest import cases
 from flashcore_cupy.cpu import reference
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.launch import bind
 from flashcore_cupy.problem import request
 from flashcore_cupy.problem import rules as rules_module
 from flashcore_cupy.problem.attention_problem import GATES, LAYOUTS, contiguous_problem
 from flashcore_cupy.problem.request import Request
-from flashcore_cupy.select import registry, selector, table, targets
+from flashcore_cupy.select import registry, selector, table
 
 attention = flashcore_cupy.attention
 
@@ -346,6 +347,7 @@ def test_what_a_target_lacks_is_named(kernel: str, arch: str, changes: dict, rea
 
 
 def test_targets() -> None:
+    assert [targets.target_of(n) for n in (75, 86, 90)] == ["sm_75", "sm_86", "sm_90a"]
     assert [targets.capability(arch) for arch in ("sm_75", "sm_90a", "sm_120f")] == [75, 90, 120]
     assert targets.smem_limit("sm_90") == targets.smem_limit("sm_90a") == 227 * 1024
     assert targets.smem_limit("sm_999") == 48 * 1024, "what every GPU has"

@@ -19,9 +19,10 @@ from rich.console import Console
 from flashcore_cupy import __version__
 from flashcore_cupy.cli import plots, progress, tables, terminal
 from flashcore_cupy.cli.commands import main
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure import ladder
-from flashcore_cupy.select import registry, targets
+from flashcore_cupy.select import registry
 
 ON_GPU = gpu_skip_reason() is None
 without_gpu = pytest.mark.skipif(ON_GPU, reason="shows what happens without a GPU")

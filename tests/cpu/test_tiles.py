@@ -14,11 +14,12 @@ from helpers import ROOT as CHECKOUT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import spec_of
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem, describe
 from flashcore_cupy.problem.rules import describe_rules
-from flashcore_cupy.select import registry, selector, table, targets
+from flashcore_cupy.select import registry, selector, table
 from flashcore_cupy.select.config import KernelConfig, Tile
 from flashcore_cupy.select.row import PER_SCORE, Row
 

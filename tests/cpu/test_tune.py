@@ -17,10 +17,11 @@ from click.testing import CliRunner
 from side_by_side.results import Entry
 
 from flashcore_cupy.cpu import reference
+from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.attention_problem import contiguous_problem
-from flashcore_cupy.select import registry, selector, targets
+from flashcore_cupy.select import registry, selector
 from flashcore_cupy.select.config import Tile
 from flashcore_cupy.select.row import Row
 from flashcore_cupy.select.table import ROWS

@@ -15,9 +15,9 @@ import flashcore_cupy
 from flashcore_cupy.attention import plan
 from flashcore_cupy.check.selftest.arrays import embed
 from flashcore_cupy.cpu import reference
+from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.select import registry
-from flashcore_cupy.select.targets import HOPPER
 
 
 def test_streams() -> None:

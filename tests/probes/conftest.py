@@ -9,7 +9,7 @@ import pytest
 from helpers import PROBES, gpu_skip_reason
 from probe import Machine, Probe, Probes, library, machines, source, why_not
 
-from flashcore_cupy.select.targets import HOPPER
+from flashcore_cupy.cuda.targets import HOPPER
 
 
 @pytest.fixture(scope="session")

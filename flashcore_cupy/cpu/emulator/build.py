@@ -23,10 +23,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashcore_cupy.cuda.targets import capability
 from flashcore_cupy.jit import cache
 from flashcore_cupy.jit.sources import kernels_digest, kernels_dir
 from flashcore_cupy.select.config import KernelConfig
-from flashcore_cupy.select.targets import capability
 
 INCLUDE = Path(__file__).resolve().parent / "include"
 _COMPILERS = ("g++", "clang++", "c++")

@@ -1,11 +1,10 @@
-"""What kernels are built for: targets, and which configurations fit them.
+"""What kernels are built for: the targets, and the shared memory that they have.
 
 Names are the compiler's: ``"sm_90a"`` is compute capability 9.0 with its own instructions.
 """
 
 from __future__ import annotations
 
-from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.settings import arch_override
 
 _KIB = 1024
@@ -30,8 +29,15 @@ _SMEM_LIMIT = {
 HOPPER = "sm_90a"
 #: The target where there is no GPU to ask, and nobody names one.
 DEFAULT_ARCH = HOPPER
-#: Targets that every row is built for by the tests and by ``warmup --all``.
+#: Targets that every row is built for by the tests and by ``warmup --all``. A GPU of one of these
+#: compute capabilities gets it; others get the plain target.
 TARGETS = ("sm_75", "sm_80", "sm_89", HOPPER, "sm_100", "sm_120")
+
+
+def target_of(compute_capability: int) -> str:
+    """What a GPU gets: 90 gives "sm_90a"."""
+    own = (arch for arch in TARGETS if capability(arch) == compute_capability)
+    return next(own, f"sm_{compute_capability}")
 
 
 def target_without_gpu(arch: str | None = None) -> str:
@@ -50,20 +56,3 @@ def capability(arch: str) -> int:
 def smem_limit(arch: str) -> int:
     """Bytes of shared memory that a thread block may have on ``arch``; 48 KiB where unknown."""
     return _SMEM_LIMIT.get(capability(arch), 48 * _KIB)
-
-
-def check_fits(config: KernelConfig, arch: str) -> None:
-    """Raise ``ValueError`` if ``arch`` lacks instructions or shared memory that it takes."""
-    needs = None
-    if config.tile.cp_async:
-        needs = "cp.async"
-    elif config.dtype == "bfloat16":
-        needs = "bfloat16 conversions"
-    if needs and capability(arch) < 80:
-        raise ValueError(f"needs {needs}, hence sm_80 or later; the target is {arch}")
-    if config.smem_bytes > smem_limit(arch):
-        columns = max(config.dim_qk, config.dim_v)
-        raise ValueError(
-            f"needs {config.smem_bytes} bytes of shared memory at head dim {columns}, "
-            f"{arch} has {smem_limit(arch)}; smaller tiles (block_m, block_n, num_stages) may fit"
-        )
