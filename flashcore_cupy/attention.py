@@ -159,15 +159,12 @@ def attention(
             return done
     leave_dynamo()
     check_names("attention", unknown, ARGUMENTS)
-    rules = dict(
-        window=window, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink,
-        score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
-    )  # fmt: skip
-    request = Request(
-        layout=layout, softmax_scale=softmax_scale, causal=causal, rules=rules,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant,
-        kernel=kernel, config=config, gate=gate,
-    )  # fmt: skip
+    request = Request.of(dict(
+        layout=layout, softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink, score_mod=score_mod,
+        mask_mod=mask_mod, mod_args=mod_args, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        batch_invariant=batch_invariant, kernel=kernel, config=config, gate=gate,
+    ))  # fmt: skip
     return_lse = check_results(gate, return_lse, out)
     gpu = interop.gpu_of("q", q)
     if gpu is None:

@@ -27,6 +27,7 @@ from flashcore_cupy.cpu.reference import (
     tiled,
 )
 from flashcore_cupy.cpu.tiled_attention import sequences
+from flashcore_cupy.problem import rules as records
 from flashcore_cupy.problem.blocks import Block
 
 B, HQ, HKV, SQ, SKV = 2, 4, 2, 9, 13
@@ -172,6 +173,11 @@ RULES: dict[str, dict[str, Any]] = {
     "mask_mod": {"mask_mod": sparse},
     "mask_mod by key": {"mask_mod": lambda b, h, q_idx, kv_idx: kv_idx % 2 == b},
 }
+
+
+def test_every_record_is_held_against_the_formula() -> None:
+    tried = {name for asked in RULES.values() for name in asked}
+    assert {rule.name for rule in records.RULES} <= tried
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
