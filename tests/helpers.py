@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,21 @@ def gpu_skip_reason() -> str | None:
 def compiler_skip_reason() -> str | None:
     """Why nothing can be compiled here: only for want of CuPy, a broken NVRTC is a failure."""
     return None if importlib.util.find_spec("cupy") else "CuPy, which brings NVRTC, is missing"
+
+
+@contextlib.contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Of a session's workers: what one has built, the others then find in the cache."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    import fcntl
+
+    folder = Path(os.environ["FLASHCORE_CACHE_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def runs_here(kernel: str) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import pytest
 from helpers import ROOT, gpu_skip_reason
 
 from flashcore_cupy.cpu.emulator.build import Source, library, why_not
@@ -27,6 +28,7 @@ FOLDER = ROOT / "tests" / "probes"
 #: Of a GPU that runs a probe; those of Hopper's instructions run on that generation alone.
 CAPABILITY = {"thread": 75, "warp": 75, "global": 75, "key_bits": 75}
 HOPPERS = ("cluster", "mbarrier", "tma", "wgmma")
+needs_emulator = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 SCHEDULES = (Schedule(0, 0), Schedule(1, 30), Schedule(2, 100))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases_rules import ASKED, array
+from helpers import one_at_a_time
 
 from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler
@@ -163,7 +164,8 @@ def built(
         if any({"kernel": kernel, "arch": arch}.items() >= params.items() for params in asked)
     }
     jobs = [(c, arch) for (_, arch), configs in wanted.items() for c in configs]
-    compiled = iter(compiler.compile_many([builds.job_of(*job) for job in jobs]))
+    with one_at_a_time("compile"):
+        compiled = iter(compiler.compile_many([builds.job_of(*job) for job in jobs]))
     return {key: [(c, next(compiled)) for c in configs] for key, configs in wanted.items()}
 
 

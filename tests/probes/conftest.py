@@ -6,7 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import PROBES, gpu_skip_reason
+from helpers import PROBES, gpu_skip_reason, one_at_a_time
 from probe import Machine, Probe, Probes, library, machines, source, why_not
 
 from flashcore_cupy.cuda.targets import HOPPER
@@ -17,7 +17,7 @@ def emulated(request: pytest.FixtureRequest) -> None:
     """The libraries of this session's probes, built side by side."""
     tests = {item.path.stem.removeprefix("test_") for item in request.session.items}
     if why_not() is None:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with one_at_a_time("probes"), ThreadPoolExecutor(os.cpu_count()) as pool:
             names = [path.stem for path in PROBES if path.stem in tests]
             for each in [pool.submit(library, source(name, HOPPER)) for name in names]:
                 each.result()

@@ -24,6 +24,14 @@ extern "C" __global__ void phases(int count, int* passed) {
     }
 }
 
+// One thread asks for the end of a phase that nobody ends. A GPU would ask forever.
+extern "C" __global__ void asks_in_vain() {
+    uint64* const barrier = reinterpret_cast<uint64*>(dynamic_shared<16>());
+    mbarrier_init(barrier, 1);
+    while (!mbarrier_try_wait(barrier, 0)) {
+    }
+}
+
 // 160 threads: warp 4 puts x[i] in one of two stages, round after round, and the warpgroup takes
 // it. Now one side is slow and now the other. y: (rounds, 128).
 extern "C" __global__ void hand_over(const int* x, int rounds, int* y) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from probe import Emulator, Launch, Probe, Probes, assert_same_bits, why_not
+from probe import Emulator, Launch, Probe, Probes, assert_same_bits, needs_emulator
 
 from flashcore_cupy.cpu.emulator.run import Schedule
 
@@ -94,7 +94,7 @@ def test_e4m3_to_16_bits(probe: Probes) -> None:
     assert_same_bits(bfloat16, narrowed(values, ml_dtypes.bfloat16).view(np.uint32))
 
 
-@pytest.mark.skipif(why_not() is not None, reason=f"needs a C++ compiler: {why_not()}")
+@needs_emulator
 def test_e4m3_to_16_bits_without_the_instruction() -> None:
     run = Probe({"emulator": Emulator("convert", "sm_80", Schedule())})
     native, shifted, *_ = convert(run, "widen_e4m3", [EVERY_16], "u4", "u4", "u4", "f4")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from probe import Launch, Probes, assert_same_bits
+from probe import Emulator, Launch, Probes, assert_same_bits, needs_emulator
+
+from flashcore_cupy.cpu.emulator.run import KernelError, Schedule
+from flashcore_cupy.select.targets import HOPPER
 
 WARPGROUP = 128
 ROUNDS = 10
@@ -18,6 +21,12 @@ def test_phases(probe: Probes, count: int) -> None:
     expected = np.zeros_like(passed)
     expected[0::2, 1] = expected[1::2, 0] = 1
     assert_same_bits(passed, expected)
+
+
+@needs_emulator
+def test_whoever_asks_in_vain_is_told() -> None:
+    with pytest.raises(KernelError, match=r"(?s)deadlock.*thread.* 0.*mbarrier\.try_wait"):
+        Emulator("mbarrier", HOPPER, Schedule()).run(Launch("asks_in_vain", 1, shared=8), [])
 
 
 def test_hand_over(probe: Probes) -> None:

@@ -76,10 +76,11 @@ def test_named_barriers(probe: Probes) -> None:
 
 def test_any_of_the_threads_at_a_named_barrier(probe: Probes) -> None:
     threads = np.arange(960)
-    x = np.zeros(960, "i4")
-    x[[70, 64 * 9, 64 * 14 + 63]] = 1  # in pairs 1, 9 and 14
-    x[200] = 2
+    x = np.zeros((2, 960), "i4")
+    x[0, [70, 64 * 9, 64 * 14 + 63]] = 1  # in pairs 1, 9 and 14
+    x[1, [60, 64 * 9 + 32]] = 1  # in pairs 0 and 9
+    x[:, 200] = 2
     launch = replace(PAIRS, kernel="any_of_pairs")
-    found, partner = probe("warp")(launch, [x], [np.full(960, -1, "i4")] * 2)
-    assert_same_bits(found, np.isin(threads // 64, [1, 9, 14]))
-    assert_same_bits(partner, threads ^ 32)
+    found, partner = probe("warp")(launch, [x], [np.full((2, 960), -1, "i4")] * 2)
+    assert_same_bits(found, [np.isin(threads // 64, pairs) for pairs in ([1, 9, 14], [0, 9])])
+    assert_same_bits(partner, np.stack([threads, threads + 960])[:, threads ^ 32])

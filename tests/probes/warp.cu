@@ -79,14 +79,17 @@ extern "C" __global__ void pairs_of_warps(const float* x, float* y) {
     y[thread] = mine;
 }
 
-// 960 threads, pairs of warps: whether x is 1 for any thread of the pair, and what the thread in
-// the other warp has written.
+// 960 threads, pairs of warps, twice: whether x is 1 for any thread of the pair, and what the thread
+// in the other warp has written. x, any, partner: (2, 960).
 extern "C" __global__ void any_of_pairs(const int* x, int* any, int* partner) {
     int* const sX = reinterpret_cast<int*>(dynamic_shared<16>());
     const int thread = thread_index(), pair = thread / 64;
-    sX[thread] = thread;
-    any[thread] = named_barrier_any(pair + 1, 64, x[thread] == 1);
-    partner[thread] = sX[thread ^ 32];
+    for (int i = thread; i < 2 * 960; i += 960) {
+        sX[thread] = i;
+        any[i] = named_barrier_any(pair + 1, 64, x[i] == 1);
+        partner[i] = sX[thread ^ 32];
+        named_barrier_sync(pair + 1, 64);
+    }
 }
 
 // 256 threads: each reads what another warp (block_sync) and another lane (warp_sync) has written.
