@@ -30,6 +30,8 @@ CAPABILITY = {"thread": 75, "warp": 75, "global": 75, "key_bits": 75}
 HOPPERS = ("cluster", "mbarrier", "tma", "wgmma")
 needs_emulator = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 SCHEDULES = (Schedule(0, 0), Schedule(1, 30), Schedule(2, 100))
+#: Probes of what orders threads, in which a checking build finds no race.
+CHECKED = ("cluster", "cp_async", "mbarrier", "tma", "warp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +161,8 @@ def machines(probe: str, arch: str = HOPPER) -> dict[str, Machine]:
     if why_not() is None:
         for schedule in SCHEDULES:
             found[f"emulator, seed {schedule.seed}"] = Emulator(probe, arch, schedule)
+        if probe in CHECKED:
+            found["checking emulator"] = Emulator(probe, arch, Schedule(3), checking=True)
     return found
 
 

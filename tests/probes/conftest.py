@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import PROBES, gpu_skip_reason, one_at_a_time
-from probe import Machine, Probe, Probes, library, machines, source, why_not
+from probe import CHECKED, Machine, Probe, Probes, library, machines, source, why_not
 
 from flashcore_cupy.cuda.targets import HOPPER
 
@@ -19,7 +19,10 @@ def emulated(request: pytest.FixtureRequest) -> None:
     if why_not() is None:
         with one_at_a_time("probes"), ThreadPoolExecutor(os.cpu_count()) as pool:
             names = [path.stem for path in PROBES if path.stem in tests]
-            for each in [pool.submit(library, source(name, HOPPER)) for name in names]:
+            wait = [pool.submit(library, source(name, HOPPER)) for name in names]
+            checked = [source(name, HOPPER) for name in names if name in CHECKED]
+            wait += [pool.submit(library, one, checking=True) for one in checked]
+            for each in wait:
                 each.result()
 
 

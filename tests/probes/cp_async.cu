@@ -14,7 +14,8 @@ extern "C" __global__ void copies(const uint8* x, const int* valid, uint8* y) {
     uint8* const shared = reinterpret_cast<uint8*>(dynamic_shared<16>());
     constexpr int GROUP = 16 * THREADS;
     const int t = thread_index(), own = 16 * t;
-    for (int i = t; i < GROUPS * GROUP; i += THREADS) shared[i] = 0xff;
+    for (int i = t; i < GROUPS * GROUP / 4; i += THREADS)
+        reinterpret_cast<uint32*>(shared)[i] = 0xffffffffu;
     block_sync();
     cp_async_16(shared_address(shared + own), x + own, valid[t]);
     cp_async_commit();

@@ -5,13 +5,13 @@
 
 using namespace flashcore;
 
-// One warp. Where ldmatrix reads: lane l gives the address of byte rows[l] of x. x: 2048 bytes;
-// plain, transposed, floats: (32, 4).
-extern "C" __global__ void matrices(const uint8* x, const int* rows, uint32* plain,
+// One warp. Where ldmatrix reads: lane l gives the address of row rows[l] of x. x: 128 rows of 16
+// bytes; plain, transposed, floats: (32, 4).
+extern "C" __global__ void matrices(const uint4* x, const int* rows, uint32* plain,
                                     uint32* transposed, float* floats) {
-    uint8* const shared = reinterpret_cast<uint8*>(dynamic_shared<128>());
+    uint4* const shared = reinterpret_cast<uint4*>(dynamic_shared<128>());
     const int lane = thread_index();
-    for (int i = lane; i < 2048; i += WARP_SIZE) shared[i] = x[i];
+    for (int i = lane; i < 128; i += WARP_SIZE) shared[i] = x[i];
     warp_sync();
     const uint32 row = shared_address(shared + rows[lane]);
     uint32 r[4];

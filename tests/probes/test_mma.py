@@ -29,7 +29,7 @@ def test_ldmatrix(probe: Probes, order: str) -> None:
         "any": rng.permutation(128)[:32],
         "one row": LANES * 0 + 77,
     }[order]
-    inputs = [x, (16 * place).astype(np.int32)]
+    inputs = [x, place.astype(np.int32)]
     outputs = [np.zeros((32, 4), dtype) for dtype in ("u4", "u4", "f4")]
     launch = Launch("matrices", 32, shared=x.size)
     plain, transposed, floats = probe("mma")(launch, inputs, outputs)
