@@ -7,7 +7,7 @@ import pytest
 from probe import Emulator, Launch, Probes, assert_same_bits, needs_emulator
 
 from flashcore_cupy.cpu.emulator.run import KernelError, Schedule
-from flashcore_cupy.select.targets import HOPPER
+from flashcore_cupy.cuda.targets import HOPPER
 
 WARPGROUP = 128
 ROUNDS = 10
