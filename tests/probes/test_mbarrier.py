@@ -13,7 +13,7 @@ WARPGROUP = 128
 ROUNDS = 10
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 32, 1000])
+@pytest.mark.parametrize("count", [1, 2, 3, 32])
 def test_phases(probe: Probes, count: int) -> None:
     """Of each phase: parity 0, parity 1, and its own parity while one or more are missing."""
     passed = np.full((5, count + 1), -1, "i4")
