@@ -15,11 +15,13 @@ class Settings:
         cache_dir: ``FLASHCORE_CACHE_DIR``, where compiled kernels are kept.
         kernels_dir: ``FLASHCORE_KERNELS_DIR``, another copy of ``kernels/`` to compile from.
         arch: ``FLASHCORE_ARCH``, the target to compile for instead of the device's own.
+        cxxflags: ``FLASHCORE_CXXFLAGS``, more options for the C++ compiler of emulated kernels.
     """
 
     cache_dir: Path | None
     kernels_dir: Path | None
     arch: str | None
+    cxxflags: str | None
 
 
 def settings() -> Settings:
@@ -28,6 +30,7 @@ def settings() -> Settings:
         cache_dir=_path("FLASHCORE_CACHE_DIR"),
         kernels_dir=_path("FLASHCORE_KERNELS_DIR"),
         arch=arch_override(),
+        cxxflags=os.environ.get("FLASHCORE_CXXFLAGS") or None,
     )
 
 

@@ -16,7 +16,8 @@ from flashcore_cupy.cli.commands import main
 from flashcore_cupy.select import registry
 
 SMALL = ("--B", "1", "--H", "2", "--S", "40", "--D", "32")
-FAST = ("--iters", "2", "--warmup", "0")
+#: Without a GPU, NumPy: to build a kernel for the CPU takes seconds.
+FAST = ("--iters", "2", "--warmup", "0", "--no-emulate")
 COMMAND = (sys.executable, "-m", "flashcore_cupy")
 
 

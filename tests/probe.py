@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, gpu_skip_reason
 
 from flashcore_cupy.cpu.emulator.build import Source, library, why_not
-from flashcore_cupy.cpu.emulator.plan import _tensor_map as tensor_map
+from flashcore_cupy.cpu.emulator.plan import tensor_map
 from flashcore_cupy.cpu.emulator.run import Grid, Schedule
 from flashcore_cupy.cpu.emulator.run import launch as emulate
 from flashcore_cupy.cuda.targets import HOPPER, capability

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashcore_cupy._version import __version__
+from flashcore_cupy.cpu.emulator import build
 from flashcore_cupy.cuda import driver
 from flashcore_cupy.cuda.targets import DEFAULT_ARCH
 from flashcore_cupy.jit import cache, compiler, nvrtc
@@ -83,6 +85,7 @@ def examine() -> Report:
         _cache_folder,
         _kernels_folder,
         _compile,
+        _cpp_compiler,
         _first_cupy_call,
     )
     for check in checks:
@@ -275,6 +278,16 @@ def _compile() -> Finding:
         return Finding("a tiny compile", _one_line(error), _severity(), cure)
     milliseconds = (time.perf_counter() - start) * 1e3
     return Finding("a tiny compile", f"for {arch} in {milliseconds:.0f} ms")
+
+
+def _cpp_compiler() -> Finding:
+    """What emulates kernels on the CPU, and has nothing to do with those on a GPU."""
+    name, command = "C++ compiler", build.cxx()
+    if command is None or build.why_not() is not None:
+        return Finding(name, "none", "note", f"Kernels cannot be emulated: {build.why_not()}.")
+    told = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace")
+    version = (told.stdout.splitlines() or ["its version is unknown"])[0]
+    return Finding(name, f"{version}, {' '.join(command)}: emulates kernels on the CPU")
 
 
 def _first_cupy_call() -> Finding:

@@ -224,14 +224,18 @@ def quantize(x: Array) -> Quantized:
     return Quantized(values, np.where(scaled, divisor / _E4M3_MAX, np.float32(1)))
 
 
-def read_quantized(plan: Plan) -> dict[str, Quantized]:
-    """Copy what the quantiser wrote for q, k and v from the GPU."""
-    import cupy
+def on_host(array: Any) -> Array:
+    """A copy of a CuPy or NumPy array, as a NumPy array."""
+    found: Array = array.copy() if isinstance(array, np.ndarray) else array.get()
+    return found
 
+
+def read_quantized(plan: Plan) -> dict[str, Quantized]:
+    """Copy what the quantiser wrote for q, k and v to the host."""
     found = {}
     for operand in (plan.problem.q, plan.problem.k, plan.problem.v):
-        stored = cupy.asnumpy(plan.arrays[f"{operand.name}8"]).view(ml_dtypes.float8_e4m3fn)
-        scale = cupy.asnumpy(plan.arrays[f"{operand.name}_scale"])
+        stored = on_host(plan.arrays[f"{operand.name}8"]).view(ml_dtypes.float8_e4m3fn)
+        scale = on_host(plan.arrays[f"{operand.name}_scale"])
         found[operand.name] = Quantized(stored[..., : operand.shape[3]], scale)
     return found
 
@@ -314,8 +318,6 @@ def check_plan(plan: Plan, q: Array, k: Array, v: Array, known: Expectation | No
 
     ``known`` spares the oracle, for a kernel that does not quantise.
     """
-    import cupy
-
     tile = plan.selection.config.tile.block_m
     faults: list[str] = []
     if plan.selection.kernel.quantizes:
@@ -324,12 +326,12 @@ def check_plan(plan: Plan, q: Array, k: Array, v: Array, known: Expectation | No
     else:
         expectation = known or expect(plan.problem, q, k, v, tile=tile)
     written = plan.gate_output() if plan.problem.gate in ("qk", "softmax") else plan.arrays["o"]
-    got = cupy.asnumpy(written)
+    got = on_host(written)
     if plan.problem.gate not in ("qk", "softmax") and plan.problem.layout == "bshd":
         got = got.transpose(0, 2, 1, 3)
     # With all scores 0, the log-sum-exp of gate pv is not that of q and k.
     wants_lse = plan.problem.gate is None and "lse" in plan.arrays
-    lse = cupy.asnumpy(plan.arrays["lse"]) if wants_lse else None
+    lse = on_host(plan.arrays["lse"]) if wants_lse else None
     check = expectation.judge(got, lse)
     return replace(check, faults=(*check.faults, *faults))
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import RenderableType
 
 from flashcore_cupy._version import __version__
 from flashcore_cupy.check import doctor
 from flashcore_cupy.check.selftest import matrix
 from flashcore_cupy.cli import plots, tables
+from flashcore_cupy.cli.emulate import emulate_command
 from flashcore_cupy.cli.errors import OneLineErrors
 from flashcore_cupy.cli.options import (
     PICTURES,
     arch_option,
     bad_input,
     check_arch,
+    emulate_option,
     finite,
     json_option,
     missing_extra,
@@ -32,15 +32,17 @@ from flashcore_cupy.cli.options import (
     timing_options,
     writable,
 )
+from flashcore_cupy.cli.output import json_text, report
 from flashcore_cupy.cli.progress import Steps, orderly_end
+from flashcore_cupy.cpu.emulator import build
 from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import cache, compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure import job, ladder
 from flashcore_cupy.select import registry
 
-#: A call of more operations takes a CPU seconds, at the least.
-_LONG_FLOPS = 5e10
+#: A call of more operations takes NumPy seconds, at the least; and a kernel, emulated.
+_LONG_FLOPS, _LONG_EMULATED = 5e10, 5e9
 
 
 #: \b keeps the lines below it as they are.
@@ -51,7 +53,8 @@ run --B 1 --H 8 --S 512    one kernel: check it, time it
 ladder --plot ladder.png   all kernels, side by side
 doctor                     what would make a first call fail
 
-Without a GPU, jobs run on NumPy arrays, and kernels are still compiled."""
+Without a GPU, kernels run on the CPU, emulated, if there is a C++ compiler:
+that says whether they are right, and nothing of their speed."""
 
 
 @click.group(
@@ -60,6 +63,9 @@ Without a GPU, jobs run on NumPy arrays, and kernels are still compiled."""
 @click.version_option(__version__, prog_name="flashcore-cupy")
 def main() -> None:
     """Fused attention for CuPy arrays: run, check and time its kernels."""
+
+
+main.add_command(emulate_command)
 
 
 @main.command("run")
@@ -72,6 +78,7 @@ def main() -> None:
     show_default=True,
     help="Also time the kernel in a CUDA graph.",
 )
+@emulate_option
 @arch_option
 @json_option
 def run_command(
@@ -81,28 +88,27 @@ def run_command(
     warmup: int,
     iters: int,
     graph: bool,
+    emulate: bool,
     arch: str | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
     """Run one kernel on random inputs, check it against float64, and time it.
 
-    Without a GPU, NumPy runs in the kernel's place; "ran" in the JSON says which of them did.
-    Exit code 1: the check failed, or the kernel does not compile. 2: bad input.
+    Without a GPU, the kernel is emulated and not timed; without a C++ compiler, too, NumPy runs in
+    its place. "ran" in the JSON says which of them did. Exit code 1: the check failed, or the
+    kernel does not compile. 2: bad input.
     """
     target = target_of(arch)
-    options = job.Options(kernel, overrides_of(changes), seed, warmup, iters, graph)
+    options = job.Options(kernel, overrides_of(changes), seed, warmup, iters, graph, emulate)
     with bad_input():
         problem = job.problem_of(**asked)
         selection = job.choose(problem, target, options)
         job.check_memory(problem)
-    _note_missing_gpu("the job runs on NumPy arrays")
-    if compiler.no_gpu_reason() is not None and problem.flops > _LONG_FLOPS:
-        tflop = f"{problem.flops / 1e12:.2g} TFLOP"
-        click.echo(f"one call is {tflop}, which takes a CPU seconds or minutes", err=True)
+    _note_what_runs(emulate, "the job runs on NumPy arrays", problem.flops)
     with Steps() as steps:
         result = job.run(problem, selection, target, options, steps.phase)
-    _report(as_json, result.to_json(), lambda _: tables.run_table(result))
+    report(as_json, result.to_json(), lambda _: tables.run_table(result))
     if not result.check.ok:
         raise click.exceptions.Exit(1)
 
@@ -135,12 +141,13 @@ def explain_command(
         "config": selection.config.describe(),
         "passed_over": dict(selection.passed_over),
     }
-    _report(as_json, data, lambda _: tables.explanation(selection, target))
+    report(as_json, data, lambda _: tables.explanation(selection, target))
 
 
 @main.command("ladder")
 @problem_options
 @timing_options
+@emulate_option
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
@@ -175,7 +182,8 @@ def ladder_command(
 ) -> None:
     """Build, launch, check and time every kernel on one problem, side by side.
 
-    A kernel that lacks a rule is shown with the reason. Without a GPU: what can be known there.
+    A kernel that lacks a rule is shown with the reason. Without a GPU, kernels are emulated and
+    not timed.
     Exit code 1: a kernel failed. 2: bad input.
     """
     if len(baseline_name) > len(baseline_us):
@@ -193,7 +201,7 @@ def ladder_command(
         result = _climb(asked, arch, baselines)
     if plot is not None:
         plots.draw(result, plot)
-    _report(as_json, result.to_json(), lambda columns: tables.ladder_table(result, columns))
+    report(as_json, result.to_json(), lambda columns: tables.ladder_table(result, columns))
     if not result.ok:
         raise click.exceptions.Exit(1)
 
@@ -202,17 +210,21 @@ def _climb(
     asked: dict[str, Any], arch: str | None, baselines: tuple[ladder.Baseline, ...]
 ) -> ladder.Ladder:
     timing = {name: asked.pop(name) for name in ("seed", "iters", "warmup")}
+    emulate = asked.pop("emulate")
     target = target_of(arch)
     with bad_input():
         problem = job.problem_of(**asked)
-        if compiler.no_gpu_reason() is None:  # else no array is made
+        if compiler.no_gpu_reason() is None or emulate:  # else no array is made
             job.check_memory(problem)
-    _note_missing_gpu("kernels are compiled, not run")
+    if compiler.no_gpu_reason() is not None:
+        flops = problem.flops * len(registry.KERNELS) if emulate else 0
+        _note_what_runs(emulate, "kernels are compiled, not run", flops)
     with orderly_end(), Steps() as steps:
         return ladder.climb(
             problem,
             target,
             baselines=baselines,
+            emulate=emulate and build.why_not() is None,
             on_start=steps.start,
             on_step=steps.step,
             **timing,
@@ -238,19 +250,26 @@ def _read_ladder(source: Path, baselines: tuple[ladder.Baseline, ...]) -> ladder
 )
 @json_option
 def selftest_command(quick: bool, output: Path | None, as_json: bool) -> None:
-    """Check every kernel on this machine's GPU: dtypes, head dims, shapes, views, gates.
+    """Check every kernel: dtypes, head dims, shapes, views, gates, rules.
 
-    Exit code 1: a case failed, or there is no GPU.
+    Without a GPU kernels are emulated: on 2 cores about 10 minutes with --quick, an hour without,
+    and less than half of that again. Exit code 1: a case failed, or there is neither a GPU nor a
+    C++ compiler.
     """
     reason = compiler.no_gpu_reason()
     if reason is not None:
-        raise click.ClickException(f"selftest needs a GPU: {reason}")
+        why = build.why_not()
+        if why is not None:
+            raise click.ClickException(
+                f"selftest needs a GPU ({reason}), or a C++ compiler to emulate it: {why}"
+            )
+        _note_missing_gpu("kernels are emulated")
     with orderly_end(), Steps() as steps:
-        report = matrix.run_all(quick=quick, on_start=steps.start, on_step=steps.step)
+        result = matrix.run_all(quick=quick, on_start=steps.start, on_step=steps.step)
     if output is not None:
-        output.write_text(_as_json(report) + "\n", encoding="utf-8")
-    _report(as_json, report, lambda _: tables.selftest_table(report))
-    if report["failed"]:
+        output.write_text(json_text(result) + "\n", encoding="utf-8")
+    report(as_json, result, lambda _: tables.selftest_table(result))
+    if result["failed"]:
         raise click.exceptions.Exit(1)
 
 
@@ -261,9 +280,9 @@ def doctor_command(as_json: bool) -> None:
 
     Exit code 1: there is something to cure.
     """
-    report = doctor.examine()
-    _report(as_json, report.to_json(), lambda _: tables.doctor_table(report))
-    if not report.ok:
+    result = doctor.examine()
+    report(as_json, result.to_json(), lambda _: tables.doctor_table(result))
+    if not result.ok:
         raise click.exceptions.Exit(1)
 
 
@@ -322,7 +341,7 @@ def warmup_command(
         "kernels": [{"kernel": b.kernel, "arch": b.arch, **b.resources()} for b in made],
         "left_out": [{"kernel": k, "arch": arch, "reason": why} for k, arch, why in without],
     }
-    _report(as_json, data, lambda columns: tables.warmup_table(made, without, columns))
+    report(as_json, data, lambda columns: tables.warmup_table(made, without, columns))
 
 
 @main.command("cache")
@@ -341,7 +360,7 @@ def cache_command(clear: bool, as_json: bool) -> None:
     }
     if clear and not as_json:
         click.echo(f"removed {cleared} kernels")
-    _report(as_json, data, lambda _: tables.cache_table(folder, entries))
+    report(as_json, data, lambda _: tables.cache_table(folder, entries))
 
 
 def _note_missing_gpu(what: str) -> None:
@@ -350,13 +369,13 @@ def _note_missing_gpu(what: str) -> None:
         click.echo(f"no GPU ({reason}): {what}", err=True)
 
 
-def _report(as_json: bool, data: Any, table: Callable[[int], RenderableType]) -> None:
-    if as_json:
-        click.echo(_as_json(data))
-    else:
-        console = tables.console(fewest=tables.FEWEST_COLUMNS)
-        console.print(table(console.width))
-
-
-def _as_json(data: Any) -> str:
-    return json.dumps(tables.clean(data), indent=2, allow_nan=False)
+def _note_what_runs(emulate: bool, otherwise: str, flops: float) -> None:
+    """Say without a GPU whether kernels are emulated, and that it takes long if it does."""
+    why = build.why_not() if emulate else None
+    is_emulated = emulate and why is None
+    instead = otherwise if why is None else f"{otherwise}; {why}"
+    _note_missing_gpu("emulated on the CPU" if is_emulated else instead)
+    if compiler.no_gpu_reason() is None or flops < (_LONG_EMULATED if is_emulated else _LONG_FLOPS):
+        return
+    takes = "minutes; --no-emulate is faster" if is_emulated else "seconds or minutes"
+    click.echo(f"that is {flops / 1e12:.2g} TFLOP, which take a CPU {takes}", err=True)

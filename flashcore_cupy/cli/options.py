@@ -186,6 +186,13 @@ def timing_options(command: Command) -> Command:
     return seed(iters(warmup(command)))
 
 
+emulate_option = click.option(
+    "--emulate/--no-emulate",
+    default=True,
+    show_default=True,
+    help="Without a GPU, run the kernels themselves on the CPU; needs a C++ compiler.",
+)
+
 arch_option = click.option(
     "--arch",
     metavar="TARGET",

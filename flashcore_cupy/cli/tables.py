@@ -21,7 +21,6 @@ from rich.table import Table
 from rich.text import Text
 
 from flashcore_cupy.check.doctor import Report
-from flashcore_cupy.check.machine import Machine
 from flashcore_cupy.check.verify import Check
 from flashcore_cupy.cli.plots import describe_problem
 from flashcore_cupy.cli.terminal import PIPE_COLUMNS, Output, columns_of
@@ -92,8 +91,8 @@ def clean(value: Any) -> Any:
 
 def run_table(result: Result) -> Group:
     """What `run` prints."""
-    table = _grid()
-    table.add_row("device", _device(result.machine, result.no_gpu))
+    table = grid()
+    table.add_row("device", _device(result))
     problem = problem_json(result.problem)
     gate = f", gate {problem['gate']}" if problem["gate"] else ""
     table.add_row("problem", f"{describe_problem(problem)}{gate}, seed {result.seed}")
@@ -105,12 +104,16 @@ def run_table(result: Result) -> Group:
             table.add_row("resources", line)
     if result.not_built is not None:
         table.add_row("compiled", Text(f"nothing: {result.not_built}", style="yellow"))
-    table.add_row("check", _check(result.check))
+    table.add_row("check", check_text(result.check))
     if result.graph is not None:
         what = "kernel in a replayed CUDA graph, inputs warm in L2"
         table.add_row("latency", _timing(result.graph, what))
-    where = "per call from Python" if result.no_gpu is None else "per call, NumPy on the CPU"
-    table.add_row("latency", _timing(result.call, where))
+    if result.call is not None:
+        where = "per call from Python" if result.no_gpu is None else "per call, NumPy on the CPU"
+        table.add_row("latency", _timing(result.call, where))
+    if result.emulated_seconds is not None:
+        seconds = f"{significant(result.emulated_seconds)} s on the CPU"
+        table.add_row("emulated", f"in {seconds}, which tells nothing of its time on a GPU")
     if result.tflops is not None:
         table.add_row("rate", _rate(result))
     return Group(table)
@@ -127,26 +130,29 @@ def _table(words: Sequence[str], figures: Sequence[str], columns: int = PIPE_COL
     return table
 
 
-def _grid() -> Table:
+def grid() -> Table:
+    """A page of names and what is said of each."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
 
 
-def _device(machine: Machine, no_gpu: str | None) -> str:
+def _device(result: Result) -> str:
+    machine = result.machine
     versions = [f"CuPy {machine.cupy}" if machine.cupy else "", f"NVRTC {machine.nvrtc}"]
     known = ", ".join(filter(None, versions if machine.nvrtc else versions[:1]))
     if machine.gpu is None:
-        return f"CPU, NumPy arrays: {no_gpu}" + (f" ({known})" if known else "")
+        by = "emulated" if result.not_emulated is None else "NumPy arrays"
+        return f"CPU, {by}: {result.no_gpu}" + (f" ({known})" if known else "")
     return f"{machine.gpu}, {machine.arch}, driver {machine.driver}, {known}"
 
 
 def _kernel(result: Result) -> str:
     name = f"{result.kernel}: {result.config}"
-    if result.no_gpu is not None and not result.not_built:
-        return f"{name} (built for {result.machine.arch}, not run)"
-    return name
+    if result.not_emulated is None or result.not_built:
+        return name
+    return f"{name} (built for {result.machine.arch}, not run)"
 
 
 def _compiled(build: Build) -> str:
@@ -165,7 +171,8 @@ def _resources(build: Build) -> Iterable[Text]:
         yield Text(text, style="" if entry.spill_bytes + entry.local_bytes == 0 else "yellow")
 
 
-def _check(check: Check) -> Text:
+def check_text(check: Check) -> Text:
+    """Whether a result is right, and how far off it is."""
     result = check.comparison
     text = Text("ok" if check.ok else "FAILED", style="bold green" if check.ok else "bold red")
     figures = (
@@ -212,7 +219,10 @@ def ladder_table(ladder: Ladder, columns: int) -> Group:
 
     ``columns`` is the terminal's width; 80 are enough for every figure, fewer for the most needed.
     """
-    where = ladder.machine.get("gpu") or f"no GPU, built for {ladder.machine['arch']}"
+    where = ladder.machine.get("gpu")
+    if where is None:
+        how = "emulated on the CPU" if ladder.emulated else "no GPU"
+        where = f"{how}, built for {ladder.machine['arch']}"
     names = _LADDER_COLUMNS if columns >= _WIDE else _LADDER_COLUMNS | _SHORT_NAMES
     chosen = [name for name in names if columns >= _SHORT or name in _NARROW_LADDER]
     table = _table(("rung",), [names[name] for name in chosen[1:]], columns)
@@ -256,7 +266,8 @@ def _ladder_notes(ladder: Ladder) -> Iterable[tuple[str, str]]:
     if ladder.rows_checked is not None:
         rows = f"{ladder.rows_checked} of {ladder.problem['S']} query rows of each head"
         yield f"error: max |o - float64 reference| over {rows}", "dim"
-        yield "us: median in a replayed CUDA graph, inputs warm in L2", "dim"
+        if not ladder.emulated:
+            yield "us: median in a replayed CUDA graph, inputs warm in L2", "dim"
 
 
 def _yes(value: bool | None) -> Text:
@@ -298,7 +309,8 @@ def selftest_table(report: Mapping[str, Any]) -> Group:
         for r in report["rows"]
         if not r["ok"]
     ]
-    total = f"{report['passed']} passed, {report['failed']} failed on {report['gpu']}"
+    where = f"emulated for {report['arch']}" if report["emulated"] else f"on {report['gpu']}"
+    total = f"{report['passed']} passed, {report['failed']} failed {where}"
     return Group(table, "", *failures, Text(total, style="red" if failures else "green"))
 
 

@@ -149,7 +149,7 @@ def compile_each(
         else:
             done([index], found)
     left = {indices[0]: indices for indices in missing.values()}
-    workers = min(workers or _usable_cores(), len(left))
+    workers = min(workers or usable_cores(), len(left))
     if workers > 1:
         todo = {index: jobs[index] for index in left}
         with contextlib.closing(_build_in_processes(todo, workers)) as built:
@@ -360,7 +360,8 @@ def _value(result: CompiledKernel | Exception) -> CompiledKernel:
     return result
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

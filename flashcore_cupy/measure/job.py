@@ -1,4 +1,7 @@
-"""The main job, `run`: random inputs, the kernel, its check and its times, on a GPU or without."""
+"""The main job, `run`: random inputs, the kernel and its check, and on a GPU its times.
+
+Without a GPU the kernel is emulated; NumPy takes its place where that cannot be.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from flashcore_cupy.attention import attention, plan
 from flashcore_cupy.check import verify
 from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.machine import Machine, machine
+from flashcore_cupy.cpu.emulator import build
+from flashcore_cupy.cpu.emulator.plan import EmulatedPlan, emulated_plan
+from flashcore_cupy.cpu.emulator.run import Schedule
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
 from flashcore_cupy.launch.plan import GpuPlan
@@ -35,6 +41,8 @@ class Options:
     warmup: int = 10
     iters: int = 100
     graph: bool = True
+    emulate: bool = True
+    """Without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class Result:
     machine: Machine
     no_gpu: str | None
     """Why the job ran on NumPy arrays; None on a GPU."""
+    not_emulated: str | None
+    """Why NumPy ran in the kernel's place; None if the kernel ran."""
     problem: AttentionProblem
     seed: int
     kernel: str | None
@@ -54,20 +64,24 @@ class Result:
     """Why no kernel was compiled; None if it was."""
     check: verify.Check
     graph: Timing | None
-    call: Timing
+    call: Timing | None
+    """None of an emulated kernel, whose time tells nothing."""
     peak: Peak | None
+    emulated_seconds: float | None = None
+    """What it took to emulate it."""
 
     @property
     def ran(self) -> str | None:
-        """What was run, checked and timed: the kernel, or "numpy" where there is no GPU."""
-        return self.kernel if self.no_gpu is None else "numpy"
+        """What was run and checked: the kernel, or "numpy" in its place."""
+        return self.kernel if self.not_emulated is None else "numpy"
 
     @property
     def tflops(self) -> float | None:
         """10^12 operations of the two products per second, without Python; None for a gate."""
-        if self.problem.gate is not None:
+        timing = self.graph or self.call
+        if self.problem.gate is not None or timing is None:
             return None
-        return self.problem.flops / (self.graph or self.call).median_us / 1e6
+        return self.problem.flops / timing.median_us / 1e6
 
     @property
     def share_of_peak(self) -> float | None:
@@ -81,6 +95,8 @@ class Result:
             "machine": self.machine.to_json(),
             "no_gpu": self.no_gpu,
             "ran": self.ran,
+            "emulated": self.emulated_seconds is not None,
+            "not_emulated": self.not_emulated,
             "problem": problem_json(self.problem) | {"seed": self.seed},
             "kernel": self.kernel,
             "config": self.config,
@@ -89,7 +105,8 @@ class Result:
             "not_built": self.not_built,
             "check": self.check.to_json(),
             "graph": self.graph and self.graph.to_json(),
-            "call": self.call.to_json(),
+            "call": self.call and self.call.to_json(),
+            "emulated_seconds": self.emulated_seconds,
             "tflops": self.tflops,
             "peak": self.peak and self.peak.to_json(),
             "share_of_peak": self.share_of_peak,
@@ -179,6 +196,11 @@ def choose(problem: AttentionProblem, arch: str, options: Options) -> selector.S
     return selector.select(problem, arch, kernel=options.kernel, overrides=options.overrides)
 
 
+def why_not_emulated(options: Options) -> str | None:
+    """Why a job without a GPU has NumPy in the kernel's place; None if it has not."""
+    return build.why_not() if options.emulate else "--no-emulate"
+
+
 def run(
     problem: AttentionProblem,
     selection: selector.Selection,
@@ -186,14 +208,25 @@ def run(
     options: Options,
     on_phase: OnPhase = lambda words: None,
 ) -> Result:
-    """Run the job on the GPU, or without one on NumPy arrays; ``on_phase(words)`` tells of each.
+    """Run the job on the GPU; without one emulated, or by NumPy.
 
-    Raises ``jit.CompileError`` for a kernel that does not compile.
+    ``on_phase(words)`` tells of each phase. Raises ``jit.CompileError`` for a kernel that does not
+    compile, and what ``EmulatedPlan.launch`` raises.
     """
     no_gpu = compiler.no_gpu_reason()
     if no_gpu is None:
         return _run_on_gpu(problem, arch, options, on_phase)
-    return _run_on_cpu(problem, selection, arch, options, no_gpu, on_phase)
+    on_phase("compiling the kernel")
+    built, not_built = build_without_gpu(selection, arch)
+    known = dict(
+        machine=machine(arch), no_gpu=no_gpu, problem=problem, seed=options.seed,
+        kernel=selection.kernel.name, config=selection.config.describe(),
+        passed_over=selection.passed_over, builds=built, not_built=not_built, graph=None, peak=None,
+    )  # fmt: skip
+    why = why_not_emulated(options)
+    if why is None:
+        return _run_emulated(problem, selection, arch, options, on_phase, known)
+    return _run_by_numpy(problem, options, on_phase, known | {"not_emulated": why})
 
 
 def to_gpu(*arrays: Array) -> list[Any]:
@@ -229,6 +262,7 @@ def _run_on_gpu(
     return Result(
         machine=machine(arch),
         no_gpu=None,
+        not_emulated=None,
         problem=problem,
         seed=options.seed,
         kernel=bound.selection.kernel.name,
@@ -252,16 +286,41 @@ def _target(problem: AttentionProblem, out: Any) -> dict[str, Any]:
     return {} if problem.gate in ("qk", "softmax") else {"out": out}
 
 
-def _run_on_cpu(
+def _run_emulated(
     problem: AttentionProblem,
     selection: selector.Selection,
     arch: str,
     options: Options,
-    no_gpu: str,
     on_phase: OnPhase,
+    known: dict[str, Any],
 ) -> Result:
-    on_phase("compiling the kernel")
-    built, not_built = build_without_gpu(selection, arch)
+    on_phase("making inputs")
+    host = inputs(problem, options.seed)
+    bound = emulated(problem, host, arch, kernel=options.kernel, config=options.overrides)
+    on_phase("compiling the kernel for the CPU")
+    bound.build()
+    on_phase("emulating the kernel")
+    start = time.perf_counter()
+    bound.launch(Schedule.seeded(options.seed))
+    seconds = time.perf_counter() - start
+    on_phase("checking against float64")
+    check = verify.check_plan(bound, *host)
+    return Result(**known, not_emulated=None, check=check, call=None, emulated_seconds=seconds)
+
+
+def emulated(
+    problem: AttentionProblem, host: tuple[Array, Array, Array], arch: str, **choices: Any
+) -> EmulatedPlan:
+    """A problem's plan for a kernel on the CPU, with an output of NaN."""
+    q, k, v = in_layout(problem, *host)
+    out = _target(problem, np.full(problem.output_shape, np.nan, q.dtype))
+    rules = arguments_of(problem) | out | choices
+    return emulated_plan(q, k, v, arch, return_lse=problem.gate is None, **rules)
+
+
+def _run_by_numpy(
+    problem: AttentionProblem, options: Options, on_phase: OnPhase, known: dict[str, Any]
+) -> Result:
     on_phase("making inputs")
     host = inputs(problem, options.seed)
     q, k, v = in_layout(problem, *host)
@@ -278,26 +337,13 @@ def _run_on_cpu(
     on_phase("checking against float64")
     check = verify.expect(problem, *host).judge(got, lse)
     on_phase(f"timing calls of {first_us / 1e6:.1f} s" if first_us > 1e6 else "timing calls")
-    return Result(
-        machine=machine(arch),
-        no_gpu=no_gpu,
-        problem=problem,
-        seed=options.seed,
-        kernel=selection.kernel.name,
-        config=selection.config.describe(),
-        passed_over=selection.passed_over,
-        builds=built,
-        not_built=not_built,
-        check=check,
-        graph=None,
-        call=time_calls(
-            lambda: attention(q, k, v, **rules),
-            iters=options.iters,
-            warmup=options.warmup,
-            first_us=first_us,
-        ),
-        peak=None,
+    timing = time_calls(
+        lambda: attention(q, k, v, **rules),
+        iters=options.iters,
+        warmup=options.warmup,
+        first_us=first_us,
     )
+    return Result(**known, check=check, call=timing)
 
 
 def build_without_gpu(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -10,9 +11,11 @@ from flashcore_cupy.attention import plan
 from flashcore_cupy.check import verify
 from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.machine import machine
+from flashcore_cupy.cpu.emulator.build import BuildError, Source, build_libraries
+from flashcore_cupy.cpu.emulator.run import KernelError
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
-from flashcore_cupy.measure.job import arguments_of, in_layout, problem_json, to_gpu
+from flashcore_cupy.measure.job import arguments_of, emulated, in_layout, problem_json, to_gpu
 from flashcore_cupy.measure.timing import Timing, time_graph
 from flashcore_cupy.problem.attention_problem import AttentionProblem
 from flashcore_cupy.problem.blocks import Array
@@ -75,6 +78,8 @@ class Ladder:
     baselines: tuple[Baseline, ...] = ()
     rows_checked: int | None = None
     """Query rows of each head that were checked, of ``problem["S"]``."""
+    emulated: bool = False
+    """Whether the kernels ran on a CPU, which tells nothing of their latency."""
 
     @property
     def ok(self) -> bool:
@@ -94,7 +99,8 @@ class Ladder:
             for name in ("B", "H", "Hkv", "S", "Skv", "D", "dtype", "causal"):
                 data["problem"][name]  # what a page cannot do without
             data["machine"]["arch"]
-            return cls(data["problem"], data["machine"], rungs, baselines, data["rows_checked"])
+            rows, is_emulated = data["rows_checked"], bool(data.get("emulated"))
+            return cls(data["problem"], data["machine"], rungs, baselines, rows, is_emulated)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
 
@@ -118,32 +124,39 @@ def climb(
     warmup: int = 10,
     seed: int = 0,
     baselines: Iterable[Baseline] = (),
+    emulate: bool = False,
     on_start: Callable[[int, str], None] | None = None,
     on_step: Callable[[str], None] | None = None,
 ) -> Ladder:
     """Build every rung for ``arch`` in parallel, then check and time each on the GPU, if any.
 
-    ``on_start(steps, words)`` announces a phase (of 0 steps, if nothing tells how far it is),
-    ``on_step(words)`` each of its steps.
+    ``emulate``: without a GPU, check each on the CPU. ``on_start(steps, words)`` announces a phase
+    (of 0 steps, if nothing tells how far it is), ``on_step(words)`` each of its steps.
     """
     announce = on_start or (lambda steps, words: None)
     step = on_step or (lambda words: None)
     chosen = {name: _choose(problem, arch, kernel) for name, kernel in registry.KERNELS.items()}
     rungs = _build(chosen, arch, announce, step)
+    on_gpu = compiler.no_gpu_reason() is None
+    emulate = emulate and not on_gpu
     rows: int | None = None
-    if compiler.no_gpu_reason() is None:
+    if on_gpu or emulate:
         announce(0, "making inputs and what they should give, in float64")
         course = _Course.prepare(problem, seed)
-        announce(len(rungs), "checking and timing")
         rows = len(course.known.rows)
+    if on_gpu:
+        announce(len(rungs), "checking and timing")
         rungs = [_measured(rung, course, iters, warmup, step) for rung in rungs]
         rungs = _with_speedup(rungs)
+    elif emulate:
+        rungs = _emulated(rungs, chosen, course, arch, announce, step)
     return Ladder(
         problem_json(problem) | {"seed": seed},
         machine(arch).to_json(),
         tuple(rungs),
         tuple(baselines),
         rows,
+        emulate,
     )
 
 
@@ -197,17 +210,56 @@ def _built(rung: Rung, parts: Sequence[builds.Build | nvrtc.CompileError]) -> Ru
 
 @dataclass(frozen=True)
 class _Course:
-    """The problem's arrays, on the host and on the GPU, and what they should give."""
+    """The problem's arrays, and what they should give."""
 
     host: tuple[Array, Array, Array]
-    gpu: list[Any]
     problem: AttentionProblem
     known: verify.Expectation
 
     @classmethod
     def prepare(cls, problem: AttentionProblem, seed: int) -> _Course:
         host = inputs(problem, seed)
-        return cls(host, to_gpu(*in_layout(problem, *host)), problem, verify.expect(problem, *host))
+        return cls(host, problem, verify.expect(problem, *host))
+
+    @functools.cached_property
+    def gpu(self) -> list[Any]:
+        return to_gpu(*in_layout(self.problem, *self.host))
+
+
+def _emulated(
+    rungs: Sequence[Rung],
+    chosen: Mapping[str, selector.Selection | ValueError],
+    course: _Course,
+    arch: str,
+    announce: Callable[[int, str], None],
+    step: Callable[[str], None],
+) -> list[Rung]:
+    """Check each kernel on the CPU; whether NVRTC builds it, too, is known."""
+    wanted = [
+        Source.of(config, arch)
+        for choice in chosen.values()
+        if isinstance(choice, selector.Selection)
+        for config in selector.configs_of(choice)
+    ]
+    announce(len(wanted), "compiling for the CPU")
+    build_libraries(wanted, step)
+    announce(len(rungs), "emulating")
+    checked = []
+    for rung in rungs:
+        if not rung.refused:
+            rung = _launched_on_cpu(rung, course, arch)
+        checked.append(rung)
+        step(rung.kernel)
+    return checked
+
+
+def _launched_on_cpu(rung: Rung, course: _Course, arch: str) -> Rung:
+    bound = emulated(course.problem, course.host, arch, kernel=rung.kernel)
+    try:
+        bound.launch()
+    except (BuildError, KernelError) as error:
+        return replace(rung, launches=False, failure=rung.failure or str(error))
+    return _judged(rung, verify.check_plan(bound, *course.host, known=course.known))
 
 
 def _measured(
@@ -229,21 +281,26 @@ def _launched(rung: Rung, course: _Course, iters: int, warmup: int) -> Rung:
         cupy.cuda.get_current_stream().synchronize()
     except (cupy.cuda.runtime.CUDARuntimeError, MemoryError) as error:
         return replace(rung, launches=False, failure=str(error))
-    check = verify.check_plan(bound, *course.host, known=course.known)
-    timing = time_graph(bound, iters=iters, warmup=warmup)
-    return _judged(rung, check, timing)
+    rung = _judged(rung, verify.check_plan(bound, *course.host, known=course.known))
+    return _timed(rung, time_graph(bound, iters=iters, warmup=warmup))
 
 
-def _judged(rung: Rung, check: verify.Check, timing: Timing) -> Rung:
+def _judged(rung: Rung, check: verify.Check) -> Rung:
     return replace(
         rung,
         launches=True,
         correct=check.ok,
-        failure=check.reason or None,
+        failure=rung.failure or check.reason or None,
         max_error=check.comparison.max_error,
         mean_error=check.comparison.mean_error,
         allowed_error=check.comparison.allowed_error,
         quantization_error=check.quantization_error,
+    )
+
+
+def _timed(rung: Rung, timing: Timing) -> Rung:
+    return replace(
+        rung,
         latency_us=timing.median_us,
         p10_us=timing.p10_us,
         p90_us=timing.p90_us,

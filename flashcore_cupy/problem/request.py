@@ -97,17 +97,21 @@ class Request:
         rules = {name: x for name, x in arguments.items() if name in _RULE_ARGUMENTS}
         return cls(**{n: x for n, x in arguments.items() if n not in rules}, rules=rules)
 
-    def call(self, q: Any, k: Any, v: Any, out: Any, *, on_gpu: bool) -> Call:
+    def call(
+        self, q: Any, k: Any, v: Any, out: Any, *, on_gpu: bool, in_kernel: bool | None = None
+    ) -> Call:
         """Check and describe a call on CuPy arrays, or on NumPy ones.
 
-        For a GPU: with q's device current. Raises ``TypeError`` or ``ValueError`` naming the
-        argument, what it got and what works.
+        For a GPU: with q's device current. ``in_kernel``: a kernel does it, which takes mods as
+        expressions; by default that is so on a GPU, and where a kernel is named. Raises
+        ``TypeError`` or ``ValueError`` naming the argument, what it got and what works.
         """
         request = self._plain()
         mod_args, arrays = request._rule_arrays(on_gpu)
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_elements(name, x)
-        in_kernel = on_gpu or self.kernel != "auto"
+        if in_kernel is None:
+            in_kernel = on_gpu or self.kernel != "auto"
         if in_kernel and not on_gpu:
             request._check_for_kernel({"q": q, "k": k, "v": v, **arrays}, mod_args)
         sequences = request._boundaries(q, k, v, on_gpu)

@@ -226,8 +226,17 @@ def test_plot_without_matplotlib_says_what_to_install(
 
 
 @without_gpu
-def test_selftest_without_a_gpu_says_so() -> None:
-    assert "selftest needs a GPU: " in invoke("selftest", code=1).stderr
+def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    missing = "CXX=no-such-compiler is not there: pip install 'flashcore-cupy[emulator]'"
+    result = invoke("run", *SMALL, "--iters", "2", "--warmup", "0", "--json")
+    assert result.stderr.count("\n") == 1 and missing in result.stderr
+    assert "the job runs on NumPy arrays; " in result.stderr
+    data = json.loads(result.stdout)
+    assert data["ok"] and data["ran"] == "numpy" and missing in data["not_emulated"]
+    for command in ("selftest", "emulate"):
+        result = invoke(command, code=1)
+        assert result.stderr.count("\n") <= 2 and missing in result.stderr and not result.stdout
 
 
 def test_the_help_of_warmup_counts_the_kernels() -> None:
@@ -250,7 +259,7 @@ def test_doctor_lists_its_findings() -> None:
 def test_version_and_help() -> None:
     assert __version__ in invoke("--version").stdout
     text = invoke("--help").stdout
-    for command in ("run", "explain", "ladder", "selftest", "doctor", "warmup", "cache"):
+    for command in ("run", "explain", "emulate", "ladder", "selftest", "doctor", "warmup", "cache"):
         assert command in text and text.isascii()
         page = invoke(command, "--help").stdout
         assert "--json" in page and page.isascii()

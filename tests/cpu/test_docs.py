@@ -15,6 +15,7 @@ import pytest
 from helpers import ROOT, gpu_skip_reason
 
 import flashcore_cupy
+from flashcore_cupy.cpu.emulator.build import cxx
 from flashcore_cupy.problem.request import ARGUMENTS
 from flashcore_cupy.select import registry, selector
 
@@ -92,6 +93,7 @@ def test_the_examples_of_the_manual_run(page: Path) -> None:
         "torch": importlib.util.find_spec("torch") is not None,
         "jax": importlib.util.find_spec("jax") is not None,
         "torch-gpu": has_gpu and importlib.util.find_spec("torch") is not None,
+        "compiler": cxx() is not None,
         "flash_attn": has_gpu and importlib.util.find_spec("flash_attn") is not None,
     }
     text = page.read_text(encoding="utf-8")

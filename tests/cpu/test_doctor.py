@@ -23,7 +23,7 @@ def test_report_is_complete_and_json() -> None:
     assert names == [
         *("Python", "flashcore-cupy", "FLASHCORE_CACHE_DIR", "CuPy packages", "CuPy", "driver"),
         *("GPU", "NVRTC", "target", "cuda-bindings", "CUDA headers", "cache", "kernels"),
-        *("a tiny compile", "a CuPy call"),
+        *("a tiny compile", "C++ compiler", "a CuPy call"),
     ]
     data = json.loads(json.dumps(report.to_json()))
     assert data["ok"] is report.ok

@@ -159,6 +159,13 @@ class Placed:
         stops = case.gate in ("qk", "softmax")
         return cls((q, k, v), None if stops else out, out_buffer, arguments)
 
+    def refill_out(self, content: Array) -> None:
+        """Have the output's buffer hold this."""
+        if isinstance(self.out_buffer, np.ndarray):
+            self.out_buffer[...] = content
+        else:
+            self.out_buffer.set(content)
+
 
 def described(case: Case) -> AttentionProblem:
     """The problem with its strides and alignment, from arrays that are never filled."""

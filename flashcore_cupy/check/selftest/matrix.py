@@ -1,4 +1,4 @@
-"""The correctness matrix on this machine's GPU: what is tried is in `cases`, how is here.
+"""The correctness matrix on this machine's GPU, or emulated: `cases` has what is tried, this how.
 
 Every case puts its inputs into larger buffers full of NaN, starts its outputs as NaN, launches
 twice, and wants the same bits, an untouched surrounding, and the result that `verify` expects.
@@ -6,10 +6,10 @@ twice, and wants the same bits, an untouched surrounding, and the result that `v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +18,16 @@ from flashcore_cupy.check import verify
 from flashcore_cupy.check.machine import machine
 from flashcore_cupy.check.selftest.arrays import Placed, Setup, described, set_up
 from flashcore_cupy.check.selftest.cases import Case, cases
+from flashcore_cupy.cpu.emulator.build import BuildError, Source, build_libraries
+from flashcore_cupy.cpu.emulator.plan import EmulatedPlan, emulated_plan
+from flashcore_cupy.cpu.emulator.run import KernelError, Schedule
+from flashcore_cupy.cuda.targets import target_without_gpu
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.select import selector
 from flashcore_cupy.select.config import KernelConfig
-
-if TYPE_CHECKING:
-    from flashcore_cupy.select.plan import Plan
+from flashcore_cupy.select.plan import Plan
 
 __all__ = ["Case", "CaseResult", "cases", "run_all", "run_case"]
 
@@ -64,17 +66,36 @@ def case_config(case: Case, arch: str) -> tuple[KernelConfig, ...]:
     return selector.configs_of(selection)
 
 
-def run_case(case: Case) -> CaseResult:
-    """Run one case on the current GPU. A kernel that fails gives a result that is not ok."""
-    import cupy
+@dataclass(frozen=True)
+class Emulated:
+    """How a case runs on the CPU; each launch has another schedule."""
 
+    arch: str
+    seed: int = 0
+    checking: bool = False
+
+
+def run_case(case: Case, emulated: Emulated | None = None) -> CaseResult:
+    """Run one case on the current GPU, or emulated.
+
+    A kernel that fails gives a result that is not ok.
+    """
     setup = set_up(case)
-    failures = (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError)
+    failures: tuple[type[Exception], ...] = (ValueError, nvrtc.CompileError, *_failures(emulated))
     try:
-        launched = _launch(case, setup)
-    except (ValueError, nvrtc.CompileError, *failures) as error:
+        launched = _launch(case, setup, emulated)
+    except failures as error:
         return CaseResult(case, False, None, None, str(error).splitlines()[0])
     return judge(case, setup.host, launched)
+
+
+def _failures(emulated: Emulated | None) -> tuple[type[Exception], ...]:
+    """What a launch raises."""
+    if emulated is not None:
+        return BuildError, KernelError
+    import cupy
+
+    return cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError
 
 
 @dataclass(frozen=True)
@@ -88,26 +109,24 @@ class Launched:
     faults: tuple[str, ...] = ()
 
 
-def _launch(case: Case, setup: Setup) -> Launched:
-    import cupy
-
-    placed = Placed.of(case, setup, on_gpu=True)
-    wanted = {"kernel": case.kernel, "return_lse": case.gate is None, **placed.arguments}
-    bound = plan(*placed.inputs, out=placed.out, **wanted)
+def _launch(case: Case, setup: Setup, emulated: Emulated | None) -> Launched:
+    placed = Placed.of(case, setup, on_gpu=emulated is None, in_kernel=True)
+    untouched = setup.out.buffer.copy()
+    bound = _bound(case, placed.inputs, placed.arguments, emulated, out=placed.out)
     if case.gate is None:
         bound.arrays["lse"].fill(np.nan)
     faults: list[str] = []
-    first = _outputs(bound, case)
-    for _ in range(case.repeats):
-        placed.out_buffer.set(setup.out.buffer)
-        again = _outputs(bound, case)
+    first = _outputs(bound, case, emulated)
+    for n in range(case.repeats if emulated is None else 1):
+        placed.refill_out(untouched)
+        again = _outputs(bound, case, emulated, n + 1)
         if any(x.tobytes() != y.tobytes() for x, y in zip(first, again, strict=True)):
             faults.append("another launch gave other bits")
             break
-    if not setup.out.surroundings_are_nan(cupy.asnumpy(placed.out_buffer)):
+    if not setup.out.surroundings_are_nan(verify.on_host(placed.out_buffer)):
         faults.append("wrote beside the output")
     if case.group == "invariant":
-        faults += _alone_faults(case, placed, first)
+        faults += _alone_faults(case, placed, first, emulated)
     return Launched(
         got=first[0],
         lse=first[1] if len(first) > 1 else None,
@@ -117,16 +136,31 @@ def _launch(case: Case, setup: Setup) -> Launched:
     )
 
 
-def _outputs(bound: Plan, case: Case) -> list[Array]:
-    """Launch; copy the output or the gate's array, and the log-sum-exp, to the host, canonical."""
-    import cupy
+def _bound(
+    case: Case,
+    operands: Sequence[Any],
+    arguments: Mapping[str, Any],
+    emulated: Emulated | None,
+    out: Any = None,
+) -> Plan:
+    q, k, v = operands
+    wanted = {"kernel": case.kernel, "return_lse": case.gate is None, "out": out, **arguments}
+    if emulated is None:
+        return plan(q, k, v, **wanted)
+    return emulated_plan(q, k, v, emulated.arch, **wanted)
 
-    bound.launch()
+
+def _outputs(bound: Plan, case: Case, emulated: Emulated | None, launches: int = 0) -> list[Array]:
+    """Launch; copy the output or the gate's array, and the log-sum-exp, to the host, canonical."""
+    if isinstance(bound, EmulatedPlan) and emulated is not None:
+        schedule = Schedule.seeded(emulated.seed + launches)
+        bound.launch(schedule, checking=emulated.checking)
+    else:
+        bound.launch()
     if case.gate in ("qk", "softmax"):
-        return [cupy.asnumpy(bound.gate_output())]
-    return canonical(
-        case, *(cupy.asnumpy(bound.arrays[n]) for n in ("o", "lse") if n in bound.arrays)
-    )
+        return [verify.on_host(bound.gate_output())]
+    written = (verify.on_host(bound.arrays[n]) for n in ("o", "lse") if n in bound.arrays)
+    return canonical(case, *written)
 
 
 def canonical(case: Case, o: Array, *lse: Array) -> list[Array]:
@@ -136,25 +170,23 @@ def canonical(case: Case, o: Array, *lse: Array) -> list[Array]:
     return [o if case.layout == "bhsd" else o.transpose(0, 2, 1, 3), *lse]
 
 
-def _alone_faults(case: Case, placed: Placed, whole: list[Array]) -> Iterator[str]:
+def _alone_faults(
+    case: Case, placed: Placed, whole: list[Array], emulated: Emulated | None
+) -> Iterator[str]:
     """Sequences whose bits are others when they are all of the batch; for cases without rules."""
-    import cupy
-
     arguments = {n: x for n, x in placed.arguments.items() if not n.startswith("cu_seqlens")}
     starts = np.cumsum([(0, 0), *case.lengths], axis=0)
     for n in range(case.sequences):
         if case.lengths:
             rows, keys = (slice(*starts[n : n + 2, side]) for side in (0, 1))
-            q, k, v = (x[s][None] for x, s in zip(placed.inputs, (rows, keys, keys), strict=True))
+            own = [x[s][None] for x, s in zip(placed.inputs, (rows, keys, keys), strict=True)]
             expected = whole[0][:, :, rows]
         else:
-            q, k, v = (x[n : n + 1] for x in placed.inputs)
+            own = [x[n : n + 1] for x in placed.inputs]
             expected = whole[0][n : n + 1]
-        bound = plan(q, k, v, kernel=case.kernel, **arguments)
-        bound.launch()
-        o = cupy.asnumpy(bound.arrays["o"])
-        got = o if case.layout == "bhsd" else o.transpose(0, 2, 1, 3)
-        if got.tobytes() != expected.tobytes():
+        bound = _bound(case, own, arguments, emulated)
+        o = _outputs(bound, replace(case, lengths=()), emulated)[0]
+        if o.tobytes() != expected.tobytes():
             yield f"sequence {n} alone gives other bits"
 
 
@@ -187,25 +219,32 @@ def run_all(
 ) -> dict[str, Any]:
     """Compile everything in parallel, run every case (``quick``: a part), and report.
 
-    ``on_start(steps, words)`` announces a phase, ``on_step(words)`` each of its steps. Returns a
-    mapping with kernels_digest, gpu, driver, nvrtc, cupy, date, passed, failed, emulated, rows.
+    Without a GPU kernels are emulated; ``RuntimeError`` without a C++ compiler. ``on_start(steps,
+    words)`` announces a phase, ``on_step(words)`` each of its steps. Returns a mapping with
+    kernels_digest, gpu, driver, nvrtc, cupy, date, passed, failed, emulated, rows.
     """
     announce = on_start or (lambda steps, words: None)
     step = on_step or (lambda words: None)
-    arch = compiler.device_arch()
+    on_gpu = compiler.no_gpu_reason() is None
+    arch = compiler.device_arch() if on_gpu else target_without_gpu()
+    emulated = None if on_gpu else Emulated(arch)
     chosen = runnable(cases(), arch)
     chosen = chosen[::_QUICK] if quick else chosen
     wanted = list(dict.fromkeys(c for case in chosen for c in case_config(case, arch)))
     announce(len(wanted), "compiling")
-    builds.build_each([(config, arch) for config in wanted], lambda done: step(builds.what(done)))
+    if on_gpu:
+        pairs = [(config, arch) for config in wanted]
+        builds.build_each(pairs, lambda done: step(builds.what(done)))
+    else:
+        build_libraries([Source.of(config, arch) for config in wanted], step)
     announce(len(chosen), "checking")
 
     results = []
     with ThreadPoolExecutor(_THREADS) as pool:  # most of the time is the oracle's
-        for result in pool.map(run_case, chosen):
+        for result in pool.map(lambda case: run_case(case, emulated), chosen):
             results.append(result)
             step(result.case.kernel)
-    return report(results, arch)
+    return report(results, arch, emulated=not on_gpu)
 
 
 def runnable(every: Sequence[Case], arch: str) -> list[Case]:
@@ -220,13 +259,13 @@ def runnable(every: Sequence[Case], arch: str) -> list[Case]:
     return taken
 
 
-def report(results: Sequence[CaseResult], arch: str) -> dict[str, Any]:
+def report(results: Sequence[CaseResult], arch: str, *, emulated: bool = False) -> dict[str, Any]:
     """Join results with where they come from; the JSON of `selftest`."""
     passed = sum(result.ok for result in results)
     return {
         **machine(arch).to_json(),
         "passed": passed,
         "failed": len(results) - passed,
-        "emulated": False,
+        "emulated": emulated,
         "rows": [result.to_json() for result in results],
     }

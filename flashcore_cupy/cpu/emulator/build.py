@@ -7,6 +7,7 @@ the cache folder, by all that they are made from.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -19,14 +20,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashcore_cupy.cuda.targets import capability
 from flashcore_cupy.jit import cache
+from flashcore_cupy.jit.compiler import usable_cores
 from flashcore_cupy.jit.sources import kernels_digest, kernels_dir
 from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.settings import settings
 
 INCLUDE = Path(__file__).resolve().parent / "include"
 _COMPILERS = ("g++", "clang++", "c++")
@@ -34,6 +38,7 @@ _FLAGS = (
     *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),
     "-ffp-contract=off",  # a multiply-add is one where the kernel says so
     *("-Wno-unknown-pragmas", "-Wno-attributes"),
+    "-fno-sanitize=undefined",  # which zig would have
 )
 #: Calls at each plain access, which find races and what nobody has written.
 _CHECKING = ("-g", "-fsanitize=thread", "-DEMULATOR_CHECK")
@@ -82,7 +87,8 @@ def cxx() -> tuple[str, ...] | None:
     if found is not None:
         return (found,)
     if importlib.util.find_spec("ziglang") is not None:
-        return (sys.executable, "-m", "ziglang", "c++")
+        # For any machine of this kind, not for this one alone.
+        return (sys.executable, "-m", "ziglang", "c++", "-mcpu=baseline")
     return None
 
 
@@ -106,7 +112,7 @@ def library(source: Source, *, checking: bool = False) -> ctypes.CDLL:
     compiler, reason = cxx(), why_not()
     if compiler is None or reason is not None:
         raise RuntimeError(reason)
-    command = [*compiler, *_FLAGS, *(_CHECKING if checking else ())]
+    command = [*compiler, *_FLAGS, *(_CHECKING if checking else ()), *_own_flags()]
     command += [f"-D{name}={value}" for name, value in source.defines.items()]
     command.append(f"-D__CUDA_ARCH__={capability(source.arch) * 10}")
     key = _key(source, command)
@@ -114,6 +120,27 @@ def library(source: Source, *, checking: bool = False) -> ctypes.CDLL:
         if key not in _loaded:
             _loaded[key] = _load(key, source, command, checking=checking)
         return _loaded[key]
+
+
+def _own_flags() -> list[str]:
+    """What the user adds, as "-g -O0" for a debugger."""
+    return shlex.split(settings().cxxflags or "")
+
+
+def build_libraries(sources: Iterable[Source], on_step: Callable[[str], None]) -> None:
+    """Build side by side what the cache does not have; tell of each source's file.
+
+    What does not compile says so when it is asked for.
+    """
+
+    def build(source: Source) -> str:
+        with contextlib.suppress(BuildError):
+            library(source)
+        return source.file
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for file in pool.map(build, sources):
+            on_step(file)
 
 
 def _key(source: Source, command: Iterable[str]) -> str:
@@ -161,7 +188,7 @@ def _compile(source: Source, command: list[str], *, checking: bool) -> bytes:
         _run([*command, *first, *folders, "-c", str(unit), "-o", str(thing)])
         # Linked without the sanitizer's own library: tsan.hpp has what it would define.
         compiler = command[: len(cxx() or ())]
-        _run([*compiler, "-shared", str(thing), "-o", str(made), "-pthread"])
+        _run([*compiler, *_own_flags(), "-shared", str(thing), "-o", str(made), "-pthread"])
         return made.read_bytes()
 
 

@@ -13,7 +13,7 @@ from flashcore_cupy.cpu.emulator.run import DEFAULT_SCHEDULE, Grid, Schedule, la
 from flashcore_cupy.problem.array_spec import spec_of, usable
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, operand
 from flashcore_cupy.problem.blocks import Array
-from flashcore_cupy.problem.request import Call
+from flashcore_cupy.problem.request import Call, Request
 from flashcore_cupy.select.parameters import fixed_params
 from flashcore_cupy.select.plan import Launch, Params, Plan
 from flashcore_cupy.select.selector import select
@@ -55,8 +55,26 @@ class EmulatedPlan(Plan):
             launch(library, step.entry, params, grid, schedule, keep=self.arrays)
 
 
+def emulated_plan(
+    q: Array,
+    k: Array,
+    v: Array,
+    arch: str,
+    *,
+    out: Array | None = None,
+    return_lse: bool = False,
+    **arguments: Any,
+) -> EmulatedPlan:
+    """``plan`` for a target that the caller names; with kernel="auto" its fastest kernel.
+
+    Raises ``TypeError`` and ``ValueError`` as ``attention`` does.
+    """
+    call = Request.of(arguments).call(q, k, v, out, on_gpu=False, in_kernel=True)
+    return bind(call, arch, want_lse=return_lse)
+
+
 def bind(call: Call, arch: str, *, want_lse: bool) -> EmulatedPlan:
-    """Bind a call on NumPy arrays, which names a kernel, to that kernel as built for a target.
+    """Bind a call on NumPy arrays to its kernel, as that is built for a target.
 
     Raises ``ValueError`` with the reason if the kernel cannot do the problem.
     """
@@ -80,7 +98,7 @@ def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...]) -> None:
     config = plan.selection.config
     params = fixed_params(plan.problem, config, plan.output, _RESIDENT, _MULTIPROCESSORS)
     for view in plan.views:
-        params[f"{view.name}_map"] = _tensor_map(view, plan.arrays[view.name].ctypes.data)
+        params[f"{view.name}_map"] = tensor_map(view, plan.arrays[view.name].ctypes.data)
     work = plan.work(params, _MULTIPROCESSORS)
     if work.partials_bytes or work.counters_bytes:
         plan.arrays["split_partials"] = _poisoned((work.partials_bytes,), np.dtype(np.uint8))
@@ -94,7 +112,7 @@ def _poisoned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return np.full(math.prod(shape) * dtype.itemsize, 255, np.uint8).view(dtype).reshape(shape)
 
 
-def _tensor_map(view: View, address: int) -> Params:
+def tensor_map(view: View, address: int) -> Params:
     """A map as ``emulator``'s own ``ptx/tma.cuh`` reads it."""
     words = np.zeros(16, np.uint64)
     words[0] = address + view.offset

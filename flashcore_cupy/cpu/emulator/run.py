@@ -6,10 +6,11 @@ A launch runs on a thread of its own, while the caller waits, so that Ctrl-C is 
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from dataclasses import dataclass
 from typing import Any
+
+from flashcore_cupy.jit.compiler import usable_cores
 
 _MESSAGE = 20_000
 _PATIENCE = 2.0  # seconds, for a launch to see that it is to stop
@@ -22,6 +23,11 @@ class Schedule:
     seed: int = 0
     eager: int = 30
     """Of 100 looks of the scheduler, at how many a copy ends before anybody waits for it."""
+
+    @classmethod
+    def seeded(cls, seed: int) -> Schedule:
+        """Copies that end at random, as late as they may, or at once: by turns."""
+        return cls(seed, (30, 0, 100)[seed % 3])
 
 
 DEFAULT_SCHEDULE = Schedule()
@@ -78,7 +84,7 @@ def launch(
     function, stop = getattr(library, f"launch_{entry}"), ctypes.c_int(0)
     message = ctypes.create_string_buffer(_MESSAGE)
     options = _Options(schedule.seed, schedule.eager, ctypes.pointer(stop))
-    own = _Grid(grid.blocks, grid.threads, grid.smem_bytes, grid.cluster, _cores(), options)
+    own = _Grid(grid.blocks, grid.threads, grid.smem_bytes, grid.cluster, usable_cores(), options)
     failed = []
 
     def run() -> None:
@@ -100,8 +106,3 @@ def launch(
         raise
     if failed[0]:
         raise KernelError(f"{entry}: {message.value.decode(errors='replace')}")
-
-
-def _cores() -> int:
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable is not None else os.cpu_count() or 1

@@ -65,19 +65,28 @@ inline std::string run_grid(const Grid& grid, const std::function<void()>& kerne
     std::atomic<int> next{0};
     std::string failure;
     std::mutex mutex;
+    const auto fail = [&](const std::string& wrong) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (failure.empty()) failure = wrong;
+        next = grid.blocks;
+    };
     const auto work = [&] {
-        const Stacks stacks(grid.threads * grid.cluster);
-        for (int n = next++; n < grid.blocks / grid.cluster; n = next++) {
-            const std::string wrong = run_cluster(grid, n, stacks, kernel);
-            if (wrong.empty()) continue;
-            const std::lock_guard<std::mutex> lock(mutex);
-            if (failure.empty()) failure = wrong;
-            next = grid.blocks;
+        try {
+            const Stacks stacks(grid.threads * grid.cluster);
+            for (int n = next++; n < grid.blocks / grid.cluster; n = next++) {
+                const std::string wrong = run_cluster(grid, n, stacks, kernel);
+                if (!wrong.empty()) fail(wrong);
+            }
+        } catch (const std::bad_alloc&) {
+            fail("out of memory");
         }
     };
     std::vector<std::thread> others;
     const int workers = min(grid.workers, grid.blocks / grid.cluster);
-    for (int i = 1; i < workers; ++i) others.emplace_back(work);
+    try {
+        for (int i = 1; i < workers; ++i) others.emplace_back(work);
+    } catch (const std::system_error&) {  // no more threads are to be had
+    }
     work();
     for (auto& thread : others) thread.join();
     return failure;

@@ -41,6 +41,21 @@ __attribute__((no_sanitize("thread"))) void __tsan_read_range(void* p, size_t n)
 __attribute__((no_sanitize("thread"))) void __tsan_write_range(void* p, size_t n) {
     emulator::plain_access(p, n, true, __builtin_return_address(0));
 }
+// Of clang, in place of the calls without __tsan_.
+__attribute__((no_sanitize("thread"))) void* __tsan_memset(void* p, int byte, size_t n) {
+    emulator::plain_access(p, n, true, __builtin_return_address(0));
+    return std::memset(p, byte, n);
+}
+__attribute__((no_sanitize("thread"))) void* __tsan_memcpy(void* to, const void* from, size_t n) {
+    emulator::plain_access(from, n, false, __builtin_return_address(0));
+    emulator::plain_access(to, n, true, __builtin_return_address(0));
+    return std::memcpy(to, from, n);
+}
+__attribute__((no_sanitize("thread"))) void* __tsan_memmove(void* to, const void* from, size_t n) {
+    emulator::plain_access(from, n, false, __builtin_return_address(0));
+    emulator::plain_access(to, n, true, __builtin_return_address(0));
+    return std::memmove(to, from, n);
+}
 #define EMULATOR_ATOMICS(bits, T)                                                                 \
     __attribute__((no_sanitize("thread"))) T __tsan_atomic##bits##_load(const volatile T* p,      \
                                                                         int) {                    \

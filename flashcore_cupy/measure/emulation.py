@@ -1,0 +1,102 @@
+"""The job `emulate`: a kernel on the CPU in several schedules, and what it did wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flashcore_cupy.check import verify
+from flashcore_cupy.check.inputs import inputs
+from flashcore_cupy.check.machine import Machine, machine
+from flashcore_cupy.cpu.emulator.run import KernelError, Schedule
+from flashcore_cupy.measure.job import Options, emulated, problem_json
+from flashcore_cupy.problem.attention_problem import AttentionProblem
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """Everything that `emulate` shows."""
+
+    machine: Machine
+    problem: AttentionProblem
+    kernel: str
+    config: str
+    checking: bool
+    """Whether every access to shared memory was watched."""
+    seed: int
+    """Of the inputs, and of the first schedule; those after it have the next ones."""
+    schedules: int
+    """Those that the kernel ran to the end, or until it failed."""
+    failure: str | None
+    """What the kernel did wrong; None if it came to its end each time."""
+    check: verify.Check | None
+    """Of the last schedule; None if the kernel failed."""
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the kernel did nothing wrong, and its results are right."""
+        return self.failure is None and self.check is not None and self.check.ok
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON-able values."""
+        return {
+            "ok": self.ok,
+            "machine": self.machine.to_json(),
+            "problem": problem_json(self.problem),
+            "kernel": self.kernel,
+            "config": self.config,
+            "checking": self.checking,
+            "seed": self.seed,
+            "schedules": self.schedules,
+            "failure": self.failure,
+            "check": self.check and self.check.to_json(),
+            "emulated_seconds": self.seconds,
+        }
+
+
+def emulate(
+    problem: AttentionProblem,
+    arch: str,
+    options: Options,
+    *,
+    schedules: int,
+    checking: bool,
+    on_phase: Callable[[str], None] = lambda words: None,
+) -> Emulation:
+    """Run a kernel until it fails, gives a wrong result, or has gone through all schedules.
+
+    Raises ``BuildError`` if it does not compile, ``RuntimeError`` without a C++ compiler.
+    """
+    on_phase("making inputs")
+    host = inputs(problem, options.seed)
+    bound = emulated(problem, host, arch, kernel=options.kernel, config=options.overrides)
+    on_phase("compiling the kernel for the CPU")
+    bound.build(checking=checking)
+    on_phase("what it should give, in float64")
+    known = None
+    if not bound.selection.kernel.quantizes:
+        known = verify.expect(problem, *host, tile=bound.selection.config.tile.block_m)
+    check, failure, done, start = None, None, 0, time.perf_counter()
+    while done < schedules and failure is None and (check is None or check.ok):
+        seed, done = options.seed + done, done + 1
+        on_phase(f"emulating, schedule {done} of {schedules}")
+        try:
+            bound.launch(Schedule.seeded(seed), checking=checking)
+            check = verify.check_plan(bound, *host, known=known)
+        except KernelError as error:
+            check, failure = None, str(error)
+    return Emulation(
+        machine=machine(arch),
+        problem=problem,
+        kernel=bound.selection.kernel.name,
+        config=bound.selection.config.describe(),
+        checking=checking,
+        seed=options.seed,
+        schedules=done,
+        failure=failure,
+        check=check,
+        seconds=time.perf_counter() - start,
+    )
