@@ -91,18 +91,20 @@ def launch(
         failed.append(function(params, ctypes.byref(own), message, _MESSAGE))
         del kept[:]
 
-    kept = [keep]  # as long as the kernel runs, even where nobody waits for it any more
+    # As long as the kernel runs, even where nobody waits for it any more.
+    kept = [keep, stop, options]
     thread = threading.Thread(target=run, daemon=True)
     try:
-        thread.start()
-    except RuntimeError:  # no thread is to be had
-        run()
-    try:
+        try:
+            thread.start()
+        except RuntimeError:  # no thread is to be had
+            run()
         while thread.is_alive():
             thread.join()
     except BaseException:
         stop.value = 1
-        thread.join(_PATIENCE)
+        if thread.is_alive():
+            thread.join(_PATIENCE)
         raise
     if failed[0]:
         raise KernelError(f"{entry}: {message.value.decode(errors='replace')}")
