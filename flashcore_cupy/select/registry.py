@@ -9,6 +9,7 @@ from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.ladder import Fused, Quantized, Scalar, Unfused
 from flashcore_cupy.select.sm80 import Sm80
 from flashcore_cupy.select.sm90 import Sm90
+from flashcore_cupy.select.sm90_cluster import Sm90Cluster
 
 _SIXTEEN_BIT = ("float16", "bfloat16")
 _ALL = (*_SIXTEEN_BIT, "float32")
@@ -88,6 +89,10 @@ KERNELS: Mapping[str, Kernel] = {
             idea="TMA and wgmma: a warp that loads, warpgroups that overlap softmax with products",
         ),
         Kernel(
+            *("cluster_sm90", Sm90Cluster, _SIXTEEN_BIT),
+            idea="few queries and keys: all loaded at once, warpgroups of a cluster share the keys",
+        ),
+        Kernel(
             *("fp8_wmma", Quantized, _SIXTEEN_BIT),
             idea="q, k, v quantised to e4m3 with a scale per head, widened to 16 bit on load",
         ),
@@ -96,6 +101,7 @@ KERNELS: Mapping[str, Kernel] = {
 
 #: What ``kernel="auto"`` tries, fastest first.
 AUTO_ORDER = (
+    "cluster_sm90",
     "wgmma_sm90",
     "mma_sm80",
     "wmma_warp_softmax",

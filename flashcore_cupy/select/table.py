@@ -286,7 +286,25 @@ _SM90_ROWS = (
     ),
 )
 
+# --- cluster_sm90 ---------------------------------------------------------------------------------
+
+_cluster = partial(_line, "cluster_sm90")
+_KEYS_AT_ONCE = Tile(64, 128, warps_m=4)
+
+
+def _keys(most: int, warpgroups: int, cluster: int) -> _Choice:
+    """For so many keys at most, a tile of them for every warpgroup of the cluster."""
+    tile = replace(_KEYS_AT_ONCE, warps_n=warpgroups, cluster=cluster)
+    return _choice(tile, max_keys=most)
+
+
+_CLUSTER_ROWS = (
+    *_cluster(64, _keys(128, 1, 1), _keys(256, 2, 1), _keys(512, 2, 2),
+              _choice(replace(_KEYS_AT_ONCE, warps_n=2, num_stages=2))),
+    *_cluster(128, _keys(128, 1, 1), _keys(256, 1, 2), _choice(replace(_KEYS_AT_ONCE, warps_n=2, cluster=2))),
+)
+
 #: In order of preference: a problem gets the first row of its kernel and head dim that is meant for
 #: it (see ``Row``; those with a ``round_cost`` by that) and for the target (``max_arch``), and fits
 #: the target's shared memory.
-ROWS: tuple[Row, ...] = (*_LADDER_ROWS, *_SM80_ROWS, *_SM80_FP32_ROWS, *_SM90_ROWS)
+ROWS: tuple[Row, ...] = (*_LADDER_ROWS, *_SM80_ROWS, *_SM80_FP32_ROWS, *_SM90_ROWS, *_CLUSTER_ROWS)

@@ -2,9 +2,10 @@
 #pragma once
 #include <config.cuh>
 #include <flashcore/output/split_combine.cuh>
-#include <flashcore/params.cuh>
+#include <flashcore/params_hopper.cuh>
 #include <flashcore/pipeline/mbarrier_pipeline.cuh>
 #include <flashcore/ptx/tma.cuh>
+#include <flashcore/ptx/wgmma.cuh>
 #include <flashcore/rules/key_bits.cuh>
 #include <flashcore/rules/position_mask.cuh>
 #include <flashcore/rules/score.cuh>
@@ -15,10 +16,6 @@
 
 namespace flashcore {
 
-struct alignas(64) HopperParams : AttentionParams {
-    TensorMap q_map, k_map, v_map, o_map;  // v's begins at the first key that some query sees
-};
-
 using LayoutQ = SharedLayout<T, BLOCK_M, HEAD_DIM>;
 using LayoutK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
 using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
@@ -27,8 +24,6 @@ using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
 using LayoutO = SharedLayout<T, 16, STAGED_COLS>;
 using Positions = PositionMask<BOUNDED_RIGHT, BOUNDED_LEFT>;
 
-constexpr int WARPGROUP_WARPS = 4;  // wgmma is an instruction of four warps
-constexpr int WARPGROUP_THREADS = WARPGROUP_WARPS * WARP_SIZE;
 constexpr int CONSUMER_WARPS = NUM_WARPS;  // the table's warps: those that compute
 constexpr int CONSUMER_THREADS = NUM_THREADS;
 constexpr int CONSUMERS = CONSUMER_WARPS / WARPGROUP_WARPS;

@@ -103,4 +103,22 @@ __device__ __forceinline__ void store_quad_row(T* gO, bool valid, int valid_cols
     }
 }
 
+// The same without the exchange: two columns at a time.
+template <int COLS, int BYTES, typename T, typename Pair>
+__device__ __forceinline__ void store_quad_pairs(T* gO, bool valid, int valid_cols, Pair pair) {
+    static_assert(COLS % 8 == 0 && sizeof(T) == 2, "two columns for each of the four lanes");
+#pragma unroll
+    for (int n = 0; n < COLS / 8; ++n) {
+        const int col = n * 8 + thread_index() % 4 * 2;
+        const uint32 both = pair(n);
+        if (!valid || col >= valid_cols) continue;
+        if constexpr (BYTES >= 4) {
+            *reinterpret_cast<uint32*>(gO + col) = both;
+        } else {
+            reinterpret_cast<uint16*>(gO)[col] = uint16(both);
+            reinterpret_cast<uint16*>(gO)[col + 1] = uint16(both >> 16);
+        }
+    }
+}
+
 }  // namespace flashcore

@@ -30,6 +30,16 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
             : "memory");
 }
 
+// The two halves of a barrier for all threads of the cluster that have not exited. Nobody waits in
+// the first, which orders no memory. Barriers that were made before it, and fenced by
+// fence_mbarrier_init, are there after the second.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Returns the address at which CTA `rank` of the cluster has what this CTA has at `shared`.
 __device__ __forceinline__ uint32 peer_address(uint32 shared, int rank) {
     uint32 address;
@@ -49,6 +59,15 @@ __device__ __forceinline__ void load_peer(float4& x, uint32 address) {
                  : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
                  : "r"(address)
                  : "memory");
+}
+
+// Stores to a peer's shared memory without waiting. The bytes count on a barrier of the same peer,
+// which must expect them; who waits for that barrier sees them.
+__device__ __forceinline__ void store_peer_async(uint32 address, const float4& x, uint32 barrier) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+        ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+        : "memory");
 }
 
 }  // namespace flashcore

@@ -34,4 +34,10 @@ __device__ __forceinline__ char* dynamic_shared() {
     return smem_raw;
 }
 
+// No instruction: the value is computed before this, rather than where it is used.
+template <typename X>
+__device__ __forceinline__ void keep_register(X*& x) {
+    asm volatile("" : "+l"(x));
+}
+
 }  // namespace flashcore

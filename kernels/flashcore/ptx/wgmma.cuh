@@ -21,6 +21,9 @@
 
 namespace flashcore {
 
+constexpr int WARPGROUP_WARPS = 4;
+constexpr int WARPGROUP_THREADS = WARPGROUP_WARPS * WARP_SIZE;
+
 // Where byte `offset` of a panel (row * SWIZZLE + byte of the row) is: bits 4 and up are xored with
 // bits 7 and up, so that a column of 16-byte pieces is spread over the banks. TMA does the same.
 template <int SWIZZLE>

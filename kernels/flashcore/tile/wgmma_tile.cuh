@@ -9,9 +9,10 @@
 
 namespace flashcore {
 
-// S = Q K^T. sQ: the warpgroup's first row. All columns of the tiles of Q and K.
-template <typename LayoutQ, typename LayoutK, typename T>
-__device__ __forceinline__ void wgmma_qk(float (&rS)[LayoutK::ROWS / 2], const T* sQ, const T* sK) {
+// S = Q K^T. sQ: the warpgroup's first row; sK: the first of as many keys as rS has columns, which
+// may be a part of the tile. All columns of the tiles of Q and K.
+template <typename LayoutQ, typename LayoutK, typename T, int COUNT>
+__device__ __forceinline__ void wgmma_qk(float (&rS)[COUNT], const T* sQ, const T* sK) {
     constexpr int SWIZZLE = LayoutK::PANEL * int(sizeof(T));
     const uint64 q = matrix_descriptor(matrix_layout<SWIZZLE>(), shared_address(sQ));
     const uint64 k = matrix_descriptor(matrix_layout<SWIZZLE>(), shared_address(sK));
@@ -19,24 +20,25 @@ __device__ __forceinline__ void wgmma_qk(float (&rS)[LayoutK::ROWS / 2], const T
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < LayoutQ::COLS; d += 16)
-        wgmma<T, LayoutK::ROWS>(rS, advance_descriptor(q, LayoutQ::step(0, 0, d) * sizeof(T)),
+        wgmma<T, 2 * COUNT>(rS, advance_descriptor(q, LayoutQ::step(0, 0, d) * sizeof(T)),
                                 advance_descriptor(k, LayoutK::step(0, 0, d) * sizeof(T)), d > 0);
     wgmma_commit();
 }
 
-// O += P V. rP: the A operand of 16 keys each.
-template <typename LayoutV, typename T>
-__device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2],
-                                         uint32 (&rP)[LayoutV::ROWS / 16][4], const T* sV) {
+// O += P V. rP: the A operand of 16 keys each; sV: the first of these keys, which may be a part of
+// the tile.
+template <typename LayoutV, typename T, int STEPS>
+__device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2], uint32 (&rP)[STEPS][4],
+                                         const T* sV) {
     constexpr int SWIZZLE = LayoutV::PANEL * int(sizeof(T));
     constexpr uint32 PANEL_BYTES = LayoutV::ROWS * SWIZZLE;
     const uint64 v = matrix_descriptor(matrix_layout<SWIZZLE>(PANEL_BYTES), shared_address(sV));
     fence_registers(rO);
 #pragma unroll
-    for (int step = 0; step < LayoutV::ROWS / 16; ++step) fence_registers(rP[step]);
+    for (int step = 0; step < STEPS; ++step) fence_registers(rP[step]);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < LayoutV::ROWS / 16; ++step)
+    for (int step = 0; step < STEPS; ++step)
         wgmma<T, LayoutV::COLS, true>(rO, rP[step], advance_descriptor(v, step * 16 * SWIZZLE),
                                       true);
     wgmma_commit();

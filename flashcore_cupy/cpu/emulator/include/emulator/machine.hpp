@@ -147,6 +147,7 @@ struct Fiber {
     Groups stores;                   // TMA's
     Clock own_clock;                 // what it knows beside its warp, until they meet
     uint32_t fenced_epoch = 0;
+    uint32_t cluster_phase = 0;      // in which it has arrived at the cluster's barrier
     int inside = 0;  // of the layer's functions: accesses are not the kernel's then
 
     void finish_copies(size_t end, const OnWrite& on_write) {
@@ -301,19 +302,25 @@ inline __attribute__((noinline)) bool sync(NamedBarrier& b, int threads, bool co
     return b.result;
 }
 
-// All threads that live, of a block or of a cluster.
-inline __attribute__((noinline)) void sync_all(NamedBarrier& b, const int& living,
-                                               const char* what) {
+// All threads that live, of a block or of a cluster: the half that does not wait, which returns the
+// barrier's phase, and the half that waits for it.
+inline uint32_t arrive_all(NamedBarrier& b, const int& living) {
     const Inside inside;
-    current->place = __builtin_return_address(0);
     const uint32_t mine = b.generation;
     release_to(b.clock);
-    if (++b.arrived == living) {
-        release(b);
-    } else {
-        wait_until(what, [&b, mine] { return b.generation != mine; });
-    }
+    if (++b.arrived == living) release(b);
+    return mine;
+}
+inline void wait_all(NamedBarrier& b, uint32_t phase, const char* what) {
+    const Inside inside;
+    wait_until(what, [&b, phase] { return b.generation != phase; });
     acquire_from(b.clock);
+}
+// Both halves.
+inline __attribute__((noinline)) void sync_all(NamedBarrier& b, const int& living,
+                                               const char* what) {
+    current->place = __builtin_return_address(0);
+    wait_all(b, arrive_all(b, living), what);
 }
 
 // ---- shared addresses --------------------------------------------------------------------------

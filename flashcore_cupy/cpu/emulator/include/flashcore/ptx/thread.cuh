@@ -18,4 +18,7 @@ __forceinline__ char* dynamic_shared() {
     return emulator::block().smem;
 }
 
+template <typename X>
+__forceinline__ void keep_register(X*&) {}
+
 }  // namespace flashcore

@@ -14,6 +14,9 @@
 
 namespace flashcore {
 
+constexpr int WARPGROUP_WARPS = 4;
+constexpr int WARPGROUP_THREADS = WARPGROUP_WARPS * WARP_SIZE;
+
 template <int SWIZZLE>
 constexpr uint32 swizzled(uint32 offset) {
     static_assert(SWIZZLE == 128 || SWIZZLE == 64 || SWIZZLE == 32);

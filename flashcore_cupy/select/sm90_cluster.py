@@ -1,0 +1,134 @@
+"""The family of ``fwd_sm90_cluster.cu``: few queries and few keys, all of them loaded at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.select.sm90 import ROWS_OF_WARPGROUP, Sm90
+from flashcore_cupy.select.tensor_view import MAX_BOX
+from flashcore_cupy.select.units import MAX_GRID, MMA, WARP_SIZE, WARPGROUP_WARPS, round_up
+
+_KIB = 1024
+_MAX_WARPGROUPS = 4
+_COLUMN_GROUP = 8
+"""Columns of O that a fragment has."""
+_BARRIER_BYTES = 8
+_MOST_BLOCKS, _MOST_KEYS = 132, 512
+"""What ``auto`` takes it for: a block of rows for every multiprocessor of an H100 or H200."""
+
+
+@dataclass(frozen=True)
+class Sm90Cluster(Sm90):
+    """Warpgroups, of one CTA or of two, share out the keys of 64 rows, and combine on the chip."""
+
+    source = "fwd_sm90_cluster.cu"
+    entries = ("fwd_sm90_cluster",)
+
+    # --- which problems ---------------------------------------------------------------------------
+
+    @classmethod
+    def check_problem(cls, problem: AttentionProblem) -> None:
+        """One sequence per batch entry, besides what TMA asks for."""
+        if problem.packed:
+            raise ValueError("has no cu_seqlens")
+        super().check_problem(problem)
+
+    @classmethod
+    def why_slow(cls, problem: AttentionProblem) -> str | None:
+        """Grids that fill the GPU, and many keys, are for ``fwd_sm90``."""
+        blocks = problem.batch * problem.heads_q * -(-problem.seqlen_q // ROWS_OF_WARPGROUP)
+        if problem.batch_invariant or blocks > _MOST_BLOCKS or problem.visible_kv > _MOST_KEYS:
+            return f"is for up to {_MOST_BLOCKS} blocks of 64 queries and {_MOST_KEYS} keys"
+        return super().why_slow(problem)
+
+    # --- tiles ------------------------------------------------------------------------------------
+
+    def unfit(self) -> list[str]:
+        """Whole warpgroups along the keys, one or two thread blocks, columns for each of them."""
+        t, reasons = self.tile, []
+        if t.warps_m != WARPGROUP_WARPS or t.block_m != ROWS_OF_WARPGROUP:
+            reasons.append(
+                f"block_m={t.block_m}, warps_m={t.warps_m}: a tile has 64 queries and 4 warps along "
+                f"them"
+            )
+        if t.warps_n > _MAX_WARPGROUPS:
+            reasons.append(f"warps_n={t.warps_n}: at most {_MAX_WARPGROUPS} warpgroups share keys")
+        if t.block_n % MMA or t.block_n > MAX_BOX:
+            reasons.append(f"block_n={t.block_n} is not a multiple of 16 up to {MAX_BOX}")
+        if t.cluster > 2:
+            reasons.append(f"cluster={t.cluster}; 1 or 2 thread blocks")
+        if self.head_dim_v % (_COLUMN_GROUP * t.warps_n * t.cluster):
+            reasons.append(
+                f"warps_n={t.warps_n}, cluster={t.cluster}: {self.head_dim_v} columns are not "
+                f"whole groups of 8 for each warpgroup"
+            )
+        others = [name for name in ("warps_d",) if getattr(t, name) > 1]
+        switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
+        others += [name for name in switches if getattr(t, name)]
+        if others:
+            reasons.append(f"{self.kernel} has no {', '.join(others)}")
+        if self.head_dim % 32 or self.head_dim_v % 32:
+            reasons.append(f"{self.kernel} has tiles of 32, 64, 96, ... columns")
+        return reasons
+
+    @property
+    def num_warps(self) -> int:
+        """Warpgroups along the keys."""
+        return self.tile.warps_m * self.tile.warps_n
+
+    @property
+    def q_stages(self) -> int:
+        """A thread block has one tile of Q."""
+        return 1
+
+    @property
+    def staged_cols(self) -> int:
+        """O leaves from registers: a copy by TMA would have to be waited for."""
+        return 0
+
+    @property
+    def smem_bytes(self) -> int:
+        """Q; K and V of every warpgroup; what warpgroups give each other; the barriers."""
+        t, groups = self.tile, self.tile.warps_n
+        columns = self.head_dim_v // groups
+        loaded = self._q_bytes
+        loaded += groups * t.num_stages * self._size * t.block_n * (self.head_dim + self.head_dim_v)
+        given = groups * max(1, groups - 1) * _partials(columns if groups > 1 else _COLUMN_GROUP)
+        peer = groups * _partials(columns // t.cluster if t.cluster > 1 else _COLUMN_GROUP)
+        total = loaded + given + peer + _BARRIER_BYTES * (2 + 2 * groups * t.num_stages)
+        # Which keys each warp sees: a bit per key and lane of four; else an empty struct each.
+        words = -(-t.block_n // 128)
+        total += groups * (WARPGROUP_WARPS * 4 * 4 * words if "mask" in self.rules or "mask_mod" in self.rules else 1)
+        return round_up(total, _KIB) + _KIB
+
+    # --- launches ---------------------------------------------------------------------------------
+
+    def splits(self, problem: AttentionProblem, resident: int) -> int:
+        """A part for each thread block of a cluster."""
+        return self.tile.cluster
+
+    def section(self, problem: AttentionProblem, multiprocessors: int) -> int:
+        """A head's blocks come one after the other."""
+        return 1
+
+    def most_blocks(self, multiprocessors: int) -> int:
+        """A thread block has one block of rows."""
+        return MAX_GRID
+
+    def workspace_bytes(self, blocks: int, splits: int, most_blocks: int) -> tuple[int, int]:
+        """Nothing passes through memory."""
+        return 0, 0
+
+    # --- for people -------------------------------------------------------------------------------
+
+    def describe_warps(self) -> str:
+        """Who multiplies."""
+        groups = self.tile.warps_n
+        return f"{groups} warpgroup{'s' * (groups > 1)} along the keys"
+
+
+def _partials(columns: int) -> int:
+    """``Partials`` in ``traits.cuh``: columns of a warpgroup's rows, and m and l of these."""
+    threads = WARPGROUP_WARPS * WARP_SIZE
+    return columns // _COLUMN_GROUP * threads * 16 + threads // 4 * 16
