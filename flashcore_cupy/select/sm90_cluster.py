@@ -14,8 +14,11 @@ _MAX_WARPGROUPS = 4
 _COLUMN_GROUP = 8
 """Columns of O that a fragment has."""
 _BARRIER_BYTES = 8
-_MOST_BLOCKS, _MOST_KEYS = 132, 512
-"""What ``auto`` takes it for: a block of rows for every multiprocessor of an H100 or H200."""
+# What "auto" takes it for: one block of rows for each multiprocessor of an H100 or H200, and 1024
+# keys of 64 columns.
+_MOST_BLOCKS, _MOST_ELEMENTS = 132, 1 << 16
+# Fewer rows share a tile with those of other heads, or leave most of it empty.
+_FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,18 @@ class Sm90Cluster(Sm90):
 
     @classmethod
     def why_slow(cls, problem: AttentionProblem) -> str | None:
-        """Grids that fill the GPU, and many keys, are for ``fwd_sm90``."""
+        """Grids that fill the GPU, and many keys, are for ``fwd_sm90.cu``."""
+        if problem.batch_invariant:
+            return "is for small batches"
         blocks = problem.batch * problem.heads_q * -(-problem.seqlen_q // ROWS_OF_WARPGROUP)
-        if problem.batch_invariant or blocks > _MOST_BLOCKS or problem.visible_kv > _MOST_KEYS:
-            return f"is for up to {_MOST_BLOCKS} blocks of 64 queries and {_MOST_KEYS} keys"
+        if blocks > _MOST_BLOCKS:
+            return f"is for up to {_MOST_BLOCKS} blocks of 64 queries; there are {blocks}"
+        most = _MOST_ELEMENTS // max(64, problem.head_dim, problem.head_dim_v)
+        if problem.visible_kv > most:
+            return f"is for up to {most} keys; there are {problem.visible_kv}"
+        group = problem.heads_q // problem.heads_kv
+        if group * problem.seqlen_q <= (_FEW_ROWS if group == 1 else ROWS_OF_WARPGROUP):
+            return "is for more queries per head of k and v"
         return super().why_slow(problem)
 
     # --- tiles ------------------------------------------------------------------------------------

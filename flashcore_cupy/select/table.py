@@ -289,19 +289,42 @@ _SM90_ROWS = (
 # --- cluster_sm90 ---------------------------------------------------------------------------------
 
 _cluster = partial(_line, "cluster_sm90")
-_KEYS_AT_ONCE = Tile(64, 128, warps_m=4)
+_CLUSTER = Tile(64, 128, warps_m=4)
+# 64 queries' pairs of thread blocks find a place each.
+_PAIRS = 33
 
 
-def _keys(most: int, warpgroups: int, cluster: int) -> _Choice:
-    """For so many keys at most, a tile of them for every warpgroup of the cluster."""
-    tile = replace(_KEYS_AT_ONCE, warps_n=warpgroups, cluster=cluster)
-    return _choice(tile, max_keys=most)
+def _keys(most: int, tile: Tile, **limits: Any) -> _Choice:
+    """For so many keys at most, where each warpgroup has one tile of them or two."""
+    return _choice(tile, max_keys=most, **limits)
 
 
+_ONE_TILE = _keys(128, _CLUSTER)
+_HALF_TILE = _keys(64, replace(_CLUSTER, block_n=64))
+_TWO_GROUPS = replace(_CLUSTER, warps_n=2)
+_TWO_BLOCKS = replace(_CLUSTER, cluster=2)
+_FOUR_GROUPS = replace(_CLUSTER, warps_n=2, cluster=2)
+
+# One H100, 8 heads, D=64, float16, a replayed graph; in brackets wgmma_sm90 and mma_sm80, the faster.
 _CLUSTER_ROWS = (
-    *_cluster(64, _keys(128, 1, 1), _keys(256, 2, 1), _keys(512, 2, 2),
-              _choice(replace(_KEYS_AT_ONCE, warps_n=2, num_stages=2))),
-    *_cluster(128, _keys(128, 1, 1), _keys(256, 1, 2), _choice(replace(_KEYS_AT_ONCE, warps_n=2, cluster=2))),
+    *_cluster(
+        64,
+        _HALF_TILE,  # S=64 2.7 us (3.8)
+        _ONE_TILE,  # S=128 3.1 us (3.9)
+        _keys(256, _TWO_BLOCKS, max_blocks=_PAIRS),  # S=256 3.7 us (5.0)
+        _keys(256, _TWO_GROUPS),  # 16 heads, S=256 3.9 us (5.0)
+        _keys(512, _FOUR_GROUPS, max_blocks=_PAIRS),  # S=512 5.1 us (6.5)
+        _keys(512, replace(_TWO_GROUPS, num_stages=2)),  # 16 heads, S=512 6.2 us (6.8)
+        _choice(_FOUR_GROUPS),  # S=1024 8.8 us (10.1)
+    ),
+    *_cluster(
+        128,
+        _HALF_TILE,
+        _ONE_TILE,  # S=128 4.3 us (5.6)
+        _keys(256, _TWO_BLOCKS),  # S=256 5.5 us (6.2)
+        _keys(512, _FOUR_GROUPS, max_blocks=_PAIRS),  # S=512 6.3 us (8.1)
+        _choice(_TWO_GROUPS),  # 16 heads, S=512 8.8 us (8.8), causal 8.3 us (9.6)
+    ),
 )
 
 #: In order of preference: a problem gets the first row of its kernel and head dim that is meant for
