@@ -4,8 +4,8 @@
 //   O = softmax(rules(softmax_scale * Q K^T)) V,  LSE = log sum exp
 //
 // A cluster of one CTA, or of two, owns 64 rows of one head, and each of its warpgroups every
-// SPLITS-th tile of the keys. There is no producer and no scheduler: a warp of each warpgroup starts
-// its copies in its first instructions, and all tiles that NUM_STAGES hold are on their way before
+// SPLITS-th tile of the keys. There is no producer and no scheduler: one warp of each warpgroup
+// starts its copies in its first instructions, and what NUM_STAGES tiles hold is on its way before
 // anybody waits. What a warpgroup does with a tile, in two halves of its keys:
 //
 //   tensor cores   | S_0 | S_1 |                          | P_0 V_0 | P_1 V_1 |
@@ -115,8 +115,8 @@ __device__ __forceinline__ void make_barriers(SharedStorage& smem, int index) {
 __device__ __forceinline__ void Warpgroup::begin_loads() const {
     if (index == 0)
         load_tile_tma<LayoutQ, BLOCK_M>(
-            smem.sQ, &smem.full_q,
-            TileBox{&params.q_map, work.first_row, work.head, work.batch}, EVICT_FIRST);
+            smem.sQ, &smem.full_q, TileBox{&params.q_map, work.first_row, work.head, work.batch},
+            EVICT_FIRST);
     if (has(0)) load_k(0);
     if (CLUSTER > 1 && index == 0 && elect_one())
         mbarrier_arrive_expect_tx(&smem.full_peer, sizeof(smem.peer));

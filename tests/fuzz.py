@@ -49,6 +49,10 @@ GRIDS = {
 HEADS = {"pairs": ((8, 8), (4, 2)), "fours": ((8, 2),), "eights": ((8, 1),), "grouped": ((8, 1),)}
 CLUSTERED = ("pairs", "fours", "eights")
 OF_ANY_LENGTHS = ("decode", *CLUSTERED, "few", "invariant")
+# By how many keys they have, these get one tile or another of cluster_sm90: more than so many, and
+# up to the next.
+KEYS_OF = ("few", "some")
+KEY_STEPS = (0, 64, 128, 256, 512)
 FULL = (*HEADS, "some", "enough")  # thread blocks are counted: all of the heads, always
 SETTINGS = settings(
     deadline=None,
@@ -98,10 +102,17 @@ def configuration(seed: int) -> Case:
         gate=None if packs or rng.random() < 0.85 else rng.choice(["qk", "softmax", "pv"]),
         boundaries=rng.choice(["host", "device"]),
         batch_invariant=grid == "invariant",
-        seqlen_kv=rng.choice([2, 3, 16]),  # which decides how a bias and a mask are loaded
+        # The first decides how a bias and a mask are loaded.
+        seqlen_kv=rng.choice([2, 3, 16]) + rng.choice(key_steps(grid, packs)),
         softmax_scale=-0.2 if rng.random() < 0.15 else None,
     )
     return at_smallest(case, packs)
+
+
+def key_steps(grid: str, packs: bool) -> tuple[int, ...]:
+    if grid not in KEYS_OF or packs:
+        return (0,)
+    return tuple(step for step in KEY_STEPS if step < GRIDS[grid][3])
 
 
 def at_smallest(case: Case, packs: bool) -> Case:
@@ -170,7 +181,7 @@ def draw_sizes(draw: Any, case: Case) -> Case:
     group = sizes["heads"] // sizes["heads_kv"]
     if case.group in ("decode", *CLUSTERED):
         most = 16 // group
-    elif case.group == "some" and group > 1:  # fewer are packed
+    elif case.group in KEYS_OF and group > 1:  # fewer are packed
         fewest = max(fewest, 64 // group + 1)
     # A bias of one query lies the same way transposed, and its keys can be loaded in pairs.
     fewest = max(fewest, 2 if case.view == "transposed" else 1)
@@ -180,10 +191,19 @@ def draw_sizes(draw: Any, case: Case) -> Case:
 
 
 def draw_keys(draw: Any, case: Case, most: int) -> int:
+    """At least one more than the case's step, and no more than the next."""
+    first = 0
+    for step in key_steps(case.group, bool(case.lengths)):
+        if step < case.seqlen_kv:
+            first = step
+        else:
+            most = min(most, step)
+            break
     if case.bias or case.mask:
-        step = 16 if case.seqlen_kv == 16 else 2
-        return case.seqlen_kv + step * draw(st.integers(0, most // step))
-    return draw(st.integers(2 if is_padded(case) else 0, most))
+        step = 16 if case.seqlen_kv % 16 == 0 else 2
+        return case.seqlen_kv + step * draw(st.integers(0, max(0, most - case.seqlen_kv) // step))
+    fewest = 2 if is_padded(case) else 0
+    return draw(st.integers(max(fewest, first + 1 if first else 0), most))
 
 
 def draw_packed(draw: Any, case: Case) -> Case:

@@ -100,6 +100,8 @@ class KernelConfig(ABC):
     """The struct that they take."""
     has_rules: ClassVar[bool] = False
     """Windows, score rules, masks, sinks, packed batches; the others are causal or not."""
+    takes_packed: ClassVar[bool] = False
+    """Batches of sequences of any lengths, side by side."""
     quantizes: ClassVar[bool] = False
     """Rounds its inputs to fp8 first, so ``auto`` never takes it."""
     row_align: ClassVar[int] = 1
@@ -144,6 +146,11 @@ class KernelConfig(ABC):
         asked += ["cu_seqlens"] * problem.packed
         if asked:
             raise ValueError(f"has no {', '.join(asked)}")
+
+    @classmethod
+    def is_meant_for(cls, problem: AttentionProblem) -> bool:
+        """Whether "auto" tries it: whether the problem has the size that the family is for."""
+        return True
 
     @classmethod
     def why_slow(cls, problem: AttentionProblem) -> str | None:

@@ -169,6 +169,8 @@ def _select(
 def _fastest(problem: AttentionProblem, arch: str) -> Selection:
     passed_over: list[tuple[str, str]] = []
     for name in AUTO_ORDER:
+        if not KERNELS[name].family.is_meant_for(problem):
+            continue
         try:
             config = configure(problem, KERNELS[name], arch, auto=True)
         except ValueError as error:

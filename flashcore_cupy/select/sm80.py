@@ -20,6 +20,7 @@ class Sm80(KernelConfig):
     source = "fwd_sm80.cu"
     entries = ("fwd_sm80",)
     has_rules = True
+    takes_packed = True
 
     # --- tiles ------------------------------------------------------------------------------------
 

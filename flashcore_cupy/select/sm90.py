@@ -50,6 +50,7 @@ class Sm90(KernelConfig):
     entries = ("fwd_sm90",)
     params: ClassVar[np.dtype[Any]] = HOPPER_PARAMS
     has_rules = True
+    takes_packed = True
     row_align = TMA_ALIGN
     mask_keys = 16
 

@@ -16,7 +16,7 @@ _COLUMN_GROUP = 8
 _BARRIER_BYTES = 8
 # What "auto" takes it for: one block of rows for each multiprocessor of an H100 or H200, and 1024
 # keys of 64 columns.
-_MOST_BLOCKS, _MOST_ELEMENTS = 132, 1 << 16
+_MOST_BLOCKS, _MOST_ELEMENTS, _MOST_COLUMNS = 132, 1 << 16, 128
 # Fewer rows share a tile with those of other heads, or leave most of it empty.
 _FEW_ROWS = 16
 
@@ -27,6 +27,7 @@ class Sm90Cluster(Sm90):
 
     source = "fwd_sm90_cluster.cu"
     entries = ("fwd_sm90_cluster",)
+    takes_packed = False
 
     # --- which problems ---------------------------------------------------------------------------
 
@@ -38,20 +39,20 @@ class Sm90Cluster(Sm90):
         super().check_problem(problem)
 
     @classmethod
-    def why_slow(cls, problem: AttentionProblem) -> str | None:
-        """Grids that fill the GPU, and many keys, are for ``fwd_sm90.cu``."""
-        if problem.batch_invariant:
-            return "is for small batches"
+    def is_meant_for(cls, problem: AttentionProblem) -> bool:
+        """Whether there are few blocks of rows, and few keys; ``fwd_sm90.cu`` is for more."""
         blocks = problem.batch * problem.heads_q * -(-problem.seqlen_q // ROWS_OF_WARPGROUP)
-        if blocks > _MOST_BLOCKS:
-            return f"is for up to {_MOST_BLOCKS} blocks of 64 queries; there are {blocks}"
-        most = _MOST_ELEMENTS // max(64, problem.head_dim, problem.head_dim_v)
-        if problem.visible_kv > most:
-            return f"is for up to {most} keys; there are {problem.visible_kv}"
+        most_keys = _MOST_ELEMENTS // max(64, problem.head_dim, problem.head_dim_v)
         group = problem.heads_q // problem.heads_kv
-        if group * problem.seqlen_q <= (_FEW_ROWS if group == 1 else ROWS_OF_WARPGROUP):
-            return "is for more queries per head of k and v"
-        return super().why_slow(problem)
+        fewest_rows = _FEW_ROWS if group == 1 else ROWS_OF_WARPGROUP
+        return (
+            not problem.batch_invariant
+            and not problem.packed
+            and max(problem.head_dim, problem.head_dim_v) <= _MOST_COLUMNS
+            and blocks <= _MOST_BLOCKS
+            and problem.seqlen_kv <= most_keys
+            and group * problem.seqlen_q > fewest_rows
+        )
 
     # --- tiles ------------------------------------------------------------------------------------
 
@@ -60,8 +61,8 @@ class Sm90Cluster(Sm90):
         t, reasons = self.tile, []
         if t.warps_m != WARPGROUP_WARPS or t.block_m != ROWS_OF_WARPGROUP:
             reasons.append(
-                f"block_m={t.block_m}, warps_m={t.warps_m}: a tile has 64 queries and 4 warps along "
-                f"them"
+                f"block_m={t.block_m}, warps_m={t.warps_m}: a tile has 64 queries, and 4 warps "
+                f"along them"
             )
         if t.warps_n > _MAX_WARPGROUPS:
             reasons.append(f"warps_n={t.warps_n}: at most {_MAX_WARPGROUPS} warpgroups share keys")
@@ -110,7 +111,11 @@ class Sm90Cluster(Sm90):
         total = loaded + given + peer + _BARRIER_BYTES * (2 + 2 * groups * t.num_stages)
         # Which keys each warp sees: a bit per key and lane of four; else an empty struct each.
         words = -(-t.block_n // 128)
-        total += groups * (WARPGROUP_WARPS * 4 * 4 * words if "mask" in self.rules or "mask_mod" in self.rules else 1)
+        total += groups * (
+            WARPGROUP_WARPS * 4 * 4 * words
+            if "mask" in self.rules or "mask_mod" in self.rules
+            else 1
+        )
         return round_up(total, _KIB) + _KIB
 
     # --- launches ---------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ _TWO_GROUPS = replace(_CLUSTER, warps_n=2)
 _TWO_BLOCKS = replace(_CLUSTER, cluster=2)
 _FOUR_GROUPS = replace(_CLUSTER, warps_n=2, cluster=2)
 
-# One H100, 8 heads, D=64, float16, a replayed graph; in brackets wgmma_sm90 and mma_sm80, the faster.
+# One H100, 8 heads, float16, a replayed graph; in brackets the faster of wgmma_sm90 and mma_sm80.
 _CLUSTER_ROWS = (
     *_cluster(
         64,

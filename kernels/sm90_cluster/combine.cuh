@@ -115,9 +115,9 @@ __device__ __forceinline__ void Warpgroup::find_output() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const QueryRow q = query(r);
-        output[r] = const_cast<T*>(
-                        head_row<T>(params.o, params.o_strides, work.batch, q.head, q.query)) +
-                    first_own_col(index, rank);
+        output[r] =
+            const_cast<T*>(head_row<T>(params.o, params.o_strides, work.batch, q.head, q.query)) +
+            first_own_col(index, rank);
         keep_register(output[r]);
     }
 }
@@ -128,8 +128,8 @@ __device__ __forceinline__ void Warpgroup::finish(const float (&own)[OWN_COLS / 
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-        factor[r] = finish_state<RULES, GATE>(params, work, query(r), state[r]) *
-                    inverse_sum(state[r].sum);
+        factor[r] =
+            finish_state<RULES, GATE>(params, work, query(r), state[r]) * inverse_sum(state[r].sum);
 #pragma unroll
     for (int r = 0; WRITES_OUTPUT<GATE> && r < 2; ++r) {
         const bool valid = query(r).valid;
@@ -145,8 +145,7 @@ __device__ __forceinline__ void Warpgroup::finish(const float (&own)[OWN_COLS / 
     }
     if (split() > 0 || lane() % QUAD > 0) return;
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-        write_lse(params, work, query(r), gate_row(query(r)), state[r]);
+    for (int r = 0; r < 2; ++r) write_lse(params, work, query(r), gate_row(query(r)), state[r]);
 }
 
 }  // namespace flashcore

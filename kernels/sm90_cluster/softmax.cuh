@@ -116,15 +116,13 @@ __device__ __forceinline__ bool Warpgroup::has_far_rows() const {
 __device__ __forceinline__ void Warpgroup::attend_exactly() {
     const Positions positions = mask();
     const KeySpan keys = {tiles.begin * BLOCK_N, min(tiles.end * BLOCK_N, work.seqlen_kv)};
-    const auto is_own = [&](int key) {
-        return (key / BLOCK_N - tiles.begin) % SPLITS == split();
-    };
+    const auto is_own = [&](int key) { return (key / BLOCK_N - tiles.begin) % SPLITS == split(); };
     const auto all = [](int) { return true; };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const QueryRow q = query(r);
-        const ExactRow<T, RULES, GATE, DIM_QK, Positions> exact = {params, work,         positions,
-                                                                   q,      rules_for(q), gate_row(q)};
+        const ExactRow<T, RULES, GATE, DIM_QK, Positions> exact = {
+            params, work, positions, q, rules_for(q), gate_row(q)};
         const bool again = exact.template attend<HEAD_DIM_V>(
             state[r], keys, 0, DIM_V, is_own, all,
             [&](int n, int e) -> float& { return rO[4 * n + 2 * r + e]; });

@@ -18,16 +18,16 @@ using LayoutK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
 using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
 using Positions = PositionMask<BOUNDED_RIGHT, BOUNDED_LEFT>;
 
-constexpr int WARPGROUPS = WARPS_N;              // of a CTA; each has tiles of keys of its own
-constexpr int SPLITS = WARPGROUPS * CLUSTER;     // of the keys
-constexpr int COLS = HEAD_DIM_V / WARPGROUPS;    // of O that a warpgroup combines
-constexpr int OWN_COLS = COLS / CLUSTER;         // and of these, those that it stores
+constexpr int WARPGROUPS = WARPS_N;            // of a CTA; each has tiles of keys of its own
+constexpr int SPLITS = WARPGROUPS * CLUSTER;   // of the keys
+constexpr int COLS = HEAD_DIM_V / WARPGROUPS;  // of O that a warpgroup combines
+constexpr int OWN_COLS = COLS / CLUSTER;       // and of these, those that it stores
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 // A tile's keys in two halves: the tensor cores work on one while the softmax works on the other.
 // With masks the whole tile is looked up first.
 constexpr int HALVES = HIDES_KEYS || BLOCK_N % 32 != 0 ? 1 : 2;
 constexpr int KEYS = BLOCK_N / HALVES;
-constexpr int PAIRS = KEYS / 8;  // 8-key column groups of S
+constexpr int PAIRS = KEYS / 8;   // 8-key column groups of S
 constexpr int STEPS = KEYS / 16;  // 16-key steps of P V
 // How many steps of 16 keys are looked up in masks at a time.
 [[maybe_unused]] constexpr int LOOKUPS = RULES & SCORE_RULES ? 2 : STEPS;
@@ -50,15 +50,15 @@ static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,
 // accumulators. A thread of another warpgroup that has the same rows finds them at the same place.
 template <int COLUMNS>
 struct Partials {
-    float4 o[COLUMNS / 8][WARPGROUP_THREADS];      // 8-column group n: both rows' two columns
-    float4 state[WARPGROUP_THREADS / QUAD];  // m and l of both rows, of four lanes
+    float4 o[COLUMNS / 8][WARPGROUP_THREADS];  // 8-column group n: both rows' two columns
+    float4 state[WARPGROUP_THREADS / QUAD];    // m and l of both rows, of four lanes
 };
 
 using Given = Partials<(WARPGROUPS > 1 ? COLS : 8)>;  // a lone warpgroup is given nothing
 using FromPeer = Partials<(CLUSTER > 1 ? OWN_COLS : 8)>;
 
 struct alignas(1024) SharedStorage {
-    T sQ[LayoutQ::SIZE];                           // BLOCK_M x HEAD_DIM
+    T sQ[LayoutQ::SIZE];                          // BLOCK_M x HEAD_DIM
     T sK[WARPGROUPS][NUM_STAGES][LayoutK::SIZE];  // BLOCK_N x HEAD_DIM each
     T sV[WARPGROUPS][NUM_STAGES][LayoutV::SIZE];  // BLOCK_N x HEAD_DIM_V each
     // What warpgroup w is given: by the CTA's other warpgroups, and by its fellow of the peer CTA.

@@ -18,8 +18,8 @@ struct Warpgroup {
     const HopperParams& params;
     SharedStorage& smem;
     const Work& work;
-    int rank;   // of the CTA in its cluster
-    int index;  // of the warpgroup in its CTA
+    int rank;         // of the CTA in its cluster
+    int index;        // of the warpgroup in its CTA
     TileRange tiles;  // that some row of the block sees
     // Where the rows' own columns of O go. Found while the first copies are on their way.
     T* output[2];

@@ -195,9 +195,14 @@ def test_explain_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.startswith(f"{taken}, mask, mask_chunks, ") and "\n" not in text
     text = _explained(monkeypatch, "sm_90a", x[:, :, :1], x, x)
     assert text.startswith("wgmma_sm90 on sm_90a: ") and "pack_gqa, split_kv, TMA" in text
+    text = _explained(monkeypatch, "sm_90a", tiny, tiny, tiny)
+    assert text.startswith("cluster_sm90 on sm_90a: 64x128 tile, 1 warpgroup along the keys, TMA")
+    few = x[:1, :2, :, :][:, :, :16]
+    first, second = _explained(monkeypatch, "sm_90a", few, few, few).splitlines()
+    assert first.startswith("mma_sm80 on sm_90a: ")
+    assert second == "passed over wgmma_sm90: is for larger grids"
     for operands, rules, reason in (
         ((x, wide, wide), {}, "loads by TMA: .* multiples of 16 bytes, .* unlike those of k, v"),
-        ((tiny, tiny, tiny), {}, "is for larger grids"),
         ((x.astype(np.float32),) * 3, {}, "takes float16 and bfloat16, not float32"),
         ((x, x, x), {"bias": bias[:, :1]}, "is slower with a bias that cannot be read two keys.*"),
         ((x, x, x), {"mask": bias[:, :1] == 0}, "reads a mask 16 keys at a time: .*"),
@@ -357,7 +362,7 @@ def test_targets() -> None:
 
 def test_auto_does_not_shop_around_for_an_override() -> None:
     """The fastest kernel refuses it, though a slower one would take it."""
-    wanted = contiguous_problem(1, 8, 512, 64)
+    wanted = contiguous_problem(4, 8, 2048, 64)
     change = {"warps_n": 2}
     with pytest.raises(ValueError, match="kernel 'wgmma_sm90': config: wgmma_sm90 has no warps_n"):
         selector.select(wanted, "sm_90a", overrides=change)

@@ -21,6 +21,7 @@ DEVICE_LAYERS = (
     "types",
     "ptx",
     "params",
+    "params_hopper",
     "debug",
     "tile",
     "pipeline",

@@ -563,8 +563,8 @@ def test_small_grids_are_left_to_others_unless_it_is_named() -> None:
     """By name it takes any; for "auto" only more than 12 blocks."""
     few_blocks = "is for larger grids"
     for problem, reason in (
-        (contiguous_problem(1, 2, 100, 64), few_blocks),
-        (contiguous_problem(1, 12, 128, 64), few_blocks),
+        (contiguous_problem(1, 2, 100, 80, head_dim_v=192), few_blocks),
+        (contiguous_problem(1, 12, 128, 64, seqlen_kv=5000), few_blocks),
         (contiguous_problem(1, 3, 512, 256), few_blocks),
         (contiguous_problem(1, 8, 1, 64, seqlen_kv=1000), few_blocks),
     ):

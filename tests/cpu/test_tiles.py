@@ -22,6 +22,7 @@ from flashcore_cupy.problem.rules import describe_rules
 from flashcore_cupy.select import registry, selector, table
 from flashcore_cupy.select.config import KernelConfig, Tile
 from flashcore_cupy.select.row import PER_SCORE, Row
+from flashcore_cupy.select.sm90_cluster import Sm90Cluster
 
 HOPPER = "sm_90a"
 KERNEL = "wgmma_sm90"
@@ -64,7 +65,10 @@ def test_blocks_are_as_large_as_the_grid_is(sizes: tuple[int, int, int, int], bl
     problem = contiguous_problem(*sizes)
     assert tile_of(problem).block_m == block_m
     found = selector.select(problem, HOPPER)
-    assert found.kernel.name == KERNEL and found.config.tile.block_m == block_m
+    if Sm90Cluster.is_meant_for(problem):
+        assert found.kernel.name == "cluster_sm90"
+    else:
+        assert found.kernel.name == KERNEL and found.config.tile.block_m == block_m
 
 
 def cost(row: Row, problem: AttentionProblem) -> float:
@@ -301,4 +305,5 @@ def test_no_kernel_is_told_by_its_name(folder: str) -> None:
 def test_auto_finds_a_tensor_core_kernel(arch: str) -> None:
     for dim in table.WMMA_HEAD_DIMS:
         problem = contiguous_problem(1, 8, 512, dim)
-        assert selector.select(problem, arch).kernel.name.startswith(("wgmma", "mma", "wmma"))
+        name = selector.select(problem, arch).kernel.name
+        assert name.startswith(("cluster", "wgmma", "mma", "wmma"))

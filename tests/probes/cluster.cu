@@ -1,6 +1,7 @@
 // Probe of ptx/cluster.cuh: clusters of four thread blocks of 64 threads.
 #include <flashcore/ptx/cluster.cuh>
 #include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/warp.cuh>
 
 using namespace flashcore;
@@ -44,6 +45,28 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1)
         warp_sync();
         cluster_sync_relaxed();  // all has been read
     }
+}
+
+// Pairs of thread blocks give each other x (blocks, 64, 4) without waiting, late where `late` says so:
+// y (blocks, 64, 4). A barrier counts the bytes.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) give(const float* x, int late, float* y) {
+    float4* const sGiven = reinterpret_cast<float4*>(dynamic_shared<16>());
+    uint64* const full = reinterpret_cast<uint64*>(sGiven + THREADS);
+    const int thread = thread_index(), own = cluster_rank(), i = block_index() * THREADS + thread;
+    if (thread == 0) {
+        mbarrier_init(full, 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect_tx(full, THREADS * sizeof(float4));
+    }
+    block_sync();
+    if (own == late) __nanosleep(20000);
+    cluster_arrive_relaxed();
+    cluster_wait();  // the peer has made its barrier
+    store_peer_async(peer_address(shared_address(&sGiven[thread]), own ^ 1),
+                     reinterpret_cast<const float4*>(x)[i],
+                     peer_address(shared_address(full), own ^ 1));
+    mbarrier_wait(full, 0);
+    reinterpret_cast<float4*>(y)[i] = sGiven[thread];
 }
 
 #else

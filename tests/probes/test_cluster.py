@@ -24,3 +24,12 @@ def test_clusters_read_each_others_memory(probe: Probes, late: int) -> None:
             peers = x[block // SIZE * SIZE :][:SIZE, :, None] + np.float32(1000 * number)
             assert_same_bits(four[number, block], peers + np.arange(4, dtype=np.float32) / 4)
             assert_same_bits(two[number, block], peers * np.array([-1, 1], np.float32))
+
+
+@pytest.mark.parametrize("late", range(-1, 2))
+def test_peers_give_without_waiting(probe: Probes, late: int) -> None:
+    """Whoever of two is late."""
+    x = np.random.default_rng(late + 1).standard_normal((BLOCKS, THREADS, 4)).astype(np.float32)
+    launch = Launch("give", THREADS, BLOCKS, shared=THREADS * 16 + 8, cluster=2)
+    (y,) = probe("cluster")(launch, [x, np.int32(late)], [np.full_like(x, np.nan)])
+    assert_same_bits(y, x[np.arange(BLOCKS) ^ 1])

@@ -28,3 +28,9 @@ def test_shared_memory_of_the_launch(probe: Probes) -> None:
     y, misplaced = probe("thread")(launch, [x], [np.zeros(N, "i4"), np.full(N, -1, "i4")])
     assert_same_bits(y, x[np.arange(N) ^ 31])
     assert not misplaced.any()
+
+
+def test_a_kept_pointer_is_the_same(probe: Probes) -> None:
+    launch = Launch("kept", THREADS, BLOCKS)
+    (kept,) = probe("thread")(launch, [], [np.full(N, -1, "i4")])
+    assert_same_bits(kept, np.arange(N) % THREADS)

@@ -15,6 +15,13 @@ extern "C" __global__ void numbers(int* thread, int* anew, int* block, int* grid
     arch[i] = CUDA_ARCH;
 }
 
+// A pointer that is kept is the same.
+extern "C" __global__ void kept(int* x) {
+    int* own = x + block_index() * 64 + thread_index();
+    keep_register(own);
+    *own = thread_index();
+}
+
 // Through the shared memory of the launch, backwards within the warp; and how far that begins from
 // a multiple of 128 bytes.
 extern "C" __global__ void through_shared(const int* x, int* y, int* misplaced) {

@@ -87,7 +87,8 @@ _PACKED: tuple[tuple[Choice, tuple[tuple[int, int], ...]], ...] = (
 def rule_cases(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
     """Every case of the rules for a kernel that has them."""
     yield from _pairs(kernel, dtypes)
-    yield from _packed_pairs(kernel, dtypes)
+    if _takes_packed(kernel):
+        yield from _packed_pairs(kernel, dtypes)
     yield from _gates(kernel, dtypes)
     yield from _decode(kernel, dtypes)
     yield from _invariant(kernel, dtypes)
@@ -185,7 +186,14 @@ def _invariant(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
             seed=12,
             batch_invariant=True,
         )
-        yield packed(case, ((90, 150), (1, 700), (300, 20), (64, 64))) if packs else case
+        if packs and _takes_packed(kernel):
+            yield packed(case, ((90, 150), (1, 700), (300, 20), (64, 64)))
+        elif not packs:
+            yield case
+
+
+def _takes_packed(kernel: str) -> bool:
+    return registry.KERNELS[kernel].family.takes_packed
 
 
 @functools.cache

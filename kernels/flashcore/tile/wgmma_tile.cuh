@@ -21,7 +21,7 @@ __device__ __forceinline__ void wgmma_qk(float (&rS)[COUNT], const T* sQ, const 
 #pragma unroll
     for (int d = 0; d < LayoutQ::COLS; d += 16)
         wgmma<T, 2 * COUNT>(rS, advance_descriptor(q, LayoutQ::step(0, 0, d) * sizeof(T)),
-                                advance_descriptor(k, LayoutK::step(0, 0, d) * sizeof(T)), d > 0);
+                            advance_descriptor(k, LayoutK::step(0, 0, d) * sizeof(T)), d > 0);
     wgmma_commit();
 }
 

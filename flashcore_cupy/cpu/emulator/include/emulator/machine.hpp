@@ -147,8 +147,8 @@ struct Fiber {
     Groups stores;                   // TMA's
     Clock own_clock;                 // what it knows beside its warp, until they meet
     uint32_t fenced_epoch = 0;
-    uint32_t cluster_phase = 0;      // in which it has arrived at the cluster's barrier
-    int inside = 0;  // of the layer's functions: accesses are not the kernel's then
+    uint32_t cluster_phase = 0;  // in which it has arrived at the cluster's barrier
+    int inside = 0;              // of the layer's functions: accesses are not the kernel's then
 
     void finish_copies(size_t end, const OnWrite& on_write) {
         for (; finished < end; ++finished) {
