@@ -193,7 +193,10 @@ struct Agent {
             nullptr,
             &clock,
             true};
-        touch(b, static_cast<const char*>(pointer), bytes, writes, who, place);
+        const char* const p = static_cast<const char*>(pointer);
+        for (Block& owner : b.cluster->blocks)  // it may write to a peer
+            if (p >= owner.smem && p < owner.smem + owner.smem_bytes)
+                touch(owner, p, bytes, writes, who, place);
     }
     void arrive(SyncClock& barrier) const {
         if (barrier.arrived.empty()) barrier.arrived.resize(fiber->block->cluster->clock_size);
