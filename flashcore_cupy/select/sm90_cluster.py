@@ -32,13 +32,6 @@ class Sm90Cluster(Sm90):
     # --- which problems ---------------------------------------------------------------------------
 
     @classmethod
-    def check_problem(cls, problem: AttentionProblem) -> None:
-        """One sequence per batch entry, besides what TMA asks for."""
-        if problem.packed:
-            raise ValueError("has no cu_seqlens")
-        super().check_problem(problem)
-
-    @classmethod
     def is_meant_for(cls, problem: AttentionProblem) -> bool:
         """Whether there are few blocks of rows, and few keys; ``fwd_sm90.cu`` is for more."""
         blocks = problem.batch * problem.heads_q * -(-problem.seqlen_q // ROWS_OF_WARPGROUP)
@@ -58,7 +51,8 @@ class Sm90Cluster(Sm90):
 
     def unfit(self) -> list[str]:
         """Whole warpgroups along the keys, one or two thread blocks, columns for each of them."""
-        t, reasons = self.tile, []
+        t = self.tile
+        reasons = ["it has no packed batches"] * self.packed
         if t.warps_m != WARPGROUP_WARPS or t.block_m != ROWS_OF_WARPGROUP:
             reasons.append(
                 f"block_m={t.block_m}, warps_m={t.warps_m}: a tile has 64 queries, and 4 warps "
