@@ -139,7 +139,7 @@ __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
                                                            SPLIT_KV ? c.params.splits : 1);
     if (all.begin >= all.end) return;
     Walk walk(c, all);
-    load_q(c);  // part of the first commit: it is there when the first K is
+    load_q(c);  // has no barrier of its own: that of the first K waits for it, too
     fill_tile(c, walk, all.begin);
     if (EARLY_V) fill_v(c, walk, all.begin);
     const Operands first(c);
@@ -167,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     attend(context, rows);
     if (has_far_rows(context, rows)) attend_exactly(make_context(params, smem), rows);
     if constexpr (WARPS_N > 1 || SPLIT_KV) {
-        // Of a few decoded queries most rows of the tile do not exist; those are left out.
+        // With a few queries, as in decoding, most rows of the tile do not exist: leave them out.
         const int end = smem.work.seqlen_q * smem.work.group - smem.work.first_row;
         const RowCombine<WARPS_M, WARPS_N> combine = {
             reinterpret_cast<float*>(smem.sK[0]), context.warp_m, context.warp_n,

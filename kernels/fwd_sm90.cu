@@ -41,19 +41,19 @@
 #include <flashcore/tile/wgmma_tile.cuh>
 #include <sm90/consumer.cuh>
 #include <sm90/epilogue.cuh>
-#include <sm90/unseen_keys.cuh>
 #include <sm90/producer.cuh>
 #include <sm90/softmax.cuh>
 #include <sm90/traits.cuh>
+#include <sm90/unseen_keys.cuh>
 
 namespace flashcore {
 
 // ---- the main loop: a consumer and the tiles of keys that its rows see -------------------------
 
-// Software-pipelined: S of the next tile is started before P V of this one, so there are two wgmma
-// groups in flight, and the softmax of the first runs while the second does. The first tile has
-// nothing to overlap with, and the last P V follows the loop. One whole iteration is compiled, not
-// unrolled: S, P and O of one step fill the registers.
+// Software-pipelined: S of a tile is started before P V of the tile before it. Both are in flight
+// then, and the softmax of S runs during P V. The first S, before the loop, and the last P V, after
+// it, have nothing to overlap with. The loop is not unrolled: S, P and O of one step fill the
+// registers.
 __device__ __forceinline__ void Consumer::attend_tiles(const TileRange& tiles) {
     float factor[2];
     start_qk();
@@ -63,19 +63,18 @@ __device__ __forceinline__ void Consumer::attend_tiles(const TileRange& tiles) {
     pack_p<T>(rP, rS);
 #pragma unroll 1
     for (int tile = tiles.end - 2; tile >= tiles.begin; --tile) {
-        const StateKV last = kv;
+        const StateKV previous = kv;
         kv.advance();
         start_qk();
-        start_pv(last, tile + 1);
+        start_pv(previous, tile + 1);
         pass_turn();
         wait_qk<1>();  // P V may still run
         softmax_of(tile, factor);
-        wait_pv(last);  // P V has read rP and written rO
+        wait_pv(previous);  // P V has read rP and written rO
         pack_p<T>(rP, rS);
         scale_output(factor);
     }
-    // The last Q K^T is done, so the next block's Q may arrive during the last P V and the
-    // epilogue.
+    // Nothing reads Q any more: the next block's may arrive during the last P V and the epilogue.
     q.release(smem.q);
     start_pv(kv, tiles.begin);
     wait_pv(kv);
@@ -105,7 +104,7 @@ __device__ __forceinline__ void Consumer::attend() {
     state[0] = state[1] = RowState();
 #pragma unroll
     for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] = 0.0f;
-    if (mine.end == 0) {
+    if (mine.end == 0) {  // its rows see no key
         skip_tiles(all.end - all.begin);
         if (all.end > 0) q.release(smem.q);
     } else {
@@ -171,8 +170,8 @@ __device__ __forceinline__ void Consumer::run() {
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(CTA_THREADS, 1)
     fwd_sm90(const __grid_constant__ HopperParams params) {
-    // The swizzle of TMA and wgmma depends on address bits below 1024, so tiles have to begin on
-    // multiples of that; a launch promises 16 bytes. SMEM_BYTES has 1 KiB to spare for this.
+    // The swizzle of TMA and wgmma depends on the address modulo 1024, so tiles begin on multiples
+    // of that. A launch promises less; SMEM_BYTES has 1 KiB to spare for it.
     char* const smem_raw = dynamic_shared<1>();
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);

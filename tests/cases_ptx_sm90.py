@@ -12,19 +12,19 @@ PRODUCTS = re.findall(
     (ROOT / "tests/probes/wgmma.cu").read_text(),
     re.MULTILINE,
 )
-WARPGROUP = 128
+WARPGROUP_THREADS = 128
 MAX_BOX = 256 * 128
 
 
 def accumulator_places(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of element e of thread t, each (n / 2, 128)."""
-    e, t = np.ogrid[: n // 2, :WARPGROUP]
+    e, t = np.ogrid[: n // 2, :WARPGROUP_THREADS]
     return 16 * (t // 32) + t % 32 // 4 + e // 2 % 2 * 8, e // 4 * 8 + t % 4 * 2 + e % 2
 
 
 def a_registers(a: np.ndarray) -> np.ndarray:
     """What the threads hold of A: (steps, 4, 128) pairs of its 16-bit values."""
-    step, i, t = np.ogrid[: a.shape[1] // 16, :4, :WARPGROUP]
+    step, i, t = np.ogrid[: a.shape[1] // 16, :4, :WARPGROUP_THREADS]
     row = 16 * (t // 32) + t % 32 // 4 + i % 2 * 8
     col = 16 * step + t % 4 * 2 + i // 2 * 8
     return np.ascontiguousarray(a[row, col] | a[row, col + 1].astype(np.uint32) << 16)

@@ -43,7 +43,7 @@ _current_stream: Any = None
 _is_captured: Any = None
 _launch_kernel: Any = None
 #: How many environment variables there were when the environment was last asked.
-_variables = -1
+_variable_count = -1
 
 
 class _KnownCall:
@@ -97,7 +97,7 @@ class _BoundBlock:
 
 def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool) -> None:
     """Keep what was found out for a call without rule arrays, if one launch is all that it is."""
-    global _ndarray, _empty, _float32, _launch_kernel, _variables
+    global _ndarray, _empty, _float32, _launch_kernel, _variable_count
     global _current_device, _current_stream, _is_captured
     if len(plan.steps) != 1 or plan.problem.gate is not None or _overridden():
         return
@@ -121,7 +121,7 @@ def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool) -> Non
         return
     if len(_known) >= _LIMIT:
         _known.clear()
-    _variables = len(os.environ)
+    _variable_count = len(os.environ)
     _known[key] = _KnownCall(plan)
 
 
@@ -139,7 +139,7 @@ def launch_again(
         known = _known.get(_key(q, k, v, out, pq | pk | pv | po, return_lse, device, choices))
     except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
         return None
-    if known is None or (len(os.environ) != _variables and _environment_changed()):
+    if known is None or (len(os.environ) != _variable_count and _environment_changed()):
         return None
     stream = _current_stream().ptr
     if stream > 1 and _is_captured(stream):
@@ -207,8 +207,8 @@ def _environment_changed() -> bool:
     count them all next to nothing. So they are read only when the count has changed, as it has when
     one of the two is set.
     """
-    global _variables
+    global _variable_count
     if _overridden():
         return True
-    _variables = len(os.environ)
+    _variable_count = len(os.environ)
     return False

@@ -14,7 +14,7 @@ from flashcore_cupy.select.config import KernelConfig
 def tiles_of(problem: AttentionProblem, config: KernelConfig) -> int:
     """Maxima per row that the gate "softmax" writes.
 
-    They are of whole tiles. A tile with several maxima has all of them, the last one, too.
+    The last tile has as many as the others, even if it holds fewer keys.
     """
     tile = config.tile
     return -(-problem.seqlen_kv // tile.block_n) * (tile.block_n // config.softmax_keys)

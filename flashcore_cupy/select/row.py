@@ -35,16 +35,17 @@ class Row:
     min_group: int = 1
     """Only where at least so many heads of q share a head of k and v."""
     max_heads_kv: int | None = None
-    """Only for at most this many heads of k and v in all sequences, which are not packed ..."""
+    """Only for at most this many heads of k and v, those of all batches together; never packed."""
     max_head_keys: int | None = None
-    """... and at most this many keys in all of them together."""
+    """Only for at most this many keys in all these heads together; never packed."""
     above_blocks: int | None = None
     """The opposite of max_blocks: for auto, only grids of more than this."""
     above_rows: int | None = None
     """The opposite of max_rows."""
     round_cost: float | None = None
-    """Time of a round of thread blocks, one per multiprocessor, against the head dim's other rows:
-    of all that are meant for a problem, the one whose rounds take the least time is first."""
+    """Time of a round of thread blocks, one per multiprocessor, relative to the head dim's other
+    rows. Of all rows that are meant for a problem, the one whose rounds take least in all is first.
+    """
     max_arch: int | None = None
     """Only up to this compute capability: for newer ones the compiler spills."""
     min_arch: int | None = None
@@ -53,8 +54,8 @@ class Row:
     """Columns of v where they differ from those of q and k."""
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     spills_with: tuple[str, ...] = ()
-    """Only without these rules, of which "a+b" is both together, for with them the compiler spills;
-    named as in ``RULE_BITS``, "window" for one on the left, and "causal"."""
+    """Only without these rules: the compiler spills with them. "a+b" is both together. Named as in
+    ``RULE_BITS``; "causal" is any right side of a window, "window" any left one."""
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -63,10 +64,10 @@ class Row:
 
     @property
     def sizes(self) -> tuple[object, ...]:
-        """What decides for which sizes the row is meant.
+        """The limits on a problem's sizes, and for ``round_cost`` the queries of a block.
 
-        Of two rows that agree in it and in dims, the first serves whatever both take: it needs as
-        many rounds, and they take no more time.
+        Of two rows with the same sizes and dims the second is only taken where the first cannot be:
+        both make the same grid, and the first costs no more.
         """
         rounds_of = None if self.round_cost is None else self.tile.block_m
         few = (self.max_blocks, self.max_keys, self.max_rows, self.min_group)

@@ -49,7 +49,7 @@ def configure(
 ) -> KernelConfig:
     """The kernel's configuration for a problem; ``ValueError`` says why there is none.
 
-    ``auto``: nor is there one where another kernel is meant for so small a grid.
+    ``auto``: also where another kernel is meant for grids as small as this one.
     """
     if problem.dtype not in kernel.dtypes:
         raise ValueError(f"takes {' and '.join(kernel.dtypes)}, not {problem.dtype}")

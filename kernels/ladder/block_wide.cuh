@@ -54,7 +54,8 @@ struct BlockWide {
                                             c.first_query + row, first_key + col, c.mask, gate);
             tile_max = fmaxf(tile_max, score[i]);
         }
-        // After the barrier in here every score has been read: P may take their place.
+        // There is a barrier in across_row: after it all scores have been read, and P may be
+        // written over them.
         tile_max = across_row(c, tile_max, [](float a, float b) { return fmaxf(a, b); });
         T* sP = reinterpret_cast<T*>(c.smem.sS);
         const float rescale = raise_max(state, tile_max);
@@ -72,8 +73,8 @@ struct BlockWide {
             c.smem.rows.sO[row * LD + d] *= rescale;
     }
 
-    // O's 16-column fragments are dealt out to the WARPS_N warps of a row; with five of them (D =
-    // 80) and two warps, the last round is for the first warp only.
+    // O's 16-column fragments go round the WARPS_N warps of a row; with five fragments (D = 80) and
+    // two warps, the last round is for the first warp only.
     __device__ __forceinline__ void accumulate(const C& c, int stage) {
         constexpr int ROUNDS = div_up(TILES_D, WARPS_N);
 #pragma unroll

@@ -44,6 +44,66 @@ static_assert(sizeof(SharedStorage) == SMEM_BYTES, "flashcore_cupy/select comput
 static_assert(sizeof(AttentionParams) == PARAMS_BYTES,
               "flashcore_cupy/select packs the same struct");
 
+// A warp's rows.
+struct ScalarRows {
+    RowState state[ROWS];  // the same maximum in all lanes, each its own keys' part of the sum
+    float rO[ROWS][COLS];  // columns lane, lane + 32, ... of each row
+    int first_query;       // of this warp
+    int lane;
+};
+
+// ---- the kernel, with the loop over the keys ----------------------------------------------------
+
+template <int NUM_ROWS, int DIM, int LD>
+__device__ __forceinline__ void load_rows(float* sTile, const T* gHead, int64 row_stride,
+                                          int first_row, int seqlen);
+template <bool MASKED>
+__device__ __forceinline__ void attend_tile(ScalarRows& rows, const SharedStorage& smem,
+                                            const AttentionParams& params, int64 first_row,
+                                            const PositionMask<BOUNDED_RIGHT>& mask, int tile);
+__device__ __forceinline__ void store_output(const ScalarRows& rows, const AttentionParams& params,
+                                             const TileCoord& tile, int64 first_row);
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
+    scalar(const __grid_constant__ AttentionParams params) {
+    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared<128>());
+    const TileCoord tile = tile_coord<BOUNDED_RIGHT>(params, BLOCK_M);
+    const int block_first = tile.m_block * BLOCK_M;
+    const int64 first_row = head_index(params, tile) * params.seqlen_q;
+    const int head_kv = kv_head(params, tile.head);
+    const T* gQ = head_pointer<T>(params.q, params.q_strides, tile.batch, tile.head);
+    const T* gK = head_pointer<T>(params.k, params.k_strides, tile.batch, head_kv);
+    const T* gV = head_pointer<T>(params.v, params.v_strides, tile.batch, head_kv);
+    const PositionMask<BOUNDED_RIGHT> mask(params);
+
+    ScalarRows rows = {};
+    rows.lane = thread_index() % WARP_SIZE;
+    rows.first_query = block_first + int(thread_index() / WARP_SIZE) * ROWS;
+    load_rows<BLOCK_M, DIM_QK, DIM_QK>(smem.sQ, gQ, params.q_strides.row, block_first,
+                                       params.seqlen_q);
+
+    const int kv_end = mask.row_end(min(block_first + BLOCK_M, params.seqlen_q) - 1);
+#pragma unroll 1
+    for (int tile_n = 0; tile_n < div_up(kv_end, BLOCK_N); ++tile_n) {
+        const int first_key = tile_n * BLOCK_N;
+        block_sync();  // every warp is done with the previous tile
+        load_rows<BLOCK_N, DIM_QK, LD_K>(smem.sK, gK, params.k_strides.row, first_key,
+                                         params.seqlen_kv);
+        load_rows<BLOCK_N, DIM_V, DIM_V>(smem.sV, gV, params.v_strides.row, first_key,
+                                         params.seqlen_kv);
+        block_sync();  // the tile (the first time: and Q) is complete
+        if (mask.needs_mask(block_first, block_first + BLOCK_M - 1, first_key,
+                            first_key + BLOCK_N)) {
+            attend_tile<true>(rows, smem, params, first_row, mask, tile_n);
+        } else {
+            attend_tile<false>(rows, smem, params, first_row, mask, tile_n);
+        }
+    }
+    store_output(rows, params, tile, first_row);
+}
+
+// ---- what it calls -----------------------------------------------------------------------------
+
 // Rows [first_row, first_row + NUM_ROWS) to shared memory as fp32, zeros from seqlen on.
 template <int NUM_ROWS, int DIM, int LD>
 __device__ __forceinline__ void load_rows(float* sTile, const T* gHead, int64 row_stride,
@@ -55,14 +115,6 @@ __device__ __forceinline__ void load_rows(float* sTile, const T* gHead, int64 ro
             valid ? to_float(gHead[(first_row + row) * row_stride + col]) : 0.0f;
     }
 }
-
-// A warp's rows.
-struct ScalarRows {
-    RowState state[ROWS];  // the same maximum in all lanes, each its own keys' part of the sum
-    float rO[ROWS][COLS];  // columns lane, lane + 32, ... of each row
-    int first_query;       // of this warp
-    int lane;
-};
 
 // score[r] = q[r] . k[lane]
 __device__ __forceinline__ void dot_rows(float (&score)[ROWS], const float* sQ, const float* sK) {
@@ -140,44 +192,6 @@ __device__ __forceinline__ void store_output(const ScalarRows& rows, const Atten
             }
         }
     }
-}
-
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
-    scalar(const __grid_constant__ AttentionParams params) {
-    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared<128>());
-    const TileCoord tile = tile_coord<BOUNDED_RIGHT>(params, BLOCK_M);
-    const int block_first = tile.m_block * BLOCK_M;
-    const int64 first_row = head_index(params, tile) * params.seqlen_q;
-    const int head_kv = kv_head(params, tile.head);
-    const T* gQ = head_pointer<T>(params.q, params.q_strides, tile.batch, tile.head);
-    const T* gK = head_pointer<T>(params.k, params.k_strides, tile.batch, head_kv);
-    const T* gV = head_pointer<T>(params.v, params.v_strides, tile.batch, head_kv);
-    const PositionMask<BOUNDED_RIGHT> mask(params);
-
-    ScalarRows rows = {};
-    rows.lane = thread_index() % WARP_SIZE;
-    rows.first_query = block_first + int(thread_index() / WARP_SIZE) * ROWS;
-    load_rows<BLOCK_M, DIM_QK, DIM_QK>(smem.sQ, gQ, params.q_strides.row, block_first,
-                                       params.seqlen_q);
-
-    const int kv_end = mask.row_end(min(block_first + BLOCK_M, params.seqlen_q) - 1);
-#pragma unroll 1
-    for (int tile_n = 0; tile_n < div_up(kv_end, BLOCK_N); ++tile_n) {
-        const int first_key = tile_n * BLOCK_N;
-        block_sync();  // every warp is done with the previous tile
-        load_rows<BLOCK_N, DIM_QK, LD_K>(smem.sK, gK, params.k_strides.row, first_key,
-                                         params.seqlen_kv);
-        load_rows<BLOCK_N, DIM_V, DIM_V>(smem.sV, gV, params.v_strides.row, first_key,
-                                         params.seqlen_kv);
-        block_sync();  // the tile (the first time: and Q) is complete
-        if (mask.needs_mask(block_first, block_first + BLOCK_M - 1, first_key,
-                            first_key + BLOCK_N)) {
-            attend_tile<true>(rows, smem, params, first_row, mask, tile_n);
-        } else {
-            attend_tile<false>(rows, smem, params, first_row, mask, tile_n);
-        }
-    }
-    store_output(rows, params, tile, first_row);
 }
 
 }  // namespace flashcore

@@ -5,8 +5,8 @@
 //   wmma_softmax  one warp per row of S: m and l, then P = exp(S - m), 16 bit, unnormalised
 //   wmma_pv       one block per BLOCK_M x HEAD_DIM tile of O: walks over the keys, tiles of P and V
 //                 two deep by cp.async; each warp owns its part of O in registers and adds tile
-//                 after tile in order. No atomics and no partial sums, and so the same
-//                 bits twice.
+//                 after tile in order. There are no atomics and no partial sums, so the same call
+//                 gives the same bits.
 //
 // What it costs: S is written once and read twice, P written and read once, 16 bytes of traffic per
 // score where the fused kernels have none. That is the point of the rung.

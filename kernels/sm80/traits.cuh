@@ -45,8 +45,8 @@ constexpr bool KEEPS_COPIES =
 constexpr bool KEEPS_EDGES = KEEPS_COPIES && HAS_ROOM;
 constexpr bool KEEPS_OPERANDS = KEEPS_EDGES && CUDA_ARCH >= 900;
 constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
-// Not for gates, which store all scores, nor where warps share rows, which go tile by tile
-// together.
+// Whether a warp skips tiles of which its rows see no key: not under a gate, which stores all
+// scores, nor where warps share rows, which go through all tiles together.
 constexpr bool SKIPS_TILES = HIDES_KEYS && GATE == GATE_NONE && !SHARES_ROWS;
 
 // Named barriers. 0 is block_sync's.
@@ -83,8 +83,8 @@ struct Tiles {
     T sK[NUM_STAGES][LayoutK::SIZE];  // BLOCK_N x HEAD_DIM each
     T sV[NUM_STAGES][LayoutV::SIZE];  // BLOCK_N x HEAD_DIM_V each
 };
-// The CTA's work lies here rather than in each thread: the main loop needs every register. 128
-// bytes are the period of the swizzle, which counts from there.
+// The CTA's work lies here rather than in each thread: the main loop needs every register. Tiles
+// begin on multiples of 128 bytes, as SharedLayout::step_bytes requires.
 struct alignas(128) SharedStorage : Tiles, Sharing, Seen {
     // A full and an empty barrier each. KV_TOGETHER: pair i guards K and V of stage i. Else pair 0
     // guards K, and pair 1 guards V.

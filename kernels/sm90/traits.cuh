@@ -10,8 +10,8 @@
 #include <flashcore/rules/position_mask.cuh>
 #include <flashcore/rules/score.cuh>
 #include <flashcore/rules/seen_keys.cuh>
-#include <flashcore/scheduler/work.cuh>
 #include <flashcore/scheduler/tile_scheduler.cuh>
+#include <flashcore/scheduler/work.cuh>
 #include <flashcore/tile/shared_layout.cuh>
 
 namespace flashcore {

@@ -6,7 +6,7 @@ using namespace flashcore;
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int WARPGROUP = 128;
+constexpr int WARPGROUP_THREADS = 128;
 
 // One thread: what a barrier of `count` arrivals says of each parity when new and after each of
 // five phases, and of the phase's own parity while arrivals are missing.
@@ -45,12 +45,12 @@ extern "C" __global__ void hand_over(const int* x, int rounds, int* y) {
     if (thread == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             mbarrier_init(&s.full[stage], 1);
-            mbarrier_init(&s.empty[stage], WARPGROUP / WARP_SIZE);
+            mbarrier_init(&s.empty[stage], WARPGROUP_THREADS / WARP_SIZE);
         }
         fence_mbarrier_init();
     }
     block_sync();
-    if (thread == WARPGROUP) {
+    if (thread == WARPGROUP_THREADS) {
         for (int i = 0; i < rounds; ++i) {
             const int stage = i % STAGES, parity = i / STAGES % 2;
             mbarrier_wait(&s.empty[stage], parity ^ 1);
@@ -58,12 +58,12 @@ extern "C" __global__ void hand_over(const int* x, int rounds, int* y) {
             s.number[stage] = x[i];
             mbarrier_arrive(&s.full[stage]);
         }
-    } else if (thread < WARPGROUP) {
+    } else if (thread < WARPGROUP_THREADS) {
         for (int i = 0; i < rounds; ++i) {
             const int stage = i % STAGES, parity = i / STAGES % 2;
             mbarrier_wait(&s.full[stage], parity);
             if (i % 5 == thread / WARP_SIZE) __nanosleep(4000);
-            y[i * WARPGROUP + thread] = s.number[stage];
+            y[i * WARPGROUP_THREADS + thread] = s.number[stage];
             warp_sync();
             if (thread % WARP_SIZE == 0) mbarrier_arrive(&s.empty[stage]);
         }
@@ -74,17 +74,17 @@ extern "C" __global__ void hand_over(const int* x, int rounds, int* y) {
 // changes. order: 2 * rounds.
 extern "C" __global__ void turns(int rounds, int* order) {
     int* const sNext = reinterpret_cast<int*>(dynamic_shared<16>());
-    const int thread = thread_index(), mine = thread / WARPGROUP;
+    const int thread = thread_index(), mine = thread / WARPGROUP_THREADS;
     if (thread == 0) *sNext = 0;
     block_sync();
-    if (mine == 1) named_barrier_arrive(1, 2 * WARPGROUP);  // the first turn is the other's
+    if (mine == 1) named_barrier_arrive(1, 2 * WARPGROUP_THREADS);  // the first turn is the other's
     for (int i = 0; i < rounds; ++i) {
         if (i % 2 == mine) __nanosleep(2000);
-        named_barrier_sync(1 + mine, 2 * WARPGROUP);
-        if (thread % WARPGROUP == i) order[(*sNext)++] = mine;
+        named_barrier_sync(1 + mine, 2 * WARPGROUP_THREADS);
+        if (thread % WARPGROUP_THREADS == i) order[(*sNext)++] = mine;
         warp_sync();
         const bool last = mine == 1 && i + 1 == rounds;
-        if (!last) named_barrier_arrive(2 - mine, 2 * WARPGROUP);
+        if (!last) named_barrier_arrive(2 - mine, 2 * WARPGROUP_THREADS);
     }
 }
 

@@ -9,7 +9,7 @@ from probe import Emulator, Launch, Probes, assert_same_bits, needs_emulator
 from flashcore_cupy.cpu.emulator.run import KernelError, Schedule
 from flashcore_cupy.cuda.targets import HOPPER
 
-WARPGROUP = 128
+WARPGROUP_THREADS = 128
 ROUNDS = 10
 
 
@@ -31,14 +31,14 @@ def test_whoever_asks_in_vain_is_told() -> None:
 
 def test_hand_over(probe: Probes) -> None:
     x = np.random.default_rng(2).integers(1, 2**31, ROUNDS, np.int32)
-    launch = Launch("hand_over", WARPGROUP + 32, shared=40)
-    outputs = [np.zeros((ROUNDS, WARPGROUP), "i4")]
+    launch = Launch("hand_over", WARPGROUP_THREADS + 32, shared=40)
+    outputs = [np.zeros((ROUNDS, WARPGROUP_THREADS), "i4")]
     (y,) = probe("mbarrier")(launch, [x, np.int32(ROUNDS)], outputs)
-    assert_same_bits(y, np.repeat(x[:, None], WARPGROUP, 1))
+    assert_same_bits(y, np.repeat(x[:, None], WARPGROUP_THREADS, 1))
 
 
 def test_named_barriers_take_turns(probe: Probes) -> None:
-    launch = Launch("turns", 2 * WARPGROUP, shared=4)
+    launch = Launch("turns", 2 * WARPGROUP_THREADS, shared=4)
     outputs = [np.full(2 * ROUNDS, -1, "i4")]
     (order,) = probe("mbarrier")(launch, [np.int32(ROUNDS)], outputs)
     assert_same_bits(order, [0, 1] * ROUNDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from cases_ptx_sm90 import PRODUCTS, WARPGROUP, a_registers, accumulator_places
+from cases_ptx_sm90 import PRODUCTS, WARPGROUP_THREADS, a_registers, accumulator_places
 from probe import (
     OPERANDS,
     Launch,
@@ -45,7 +45,7 @@ def multiply(
     if form == "SS":
         numbers.insert(0, np.int32(depth))
     kernel = f"{form.lower()}_{dtype}_{swizzle}_{way}_{n}"
-    launch = Launch(kernel, WARPGROUP, shared=SHARED)
+    launch = Launch(kernel, WARPGROUP_THREADS, shared=SHARED)
     got = {}
     for machine, (d,) in run.each(
         launch, [given_a, given_b, *numbers], [before[rows, cols]]

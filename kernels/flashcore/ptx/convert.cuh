@@ -1,5 +1,5 @@
-// ptx/convert.cuh - conversions between the storage types and fp32: an instruction each where there
-// is one on every architecture, else the few that do its work.
+// ptx/convert.cuh - conversions between the storage types and fp32. Each is one instruction where
+// every architecture has it, else the few that replace it.
 #pragma once
 #include <flashcore/types.cuh>
 
@@ -27,8 +27,8 @@ __device__ __forceinline__ float to_float(e4m3_t x) {
     return magnitude == 0x7fu ? __uint_as_float(0x7fffffffu) : to_float(shifted) * 256.0f;
 }
 
-// Two e4m3 in 16 bits to two fp16 in 32, exactly. One instruction from sm_89 on; before, the shift
-// of to_float on both halves at once, which leaves only NaN to put right.
+// Two e4m3 in 16 bits to two fp16 in 32 bits, exactly. One instruction from sm_89 on. Before, the
+// shift of to_float on both halves at once, after which only NaN has to be corrected.
 __device__ __forceinline__ uint32 e4m3x2_to_f16x2_shift(uint16 packed) {
     const uint32 spread = (packed & 0xffu) | (packed & 0xff00u) << 8;
     const uint32 shifted = (spread & 0x00800080u) << 8 | (spread & 0x007f007fu) << 7;
@@ -127,12 +127,12 @@ __device__ __forceinline__ uint32 widen_e4m3x2<bfloat16_t>(uint16 packed) {
     return pack2<bfloat16_t>(to_float(half_t{uint16(two)}), to_float(half_t{uint16(two >> 16)}));
 }
 
-// x = hi + lo for tensor cores that multiply tf32, fp32 with 10 fraction bits: hi is x rounded to
-// nearest, so that lo is centred and at most 2^-11 of x; of lo the tensor cores ignore what is
-// below 2^-22 of x. (cvt.rna, which rounds, is four instructions on the chip; to add half a unit,
-// 2^-11 of x's power of two, and to cut takes three, and keeps NaN and infinities.) A tf32 is its
-// own hi; the lo of NaN and infinities is NaN. Finite, but within 2^-11 of the largest number: hi
-// is infinite.
+// Splits x = hi + lo for tensor cores that multiply tf32, which is fp32 with 10 fraction bits. hi
+// is x rounded to nearest, so lo is at most 2^-11 of x, and of either sign. The tensor cores ignore
+// the bits of lo below 2^-22 of x. (cvt.rna rounds in four instructions. Adding half a unit, 2^-11
+// of x's power of two, and cutting takes three, and keeps NaN and infinities.) The hi of a tf32 is
+// itself, the lo of NaN and infinities is NaN, and the hi of numbers within 2^-11 of the largest
+// one is infinite.
 __device__ __forceinline__ void split_tf32(float x, uint32& hi, uint32& lo) {
     const float power = __uint_as_float(__float_as_uint(x) & 0xff800000u);  // with x's sign
     hi = __float_as_uint(fmaf(power, 1.0f / 2048, x)) & 0xffffe000u;
@@ -148,7 +148,7 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 
 __device__ __forceinline__ float to_float(uint8 x) { return float(x); }
 
-// The two lower bytes of `a` and `b` in turn, the lowest of `a` first.
+// Interleaves the two lower bytes of `a` and `b`, the lowest of `a` first.
 __device__ __forceinline__ uint32 interleave_bytes(uint32 a, uint32 b) {
     return __byte_perm(a, b, 0x5140);
 }

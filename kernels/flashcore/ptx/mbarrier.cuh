@@ -31,8 +31,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint64* barrier) {
                  : "memory");
 }
 
-// Arrives when all cp.async that this thread has started before have finished; plain stores are not
-// waited for. The barrier counts such arrivals as all others.
+// Arrives once, when all cp.async that this thread has started before have finished. It does not
+// wait for plain stores.
 __device__ __forceinline__ void mbarrier_arrive_copied(uint64* barrier) {
     asm volatile(
         "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))

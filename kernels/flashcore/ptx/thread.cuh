@@ -8,8 +8,8 @@ namespace flashcore {
 // The target's compute capability: 900 for sm_90 and sm_90a.
 constexpr int CUDA_ARCH = __CUDA_ARCH__;
 
-// %tid.x: this thread's number in its block. Unsigned: / and % are shifts and masks. (A macro,
-// because with an inlined function, which it simplifies later, the compiler uses more registers.)
+// %tid.x: this thread's number in its block. Unsigned: / and % are shifts and masks. (A macro:
+// the compiler simplifies an inlined function later, and uses more registers for it.)
 #define thread_index() (threadIdx.x)
 
 // The same, read again at every use: what is computed from it is then not kept in registers during

@@ -4,8 +4,7 @@
 //
 // A box of rows of 128, 64 or 32 bytes lands row after row, in the layout that ptx/wgmma.cuh
 // describes; it begins at a multiple of 1024, 512 or 256 bytes. Coordinates count elements and may
-// be negative. What lies outside the tensor arrives as zeros, and counts: a box has all of its
-// bytes wherever it is.
+// be negative. What lies outside the tensor arrives as zeros, and counts among a box's bytes.
 #pragma once
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/warp.cuh>

@@ -97,8 +97,8 @@ __device__ __forceinline__ void registers_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// The instruction has N/2 accumulators, which its text must name one by one. With N a multiple of
-// 16 they are eights of operands, and the eight numbers after them are for the inputs. So:
+// The instruction has N/2 accumulators, which its text must name one by one. N is a multiple of 16,
+// so they are groups of eight operands; the eight numbers after the last group are for the inputs.
 //   WGMMA_EIGHT_k   the numbers 8k to 8k + 7
 //   WGMMA_LIST_k    FIRST(the first eight) NEXT(the second) ... of k eights, where the pair is
 //     WGMMA_NAMES      "%0, %1, ...", of the text

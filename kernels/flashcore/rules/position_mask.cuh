@@ -33,8 +33,8 @@ struct PositionMask {
         return key < row_end(query) && (!LEFT || key >= row_begin(query));
     }
 
-    // Whether some query of [first_query, last_query] does not see some key of [first_key,
-    // end_key). Only such tiles pay for the comparisons in visible().
+    // Whether some query of [first_query, last_query] does not see some key of the tile
+    // [first_key, end_key). Only such tiles pay for the comparisons in visible().
     __device__ __forceinline__ bool needs_mask(int first_query, int last_query, int first_key,
                                                int end_key) const {
         return end_key > row_end(first_query) || (LEFT && first_key < row_begin(last_query));

@@ -21,7 +21,7 @@ constexpr int RULE_MASK_MOD = 64;
 constexpr int RULE_SINK = 128;           // joins the softmax at the end, see online_softmax.cuh
 constexpr int RULE_BIAS_PAIRS = 256;     // two neighbouring keys of the bias in one aligned load
 constexpr int RULE_MASK_PAIRS = 512;     // the same of the mask
-constexpr int RULE_SCALE_FIRST = 1024;   // before the maximum: it is below 2^-126
+constexpr int RULE_SCALE_FIRST = 1024;   // scale before the maximum, for a scale below 2^-126
 constexpr int RULE_MASK_CHUNKS = 2048;   // 16 neighbouring keys of the mask in one aligned load
 constexpr int RULE_SOFTCAP_WIDE = 4096;  // a cap that most scores are far below
 

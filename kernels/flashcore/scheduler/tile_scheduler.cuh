@@ -27,7 +27,7 @@ struct WorkQueue {
     static constexpr int CLAIMS = 2;
     Pipeline<STAGES> pipeline;
     WorkTile tile[STAGES];
-    // Barrier i % 2 completes a phase when all copies of the CTA's i-th block have been started.
+    // loaded[i % CLAIMS] completes a phase when all copies of the CTA's i-th block are started.
     uint64 loaded[CLAIMS];
 
     // One thread does this. readers: the warps that release a work tile.
@@ -61,8 +61,9 @@ __device__ __forceinline__ void push(WorkQueue& queue, WorkState& state, const W
 
 // Claims the next block that no CTA has claimed yet and returns its number, or `blocks` if there is
 // none. One warp does this. CTA i has block i from the start, so where there are no more blocks
-// than CTAs, nobody asks the counter. Otherwise all CTAs together ask it `blocks` times, once after
-// each block; whoever gets the last answer sets it back to 0 for the next launch.
+// than CTAs, no CTA asks the counter. Otherwise each CTA asks it once per block that it has had,
+// which is `blocks` times in all. The CTA with the last answer sets it back to 0 for the next
+// launch.
 __device__ __forceinline__ int claim_block(const AttentionParams& p, int blocks) {
     if (grid_size() >= blocks) return blocks;
     int claimed = 0;

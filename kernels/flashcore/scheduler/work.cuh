@@ -24,7 +24,7 @@ struct Work {
     int seqlen_q, seqlen_kv;  // of the sequence
     int start_q, start_kv;    // where the sequence starts in a packed batch, else 0
     int diagonal;             // the key at query 0's own position
-    int group;                // rows per query: PACK_GQA: heads of a group, else 1
+    int group;                // rows per query: PACK_GQA: the heads of a group; else 1
 };
 
 // The query and the head of q that a row of the tile is; `valid`: whether they exist.
@@ -100,8 +100,8 @@ struct PackedBatch {
 };
 
 // Puts blocks into another order: first the longest blocks of all heads of a section, then their
-// second longest ones, and so on, so that the blocks at the end are short. A section is no more
-// heads than have their K and V in L2 together.
+// second longest ones, and so on, so that the blocks at the end are short. A section is not all
+// heads at once, so that its K and V stay in L2; select/sm90.py chooses it.
 template <bool VARLEN>
 __device__ __forceinline__ void interleave_section(const AttentionParams& p, int heads, int index,
                                                    int& head_index, int& nth_block) {

@@ -29,9 +29,9 @@ struct RowState {
 // What is subtracted from scores: m, or 0 if the row has seen no key, because -inf - -inf is NaN.
 __device__ __forceinline__ float finite_max(float m) { return m == NEG_INFINITY ? 0.0f : m; }
 
-// ---- scores in a unit of which `scale` is log2 units -------------------------------------------
+// ---- scores in any unit; `scale` is the factor to log2 units -----------------------------------
 
-// Of a shift from here on, 2^-24 is too large an error of an exponent.
+// From here on, an error of 2^-24 of a shift is too large for an exponent.
 constexpr float LARGE_SHIFT = 4194304.0f;  // 2^22
 
 // What the exponents subtract, in log2 units. It is bounded below, so that no exponent overflows in

@@ -2,8 +2,8 @@
 // masks, the row's maximum, exponentials with a given shift.
 //
 // It is the same for mma.sync and wgmma, because both spread a row over four neighbouring lanes: of
-// every 8 keys, lane l has keys 2 (l % 4) and 2 (l % 4) + 1. The caller passes an accessor: row(n,
-// e) refers to the score of key 8 n + e, counted from the lane's first key.
+// every 8 keys, lane l has keys 2 (l % 4) and 2 (l % 4) + 1. The caller passes an accessor, row:
+// row(n, e) refers to the score of key 8 n + e, counted from the lane's first key.
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/params.cuh>

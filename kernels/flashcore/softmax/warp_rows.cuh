@@ -138,7 +138,8 @@ struct RowCombine {
         if (thread_index() == 0) p.counters[block] = 0;  // for the next launch
         rows = Rows();
         rows.rO.clear();
-        // The WARPS_N warps of the same rows combine a range of the splits each, then each other's.
+        // The WARPS_N warps of the same rows combine a range of the splits each, and then warps()
+        // what they have got.
         const int share = div_up(p.splits, WARPS_N);
         const int last = min((warp_n + 1) * share, p.splits);
 #pragma unroll 2

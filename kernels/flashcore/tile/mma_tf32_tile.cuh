@@ -4,12 +4,13 @@
 //   x y = hi hi + (hi lo + lo hi)      lo lo, some 2^-24 of x y, is left out
 //
 // (Markidis et al. 2018; Ootomo and Yokota 2022). What keeps the sums accurate, too:
-//   - Tensor cores truncate after every addition, so that a long chain drifts towards zero: 2048
-//     keys in one chain cost O 3e-5 of |v|. Chains of hi hi are short (16 columns of Q K^T, the
-//     tile's keys of P V) and begin at zero; fp32 additions, which round to nearest, add them up.
-//     The small terms have a chain of their own, 2^-11 as large, and so is what it loses. What
-//     rounding takes from a sum of Q K^T joins them: without, one column of 1e5 cost every later
-//     one its last bits, and scores of 1e4 had errors 1.3 times those of an fp32 product.
+//   - Tensor cores truncate after every addition, so a long chain drifts towards zero: 2048 keys in
+//     one chain cost O 3e-5 of |v|. So chains of hi hi are short (16 columns of Q K^T, the tile's
+//     keys of P V) and begin at zero; fp32 additions, which round to nearest, add them up.
+//   - The small terms have a chain of their own. It is 2^-11 as large, and so is its error. What
+//     the fp32 additions of Q K^T round off is added to it: without that, one column of 1e5 cost
+//     every later one its last bits, and scores of 1e4 had errors 1.3 times those of an fp32
+//     product.
 //   - An infinity has no lo (inf - inf is NaN), and its hi hi is the answer already: small terms
 //     are not added to an infinite sum.
 //

@@ -5,9 +5,9 @@
 // divide), each ROWS rows of 128 (64) bytes without gaps. Within a row 16-byte chunks swap places:
 // chunk c of row r lies at c ^ (r % 8), or c ^ (r / 2 % 4) in rows of 64 bytes. So the eight rows
 // that ldmatrix reads at once, the same chunk of each, fall into different banks. And every 32-byte
-// sector that arrives from global memory lands on a 32-byte boundary, which padded rows cannot
-// offer: there a copy costs 2.6 times as many accesses. Panels of 64 columns are TMA's and wgmma's
-// 128-byte swizzle, too.
+// sector from global memory lands on a 32-byte boundary. In padded rows it does not, and a copy
+// takes 2.6 times as many accesses. Panels of 64 columns are TMA's and wgmma's 128-byte swizzle,
+// too.
 //
 // Padded (all others): rows of COLS elements and 16 bytes more.
 #pragma once
