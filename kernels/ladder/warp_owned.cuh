@@ -71,8 +71,7 @@ struct WarpOwned {
         tile_max = fmaxf(tile_max, shfl_xor(tile_max, WMMA_DIM));
         const float rescale = raise_max(state, tile_max);
         gate.tile_max(tile, state.max);
-        // Both lanes of the row hold the same factor.
-        c.smem.rows.sFactor[c.row_slab() + row] = rescale;
+        if (half == 0) c.smem.rows.sFactor[c.row_slab() + row] = rescale;
         warp_sync();  // all lanes have read their scores, and the factors are there
         T* sP = reinterpret_cast<T*>(slab(c));
 #pragma unroll
