@@ -91,7 +91,7 @@ def attention(
     sink : array or list, (Hq,)
         A logit per query head that joins the softmax's denominator, and so the LSE, without a value
         (gpt-oss). Real numbers, taken as float32.
-    score_mod, mask_mod : str, or on NumPy arrays a callable
+    score_mod, mask_mod : str, or on NumPy arrays without a kernel's name a callable
         CUDA expressions of ``b, h, q_idx, kv_idx`` and, for score_mod, ``score``, evaluated per
         element inside the kernel: ``score_mod="score + 0.1f * (kv_idx - q_idx)"``,
         ``mask_mod="kv_idx % 2 == 0"``. On NumPy arrays ``score_mod(score, b, h, q_idx, kv_idx,
@@ -111,9 +111,12 @@ def attention(
         and in a packed batch.
     kernel : str
         "auto" for the fastest that can do the problem, or a name from the ladder:
-        ``flashcore_cupy.KERNELS``. A kernel that cannot do the problem raises and says why.
+        ``flashcore_cupy.KERNELS``. A kernel that cannot do the problem raises and says why. On
+        NumPy arrays "auto" is NumPy, and a named kernel is emulated: its own code, compiled for the
+        CPU by a C++ compiler, as for FLASHCORE_ARCH, or sm_90a. That is for tests, and slow.
     config : mapping, optional
-        Overrides fields of the kernel's row in the table, such as ``{"block_n": 32}``.
+        Overrides fields of the kernel's row in the table, such as ``{"block_n": 32}``. On NumPy
+        arrays only with a kernel's name.
     gate : None, "qk", "softmax" or "pv"
         Stop after a stage and return it: the scores after all rules (-inf where masked) or the
         probabilities, float32, (B, Hq, Sq, Skv); or, for "pv", the output with all scores taken
@@ -142,6 +145,9 @@ def attention(
         words.
     flashcore_cupy.jit.UnknownArchError
         The installed NVRTC is too old for this GPU.
+    RuntimeError
+        A kernel is to be emulated, and there is no C++ compiler; or the emulated kernel does
+        something wrong.
     """
     plain = (
         alibi_slopes is None and bias is None and mask is None and sink is None

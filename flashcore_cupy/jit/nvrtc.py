@@ -21,7 +21,8 @@ Headers = Sequence[tuple[str, str]]
 """Names, as ``#include <name>`` has them, and texts."""
 
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")
-_FIRST_ERROR = re.compile(r"^(?P<path>.+?)\((?P<line>\d+)\): [\w ]*error", re.MULTILINE)
+# NVRTC says file(line), a C++ compiler file:line:column.
+_FIRST_ERROR = re.compile(r"^(?P<path>.+?)[(:](?P<line>\d+)(?:\)|:\d+): [\w ]*error", re.MULTILINE)
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _STACK = re.compile(r"(\d+) bytes cumulative stack size")

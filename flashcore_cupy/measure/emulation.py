@@ -68,7 +68,7 @@ def emulate(
 ) -> Emulation:
     """Run a kernel until it fails, gives a wrong result, or has gone through all schedules.
 
-    Raises ``BuildError`` if it does not compile, ``RuntimeError`` without a C++ compiler.
+    Raises ``jit.CompileError`` if it does not compile, ``RuntimeError`` without a C++ compiler.
     """
     on_phase("making inputs")
     host = inputs(problem, options.seed)

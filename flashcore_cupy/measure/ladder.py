@@ -11,7 +11,7 @@ from flashcore_cupy.attention import plan
 from flashcore_cupy.check import verify
 from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.machine import machine
-from flashcore_cupy.cpu.emulator.build import BuildError, Source, build_libraries
+from flashcore_cupy.cpu.emulator.build import Source, build_libraries
 from flashcore_cupy.cpu.emulator.run import KernelError
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
@@ -257,7 +257,7 @@ def _launched_on_cpu(rung: Rung, course: _Course, arch: str) -> Rung:
     bound = emulated(course.problem, course.host, arch, kernel=rung.kernel)
     try:
         bound.launch()
-    except (BuildError, KernelError) as error:
+    except (nvrtc.CompileError, KernelError) as error:
         return replace(rung, launches=False, failure=rung.failure or str(error))
     return _judged(rung, verify.check_plan(bound, *course.host, known=course.known))
 

@@ -16,8 +16,10 @@ import pytest
 import flashcore_cupy
 from flashcore_cupy import attention
 from flashcore_cupy.attention import plan
+from flashcore_cupy.cpu.emulator import run
 from flashcore_cupy.cpu.emulator.build import cxx
 from flashcore_cupy.cpu.emulator.run import Schedule
+from flashcore_cupy.jit import CompileError
 
 pytestmark = pytest.mark.skipif(cxx() is None, reason="needs a C++ compiler: there is none")
 
@@ -100,6 +102,13 @@ def test_every_rule_and_expressions() -> None:
     assert_close(got, expected)
 
 
+def test_a_mistake_in_an_expression_is_told_by_its_own_line() -> None:
+    with pytest.raises(CompileError) as caught:
+        attention(*operands(), kernel=KERNEL, score_mod="score +\n lacking")
+    assert str(caught.value).startswith("score_mod, line 2: 'lacking': the kernel does not compile")
+    assert "-DFC_HEAD_DIM=32" in str(caught.value)
+
+
 def test_packed_batches() -> None:
     lengths = ((5, 9), (0, 3), (33, 40))
     starts = np.cumsum([(0, 0), *lengths], axis=0)
@@ -165,6 +174,20 @@ def test_threads_at_once() -> None:
     with ThreadPoolExecutor(6) as pool:
         made = pool.map(lambda case: attention(*case, causal=True, kernel=KERNEL), cases)
         assert [o.tobytes() for o in made] == alone
+
+
+def test_all_launches_can_be_stopped() -> None:
+    """What holds a pool of threads that emulate has to end them before it waits for them."""
+    attention(*operands(), causal=True, kernel=KERNEL)
+    with ThreadPoolExecutor(2) as pool:
+        long = operands(sq=9000, skv=9000)
+        made = [pool.submit(attention, *long, causal=True, kernel=KERNEL) for _ in range(2)]
+        while any(not one.done() for one in made):
+            run.stop_all()
+            time.sleep(0.05)
+    for one in made:
+        with pytest.raises(run.KernelError, match="stopped"):
+            one.result()
 
 
 def script(text: str) -> list[str]:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from flashcore_cupy.cpu.emulator import build
-from flashcore_cupy.cpu.emulator.build import BuildError, Source, cxx, library, why_not
+from flashcore_cupy.cpu.emulator.build import Source, cxx, library, why_not
 from flashcore_cupy.cpu.emulator.run import Grid, KernelError, launch
-from flashcore_cupy.jit import cache
+from flashcore_cupy.jit import CompileError, cache
 
 pytestmark = pytest.mark.skipif(cxx() is None, reason="needs a C++ compiler: there is none")
 
@@ -37,8 +37,9 @@ extern "C" __global__ void stuck(int threads) { named_barrier_sync(1, threads); 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
-    """A kernel of its own, and an empty cache."""
+    """A kernel of its own, nothing loaded, and an empty cache."""
     monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_loaded", {})
     file = tmp_path / "scaled.cu"
     file.write_text(TEXT)
     return Source(str(file), ("scaled", "stuck"), "sm_80", {"FC_ADDED": 3})
@@ -76,7 +77,6 @@ def test_a_library_is_built_once_and_again_when_its_text_changes(
 def test_without_a_cache_folder_libraries_stay_in_memory(
     where: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_loaded", {})
     monkeypatch.setattr(cache, "_unwritten", {})
     monkeypatch.chdir(tmp_path)
     if where == "no home":
@@ -110,15 +110,16 @@ def test_a_deadlock_is_an_error_that_says_who_waits(source: Source) -> None:
 
 def test_what_does_not_compile_is_an_error_with_the_compilers_words(source: Source) -> None:
     Path(source.file).write_text("int x = ;")
-    with pytest.raises(BuildError, match=r"scaled\.cu:1:9: error: "):
+    with pytest.raises(CompileError, match=r"scaled\.cu:1:9: error: ") as caught:
         library(source)
+    assert (caught.value.path, caught.value.line) == (source.file, 1)
 
 
 def test_the_compiler_may_come_with_arguments(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[Any] = []
-    monkeypatch.setattr(build, "_run", commands.append)
+    monkeypatch.setattr(build, "_run", lambda command, *_: commands.append(command))
     found = cxx()
     assert found is not None
     monkeypatch.setenv("CXX", " ".join([*found, "-pipe"]))

@@ -89,7 +89,7 @@ ptxas info    : Used 8 registers, used 0 barriers"""
 def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashcore_cupy.settings import Settings, settings
 
-    for name in ("CACHE_DIR", "KERNELS_DIR", "ARCH"):
+    for name in ("CACHE_DIR", "KERNELS_DIR", "ARCH", "CXXFLAGS"):
         monkeypatch.setenv(f"FLASHCORE_{name}", "")
-    assert settings() == Settings(cache_dir=None, kernels_dir=None, arch=None)
+    assert settings() == Settings(cache_dir=None, kernels_dir=None, arch=None, cxxflags=None)
     assert cache.cache_dir().name == "flashcore-cupy"

@@ -18,9 +18,9 @@ from flashcore_cupy.check import verify
 from flashcore_cupy.check.machine import machine
 from flashcore_cupy.check.selftest.arrays import Placed, Setup, described, set_up
 from flashcore_cupy.check.selftest.cases import Case, cases
-from flashcore_cupy.cpu.emulator.build import BuildError, Source, build_libraries
+from flashcore_cupy.cpu.emulator.build import Source, build_libraries
 from flashcore_cupy.cpu.emulator.plan import EmulatedPlan, emulated_plan
-from flashcore_cupy.cpu.emulator.run import KernelError, Schedule
+from flashcore_cupy.cpu.emulator.run import KernelError, Schedule, stop_all
 from flashcore_cupy.cuda.targets import target_without_gpu
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
@@ -92,7 +92,7 @@ def run_case(case: Case, emulated: Emulated | None = None) -> CaseResult:
 def _failures(emulated: Emulated | None) -> tuple[type[Exception], ...]:
     """What a launch raises."""
     if emulated is not None:
-        return BuildError, KernelError
+        return (KernelError,)
     import cupy
 
     return cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError
@@ -241,9 +241,13 @@ def run_all(
 
     results = []
     with ThreadPoolExecutor(_THREADS) as pool:  # most of the time is the oracle's
-        for result in pool.map(lambda case: run_case(case, emulated), chosen):
-            results.append(result)
-            step(result.case.kernel)
+        try:
+            for result in pool.map(lambda case: run_case(case, emulated), chosen):
+                results.append(result)
+                step(result.case.kernel)
+        except BaseException:
+            stop_all()  # the pool waits for its threads
+            raise
     return report(results, arch, emulated=not on_gpu)
 
 

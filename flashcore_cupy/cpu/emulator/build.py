@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from pathlib import Path
 from flashcore_cupy.cuda.targets import capability
 from flashcore_cupy.jit import cache
 from flashcore_cupy.jit.compiler import usable_cores
+from flashcore_cupy.jit.nvrtc import CompileError
 from flashcore_cupy.jit.sources import kernels_digest, kernels_dir
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.settings import settings
@@ -43,14 +44,12 @@ _FLAGS = (
 #: Calls at each plain access, which find races and what nobody has written.
 _CHECKING = ("-g", "-fsanitize=thread", "-DEMULATOR_CHECK")
 
+_LOG = 4000  # characters of what the compiler says
+
 _loaded: dict[str, ctypes.CDLL] = {}
 _building: dict[str, threading.Lock] = {}
 if hasattr(os, "register_at_fork"):  # a lock of a thread that the child does not have stays shut
     os.register_at_fork(after_in_child=_building.clear)
-
-
-class BuildError(RuntimeError):
-    """The C++ compiler refuses a kernel; the message has its words."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +106,19 @@ def library(source: Source, *, checking: bool = False) -> ctypes.CDLL:
     """Compile a kernel for this CPU, or fetch it: a library with ``launch_<entry>`` for each entry.
 
     ``checking``: with a look at every plain access. Raises ``RuntimeError`` without a C++ compiler,
-    ``BuildError`` if that refuses the kernel.
+    ``jit.CompileError`` if that refuses the kernel.
     """
     compiler, reason = cxx(), why_not()
     if compiler is None or reason is not None:
         raise RuntimeError(reason)
-    command = [*compiler, *_FLAGS, *(_CHECKING if checking else ()), *_own_flags()]
-    command += [f"-D{name}={value}" for name, value in source.defines.items()]
-    command.append(f"-D__CUDA_ARCH__={capability(source.arch) * 10}")
-    key = _key(source, command)
+    options = [*_FLAGS, *(_CHECKING if checking else ()), *_own_flags()]
+    options += [f"-D{name}={value}" for name, value in source.defines.items()]
+    options.append(f"-D__CUDA_ARCH__={capability(source.arch) * 10}")
+    key = _key(source, (*compiler, *options))
     with _building.setdefault(key, threading.Lock()):
         if key not in _loaded:
-            _loaded[key] = _load(key, source, command, checking=checking)
+            compile_it = functools.partial(_compile, source, compiler, options, checking=checking)
+            _loaded[key] = _load(key, source, compile_it)
         return _loaded[key]
 
 
@@ -134,7 +134,7 @@ def build_libraries(sources: Iterable[Source], on_step: Callable[[str], None]) -
     """
 
     def build(source: Source) -> str:
-        with contextlib.suppress(BuildError):
+        with contextlib.suppress(CompileError):
             library(source)
         return source.file
 
@@ -145,13 +145,13 @@ def build_libraries(sources: Iterable[Source], on_step: Callable[[str], None]) -
 
 def _key(source: Source, command: Iterable[str]) -> str:
     own = Path(source.file)
-    text = own.read_bytes() if own.is_absolute() else kernels_digest()
-    parts = (source.file, text, source.entries, source.headers, *command, _digest_of_twins())
+    text = own.read_bytes() if own.is_absolute() else source.file
     machine = (sys.platform, platform.machine())
+    parts = (text, kernels_digest(), _digest_of_twins(), source.entries, source.headers, *command)
     return hashlib.sha256(repr((parts, machine)).encode()).hexdigest()[:32]
 
 
-def _load(key: str, source: Source, command: list[str], *, checking: bool) -> ctypes.CDLL:
+def _load(key: str, source: Source, compile_it: Callable[[], bytes]) -> ctypes.CDLL:
     found = cache.find(key)
     if found is None:
         made = {
@@ -160,7 +160,7 @@ def _load(key: str, source: Source, command: list[str], *, checking: bool) -> ct
             "defines": dict(source.defines),
             "file": cache.LIBRARY,
         }
-        found = _compile(source, command, checking=checking), made
+        found = compile_it(), made
         cache.store(key, *found)
     path = cache.path_of(key)
     if path is not None:
@@ -171,7 +171,9 @@ def _load(key: str, source: Source, command: list[str], *, checking: bool) -> ct
         return ctypes.CDLL(str(path))
 
 
-def _compile(source: Source, command: list[str], *, checking: bool) -> bytes:
+def _compile(
+    source: Source, compiler: Sequence[str], options: Sequence[str], *, checking: bool
+) -> bytes:
     with tempfile.TemporaryDirectory(prefix="flashcore-") as work:
         for name, text in source.headers:
             header = Path(work, name)
@@ -185,17 +187,24 @@ def _compile(source: Source, command: list[str], *, checking: bool) -> bytes:
         unit.write_text("\n".join(lines) + "\n", encoding="utf-8")
         folders = [f"-I{folder}" for folder in (work, INCLUDE, kernels_dir())]
         first = ["-include", str(INCLUDE / "emulator" / "keywords.h")]
-        _run([*command, *first, *folders, "-c", str(unit), "-o", str(thing)])
-        # Linked without the sanitizer's own library: tsan.hpp has what it would define.
-        compiler = command[: len(cxx() or ())]
-        _run([*compiler, *_own_flags(), "-shared", str(thing), "-o", str(made), "-pthread"])
+        steps = (
+            (*options, *first, *folders, "-c", str(unit), "-o", str(thing)),
+            # Linked without the sanitizer's own library: tsan.hpp has what it would define.
+            (*_own_flags(), "-shared", str(thing), "-o", str(made), "-pthread"),
+        )
+        for step in steps:
+            _run([*compiler, *step], source, work)
         return made.read_bytes()
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+def _run(command: list[str], source: Source, work: str) -> None:
+    in_english = os.environ | {"LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=in_english)
     if done.returncode:
-        raise BuildError(done.stderr[:4000])
+        log = done.stderr
+        for folder in (work, str(INCLUDE), str(kernels_dir())):
+            log = log.replace(f"{folder}/", "")
+        raise CompileError(source.file, source.arch, source.defines, log[:_LOG], source.headers)
 
 
 @functools.cache

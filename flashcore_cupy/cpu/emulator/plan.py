@@ -44,7 +44,7 @@ class EmulatedPlan(Plan):
     def launch(self, schedule: Schedule = DEFAULT_SCHEDULE, *, checking: bool = False) -> None:
         """Run the kernel; compile it before, if need be.
 
-        Raises ``KernelError`` for what it does wrong, ``BuildError`` if it does not compile,
+        Raises ``KernelError`` for what it does wrong, ``jit.CompileError`` if it does not compile,
         ``RuntimeError`` without a C++ compiler.
         """
         for step in self.steps:

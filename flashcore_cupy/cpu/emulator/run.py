@@ -14,6 +14,8 @@ from flashcore_cupy.jit.compiler import usable_cores
 
 _MESSAGE = 20_000
 _PATIENCE = 2.0  # seconds, for a launch to see that it is to stop
+_running: dict[int, ctypes.c_int] = {}
+"""What ends a launch, by its identity."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def launch(
 
     # As long as the kernel runs, even where nobody waits for it any more.
     kept = [keep, stop, options]
+    _running[id(stop)] = stop
     thread = threading.Thread(target=run, daemon=True)
     try:
         try:
@@ -106,5 +109,13 @@ def launch(
         if thread.is_alive():
             thread.join(_PATIENCE)
         raise
+    finally:
+        del _running[id(stop)]
     if failed[0]:
         raise KernelError(f"{entry}: {message.value.decode(errors='replace')}")
+
+
+def stop_all() -> None:
+    """End what other threads of this process have launched; there it raises ``KernelError``."""
+    for stop in list(_running.values()):
+        stop.value = 1
