@@ -44,7 +44,7 @@ FUNCTION_START = re.compile(r"^[^\n#/]*\b__(?:device|global)__\b[^;{}]*\{", re.M
 
 
 def _includes(path: Path) -> list[str]:
-    return re.findall(r'^\s*#\s*include\s*(["<][^">]*[">])', path.read_text(), re.MULTILINE)
+    return re.findall(r"^\s*#\s*include\s*(\S+)", path.read_text(), re.MULTILINE)
 
 
 def _device_name(path: Path) -> str:

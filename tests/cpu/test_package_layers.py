@@ -30,6 +30,7 @@ LAYERS = (
 EVERYBODYS = {"_version", "settings"}
 #: Beside the lines above: what is compiled, and what for, know nothing of each other.
 APART = {("select", "jit")}
+_IMPORTS = re.compile(r"\b(import_module|__import__)$")
 FRONT_DOORS = {"__init__", "__main__"}
 #: They describe and compute on the host alone, so they are testable anywhere.
 WITHOUT_CUPY = ("select", "cpu")
@@ -59,19 +60,20 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports are absolute"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and _IMPORTS.search(ast.unparse(node.func)):
+            assert isinstance(node.args[0], ast.Constant), f"{path.name}: imports go by name"
+            found.add(str(node.args[0].value))
     return {module for name in found if (module := _module_of(name)) is not None}
 
 
 def _module_of(name: str) -> str | None:
     """The module that an imported name is, or is in; None if that is not of the package."""
-    if not name.startswith("flashcore_cupy."):
+    package, _, name = name.partition(".")
+    if package != PACKAGE.name:
         return None
-    name = name.removeprefix("flashcore_cupy.")
-    while name not in NAMES:
-        name, dot, _ = name.rpartition(".")
-        if not dot:
-            return None
-    return name
+    while name and name not in NAMES:
+        name, _, _ = name.rpartition(".")
+    return name or "__init__"
 
 
 def line_of(layer: str) -> int:
