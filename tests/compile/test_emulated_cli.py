@@ -101,7 +101,16 @@ def test_emulate_says_what_is_wrong_and_where(
     assert "race" in text and "fwd_sm80" in text
 
 
-def test_emulate_runs_several_schedules(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["run", "emulate"])
+def test_pages_keep_to_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (60, 80, 240):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = invoke(command, *ONE).stdout.splitlines()
+        assert max(map(len, lines)) <= columns and "…" not in "".join(lines)
+        assert not [line for line in lines if line != line.rstrip()]
+
+
+def test_emulate_runs_several_schedules() -> None:
     data = json_of("emulate", *ONE, "--schedules", "2", "--seed", "5")
     assert data["ok"] and data["schedules"] == 2 and data["check"]["ok"] and not data["checking"]
     text = invoke("emulate", *ONE, "--schedules", "2", "--seed", "5").stdout
