@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN_ARGS ?= --B 1 --H 8 --S 512
 PYTEST_ARGS ?=
 BIN = $(VENV)/bin
-KERNELS = $(shell find kernels tests/probes flashcore_cupy/cpu -name '*.cu' -o -name '*.cuh' -o -name '*.hpp' 2>/dev/null)
+KERNELS = $(shell find kernels tests/probes tests/compile flashcore_cupy/cpu -name '*.cu' -o -name '*.cuh' -o -name '*.hpp' -o -name '*.cpp' 2>/dev/null)
 
 .PHONY: run test lint docs format clean
 

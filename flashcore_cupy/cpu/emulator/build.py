@@ -36,13 +36,14 @@ from flashcore_cupy.settings import settings
 INCLUDE = Path(__file__).resolve().parent / "include"
 _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
-    *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),
+    *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),
     "-ffp-contract=off",  # a multiply-add is one where the kernel says so
     *("-Wno-unknown-pragmas", "-Wno-attributes"),
     "-fno-sanitize=undefined",  # which zig would have
 )
-#: Calls at each plain access, which find races and what nobody has written.
-_CHECKING = ("-g", "-fsanitize=thread", "-DEMULATOR_CHECK")
+_KERNEL, _RUNTIME = ("-O1",), ("-O2",)
+#: Calls at each plain access of a kernel, which find races and what nobody has written.
+_CHECKING, _CHECKING_KERNEL = ("-DEMULATOR_CHECK",), ("-g1", "-fsanitize=thread")
 
 _LOG = 4000  # characters of what the compiler says
 
@@ -111,13 +112,14 @@ def library(source: Source, *, checking: bool = False) -> ctypes.CDLL:
     compiler, reason = cxx(), why_not()
     if compiler is None or reason is not None:
         raise RuntimeError(reason)
-    options = [*_FLAGS, *(_CHECKING if checking else ()), *_own_flags()]
-    options += [f"-D{name}={value}" for name, value in source.defines.items()]
-    options.append(f"-D__CUDA_ARCH__={capability(source.arch) * 10}")
-    key = _key(source, (*compiler, *options))
+    options = [*_FLAGS, *(_CHECKING if checking else ())]
+    own = [*_KERNEL, *(_CHECKING_KERNEL if checking else ())]
+    own += [f"-D{name}={value}" for name, value in source.defines.items()]
+    own += [f"-D__CUDA_ARCH__={capability(source.arch) * 10}", *_own_flags()]
+    key = _key(source, (*compiler, *options, *own))
     with _building.setdefault(key, threading.Lock()):
         if key not in _loaded:
-            compile_it = functools.partial(_compile, source, compiler, options, checking=checking)
+            compile_it = functools.partial(_compile, source, compiler, options, own)
             _loaded[key] = _load(key, source, compile_it)
         return _loaded[key]
 
@@ -146,9 +148,12 @@ def build_libraries(sources: Iterable[Source], on_step: Callable[[str], None]) -
 def _key(source: Source, command: Iterable[str]) -> str:
     own = Path(source.file)
     text = own.read_bytes() if own.is_absolute() else source.file
+    return _digest((text, kernels_digest(), source.entries, source.headers, *command))
+
+
+def _digest(parts: tuple[object, ...]) -> str:
     machine = (sys.platform, platform.machine())
-    parts = (text, kernels_digest(), _digest_of_twins(), source.entries, source.headers, *command)
-    return hashlib.sha256(repr((parts, machine)).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((parts, _digest_of_twins(), machine)).encode()).hexdigest()[:32]
 
 
 def _load(key: str, source: Source, compile_it: Callable[[], bytes]) -> ctypes.CDLL:
@@ -172,7 +177,7 @@ def _load(key: str, source: Source, compile_it: Callable[[], bytes]) -> ctypes.C
 
 
 def _compile(
-    source: Source, compiler: Sequence[str], options: Sequence[str], *, checking: bool
+    source: Source, compiler: Sequence[str], options: Sequence[str], own: Sequence[str]
 ) -> bytes:
     with tempfile.TemporaryDirectory(prefix="flashcore-") as work:
         for name, text in source.headers:
@@ -180,21 +185,43 @@ def _compile(
             header.parent.mkdir(parents=True, exist_ok=True)
             header.write_text(text, encoding="utf-8")
         lines = [f'#include "{source.file}"', "#include <emulator/launch.hpp>"]
-        lines += ["#include <emulator/tsan.hpp>"] * checking
         lines += ["using namespace flashcore;"]
         lines += [f"EMULATOR_LAUNCH({entry})" for entry in source.entries]
-        unit, thing, made = (Path(work, name) for name in ("unit.cpp", "unit.o", cache.LIBRARY))
+        names = ("unit.cpp", "runtime.o", "kernel.o", cache.LIBRARY)
+        unit, runtime, kernel, made = (Path(work, name) for name in names)
         unit.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        folders = [f"-I{folder}" for folder in (work, INCLUDE, kernels_dir())]
-        first = ["-include", str(INCLUDE / "emulator" / "keywords.h")]
-        steps = (
-            (*options, *first, *folders, "-c", str(unit), "-o", str(thing)),
-            # Linked without the sanitizer's own library: tsan.hpp has what it would define.
-            (*_own_flags(), "-shared", str(thing), "-o", str(made), "-pthread"),
-        )
-        for step in steps:
-            _run([*compiler, *step], source, work)
+        step = (*options, *own, *_folders(work), "-c", str(unit), "-o", str(kernel))
+        _run([*compiler, *step], source, work)
+        runtime.write_bytes(_runtime(compiler, options))
+        # The runtime comes first: of what both define, its own is taken, which is not watched. The
+        # sanitizer's library is not needed: the runtime has what it would define.
+        step = ("-shared", str(runtime), str(kernel), "-o", str(made), "-pthread")
+        _run([*compiler, *_own_flags(), *step], source, work)
         return made.read_bytes()
+
+
+def _runtime(compiler: Sequence[str], options: Sequence[str]) -> bytes:
+    """Return the object that every kernel is linked with; compile it, if it is not in the cache."""
+    source = Source(str(INCLUDE / "emulator" / "runtime.cpp"), (), platform.machine(), {})
+    types = (kernels_dir() / "flashcore" / "types.cuh").read_bytes()
+    command = [*compiler, *options, *_RUNTIME, *_own_flags()]
+    key = _digest((types, *command))
+    with _building.setdefault(key, threading.Lock()):
+        found = cache.find(key)
+        if found is None:
+            with tempfile.TemporaryDirectory(prefix="flashcore-") as work:
+                made = Path(work, "runtime.o")
+                step = (*_folders(), "-c", source.file, "-o", str(made))
+                _run([*command, *step], source, work)
+                meta = {"source": Path(source.file).name, "arch": source.arch}
+                found = made.read_bytes(), {**meta, "file": cache.LIBRARY}
+            cache.store(key, *found)
+    return found[0]
+
+
+def _folders(*first: str) -> list[str]:
+    folders = [f"-I{folder}" for folder in (*first, INCLUDE, kernels_dir())]
+    return ["-include", str(INCLUDE / "emulator" / "keywords.h"), *folders]
 
 
 def _run(command: list[str], source: Source, work: str) -> None:

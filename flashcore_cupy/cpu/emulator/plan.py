@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from flashcore_cupy.cpu.emulator import build
-from flashcore_cupy.cpu.emulator.run import DEFAULT_SCHEDULE, Grid, Schedule, launch
+from flashcore_cupy.cpu.emulator.memory import memory_of
+from flashcore_cupy.cpu.emulator.run import DEFAULT_SCHEDULE, Grid, KernelError, Schedule, launch
 from flashcore_cupy.problem.array_spec import spec_of, usable
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, operand
 from flashcore_cupy.problem.blocks import Array
@@ -23,6 +24,10 @@ from flashcore_cupy.select.tensor_view import View
 _MULTIPROCESSORS = 16
 _RESIDENT = 32  # thread blocks
 
+# What a launch may read before it has written it: the workspace's counters, which are 0; and rows
+# of P that no query has, for wmma_pv leaves out what it makes of them.
+_DEFINED = ("counters", "scratch_probs")
+
 
 @dataclass
 class EmulatedPlan(Plan):
@@ -30,6 +35,8 @@ class EmulatedPlan(Plan):
 
     arch: str = ""
     steps: tuple[Launch, ...] = ()
+    inputs: frozenset[str] = frozenset()
+    """Names of the arrays that a kernel only reads."""
 
     @property
     def array_module(self) -> Any:
@@ -47,12 +54,18 @@ class EmulatedPlan(Plan):
         Raises ``KernelError`` for what it does wrong, ``jit.CompileError`` if it does not compile,
         ``RuntimeError`` without a C++ compiler.
         """
+        memory = memory_of(self.arrays, self.inputs, _DEFINED) if checking else ()
         for step in self.steps:
             config = step.config
             library = build.library(build.Source.of(config, self.arch), checking=checking)
             grid = Grid(step.grid, config.threads, config.smem_bytes, config.tile.cluster)
             params = step.params.tobytes()
-            launch(library, step.entry, params, grid, schedule, keep=self.arrays)
+            launch(*(library, step.entry, params, grid, schedule), keep=self.arrays, memory=memory)
+        results = {"lse"} if self.problem.gate in ("qk", "softmax") else {"o", "lse"}
+        for one in memory:
+            missing = one.missing() if one.name in results else None
+            if self.steps and missing is not None:
+                raise KernelError(f"{self.steps[-1].entry}: nobody has written {missing}")
 
 
 def emulated_plan(
@@ -87,6 +100,7 @@ def bind(call: Call, arch: str, *, want_lse: bool) -> EmulatedPlan:
     o = operand("o", spec_of(out), "packed" if problem.packed else problem.layout, out.ctypes.data)
     arrays = {"q": q, "k": k, "v": v, "o": out, **call.pointers(np, boundaries=np.asarray)}
     plan = EmulatedPlan(problem, selection.stored_to(problem, o), o, arrays, arch)
+    plan.inputs = frozenset(arrays) - {"o"}
     plan.add_results(want_lse=want_lse, empty=_poisoned)
     if not plan.is_empty:
         plan.add_scratch(_poisoned)
@@ -103,7 +117,9 @@ def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...]) -> None:
     if work.partials_bytes or work.counters_bytes:
         plan.arrays["split_partials"] = _poisoned((work.partials_bytes,), np.dtype(np.uint8))
         plan.arrays["counters"] = np.zeros(work.counters_bytes, np.uint8)
+    written = set(plan.arrays) - plan.inputs
     plan.point(params, mod_args)
+    plan.inputs = frozenset(plan.arrays) - written
     plan.steps = tuple(plan.launches(params, work.blocks))
 
 

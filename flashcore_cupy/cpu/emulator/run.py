@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flashcore_cupy.cpu.emulator.memory import Memory
 from flashcore_cupy.jit.compiler import usable_cores
 
 _MESSAGE = 20_000
@@ -59,6 +61,18 @@ class _Options(ctypes.Structure):
     )
 
 
+class _Array(ctypes.Structure):
+    """``Array`` of ``emulator/launch.hpp``."""
+
+    _fields_ = (
+        ("begin", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
+        ("name", ctypes.c_char_p),
+        ("state", ctypes.c_void_p),
+        ("is_writable", ctypes.c_int),
+    )
+
+
 class _Grid(ctypes.Structure):
     """``Grid`` of ``emulator/launch.hpp``."""
 
@@ -66,6 +80,8 @@ class _Grid(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("blocks", "threads", "smem_bytes", "cluster")),
         ("workers", ctypes.c_int),
         ("options", _Options),
+        ("arrays", ctypes.POINTER(_Array)),
+        ("array_count", ctypes.c_int),
     )
 
 
@@ -77,16 +93,20 @@ def launch(
     schedule: Schedule = DEFAULT_SCHEDULE,
     *,
     keep: Any = None,
+    memory: Sequence[Memory] = (),
 ) -> None:
     """Run one kernel of a library.
 
     ``params``: its parameters as a GPU takes them, one after the other, each at a multiple of its
-    alignment; ``keep``: what they point to. Raises ``KernelError``.
+    alignment; ``keep``: what they point to. ``memory``: all that the kernel may touch, for a
+    library that checks; without it accesses to global memory are not checked. Raises
+    ``KernelError``.
     """
     function, stop = getattr(library, f"launch_{entry}"), ctypes.c_int(0)
     message = ctypes.create_string_buffer(_MESSAGE)
     options = _Options(schedule.seed, schedule.eager, ctypes.pointer(stop))
-    own = _Grid(grid.blocks, grid.threads, grid.smem_bytes, grid.cluster, usable_cores(), options)
+    sizes = grid.blocks, grid.threads, grid.smem_bytes, grid.cluster
+    own = _Grid(*sizes, usable_cores(), options, _arrays(memory), len(memory))
     failed = []
 
     def run() -> None:
@@ -94,7 +114,7 @@ def launch(
         del kept[:]
 
     # As long as the kernel runs, even where nobody waits for it any more.
-    kept = [keep, stop, options]
+    kept = [keep, memory, stop, options]
     _running[id(stop)] = stop
     thread = threading.Thread(target=run, daemon=True)
     try:
@@ -113,6 +133,14 @@ def launch(
         del _running[id(stop)]
     if failed[0]:
         raise KernelError(f"{entry}: {message.value.decode(errors='replace')}")
+
+
+def _arrays(memory: Sequence[Memory]) -> ctypes.Array[_Array]:
+    described = (
+        _Array(m.begin, m.state.size, m.name.encode(), m.state.ctypes.data, m.is_writable)
+        for m in memory
+    )
+    return (_Array * len(memory))(*described)
 
 
 def stop_all() -> None:

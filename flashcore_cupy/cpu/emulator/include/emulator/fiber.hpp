@@ -4,10 +4,11 @@
 // (System V) and of AArch64 a call keeps few registers; those are pushed, the stack pointer is
 // exchanged, and they are popped again. Elsewhere ucontext does the same, more slowly.
 #pragma once
+#include <emulator/machine.hpp>
 #include <sys/mman.h>
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #include <ucontext.h>
@@ -119,26 +120,36 @@ inline void prepare(Context& context, char* stack, size_t bytes, void (*function
 
 #endif
 
-// Stacks of so many fibers. Below each lies a page that faults.
+// Stacks of so many fibers. Each begins at a multiple of its size, with what a fiber knows of itself:
+// a thread finds that by its stack pointer. Behind it lies a page that faults.
+constexpr size_t PAGE = 4096;
+
 class Stacks {
   public:
-    static constexpr size_t BYTES = 256 << 10, GUARD = 4096;
-
-    explicit Stacks(int count) : bytes_(count * BYTES) {
-        void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) throw std::bad_alloc();
-        memory_ = static_cast<char*>(memory);
-        for (int i = 0; i < count; ++i) mprotect(memory_ + i * BYTES, GUARD, PROT_NONE);
+    explicit Stacks(int count) : bytes_((size_t(count) + 1) * STACK_BYTES) {
+        memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory_ == MAP_FAILED) throw std::bad_alloc();
+        const auto first = reinterpret_cast<uintptr_t>(memory_) + STACK_BYTES - 1;
+        first_ = reinterpret_cast<char*>(first / STACK_BYTES * STACK_BYTES);
+        for (int i = 0; i < count; ++i) mprotect(of(i) + HEAD, PAGE, PROT_NONE);
     }
     ~Stacks() { munmap(memory_, bytes_); }
     Stacks(const Stacks&) = delete;
 
-    char* of(int index) const { return memory_ + index * BYTES + GUARD; }
+    static constexpr size_t HEAD = PAGE, FREE = STACK_BYTES - HEAD - PAGE;
+    char* of(int index) const { return first_ + size_t(index) * STACK_BYTES; }
+    bool has(const void* p) const {
+        return size_t(static_cast<const char*>(p) - static_cast<const char*>(memory_)) < bytes_;
+    }
+    void prepare(int index, Context& context, void (*function)()) const {
+        emulator::prepare(context, of(index) + HEAD + PAGE, FREE, function);
+    }
 
   private:
     size_t bytes_;
-    char* memory_;
+    void* memory_;
+    char* first_;
 };
 
 }  // namespace emulator

@@ -21,26 +21,13 @@ inline uint32_t bits_of(float x) {
 constexpr uint32_t NAN_BITS = 0x7fffffffu;
 inline float canonical(float x) { return std::isnan(x) ? float_of(NAN_BITS) : x; }
 
-inline float half_to_float_slow(uint16_t h) {
-    const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = h >> 10 & 31u,
-                   fraction = h & 1023u;
-    if (exponent == 31) return float_of(fraction ? NAN_BITS : sign | 0x7f800000u);
-    if (exponent == 0) {
-        const float x = float(fraction) * 0x1p-24f;
-        return sign ? -x : x;
-    }
-    return float_of(sign | (exponent + 112) << 23 | fraction << 13);
-}
-
-struct HalfTable {
-    float of[65536];
-    HalfTable() {
-        for (uint32_t i = 0; i < 65536; ++i) of[i] = half_to_float_slow(uint16_t(i));
-    }
-};
+// Both have their exponent before their fraction, so a shift moves both; 112 lies between what their
+// exponents count from.
 inline float half_to_float(uint16_t h) {
-    static const HalfTable table;
-    return table.of[h];
+    const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = uint32_t(h & 0x7fffu) << 13;
+    if (magnitude > 0x7c00u << 13) return float_of(NAN_BITS);
+    if (magnitude == 0x7c00u << 13) return float_of(sign | 0x7f800000u);
+    return float_of(sign | bits_of(float_of(magnitude) * 0x1p112f));
 }
 inline float bfloat16_to_float(uint16_t b) { return float_of(uint32_t(b) << 16); }
 

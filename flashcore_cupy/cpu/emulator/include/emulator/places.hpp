@@ -10,10 +10,6 @@
 
 namespace emulator {
 
-// The address that the caller goes on at. A caller that is inlined, as all of a kernel is, is in
-// the debugging information of a checking build with all that it is inlined into.
-inline __attribute__((noinline)) const void* here() { return __builtin_return_address(0); }
-
 // A path from the folder kernels/ on, if it is in there; nothing for the emulator's own files.
 inline std::string kernel_file(const std::string& path) {
     if (path.find("/cpu/emulator/include/") != std::string::npos || path.find("??") == 0) return "";
@@ -21,10 +17,11 @@ inline std::string kernel_file(const std::string& path) {
     return at == std::string::npos ? path : path.substr(at + 9);
 }
 
-// The line of each place, and those that it is called at. addr2line, which comes
+// The line of each place, and those that it is inlined at: all of a kernel is one function. addr2line, which comes
 // with a compiler, reads them; without it the places are offsets in the library.
 inline std::map<const void*, std::string> lines_of(const std::vector<const void*>& places) {
     std::map<const void*, std::string> lines;
+#ifdef EMULATOR_CHECK
     std::string library, addresses;
     std::map<unsigned long, const void*> at;
     for (const void* place : places) {
@@ -40,7 +37,6 @@ inline std::map<const void*, std::string> lines_of(const std::vector<const void*
         addresses += std::string(" ") + (text + 1);
         library = info.dli_fname;
     }
-#ifdef EMULATOR_CHECK
     FILE* const tool =
         popen(("addr2line -aie '" + library + "'" + addresses + " 2>/dev/null").c_str(), "r");
     if (!tool) return lines;
@@ -62,8 +58,11 @@ inline std::map<const void*, std::string> lines_of(const std::vector<const void*
 #endif
     return lines;
 }
-inline std::string line_of(const void* place) {
-    return place ? lines_of({place})[place] : "an unknown line";
+// " at mask.cuh:30"; nothing without debugging information.
+inline std::string at_line(const std::map<const void*, std::string>& lines, const void* place) {
+    const auto found = lines.find(place);
+    return found == lines.end() ? "" : " at " + found->second;
 }
+inline std::string at_line(const void* place) { return at_line(lines_of({place}), place); }
 
 }  // namespace emulator

@@ -5,12 +5,14 @@
 
 namespace flashcore {
 
-__forceinline__ void fence_gpu() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+// Two blocks tell each other something like this: the one writes, fences, and changes a counter; the
+// other one changes the counter after that, fences, and reads. Without both fences the counter alone
+// orders nothing.
+__forceinline__ void fence_gpu() { emulator::fence_for_gpu(); }
 
-__forceinline__ int atomic_add(int* counter, int x) {
-    return __atomic_fetch_add(counter, x, __ATOMIC_RELAXED);
-}
+__forceinline__ int atomic_add(int* counter, int x) { return emulator::atomic_add(counter, x); }
 
+// A CPU's caches see what others have stored.
 __forceinline__ float load_l2(const float* address) {
     return *const_cast<const volatile float*>(address);
 }

@@ -1,116 +1,122 @@
 // ptx/mbarrier.cuh on the CPU - a barrier's 64 bits, as here only the emulator knows them.
+//
+// A phase waits for arrivals and for bytes. When neither are missing it is over, and the next one
+// begins: with the arrivals that the barrier was made for, and no bytes. Nothing else is kept: a
+// thread that waits too late, when the next phase is over as well, waits for ever.
 #pragma once
 #include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/warp.cuh>
 #include <flashcore/types.cuh>
 
 namespace flashcore {
 
-// Arrivals and bytes that the phase waits for, arrivals of each phase, and the phase's number. A
-// byte may arrive before it is expected.
+namespace twin {
+
 struct MBarrier {
-    uint16 waits_for, count;
-    int bytes : 30;
-    uint32 parity : 1;
-    uint32 made : 1;
+    uint16 missing, count;  // arrivals of this phase, of each phase
+    int bytes : 30;         // that are missing; below 0: a byte has come before it was expected
+    uint32 parity : 1;      // of the phase
+    uint32 : 1;
 };
 static_assert(sizeof(MBarrier) == sizeof(uint64));
 
-__forceinline__ MBarrier& mbarrier(uint64* barrier) {
+__forceinline__ MBarrier& mbarrier(uint64* barrier, const char* what) {
+    emulator::shared_pointer(shared_address(barrier), 8, 8, what);
     return *reinterpret_cast<MBarrier*>(barrier);
 }
-inline MBarrier& made_mbarrier(uint64* barrier, const char* what,
-                               const void* place = emulator::here()) {
-    const emulator::Inside inside;
-    emulator::shared_pointer(emulator::shared_address(barrier, place), 8, 8, what, place);
-    return mbarrier(barrier);
-}
-__forceinline__ void end_phase_if_over(MBarrier& b, emulator::SyncClock& clock) {
-    if (b.waits_for > 0 || b.bytes != 0) return;
-    emulator::pass(clock);
-    b.waits_for = b.count;
-    b.parity ^= 1;
-}
-__forceinline__ void count_arrival(MBarrier& b, emulator::SyncClock& clock) {
-    --b.waits_for;
-    end_phase_if_over(b, clock);
-}
-__forceinline__ void count_bytes(MBarrier& b, emulator::SyncClock& clock, int bytes) {
+
+inline void count(uint64* barrier, int arrivals, int bytes) {
+    MBarrier& b = *reinterpret_cast<MBarrier*>(barrier);
+    b.missing -= uint16(arrivals);
     b.bytes -= bytes;
-    end_phase_if_over(b, clock);
+    if (b.missing > 0 || b.bytes != 0) return;
+    b.missing = b.count;
+    b.parity ^= 1;
+    emulator::barrier_over(barrier);
 }
+
+}  // namespace twin
 
 __forceinline__ void mbarrier_init(uint64* barrier, int count) {
-    MBarrier& b = made_mbarrier(barrier, "mbarrier.init");
+    twin::MBarrier& b = twin::mbarrier(barrier, "mbarrier.init");
+    emulator::barrier_made(barrier);
     const emulator::Inside inside;
-    b = {uint16(count), uint16(count), 0, 0, 1};
+    b = {uint16(count), uint16(count), 0, 0};
 }
 
-__forceinline__ void fence_mbarrier_init() {}
+__forceinline__ void fence_mbarrier_init() { emulator::fence_for_async(); }
+
+namespace twin {
+
+__forceinline__ void arrive(uint64* barrier, int bytes, const char* what) {
+    const MBarrier& b = mbarrier(barrier, what);
+    emulator::barrier_arrival(barrier);
+    const emulator::Inside inside;
+    if (b.missing == 0) emulator::fail("%s: more arrivals than the phase counts", what);
+    count(barrier, 1, -bytes);
+}
+
+}  // namespace twin
 
 __forceinline__ void mbarrier_arrive(uint64* barrier) {
-    MBarrier& b = made_mbarrier(barrier, "mbarrier.arrive");
-    const emulator::Inside inside;
-    if (b.waits_for == 0) emulator::fail("mbarrier.arrive: more arrivals than the phase counts");
-    emulator::SyncClock& clock = emulator::clock_of(barrier);
-    emulator::release_to(clock);
-    count_arrival(b, clock);
+    twin::arrive(barrier, 0, "mbarrier.arrive");
 }
 
 // The arrival comes when the copies have been made: sometime.
 __forceinline__ void mbarrier_arrive_copied(uint64* barrier) {
-    MBarrier& b = made_mbarrier(barrier, "cp.async.mbarrier.arrive");
-    emulator::Fiber* const fiber = emulator::current;
-    const size_t end = fiber->copies.size();
-    emulator::SyncClock& clock = emulator::clock_of(barrier);
-    emulator::block().cluster->operations.push_back(
-        [&b, &clock, fiber, end, agent = emulator::Agent(*fiber)] {
-            fiber->finish_copies(
-                end, [&](const void* to, size_t bytes) { agent.note(to, bytes, true); });
-            agent.arrive(clock);
-            count_arrival(b, clock);
-        });
+    twin::mbarrier(barrier, "cp.async.mbarrier.arrive");
+    emulator::barrier_counts_copies(barrier);
+    emulator::start_when_copied(emulator::Operation([=] { twin::count(barrier, 1, 0); }));
 }
 
 __forceinline__ void mbarrier_arrive_expect_tx(uint64* barrier, uint32 bytes) {
-    MBarrier& b = made_mbarrier(barrier, "mbarrier.arrive.expect_tx");
-    const emulator::Inside inside;
-    if (b.waits_for == 0) emulator::fail("mbarrier.arrive: more arrivals than the phase counts");
-    b.bytes += int(bytes);
-    emulator::SyncClock& clock = emulator::clock_of(barrier);
-    emulator::release_to(clock);
-    count_arrival(b, clock);
+    twin::arrive(barrier, int(bytes), "mbarrier.arrive.expect_tx");
 }
 
-__forceinline__ bool is_over(const MBarrier& b, uint32 parity) { return b.parity != parity; }
+namespace twin {
+
+// A phase that is not over has its parity. One that is over has left its successor's.
+struct Phase {
+    const uint64* barrier;
+    uint32 parity;
+
+    const MBarrier& state() const { return *reinterpret_cast<const MBarrier*>(barrier); }
+    bool is_over() const { return state().parity != parity; }
+    void explain() const {
+        emulator::explain(", whose phase misses %d arrivals and %d bytes", state().missing,
+                          state().bytes);
+    }
+};
+
+}  // namespace twin
 
 __forceinline__ bool mbarrier_try_wait(uint64* barrier, uint32 parity) {
-    const emulator::Inside inside;
-    const MBarrier& b = made_mbarrier(barrier, "mbarrier.try_wait");
-    if (!is_over(b, parity)) emulator::let_others_go("mbarrier.try_wait");
-    if (!is_over(b, parity)) return false;
-    emulator::acquire_from(emulator::clock_of(barrier));
+    twin::mbarrier(barrier, "mbarrier.try_wait");
+    const twin::Phase phase = {barrier, parity};
+    {
+        const emulator::Inside inside;
+        if (!phase.is_over()) emulator::let_others_go("mbarrier.try_wait");
+        if (!phase.is_over()) return false;
+    }
+    emulator::barrier_passed(barrier, parity);
     return true;
 }
 
 __forceinline__ void mbarrier_wait(uint64* barrier, uint32 parity) {
-    const MBarrier& b = made_mbarrier(barrier, "mbarrier.try_wait");
-    const emulator::Inside inside;
-    emulator::wait_until("mbarrier", [&b, parity] { return is_over(b, parity); });
-    emulator::acquire_from(emulator::clock_of(barrier));
+    twin::mbarrier(barrier, "mbarrier.try_wait");
+    {
+        const emulator::Inside inside;
+        emulator::wait_until("mbarrier", twin::Phase{barrier, parity});
+    }
+    emulator::barrier_passed(barrier, parity);
 }
-
-__forceinline__ void named_barrier_arrive(int id, int threads);
-
-__forceinline__ void fence_proxy_async() { emulator::fence_async(); }
-
-}  // namespace flashcore
-
-#include <flashcore/ptx/warp.cuh>
-
-namespace flashcore {
 
 __forceinline__ void named_barrier_arrive(int id, int threads) {
-    emulator::arrive(named_barrier(id, threads), threads, false, "bar.arrive");
+    emulator::arrive_named(id, threads);
 }
+
+// TMA and wgmma read shared memory past what orders threads: they may see what was there before a
+// plain store that the thread, and whoever it has told, see long since.
+__forceinline__ void fence_proxy_async() { emulator::fence_for_async(); }
 
 }  // namespace flashcore

@@ -1,4 +1,5 @@
-// ptx/warp.cuh on the CPU - a warp's collectives wait for its 32 lanes; the last one serves all.
+// ptx/warp.cuh on the CPU - what a warp does together waits for its 32 lanes; the last one serves
+// all. Only bar.warp.sync and the barriers order accesses to memory; shuffles and votes do not.
 #pragma once
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/types.cuh>
@@ -6,6 +7,8 @@
 namespace flashcore {
 
 constexpr uint32 FULL_WARP = 0xffffffffu;
+
+namespace twin {
 
 // Each lane gets the value of the lane that it names.
 template <typename T>
@@ -23,41 +26,39 @@ __forceinline__ T exchange(const char* what, T x, int source_lane) {
     return mine.result;
 }
 
+}  // namespace twin
+
 __forceinline__ float shfl_xor(float x, int lane_mask) {
-    return exchange("shfl.bfly", x, emulator::lane() ^ lane_mask);
+    return twin::exchange("shfl.bfly", x, emulator::lane() ^ lane_mask);
 }
 __forceinline__ uint32 shfl_xor(uint32 x, int lane_mask) {
-    return exchange("shfl.bfly", x, emulator::lane() ^ lane_mask);
+    return twin::exchange("shfl.bfly", x, emulator::lane() ^ lane_mask);
 }
 __forceinline__ float shfl(float x, int source_lane) {
-    return exchange("shfl.idx", x, source_lane);
+    return twin::exchange("shfl.idx", x, source_lane);
 }
-__forceinline__ int shfl(int x, int source_lane) { return exchange("shfl.idx", x, source_lane); }
+__forceinline__ int shfl(int x, int source_lane) {
+    return twin::exchange("shfl.idx", x, source_lane);
+}
 __forceinline__ uint32 shfl(uint32 x, int source_lane) {
-    return exchange("shfl.idx", x, source_lane);
+    return twin::exchange("shfl.idx", x, source_lane);
 }
 
-__forceinline__ void warp_sync() {
-    emulator::collective("bar.warp.sync", nullptr, [](void**) {});
-}
+// All lanes are here, and each sees what the others have written before.
+__forceinline__ void warp_sync() { emulator::sync_warp(); }
 
-__forceinline__ void block_sync() {
-    emulator::Block& b = emulator::block();
-    emulator::sync_all(b.barriers[0], b.living, "bar.sync 0");
-}
+// The same for all threads of the block that have not ended.
+__forceinline__ void block_sync() { emulator::sync_block(); }
 
-__forceinline__ emulator::NamedBarrier& named_barrier(int id, int threads) {
-    if (id < 1 || id > 15) emulator::fail("barrier %d; there are 1 to 15", id);
-    if (threads % 32) emulator::fail("barrier %d of %d threads; whole warps meet", id, threads);
-    return emulator::block().barriers[id];
-}
-
+// A barrier counts arrivals. The one that makes the count full ends the round: all who wait go on,
+// and the next round begins. Threads that arrive without waiting (ptx/mbarrier.cuh) are counted,
+// too, so the same thread may be in two rounds.
 __forceinline__ void named_barrier_sync(int id, int threads) {
-    emulator::sync(named_barrier(id, threads), threads, false, "bar.sync");
+    emulator::sync_named(id, threads, false, "bar.sync");
 }
 
 __forceinline__ bool named_barrier_any(int id, int threads, bool condition) {
-    return emulator::sync(named_barrier(id, threads), threads, condition, "bar.red.or");
+    return emulator::sync_named(id, threads, condition, "bar.red.or");
 }
 
 __forceinline__ int warp_count(bool condition) {
@@ -75,14 +76,11 @@ __forceinline__ int warp_count(bool condition) {
 
 __forceinline__ bool warp_any(bool condition) { return warp_count(condition) != 0; }
 
-// Which lane it is, is not said; but the same ones elect the same one, every time.
+// Which lane it is, is not said; but the same lanes elect the same one, every time. Here a seed
+// chooses it.
 __forceinline__ bool elect_one() {
-    bool mine = false;
-    const emulator::Block& b = emulator::block();
-    const uint32 elected = uint32(b.cluster->options.seed % 32);
-    emulator::collective("elect.sync", &mine,
-                         [=](void** all) { *static_cast<bool*>(all[elected]) = true; });
-    return mine;
+    emulator::collective("elect.sync", nullptr, [](void**) {});
+    return emulator::lane() == emulator::current().elected;
 }
 
 template <int WIDTH>

@@ -1,8 +1,8 @@
-// ptx/wgmma.cuh on the CPU - products of four warps, made when a wait asks for them.
+// ptx/wgmma.cuh on the CPU - products of four warps, each of which makes its own 16 of the 64 rows.
 //
-// Each warp makes its own 16 of the 64 rows. From the first wgmma to the wait the accumulators hold
-// NaN, and what they are to hold is kept aside: a kernel that touches them too soon shows it. A and
-// B are read from shared memory, and A's registers, when the product is made: whoever overwrites
+// A product is made sometime between its call and the wait for its group. Until then its accumulators
+// hold NaN, and what they are to hold is kept aside: a kernel that touches them too soon shows it. A
+// and B are read from shared memory, and A's registers, when the product is made: whoever overwrites
 // them too soon shows it, too.
 #pragma once
 #include <emulator/numbers.hpp>
@@ -10,7 +10,11 @@
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/types.cuh>
 
-#include <map>
+#ifdef EMULATOR_RUNTIME
+#include <emulator/cluster.hpp>
+
+#include <memory>
+#endif
 
 namespace flashcore {
 
@@ -23,6 +27,8 @@ constexpr uint32 swizzled(uint32 offset) {
     return offset ^ (offset >> 3 & (SWIZZLE - 16));
 }
 
+// A descriptor, from bit 0 on: 14 bits of the address, 14 of leading_bytes, from bit 32 on 14 of
+// stride_bytes, all without their lowest four bits; from bit 62 on the swizzle.
 template <int SWIZZLE>
 constexpr uint64 matrix_layout(uint32 leading_bytes = 16, uint32 stride_bytes = 8 * SWIZZLE) {
     static_assert(SWIZZLE == 128 || SWIZZLE == 64 || SWIZZLE == 32);
@@ -36,107 +42,92 @@ constexpr uint64 advance_descriptor(uint64 descriptor, uint32 bytes) {
     return (descriptor & 0xffffffff00000000) | (uint32(descriptor) + (bytes >> 4));
 }
 
-// A matrix in shared memory, as its descriptor says.
+namespace twin {
+
+// A matrix in shared memory, as its descriptor says: what lies at which place of it. The swizzle is
+// of addresses, not of places: so a matrix may begin in the middle of a panel.
 struct SharedMatrix {
-    char* smem;  // of the block, whose shared addresses begin at SHARED_BASE
+    const char* smem;  // where the shared address 0 would be
     uint32 address, leading, stride;
     int swizzle;
 
     explicit SharedMatrix(uint64 descriptor)
-        : smem(emulator::block().smem),
+        : smem(emulator::current().smem - emulator::SHARED_BASE),
           address(uint32(descriptor & 0x3fff) << 4),
           leading(uint32(descriptor >> 16 & 0x3fff) << 4),
           stride(uint32(descriptor >> 32 & 0x3fff) << 4),
           swizzle(int(256 >> (descriptor >> 62))) {}
 
-    // The whole of it, as a warp's first lane reads it now.
-    void note_k_major(int first_row, int rows, const emulator::Fiber& fiber) const {
-        for (int row = first_row; row < first_row + rows; ++row)
-            for (int piece = 0; piece < 2; ++piece)
-                emulator::note(
-                    fiber, place(uint32(row / 8) * stride + uint32(row % 8 * swizzle + piece * 16)),
-                    16, false, true);
+    const char* at(uint32 place) const {
+        const uint32 plain = address + place;
+        return smem + (plain ^ (plain >> 3 & uint32(swizzle - 16)));
     }
-    void note_transposed(int columns, const emulator::Fiber& fiber) const {
-        for (int k = 0; k < 16; ++k)
-            for (int column = 0; column < columns; column += 8)
-                emulator::note(
-                    fiber,
-                    place(uint32(column / (swizzle / 2)) * leading + uint32(k / 8) * stride +
-                          uint32(k % 8 * swizzle + column % (swizzle / 2) * 2)),
-                    16, false, true);
+    // K-major: k = 8 `half` and the next seven of a row of A, or of a column of B.
+    const char* k_major(int row, int half) const {
+        return at(uint32(row / 8) * stride + uint32(row % 8 * swizzle + half * 16));
     }
-    const char* place(uint32 offset) const {
-        const uint32 plain = address + offset;
-        return smem + (plain ^ (plain >> 3 & uint32(swizzle - 16))) - emulator::SHARED_BASE;
-    }
-    uint16 at(uint32 offset) const {
-        const uint32 plain = address + offset;
-        const uint32 place = plain ^ (plain >> 3 & uint32(swizzle - 16));
-        uint16 bits;
-        std::memcpy(&bits, smem + place - emulator::SHARED_BASE, 2);
-        return bits;
-    }
-    // K-major: element k of a row of A, or of a column of B.
-    uint16 k_major(int row, int k) const {
-        return at(uint32(row / 8) * stride + uint32(row % 8 * swizzle + k * 2));
-    }
-    // Transposed: rows of k, panels of swizzle / 2 columns.
-    uint16 transposed(int column, int k) const {
+    // Transposed: eight columns of B, of one k. Panels are swizzle / 2 columns wide.
+    const char* transposed(int column, int k) const {
         const int columns = swizzle / 2;
         return at(uint32(column / columns) * leading + uint32(k / 8) * stride +
                   uint32(k % 8 * swizzle + column % columns * 2));
     }
 };
 
-// The accumulators of a warp's lanes while products are on their way.
-struct InFlight {
-    int pending = 0;
-    float* of_lane[32];
-    std::vector<float> kept[32];
+// ---- the instruction ---------------------------------------------------------------------------
+
+// What a lane brings: its accumulators; and of A its registers or the descriptor.
+struct WgmmaOperand {
+    float* d;
+    const uint32* a;
+    uint64 descriptor_a, descriptor_b;
+    int n;
+    bool is_transposed, accumulates;
 };
+template <typename T>
+void start_product(void** all);
 
-inline std::map<float*, std::shared_ptr<InFlight>>& in_flight() {
-    static thread_local std::map<float*, std::shared_ptr<InFlight>> all;
-    return all;
+}  // namespace twin
+
+template <int N>
+constexpr bool IS_WGMMA_WIDTH = N % 16 == 0 && N >= 16 && N <= 256;
+
+template <typename T, int N, bool TRANSPOSE_B = false>
+__forceinline__ void wgmma(float (&d)[N / 2], uint64 a, uint64 b, bool accumulate) {
+    static_assert(IS_WGMMA_WIDTH<N>);
+    emulator::note_registers(d, sizeof d);
+    twin::WgmmaOperand mine = {d, nullptr, a, b, N, TRANSPOSE_B, accumulate};
+    emulator::collective("wgmma", &mine, twin::start_product<T>);
+}
+template <typename T, int N, bool TRANSPOSE_B = false>
+__forceinline__ void wgmma(float (&d)[N / 2], const uint32 (&a)[4], uint64 b, bool accumulate) {
+    static_assert(IS_WGMMA_WIDTH<N>);
+    emulator::note_registers(d, sizeof d);
+    emulator::note_registers(a, sizeof a);
+    twin::WgmmaOperand mine = {d, a, 0, b, N, TRANSPOSE_B, accumulate};
+    emulator::collective("wgmma", &mine, twin::start_product<T>);
 }
 
-inline std::shared_ptr<InFlight> take_accumulators(void** all, float* (*of)(void*), int count) {
-    std::shared_ptr<InFlight>& found = in_flight()[of(all[0])];
-    if (!found) {
-        found = std::make_shared<InFlight>();
-        for (int lane = 0; lane < 32; ++lane) {
-            float* const d = found->of_lane[lane] = of(all[lane]);
-            found->kept[lane].assign(d, d + count);
-            for (int i = 0; i < count; ++i) d[i] = emulator::float_of(0x7fffffffu);
-        }
-    }
-    ++found->pending;
-    return found;
-}
-
-inline void give_back(const std::shared_ptr<InFlight>& d) {
-    if (--d->pending > 0) return;
-    in_flight().erase(d->of_lane[0]);
-    for (int lane = 0; lane < 32; ++lane)
-        std::memcpy(d->of_lane[lane], d->kept[lane].data(), d->kept[lane].size() * sizeof(float));
-}
-
+// Whatever a thread has done to registers before comes before the wgmmas that use them. Without it
+// they may find what was there before.
 __forceinline__ void wgmma_fence() {
+    emulator::fence_for_products();
     emulator::collective("wgmma.fence", nullptr, [](void**) {});
 }
 
 __forceinline__ void wgmma_commit() {
     emulator::collective("wgmma.commit_group", nullptr,
-                         [](void**) { emulator::warp().products.close(); });
+                         [](void**) { emulator::close_group(emulator::Queue::PRODUCTS); });
 }
 
 template <int PENDING>
 __forceinline__ void wgmma_wait() {
-    emulator::collective("wgmma.wait_group", nullptr,
-                         [](void**) { emulator::warp().products.finish_all_but(PENDING); });
+    emulator::collective("wgmma.wait_group", nullptr, [](void**) {
+        emulator::finish_all_but(emulator::Queue::PRODUCTS, PENDING);
+    });
 }
 
+// A CPU's compiler knows that a wgmma reads and writes memory, as registers are here.
 template <int COUNT>
 __forceinline__ void fence_registers(float (&)[COUNT]) {}
 template <int COUNT>
@@ -151,89 +142,126 @@ __forceinline__ void registers_inc() {
     static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
 }
 
-template <int N>
-constexpr bool IS_WGMMA_WIDTH = N % 16 == 0 && N >= 16 && N <= 256;
+// ---- how a product is made ---------------------------------------------------------------------
 
-struct WgmmaOperand {
-    float* d;
-    const uint32* a;  // null: a descriptor
+namespace twin {
+
+#ifdef EMULATOR_RUNTIME
+
+using Accumulators = std::shared_ptr<emulator::Accumulators>;
+
+// From now on the accumulators hold NaN. Products that are under way already share them.
+inline Accumulators take(void** all) {
+    const auto of = [&](int lane) { return static_cast<const WgmmaOperand*>(all[lane]); };
+    Accumulators& found = emulator::fiber().warp->accumulators[of(0)->d];
+    if (!found) {
+        found = std::make_shared<emulator::Accumulators>();
+        for (int lane = 0; lane < 32; ++lane) {
+            float* const d = found->of_lane[lane] = of(lane)->d;
+            found->kept[lane].assign(d, d + of(lane)->n / 2);
+            std::fill_n(d, of(lane)->n / 2, emulator::float_of(0x7fffffffu));
+        }
+    }
+    ++found->pending;
+    return found;
+}
+
+struct Product {
+    emulator::Warp* warp;
+    Accumulators d;
+    const uint32* registers_a[32];  // or null
+    SharedMatrix a, b;
+    int n, first_row;
+    bool is_transposed, accumulates;
+
+    void note() const {
+        for (int row = first_row; !registers_a[0] && row < first_row + 16; ++row)
+            for (int half = 0; half < 2; ++half) note(a.k_major(row, half));
+        for (int column = 0; !is_transposed && column < n; ++column)
+            for (int half = 0; half < 2; ++half) note(b.k_major(column, half));
+        for (int k = 0; is_transposed && k < 16; ++k)
+            for (int column = 0; column < n; column += 8) note(b.transposed(column, k));
+    }
+
+    template <typename T>
+    void make() const {
+        float x[16][16], y[16][256];
+        read_a<T>(x);
+        read_b<T>(y);
+        for (int row = 0; row < 16; ++row) {
+            double sum[256] = {};
+            for (int k = 0; k < 16; ++k)
+                for (int c = 0; c < n; ++c) sum[c] += double(x[row][k]) * y[k][c];
+            for (int c = 0; c < n; ++c) {
+                // Lane l has columns 2 (l % 4) and the next one of each eight.
+                float& of =
+                    d->kept[row % 8 * 4 + c % 8 / 2][size_t(c / 8 * 4 + row / 8 * 2 + c % 2)];
+                of = float((accumulates ? double(of) : 0.0) + sum[c]);
+            }
+        }
+        if (--d->pending > 0) return;
+        warp->accumulators.erase(d->of_lane[0]);
+        for (int lane = 0; lane < 32; ++lane)
+            std::copy(d->kept[lane].begin(), d->kept[lane].end(), d->of_lane[lane]);
+    }
+
+  private:
+    static void note(const char* piece) { emulator::note_read(emulator::By::PRODUCT, piece, 16); }
+
+    template <typename T>
+    static void read_piece(const char* piece, float* to, int step) {
+        uint16 bits[8];
+        std::memcpy(bits, piece, 16);
+        for (int i = 0; i < 8; ++i) to[i * step] = element<T>(bits[i], 0);
+    }
+    // This warp's rows of A. In registers they lie as those of mma.m16n8k16.
+    template <typename T>
+    void read_a(float (&x)[16][16]) const {
+        for (int row = 0; row < 16; ++row) {
+            for (int half = 0; !registers_a[0] && half < 2; ++half)
+                read_piece<T>(a.k_major(first_row + row, half), &x[row][half * 8], 1);
+            for (int k = 0; registers_a[0] && k < 16; ++k)
+                x[row][k] =
+                    element<T>(registers_a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
+        }
+    }
+    template <typename T>
+    void read_b(float (&y)[16][256]) const {
+        for (int column = 0; !is_transposed && column < n; ++column)
+            for (int half = 0; half < 2; ++half)
+                read_piece<T>(b.k_major(column, half), &y[half * 8][column], 256);
+        for (int k = 0; is_transposed && k < 16; ++k)
+            for (int column = 0; column < n; column += 8)
+                read_piece<T>(b.transposed(column, k), &y[k][column], 1);
+    }
 };
 
 template <typename T>
-inline float to_number(uint16 bits) {
-    return IS_BFLOAT16<T> ? emulator::bfloat16_to_float(bits) : emulator::half_to_float(bits);
+void start_product(void** all) {
+    const emulator::Fiber& f = emulator::fiber();
+    const auto& mine = *static_cast<const WgmmaOperand*>(all[0]);
+    auto* const product = new Product{f.warp,
+                                      take(all),
+                                      {},
+                                      SharedMatrix(mine.descriptor_a),
+                                      SharedMatrix(mine.descriptor_b),
+                                      mine.n,
+                                      f.index / 32 % 4 * 16,
+                                      mine.is_transposed,
+                                      mine.accumulates};
+    for (int lane = 0; lane < 32; ++lane)
+        product->registers_a[lane] = static_cast<const WgmmaOperand*>(all[lane])->a;
+    product->note();
+    emulator::start(emulator::Queue::PRODUCTS, emulator::Operation([product] {
+                        product->make<T>();
+                        delete product;
+                    }));
 }
+template void start_product<half_t>(void**);
+template void start_product<bfloat16_t>(void**);
 
-// d += A B for this warp's 16 rows.
-template <typename T, int N, bool TRANSPOSE_B>
-void multiply(InFlight& d, const float (&a)[16][16], const SharedMatrix& b, bool accumulate) {
-    static thread_local float columns[16][N];
-    for (int k = 0; k < 16; ++k)
-        for (int n = 0; n < N; ++n)
-            columns[k][n] = to_number<T>(TRANSPOSE_B ? b.transposed(n, k) : b.k_major(n, k));
-    for (int row = 0; row < 16; ++row) {
-        double sum[N] = {};
-        for (int k = 0; k < 16; ++k)
-            for (int n = 0; n < N; ++n) sum[n] += double(a[row][k]) * columns[k][n];
-        for (int n = 0; n < N; ++n) {
-            float& x = d.kept[row % 8 * 4 + n % 8 / 2][size_t(n / 8 * 4 + row / 8 * 2 + n % 2)];
-            x = float((accumulate ? double(x) : 0.0) + sum[n]);
-        }
-    }
-}
+#endif
 
-template <typename T, int N, bool TRANSPOSE_B, typename ReadA, typename NoteA>
-void start_product(void** all, uint64 b, bool accumulate, ReadA read_a, NoteA note_a) {
-    const auto d = take_accumulators(
-        all, [](void* operand) { return static_cast<WgmmaOperand*>(operand)->d; }, N / 2);
-    const SharedMatrix matrix(b);
-    const emulator::Fiber* const fiber = emulator::current;
-    emulator::warp().products.open.push_back([=] {
-        note_a(*fiber);
-        if (TRANSPOSE_B) {
-            matrix.note_transposed(N, *fiber);
-        } else {
-            matrix.note_k_major(0, N, *fiber);
-        }
-        float a[16][16];
-        for (int row = 0; row < 16; ++row)
-            for (int k = 0; k < 16; ++k) a[row][k] = to_number<T>(read_a(row, k));
-        multiply<T, N, TRANSPOSE_B>(*d, a, matrix, accumulate);
-        give_back(d);
-    });
-}
-
-template <typename T, int N, bool TRANSPOSE_B = false>
-__forceinline__ void wgmma(float (&d)[N / 2], uint64 a, uint64 b, bool accumulate) {
-    static_assert(IS_WGMMA_WIDTH<N>);
-    WgmmaOperand mine = {d, nullptr};
-    emulator::collective("wgmma", &mine, [&](void** all) {
-        const SharedMatrix matrix(a);
-        const int first = emulator::current->thread / 32 % 4 * 16;
-        start_product<T, N, TRANSPOSE_B>(
-            all, b, accumulate, [=](int row, int k) { return matrix.k_major(first + row, k); },
-            [=](const emulator::Fiber& fiber) { matrix.note_k_major(first, 16, fiber); });
-    });
-}
-
-template <typename T, int N, bool TRANSPOSE_B = false>
-__forceinline__ void wgmma(float (&d)[N / 2], const uint32 (&a)[4], uint64 b, bool accumulate) {
-    static_assert(IS_WGMMA_WIDTH<N>);
-    WgmmaOperand mine = {d, a};
-    emulator::collective("wgmma", &mine, [&](void** all) {
-        struct Registers {
-            const uint32* of_lane[32];
-        } registers;
-        for (int lane = 0; lane < 32; ++lane)
-            registers.of_lane[lane] = static_cast<WgmmaOperand*>(all[lane])->a;
-        start_product<T, N, TRANSPOSE_B>(
-            all, b, accumulate,
-            [=](int row, int k) {
-                const uint32 pair = registers.of_lane[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-                return uint16(k % 2 ? pair >> 16 : pair);
-            },
-            [](const emulator::Fiber&) {});
-    });
-}
+}  // namespace twin
 
 }  // namespace flashcore

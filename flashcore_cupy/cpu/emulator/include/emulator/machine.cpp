@@ -1,0 +1,413 @@
+// machine.cpp - thread blocks on the CPU: who runs next, what waits for what, and what is under way.
+#include <emulator/cluster.hpp>
+#include <emulator/places.hpp>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+
+// A function that a kernel calls: what is wrong in it is wrong at the line of the call.
+#define CALLED_HERE                              \
+    fiber().place = __builtin_return_address(0); \
+    settle_doubt(fiber())
+
+namespace emulator {
+
+// ---- one fiber ---------------------------------------------------------------------------------
+
+static void yield() { switch_to(fiber().context, cluster().scheduler->context); }
+
+[[noreturn]] void fail_with(const std::string& text) {
+    Cluster& c = cluster();
+    if (c.failure.empty()) c.failure = text;
+    yield();
+    abort();
+}
+static std::string format(const char* format, va_list arguments) {
+    char text[600];
+    vsnprintf(text, sizeof text, format, arguments);
+    return text;
+}
+// Called by the functions below, at the place that they were called at.
+[[noreturn]] static void fail_there(const char* text, ...) {
+    va_list arguments;
+    va_start(arguments, text);
+    fail_with(name_of(fiber()) + ": " + format(text, arguments) + at_line(fiber().place));
+}
+void fail(const char* text, ...) {
+    CALLED_HERE;
+    va_list arguments;
+    va_start(arguments, text);
+    fail_with(name_of(fiber()) + ": " + format(text, arguments) + at_line(fiber().place));
+}
+
+static void wait_there(const char* what, bool (*is_over)(const void*), void (*explain)(const void*),
+                       const void* condition) {
+    if (is_over(condition)) return;
+    Fiber& f = fiber();
+    f.waits_for = what;
+    f.is_over = is_over;
+    f.explain = explain;
+    f.condition = condition;
+    yield();
+}
+void wait(const char* what, bool (*is_over)(const void*), void (*explain)(const void*),
+          const void* condition) {
+    CALLED_HERE;
+    wait_there(what, is_over, explain, condition);
+}
+void explain(const char* text, ...) {
+    va_list arguments;
+    va_start(arguments, text);
+    cluster().explanation = format(text, arguments);
+}
+static void let_others_go_there(const char* what) {
+    fiber().waits_for = what;
+    fiber().polls = true;
+    yield();
+}
+void let_others_go(const char* what) {
+    CALLED_HERE;
+    let_others_go_there(what);
+}
+
+// ---- meeting -----------------------------------------------------------------------------------
+
+// Waits until a round is over that so many of `all` have come to.
+static void wait_for_round(const char* what, const uint32_t& round, uint32_t mine,
+                           const int& arrived, int all) {
+    struct Round {
+        const uint32_t& round;
+        uint32_t mine;
+        const int& arrived;
+        int all;
+    } over = {round, mine, arrived, all};
+    wait_there(
+        what,
+        [](const void* c) {
+            const Round& r = *static_cast<const Round*>(c);
+            return r.round != r.mine;
+        },
+        [](const void* c) {
+            const Round& r = *static_cast<const Round*>(c);
+            explain(", where %d of %d have come", r.arrived, r.all);
+        },
+        &over);
+}
+
+static void meet(const char* what, void* operand, void (*act)(void**)) {
+    Fiber& f = fiber();
+    ++f.inside;
+    Collective& c = f.warp->collective;
+    if (c.arrived == 0) c.what = what;
+    if (c.what != what) fail_there("%s, while other lanes of the warp are at %s", what, c.what);
+    c.operands[f.index % WARP] = operand;
+    const uint32_t mine = c.round;
+    if (++c.arrived == WARP) {
+        c.arrived = 0;
+        ++c.round;
+        align_epochs(*f.warp);
+        act(c.operands);
+    } else {
+        wait_for_round(what, c.round, mine, c.arrived, WARP);
+    }
+    --f.inside;
+}
+void collective(const char* what, void* operand, void (*act)(void**)) {
+    CALLED_HERE;
+    meet(what, operand, act);
+}
+
+// The barrier's round is over: everybody may go on.
+static void open(Barrier& b) {
+    b.clock.pass(b.round & 1);
+    b.result = b.any;
+    b.any = false;
+    b.arrived = b.expected = 0;
+    ++b.round;
+}
+static void arrive(Barrier& b, int threads, bool condition) {
+    b.any |= condition;
+    b.clock.release(fiber());
+    if (++b.arrived == threads) open(b);
+}
+static void wait_for(Barrier& b, uint32_t round, int threads, const char* what) {
+    wait_for_round(what, b.round, round, b.arrived, threads);
+    b.clock.acquire(fiber(), round & 1);
+}
+static bool sync(Barrier& b, int threads, bool condition, const char* what) {
+    const uint32_t mine = b.round;
+    arrive(b, threads, condition);
+    wait_for(b, mine, threads, what);
+    return b.result;
+}
+void sync_warp() {
+    CALLED_HERE;
+    meet("bar.warp.sync", nullptr, [](void**) { order_lanes(*fiber().warp); });
+}
+void sync_block() {
+    CALLED_HERE;
+    sync(fiber().owner->barriers[0], fiber().owner->living, false, "bar.sync 0");
+}
+void sync_cluster() {
+    CALLED_HERE;
+    sync(cluster().meeting, cluster().living, false, "barrier.cluster");
+}
+
+void arrive_cluster() {
+    CALLED_HERE;
+    fiber().cluster_round = cluster().meeting.round;
+    arrive(cluster().meeting, cluster().living, false);
+}
+void wait_cluster() {
+    CALLED_HERE;
+    wait_for(cluster().meeting, fiber().cluster_round, cluster().living, "barrier.cluster.wait");
+}
+
+static Barrier& named(int id, int threads, const char* what) {
+    if (id < 1 || id > 15) fail_there("%s: barrier %d; there are 1 to 15", what, id);
+    if (threads % WARP) fail_there("%s %d: %d threads; whole warps meet", what, id, threads);
+    Barrier& b = fiber().owner->barriers[id];
+    if (b.arrived && b.expected != threads)
+        fail_there("%s %d of %d threads, while others expect %d", what, id, threads, b.expected);
+    b.expected = threads;
+    return b;
+}
+bool sync_named(int id, int threads, bool condition, const char* what) {
+    CALLED_HERE;
+    return sync(named(id, threads, what), threads, condition, what);
+}
+void arrive_named(int id, int threads) {
+    CALLED_HERE;
+    arrive(named(id, threads, "bar.arrive"), threads, false);
+}
+
+// ---- shared addresses --------------------------------------------------------------------------
+
+uint32_t shared_address(const void* pointer) {
+    CALLED_HERE;
+    const auto offset = static_cast<const char*>(pointer) - fiber().smem;
+    if (offset < 0 || offset > fiber().owner->smem_bytes)
+        fail_there("a pointer that is not to shared memory");
+    return uint32_t(offset) + SHARED_BASE;
+}
+char* shared_pointer(uint32_t address, int bytes, int align, const char* what) {
+    CALLED_HERE;
+    const Block* owner = fiber().owner;
+    if (const uint32_t peer = address >> PEER_SHIFT) {
+        if (peer > cluster().blocks.size())
+            fail_there("%s: there is no block %u in the cluster", what, peer - 1);
+        owner = &cluster().blocks[peer - 1];
+    }
+    const int64_t offset = int64_t(address & ((1u << PEER_SHIFT) - 1)) - SHARED_BASE;
+    if (offset < 0 || offset + bytes > owner->smem_bytes)
+        fail_there("%s: shared address %lld, %d bytes, is outside of the %d bytes of shared memory",
+                   what, (long long)offset, bytes, owner->smem_bytes);
+    if (offset % align)
+        fail_there("%s: shared address %lld is no multiple of %d", what, (long long)offset, align);
+    return owner->smem + offset;
+}
+
+// ---- what the GPU does on its own --------------------------------------------------------------
+
+static Groups& groups(Queue queue) {
+    Fiber& f = fiber();
+    return queue == Queue::COPIES ? f.copies : queue == Queue::STORES ? f.stores : f.warp->products;
+}
+void start(const Operation& operation) { cluster().operations.push_back({operation, nullptr, 0}); }
+void start_when_copied(const Operation& operation) {
+    cluster().operations.push_back({operation, &fiber().copies, fiber().copies.started});
+}
+void start(Queue queue, const Operation& operation) { groups(queue).start(operation); }
+void close_group(Queue queue) {
+    groups(queue).close();
+    close_watched(queue);
+}
+void finish_all_but(Queue queue, int pending) {
+    ++fiber().inside;
+    groups(queue).finish_all_but(size_t(pending));
+    finish_watched(queue, size_t(pending));
+    --fiber().inside;
+}
+
+int atomic_add(int* counter, int x) {
+    CALLED_HERE;
+    return watched_add(counter, x);
+}
+
+thread_local const Thread* running = nullptr;
+
+// ---- the scheduler -----------------------------------------------------------------------------
+
+static void begin_fiber() {
+    Fiber& self = fiber();
+    const Launch& launch = cluster().launch;
+    launch.kernel(launch.params);
+    ++self.inside;
+    watch_end(self);
+    self.copies.finish_to(self.copies.started);
+    self.stores.finish_to(self.stores.started);
+    self.ended = true;
+    Block& b = *self.owner;
+    Barrier& meeting = b.cluster->meeting;
+    // Threads that have ended are not waited for by those that meet as a whole block or cluster.
+    if (--b.living == b.barriers[0].arrived && b.living) open(b.barriers[0]);
+    if (--b.cluster->living == meeting.arrived && meeting.arrived) open(meeting);
+    yield();
+    abort();
+}
+
+int Block::index() const { return cluster->number * cluster->launch.grid.cluster + rank; }
+
+void Block::begin() {
+    const Grid& grid = cluster->launch.grid;
+    smem_bytes = grid.smem_bytes;
+    living = grid.threads;
+    warps.resize(size_t(grid.threads + WARP - 1) / WARP);
+    for (int t = 0; t < grid.threads; ++t) {
+        const int slot = rank * grid.threads + t;
+        auto* const f = new (cluster->stacks.of(slot)) Fiber();
+        f->index = t, f->rank = rank, f->block = index(), f->grid = grid.blocks;
+        f->smem = smem;
+        f->elected = int(grid.options.seed % WARP);
+        f->owner = this;
+        f->warp = &warps[size_t(t / WARP)];
+        f->warp->lanes[t % WARP] = f;
+        fibers.push_back(f);
+        cluster->stacks.prepare(slot, f->context, begin_fiber);
+    }
+    cluster->living += living;
+}
+
+static void begin_scheduler() {
+    cluster().run_threads();
+    switch_to(fiber().context, cluster().outside);
+    abort();
+}
+
+Launch::Launch(const Grid& grid, void (*kernel)(const char*), const char* params, size_t bytes)
+    : grid(grid), kernel(kernel), params(params), watched(grid, params, bytes) {}
+
+Cluster::Cluster(const Launch& launch, const Stacks& stacks, int number)
+    : launch(launch),
+      stacks(stacks),
+      number(number),
+      random(launch.grid.options.seed * 1000003 + uint64_t(number)),
+      blocks(size_t(launch.grid.cluster)) {
+    for (size_t rank = 0; rank < blocks.size(); ++rank) {
+        blocks[rank].cluster = this;
+        blocks[rank].rank = int(rank);
+    }
+    scheduler = new (stacks.of(launch.grid.threads * launch.grid.cluster)) Fiber();
+    scheduler->owner = &blocks[0];
+    scheduler->inside = 1;
+}
+Cluster::~Cluster() {
+    for (Block& b : blocks)
+        for (Fiber* f : b.fibers) f->~Fiber();
+    scheduler->~Fiber();
+}
+
+// The scheduler has a stack of its own: what runs on it may ask who it is.
+void Cluster::run() {
+    stacks.prepare(launch.grid.threads * launch.grid.cluster, scheduler->context, begin_scheduler);
+    switch_to(outside, scheduler->context);
+}
+
+// Lets a thread run until it waits. Returns whether it could.
+bool Cluster::take_turn(Fiber& f) {
+    if (f.ended || (f.is_over && !f.is_over(f.condition))) return false;
+    f.is_over = nullptr;
+    f.polls = false;
+    running = &f;
+    switch_to(scheduler->context, f.context);
+    return true;
+}
+
+// Ends one of the operations that barriers wait for.
+bool Cluster::finish_one() {
+    if (operations.empty()) return false;
+    const size_t which = random(operations.size());
+    Counted it = operations[which];
+    operations.erase(operations.begin() + long(which));
+    if (it.copies) it.copies->finish_to(it.end);
+    it.operation();
+    return true;
+}
+// Ends one of those that the threads of a warp wait for themselves.
+void Cluster::finish_one_of(Block& b, Warp& w) {
+    w.products.finish_one();
+    const size_t first = size_t(&w - b.warps.data()) * WARP;
+    Fiber& f = *b.fibers[first + random(std::min(size_t(WARP), b.fibers.size() - first))];
+    f.copies.finish_one();
+    f.stores.finish_one();
+}
+
+constexpr int MOST_IDLE = 1 << 16;  // times that threads ask in vain, with nobody else left
+
+void Cluster::run_threads() {
+    std::vector<std::pair<Block*, Warp*>> order;
+    for (Block& b : blocks)
+        for (Warp& w : b.warps) order.push_back({&b, &w});
+    const auto at_once = [&] { return int(random(100)) < launch.grid.options.eager; };
+    int idle = 0;  // rounds in a row in which some asked again, and nothing else happened
+    while (living > 0) {
+        if (*launch.grid.options.stop) failure = "stopped";
+        bool moved = false, polled = false;
+        const size_t first = random(order.size());
+        for (size_t i = 0; i < order.size() && failure.empty(); ++i) {
+            auto& [b, w] = order[(i + first) % order.size()];
+            const size_t start = random(WARP);
+            for (size_t n = 0; n < WARP && failure.empty(); ++n) {
+                Fiber* const f = w->lanes[(n + start) % WARP];
+                if (!f || !take_turn(*f)) continue;
+                moved |= !f->polls;
+                polled |= f->polls;
+            }
+            if (at_once()) moved |= finish_one();
+            if (at_once()) finish_one_of(*b, *w);
+        }
+        if (!failure.empty()) return;
+        moved = moved || finish_one();
+        idle = moved ? 0 : idle + 1;
+        if (!moved && (!polled || idle > MOST_IDLE)) failure = deadlock();
+    }
+}
+
+std::string Cluster::deadlock() {
+    std::vector<const void*> places;
+    for (const Block& b : blocks)
+        for (const Fiber* f : b.fibers)
+            if (!f->ended) places.push_back(f->place);
+    auto lines = lines_of(places);
+    const auto state_of = [&](const Fiber& f) {
+        if (f.ended) return std::string("ended");
+        explanation.clear();
+        if (f.is_over) f.explain(f.condition);
+        return "wait for " + std::string(f.waits_for) + explanation + at_line(lines, f.place);
+    };
+    std::string text = "deadlock: nobody can go on";
+    for (const Block& b : blocks) {
+        for (size_t t = 0, end; t < b.fibers.size(); t = end) {
+            const std::string state = state_of(*b.fibers[t]);
+            for (end = t + 1; end < b.fibers.size() && state_of(*b.fibers[end]) == state;) ++end;
+            text += "\n  block " + std::to_string(b.index()) + ", threads " + std::to_string(t) +
+                    " to " + std::to_string(end - 1) + ": " + state;
+        }
+    }
+    return text;
+}
+
+std::string name_of(const Fiber& f) {
+    return "thread " + std::to_string(f.index) + " of block " + std::to_string(f.block);
+}
+
+}  // namespace emulator
+
+// A thread that sleeps lets others go first: 1000 nanoseconds are one look of the scheduler.
+void __nanosleep(unsigned nanoseconds) {
+    using namespace emulator;
+    CALLED_HERE;
+    for (unsigned i = 0; i < nanoseconds; i += 1000) let_others_go_there("nanosleep");
+}
