@@ -252,9 +252,9 @@ def _read_ladder(source: Path, baselines: tuple[ladder.Baseline, ...]) -> ladder
 def selftest_command(quick: bool, output: Path | None, as_json: bool) -> None:
     """Check every kernel: dtypes, head dims, shapes, views, gates, rules.
 
-    Without a GPU kernels are emulated: on 2 cores about 10 minutes with --quick, an hour without,
-    and less than half of that again. Exit code 1: a case failed, or there is neither a GPU nor a
-    C++ compiler.
+    Without a GPU kernels are emulated. On 2 cores that takes about 10 minutes with --quick and an
+    hour without, and a quarter of it once all is in the cache. Exit code 1: a case failed, or there
+    is neither a GPU nor a C++ compiler.
     """
     reason = compiler.no_gpu_reason()
     if reason is not None:

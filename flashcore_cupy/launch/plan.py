@@ -175,8 +175,10 @@ def make_plan(
         area = (allocate if own_workspace else workspace)(*plan.workspace_bytes)
         plan.arrays["split_partials"] = area.partials_array
         plan.arrays["counters"] = area.counter_array
-    plan.point(params, mod_args)
-    launches = plan.launches(params, work.blocks)
+    addresses = {name: array.data.ptr for name, array in plan.arrays.items()}
+    plan.arrays |= {f"mod_args[{index}]": array for index, array in enumerate(mod_args)}
+    pointers = [array.data.ptr for array in mod_args]
+    launches = plan.launches(params, addresses, pointers, work.blocks)
     plan.steps = tuple(_step(plan.kernels[launch.number], launch) for launch in launches)
     return plan
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashcore_cupy.problem.array_spec import address_of
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.select import gates, grids
 from flashcore_cupy.select.config import KernelConfig
@@ -21,6 +20,8 @@ Params = np.ndarray[Any, Any]
 """The struct that a kernel takes, by the names of its fields."""
 Empty = Callable[[tuple[int, ...], Any], Any]
 """Makes an array of a shape and a dtype, whatever it holds."""
+
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Launch(NamedTuple):
@@ -55,7 +56,7 @@ class Plan(ABC):
     output: Operand
     arrays: dict[str, Any] = field(default_factory=dict)
     """All that a launch touches: q, k, v, the output "o" in its own layout, "lse" or the gate's
-    arrays, those of the rules and mods, scratch, and the workspace of split keys."""
+    arrays, those of the rules, scratch, the workspace of split keys, and "mod_args[0]", ..."""
 
     @property
     @abstractmethod
@@ -79,7 +80,7 @@ class Plan(ABC):
     def add_results(self, *, want_lse: bool, empty: Empty) -> None:
         """Allocate what a launch writes besides "o"."""
         if want_lse:
-            self.arrays["lse"] = empty(self.problem.lse_shape, np.dtype(np.float32))
+            self.arrays["lse"] = empty(self.problem.lse_shape, _FLOAT32)
         config = self.selection.config
         self.arrays |= gates.allocate(self.problem, config, self.array_module)
 
@@ -88,16 +89,6 @@ class Plan(ABC):
         like_q = self.problem.dtype, self.arrays["q"].dtype  # NumPy may not know bfloat16 by name
         for name, (shape, dtype) in self.selection.config.scratch(self.problem).items():
             self.arrays[name] = empty(shape, like_q[1] if dtype == like_q[0] else np.dtype(dtype))
-
-    def point(self, params: Params, mod_args: Sequence[Any]) -> None:
-        """Write the arrays' addresses; those of the mods become part of the arrays."""
-        known = params.dtype.fields or {}
-        for name, array in self.arrays.items():
-            if name in known:
-                params[name] = address_of(array)
-        for index, array in enumerate(mod_args):
-            self.arrays[f"mod_args[{index}]"] = array
-            params["mod_args"][index] = address_of(array)
 
     @property
     def is_empty(self) -> bool:
@@ -119,12 +110,20 @@ class Plan(ABC):
         most = config.most_blocks(multiprocessors)
         return Work(min(blocks * splits, most), *config.workspace_bytes(blocks, splits, most))
 
-    def launches(self, params: Params, blocks: int) -> Iterator[Launch]:
+    def launches(
+        self, params: Params, addresses: Mapping[str, int], mod_args: Sequence[int], blocks: int
+    ) -> Iterator[Launch]:
         """Return every launch, in order; the last kernel takes ``params``, its last entry blocks.
 
-        Raises ``ValueError`` for more thread blocks than a launch may have.
+        ``addresses``: of the arrays, by their names; ``mod_args``: of the mods'. Raises
+        ``ValueError`` for more thread blocks than a launch may have.
         """
-        addresses = {name: address_of(array) for name, array in self.arrays.items()}
+        known = params.dtype.fields or {}
+        for name, address in addresses.items():
+            if name in known:
+                params[name] = address
+        for index, address in enumerate(mod_args):
+            params["mod_args"][index] = address
         for number, config in enumerate(configs_of(self.selection)):
             is_last = config is self.selection.config
             own = params if is_last else np.zeros((), config.params)

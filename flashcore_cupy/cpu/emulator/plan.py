@@ -117,10 +117,12 @@ def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...]) -> None:
     if work.partials_bytes or work.counters_bytes:
         plan.arrays["split_partials"] = _poisoned((work.partials_bytes,), np.dtype(np.uint8))
         plan.arrays["counters"] = np.zeros(work.counters_bytes, np.uint8)
-    written = set(plan.arrays) - plan.inputs
-    plan.point(params, mod_args)
-    plan.inputs = frozenset(plan.arrays) - written
-    plan.steps = tuple(plan.launches(params, work.blocks))
+    addresses = {name: array.ctypes.data for name, array in plan.arrays.items()}
+    mods = {f"mod_args[{index}]": array for index, array in enumerate(mod_args)}
+    plan.arrays |= mods
+    plan.inputs |= mods.keys()
+    pointers = [array.ctypes.data for array in mod_args]
+    plan.steps = tuple(plan.launches(params, addresses, pointers, work.blocks))
 
 
 def _poisoned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
