@@ -21,6 +21,7 @@ from flashcore_cupy.select import registry
 NUMPY = "numpy"
 EXACT = tuple(name for name, kernel in registry.KERNELS.items() if not kernel.quantizes)
 RULED = tuple(name for name, kernel in registry.KERNELS.items() if kernel.has_rules)
+PACKED = tuple(name for name in RULED if registry.KERNELS[name].family.takes_packed)
 DTYPES = ("float16", "bfloat16", "float32")
 #: Batch, heads of q, of k and v, queries and keys: one for each kind of tile.
 SIZES = {

@@ -290,7 +290,8 @@ def check_products(
     expected = exact_product(a, b, c, depth)
     steps = a.shape[-1] // depth
     limit = steps * PRODUCT_BOUND * (np.abs(c) + np.abs(a) @ np.abs(b))
-    most = 8 if what.endswith("one large") else 1
+    # One term far above the others: 2.0 times the bound on an H100 by wgmma, 1.44 by mma.sync.
+    most = 2.5 if what.endswith(("one large", "large c")) else 1
     for machine, got in results.items():
         if isinstance(run.machines[machine], Emulator):
             assert_same_bits(got, expected, f"{what}, {machine}")

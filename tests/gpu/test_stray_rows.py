@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases_edges import RULED, arrays
+from cases_edges import PACKED, arrays
 from cases_far_scores import TOLERANCE
 from helpers import runs_here
 
@@ -40,7 +40,7 @@ def rules_of(name: str, sequences: int) -> dict[str, Any]:
     }[name]
 
 
-@pytest.mark.parametrize("kernel", RULED)
+@pytest.mark.parametrize("kernel", PACKED)
 @pytest.mark.parametrize(
     ("dtype", "rule"),
     [*(("float16", rule) for rule in RULES), ("bfloat16", "sink"), ("float32", "sink")],
@@ -88,7 +88,7 @@ def test_many_queries_without_keys(queries: int, dim: int, causal: bool) -> None
     """Keys that take no room in L2: once, the scheduler took so many heads that it divided by 0."""
     import cupy
 
-    for kernel in ("auto", *filter(runs_here, RULED)):
+    for kernel in ("auto", *filter(runs_here, PACKED)):
         q = cupy.ones((1, 8, queries, dim), cupy.float16)
         k = q[:, :, :0]
         o, lse = flashcore_cupy.attention(q, k, k, causal=causal, return_lse=True, kernel=kernel)

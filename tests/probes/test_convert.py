@@ -127,14 +127,15 @@ def _next_down(x: np.ndarray) -> np.ndarray:
 def test_products_are_rounded_before_a_subtraction(probe: Probes) -> None:
     x, y = FLOATS, np.random.default_rng(3).permutation(FLOATS)
     with np.errstate(all="ignore"):
+        finite = np.isfinite(x * y)  # the bits of a NaN's difference are the machine's own affair
+        x, y = (np.where(finite, factor, np.float32(1)) for factor in (x, y))
         expected = x * y
     product, left = convert(probe("convert"), "rounded_product", [x, y, expected], "f4", "f4")
     assert_same_bits(product, canonical(expected))
-    finite = np.isfinite(expected)
-    assert_same_bits(left[finite], np.float32(0))
+    assert_same_bits(left, np.zeros_like(x))
     with np.errstate(all="ignore"):
         exact = x.astype(np.float64) * y
-    assert np.count_nonzero(exact[finite] - expected[finite]) > 10000, "a multiply-add leaves these"
+    assert np.count_nonzero(exact - expected) > 10000, "a multiply-add leaves these"
 
 
 def ulps(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
