@@ -86,10 +86,13 @@ def emulated_plan(
     return bind(call, arch, want_lse=return_lse)
 
 
-def bind(call: Call, arch: str, *, want_lse: bool) -> EmulatedPlan:
+def bind(
+    call: Call, arch: str, *, want_lse: bool, multiprocessors: int = _MULTIPROCESSORS
+) -> EmulatedPlan:
     """Bind a call on NumPy arrays to its kernel, as that is built for a target.
 
-    Raises ``ValueError`` with the reason if the kernel cannot do the problem.
+    ``multiprocessors``: how many the emulated GPU has. Raises ``ValueError`` with the reason if the
+    kernel cannot do the problem.
     """
     problem = call.problem
     selection = select(problem, arch, kernel=call.kernel, overrides=call.config)
@@ -104,16 +107,16 @@ def bind(call: Call, arch: str, *, want_lse: bool) -> EmulatedPlan:
     plan.add_results(want_lse=want_lse, empty=_poisoned)
     if not plan.is_empty:
         plan.add_scratch(_poisoned)
-        _add_steps(plan, tuple(call.mod_args.values()))
+        _add_steps(plan, tuple(call.mod_args.values()), multiprocessors)
     return plan
 
 
-def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...]) -> None:
+def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...], multiprocessors: int) -> None:
     config = plan.selection.config
-    params = fixed_params(plan.problem, config, plan.output, _RESIDENT, _MULTIPROCESSORS)
+    params = fixed_params(plan.problem, config, plan.output, _RESIDENT, multiprocessors)
     for view in plan.views:
         params[f"{view.name}_map"] = tensor_map(view, plan.arrays[view.name].ctypes.data)
-    work = plan.work(params, _MULTIPROCESSORS)
+    work = plan.work(params, multiprocessors)
     if work.partials_bytes or work.counters_bytes:
         plan.arrays["split_partials"] = _poisoned((work.partials_bytes,), np.dtype(np.uint8))
         plan.arrays["counters"] = np.zeros(work.counters_bytes, np.uint8)
