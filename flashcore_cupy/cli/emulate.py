@@ -34,7 +34,7 @@ from flashcore_cupy.measure import emulation, job
     "--check",
     "checks",
     type=click.Choice(("races",)),
-    help="Also look at every access to shared memory: races, and what nobody has written. Slow.",
+    help="Also look at every access to memory: races, strays, what nobody has written. Slow.",
 )
 @click.option(
     "--seed",
@@ -102,7 +102,7 @@ def _page(result: emulation.Emulation) -> Group:
     table.add_row("problem", f"{describe_problem(problem)}{gate}, seed {result.seed}")
     last = result.seed + result.schedules - 1
     seeds = f"seed {last}" if last == result.seed else f"seeds {result.seed} to {last}"
-    watched = ", each access to shared memory watched" if result.checking else ""
+    watched = ", each access watched" if result.checking else ""
     seconds = f"in {tables.significant(result.seconds)} s"
     table.add_row("emulated", f"schedules of {seeds}{watched}, {seconds}")
     if result.failure is not None:

@@ -24,7 +24,7 @@ class Emulation:
     kernel: str
     config: str
     checking: bool
-    """Whether every access to shared memory was watched."""
+    """Whether every access was watched."""
     seed: int
     """Of the inputs, and of the first schedule; those after it have the next ones."""
     schedules: int
