@@ -8,14 +8,21 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import PROBES, ROOT, compiler_skip_reason, gpu_skip_reason
+from helpers import PROBES, ROOT, compiler_skip_reason, gpu_skip_reason, kernels_skip_reason
 
 #: A folder is a marker: what its tests need, and what says why that is not here.
-NEEDS = {"compile": ("NVRTC", compiler_skip_reason), "gpu": ("a GPU", gpu_skip_reason)}
+NEEDS = {
+    "compile": ("NVRTC", compiler_skip_reason),
+    "gpu": ("a GPU", gpu_skip_reason),
+    "kernels": ("a GPU or a C++ compiler", kernels_skip_reason),
+}
 
-pytest.register_assert_rewrite("fuzz", *(path.stem for path in ROOT.glob("tests/cases_*.py")))
+pytest.register_assert_rewrite(
+    "fuzz", "places", *(path.stem for path in ROOT.glob("tests/cases_*.py"))
+)
 
 
 def _test_what_is_installed() -> None:
@@ -34,6 +41,15 @@ def _test_what_is_installed() -> None:
 
 
 _test_what_is_installed()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All tests take all cores, unless ``-n`` or ``--pdb`` say otherwise."""
+    option, is_all = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    is_plain = not (option.usepdb or option.collectonly)
+    if is_all and is_plain and getattr(option, "numprocesses", 0) is None:
+        option.numprocesses = "auto"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,6 +76,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=f"needs {what}: {reason}"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    from places import parametrize
+
+    parametrize(metafunc)
+
+
+@pytest.fixture
+def on(request: pytest.FixtureRequest) -> Any:
+    """Where attention runs in this folder, a ``Place``."""
+    from places import place_of
+
+    return place_of(request.path)
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """Whole problems at random, every argument of ``attention``, against the float64 oracle.
 
-What a kernel is compiled for comes from a list of configurations, all compiled in parallel before
-the first example; lengths, heads, bounds and values are drawn freely. Every array is cut from a
-buffer that is NaN elsewhere.
+What a kernel is compiled for comes from a list of configurations, on a GPU all compiled in
+parallel before the first example; lengths, heads, bounds and values are drawn freely. Every array
+is cut from a buffer that is NaN elsewhere.
 
-    pytest tests/cpu/test_fuzz.py tests/gpu/test_fuzz.py    the same examples each time
-    python tests/fuzz.py 2000                               others, on a GPU if there is one
+    pytest tests -k fuzz            the same examples each time
+    python tests/fuzz.py 2000       others, on a GPU if there is one, else emulated
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import functools
 import random
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from places import Place, place_of
 
-import flashcore_cupy
 from flashcore_cupy.check.selftest import matrix, rule_cases
 from flashcore_cupy.check.selftest.arrays import Placed, set_up
 from flashcore_cupy.check.selftest.case import MASK_MODS, SCORE_MODS, Case, packed
+from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.select import registry
 
@@ -137,8 +139,8 @@ def compiled_for(case: Case, arch: str) -> Any:
 
 
 @st.composite
-def problems(draw: Any) -> Case:
-    case = draw(st.sampled_from(configurations()))
+def problems(draw: Any, groups: tuple[str, ...] = tuple(GRIDS)) -> Case:
+    case = draw(st.sampled_from([case for case in configurations() if case.group in groups]))
     case = draw_packed(draw, case) if case.lengths else draw_sizes(draw, case)
     left, right = (n if n < 0 else draw(st.integers(0, 300)) for n in case.window)
     bare = replace(case, group="", seed=0, kind="normal")
@@ -233,30 +235,29 @@ def draw_packed(draw: Any, case: Case) -> Case:
 # ---- what has to hold ----------------------------------------------------------------------------
 
 
-def check(case: Case, on_gpu: bool) -> None:
+def check(case: Case, on: Place) -> None:
     setup = set_up(case)
-    placed = Placed.of(case, setup, on_gpu=on_gpu)
-    first = attend(case, placed)
-    if on_gpu:  # on the short way, if nothing keeps it from being remembered
-        again = attend(case, placed)
+    placed = Placed.of(case, setup, on_gpu=on.kind == "gpu", in_kernel=not on.is_numpy)
+    first = attend(case, placed, on)
+    if on.kind == "gpu":  # on the short way, if nothing keeps it from being remembered
+        again = attend(case, placed, on)
         assert all(x.tobytes() == y.tobytes() for x, y in zip(first, again, strict=True))
-    buffer = placed.out_buffer.get() if on_gpu else placed.out_buffer
-    assert setup.out.surroundings_are_nan(buffer), "wrote beside the output"
+    assert setup.out.surroundings_are_nan(on.to_host(placed.out_buffer)), "wrote beside the output"
     lse = first[1] if len(first) > 1 else None
     result = matrix.judge(case, setup.host, matrix.Launched(first[0], lse, None, 64))
     assert result.ok, f"{case.dtype} {case.name}: {result.reason}"
 
 
-def attend(case: Case, placed: Placed) -> list[np.ndarray]:
+def attend(case: Case, placed: Placed, on: Place) -> list[np.ndarray]:
     wanted: dict[str, Any] = {}
     if case.gate not in ("qk", "softmax"):
         wanted = {"out": placed.out, "return_lse": case.gate is None}
         placed.out.fill(np.nan)
-    if not isinstance(placed.out_buffer, np.ndarray):
-        wanted["kernel"] = case.kernel
-    got = flashcore_cupy.attention(*placed.inputs, **wanted, **placed.arguments)
-    each = got if isinstance(got, tuple) else (got,)
-    arrays = [x if isinstance(x, np.ndarray) else x.get() for x in each]
+    kernel = "auto" if on.is_numpy else case.kernel
+    if on.is_emulated:  # where "auto" is NumPy
+        kernel = compiled_for(case, HOPPER).kernel
+    got = on.by(kernel).attention(*placed.inputs, **wanted, **placed.arguments)
+    arrays = [on.to_host(x) for x in (got if isinstance(got, tuple) else (got,))]
     return arrays if case.gate in ("qk", "softmax") else matrix.canonical(case, *arrays)
 
 
@@ -266,16 +267,19 @@ def warm_up() -> None:
     compiler.compile_many([(c.source, c.defines(), arch, c.headers) for c in wanted])
 
 
-def run(examples: int, *, on_gpu: bool, derandomize: bool, report_every: int = 0) -> None:
-    if on_gpu:
+def run(examples: int, on: Place, *, derandomize: bool, report_every: int = 0) -> None:
+    groups, how = tuple(GRIDS), {}
+    if on.kind == "gpu":
         warm_up()
+    if on.is_emulated:  # small grids; and no search for a smaller example, which would be builds
+        groups, how = OF_ANY_LENGTHS, {"phases": [Phase.generate]}
     clean = 0
 
-    @settings(SETTINGS, max_examples=examples, derandomize=derandomize)
-    @given(problems())
+    @settings(SETTINGS, max_examples=examples, derandomize=derandomize, **how)
+    @given(problems(groups))
     def each(case: Case) -> None:
         nonlocal clean
-        check(case, on_gpu)
+        check(case, on)
         clean += 1
         if report_every and clean % report_every == 0:
             print(f"{clean} clean", flush=True)
@@ -285,4 +289,4 @@ def run(examples: int, *, on_gpu: bool, derandomize: bool, report_every: int = 0
 
 if __name__ == "__main__":
     examples = int(sys.argv[1]) if sys.argv[1:] else 2000
-    run(examples, on_gpu=compiler.no_gpu_reason() is None, derandomize=False, report_every=50)
+    run(examples, place_of(Path(__file__)), derandomize=False, report_every=50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -19,11 +20,21 @@ ROOT = Path(__file__).resolve().parent.parent
 PROBES = sorted((ROOT / "tests" / "probes").glob("*.cu"))
 
 
+@functools.cache
 def gpu_skip_reason() -> str | None:
     """Why tests below ``tests/gpu`` cannot run here; None if they can."""
     from flashcore_cupy.jit.compiler import no_gpu_reason
 
     return no_gpu_reason()
+
+
+@functools.cache
+def kernels_skip_reason() -> str | None:
+    """Why no kernel can run here, neither on a GPU nor emulated."""
+    from flashcore_cupy.cpu.emulator.build import why_not
+
+    gpu, emulated = gpu_skip_reason(), why_not()
+    return None if gpu is None or emulated is None else f"{gpu}; {emulated}"
 
 
 def compiler_skip_reason() -> str | None:

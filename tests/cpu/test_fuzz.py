@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fuzz import CONFIGURATIONS, KERNEL, SETTINGS, compiled_for, configurations, problems, run
 from hypothesis import given, settings
+from places import Place
 
 from flashcore_cupy.check.selftest.case import Case
 from flashcore_cupy.problem.rules import RULES
@@ -40,5 +41,5 @@ def test_configurations_have_everything() -> None:
     assert on_hopper >= {(KERNEL, 16), (KERNEL, 32), (KERNEL, 64), (KERNEL, 128)}
 
 
-def test_numpy() -> None:
-    run(20, on_gpu=False, derandomize=True)
+def test_numpy(on: Place) -> None:
+    run(20, on, derandomize=True)

@@ -147,7 +147,7 @@ def test_no_test_module_is_imported() -> None:
             r"^\s*(?:from|import) (test_\w+|conftest|tests)\b", text, re.MULTILINE
         )
         assert not imported, f"{path.name} imports {imported}"
-        assert not re.search(r"\bmark\.(gpu|compile)\b", text), f"{path.name} sets a marker"
+        assert not re.search(r"\bmark\.(gpu|compile|kernels)\b", text), f"{path.name} sets a marker"
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))

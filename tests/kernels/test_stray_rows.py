@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases_edges import PACKED, arrays
+from cases_edges import arrays
 from cases_far_scores import TOLERANCE
-from helpers import runs_here
+from places import PACKED, Place, each, everywhere, unchecked_boundaries
 
-import flashcore_cupy
 from flashcore_cupy.cpu import reference
-from flashcore_cupy.select import registry
 
 #: Boundaries, and rows in all: behind the last sequence, before the first, both, none; no sequence.
 BATCHES: tuple[tuple[tuple[int, ...], int], ...] = (
@@ -40,18 +38,27 @@ def rules_of(name: str, sequences: int) -> dict[str, Any]:
     }[name]
 
 
-@pytest.mark.parametrize("kernel", PACKED)
-@pytest.mark.parametrize(
-    ("dtype", "rule"),
-    [*(("float16", rule) for rule in RULES), ("bfloat16", "sink"), ("float32", "sink")],
+@each(
+    "kernel, dtype, rule",
+    [
+        *((kernel, "float16", rule) for kernel in PACKED for rule in RULES),
+        *((kernel, "bfloat16", "sink") for kernel in PACKED),
+        ("mma_sm80", "float32", "sink"),
+    ],
+    emulated=[
+        *(("mma_sm80", "float16", "none"), ("wgmma_sm90", "float16", "sink")),
+        *(("mma_sm80", "bfloat16", "alibi"), ("wgmma_sm90", "bfloat16", "window")),
+        ("mma_sm80", "float32", "sink"),
+    ],
 )
-@pytest.mark.parametrize("heads_kv", [1, 8])
-def test_rows_of_no_sequence_are_zeros(kernel: str, dtype: str, rule: str, heads_kv: int) -> None:
+@each("heads_kv", [1, 8])
+def test_rows_of_no_sequence_are_zeros(
+    on: Place, kernel: str, dtype: str, rule: str, heads_kv: int
+) -> None:
     """Whatever memory held, and whatever q, k, v hold there: o = 0, and LSE = -inf, sink or not."""
-    import cupy
-
-    if not runs_here(kernel) or dtype not in registry.KERNELS[kernel].dtypes:
-        pytest.skip(f"{kernel} does not take {dtype} here")
+    if not on.takes(kernel):
+        pytest.skip(f"{kernel} is for another GPU")
+    on = on.by(kernel)
     for bounds, total in BATCHES:
         operands = arrays(total, total, heads=8, heads_kv=heads_kv, dtype=dtype)
         q, k, v = (np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in operands)
@@ -65,31 +72,29 @@ def test_rows_of_no_sequence_are_zeros(kernel: str, dtype: str, rule: str, heads
             want[own], want_lse[:, own] = found
         for x in (q, k, v):
             x[~own] = np.nan
-        device = [cupy.asarray(x) for x in (q, k, v)]
-        starts = cupy.asarray(bounds, cupy.int32)
-        given = {n: cupy.asarray(x) if isinstance(x, np.ndarray) else x for n, x in rules.items()}
+        given = {n: on.xp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in rules.items()}
+        starts = on.xp.asarray(bounds, np.int32)
         given |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
-        for out in (None, cupy.asarray(np.full_like(q, np.nan))):
-            held = [cupy.full(n, np.nan, cupy.float32) for n in (8 * total, q.nbytes // 4)]
+        device = [on.xp.asarray(x) for x in (q, k, v)]
+        for out in (None, on.xp.asarray(np.full_like(q, np.nan))):
+            held = [on.xp.full(n, np.nan, np.float32) for n in (8 * total, q.nbytes // 4)]
             del held  # what is allocated next has their memory
-            o, lse = flashcore_cupy.attention(
-                *device, kernel=kernel, out=out, return_lse=True, **given
-            )
+            with unchecked_boundaries():
+                o, lse = on.attention(*device, out=out, return_lse=True, **given)
             assert out is None or o is out
-            o, lse = cupy.asnumpy(o).astype(np.float64), cupy.asnumpy(lse)
+            o, lse = on.to_host(o), on.to_host(lse)
+            o = o.astype(np.float64)
             assert (o[~own] == 0).all() and np.isneginf(lse[:, ~own]).all(), (bounds, total)
             np.testing.assert_allclose(o, want, rtol=0, atol=4 * TOLERANCE[dtype])
             np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("queries", "dim"), [(16384, 128), (24576, 64), (2**20, 64)])
-@pytest.mark.parametrize("causal", [False, True])
-def test_many_queries_without_keys(queries: int, dim: int, causal: bool) -> None:
+@everywhere(*PACKED)
+@each("queries, dim", [(16384, 128), (24576, 64), (2**20, 64)], emulated=[(1024, 128), (3072, 64)])
+@each("causal", [False, True])
+def test_many_queries_without_keys(on: Place, queries: int, dim: int, causal: bool) -> None:
     """Keys that take no room in L2: once, the scheduler took so many heads that it divided by 0."""
-    import cupy
-
-    for kernel in ("auto", *filter(runs_here, PACKED)):
-        q = cupy.ones((1, 8, queries, dim), cupy.float16)
-        k = q[:, :, :0]
-        o, lse = flashcore_cupy.attention(q, k, k, causal=causal, return_lse=True, kernel=kernel)
-        assert not o.any() and cupy.isneginf(lse).all()
+    q = on.xp.ones((1, 8, queries, dim), np.float16)
+    k = q[:, :, :0]
+    o, lse = on.attention(q, k, k, causal=causal, return_lse=True)
+    assert not o.any() and on.xp.isneginf(lse).all()
