@@ -45,11 +45,13 @@ _test_what_is_installed()
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """All tests take all cores, unless ``-n`` or ``--pdb`` say otherwise."""
+    """All tests take all cores, up to 16, unless ``-n`` or ``--pdb`` say otherwise."""
+    if hasattr(config, "workerinput"):  # a worker of xdist comes by here, too, and starts none
+        return
     option, is_all = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
     is_plain = not (option.usepdb or option.collectonly)
     if is_all and is_plain and getattr(option, "numprocesses", 0) is None:
-        option.numprocesses = "auto"
+        option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 16
 
 
 def pytest_configure(config: pytest.Config) -> None:
