@@ -152,6 +152,15 @@ FAULT(same_value) {
     result(y) = s[0];
 }
 
+// Rows of 128 bytes lie in the same banks all of them; rows of 144 bytes in different ones.
+FAULT(banks) {
+    for (int i = 0; i < 18; ++i) numbers()[i * 64 + thread_index()] = 1.0f;
+    block_sync();
+    uint32 r[4];
+    ldmatrix_x4(r, shared_address(numbers() + thread_index() % 32 * (RIGHT ? 36 : 32)));
+    result(y) = float(r[0]);
+}
+
 // ---- copies ------------------------------------------------------------------------------------
 
 FAULT(copy) {
@@ -234,6 +243,24 @@ FAULT(second_fence) {
     if (RIGHT) fence_gpu();
     *mine = y[thread_index() / 32 * ROW + thread_index() % 32] +
             y[thread_index() / 32 * ROW + thread_index() % 32 + 2 * ROW];
+}
+
+// ---- what C++ leaves undefined, or would end the process ---------------------------------------
+
+FAULT(division) { n[thread_index()] = 7 / (RIGHT ? 1 : n[thread_index()]); }
+FAULT(overflow) { n[thread_index()] = (n[thread_index()] + (RIGHT ? 1 : 1 << 30)) * 2; }
+FAULT(index) {
+    int four[4] = {1, 2, 3, 4};
+    n[thread_index()] = four[thread_index() / (RIGHT ? 16 : 8)];
+}
+FAULT(address) {
+    float* const far = reinterpret_cast<float*>(uint64(1) << 44);
+    *(RIGHT ? &result(y) : far + thread_index()) = 1.0f;
+}
+FAULT(copy_from_nowhere) {
+    const float* const far = reinterpret_cast<const float*>(uint64(1) << 44);
+    cp_async_16(shared_address(numbers() + thread_index() * 4), RIGHT ? x : far, 16);
+    cp_async_wait<0>();
 }
 
 // ---- a cluster of two blocks -------------------------------------------------------------------
@@ -340,14 +367,19 @@ FAULT(proxies) {
 
 constexpr int TILE = 32 * 32 * 4;  // bytes
 
-__device__ __forceinline__ void load(const TensorMap* map, int bytes = TILE) {
+__device__ __forceinline__ void load(const TensorMap* map, int bytes = TILE, int column = 0) {
     if (thread_index() == 0) {
         mbarrier_init(barriers(), 1);
         fence_mbarrier_init();
         mbarrier_arrive_expect_tx(barriers(), uint32(bytes));
-        tma_load_4d(numbers(), map, barriers(), 0, 0, 0, 0);
+        tma_load_4d(numbers(), map, barriers(), column, 0, 0, 0);
     }
     block_sync();
+}
+
+TMA_FAULT(load_between_pieces) {
+    load(map, TILE, RIGHT ? 4 : 5);
+    mbarrier_wait(barriers(), 0);
 }
 
 TMA_FAULT(load_too_soon) {

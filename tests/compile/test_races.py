@@ -4,6 +4,7 @@ and what is missing when a barrier is taken out of a kernel.
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -38,6 +39,7 @@ SAID = {
     "threads 32 to 63: wait for bar.sync 0, where 32 of 64 have come at ",
     "unwritten": "uninitialised: thread 0 .* reads byte 252 of shared memory",
     "same_value": "race: .* writes byte 0 .*has written",
+    "banks": "slow: .* takes eight rows that all lie in the same banks",
     "copy": "race: .* reads .*which a copy of thread .*, not waited for, has written",
     "copies_of_others": "race|uninitialised",
     "counted_copies": "race: .* reads .*which a copy of thread .*, not waited for, has written",
@@ -49,6 +51,11 @@ SAID = {
     "copy_beyond": "out of bounds: a copy .* reads 16 bytes of x, beyond its end",
     "misaligned": "misaligned: thread .* reads 8 bytes",
     "unwritten_output": "uninitialised: .* reads byte .* of y",
+    "division": "illegal: thread .* does what C\\+\\+ leaves undefined",
+    "overflow": "illegal: thread .* does what C\\+\\+ leaves undefined",
+    "index": "illegal: thread .* does what C\\+\\+ leaves undefined",
+    "address": "out of bounds: .* writes 4 bytes, where no array is",
+    "copy_from_nowhere": "out of bounds: a copy .* reads 16 bytes, where no array is",
     "blocks": "race: thread .* of block [01] writes byte .* of y.*which thread .* has written",
     "fences": "race: .* reads byte .* of y",
     "second_fence": "race: .* reads byte .* of y",
@@ -58,6 +65,7 @@ SAID = {
     "wgmma_fence": "no fence: .* has touched a register of the wgmma after its last wgmma_fence",
     "operands": "race: .* writes .*which a wgmma of warp 0 of block 0 has read",
     "proxies": "no fence: a wgmma .* has the asynchronous proxy read .*has written at ",
+    "load_between_pieces": "TMA load: the box begins at byte 20 of its rows, no multiple of 16",
     "load_too_soon": "race: .* reads .*which a copy that an mbarrier counts has written",
     "load_never_complete": "deadlock.*whose phase misses 0 arrivals and 16 bytes",
     "load_outlives_block": "too soon: block 0 may end while a copy that an mbarrier counts writes",
@@ -78,15 +86,24 @@ def faults(macro: str) -> list[str]:
     return re.findall(rf"^{macro}\((\w+)\)", FAULTS.read_text(), re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def built() -> Any:
+def build(*, checking: bool) -> Any:
     names = faults("FAULT") + faults("TMA_FAULT")
     entries = tuple(f"{which}_{name}" for name in names for which in ("right", "wrong"))
     source = Source(str(FAULTS), entries, "sm_90a", {"KERNELS": kernels_digest()})
-    return library(source, checking=True)
+    return library(source, checking=checking)
 
 
-def run(built: Any, which: str, name: str, schedule: Schedule) -> None:
+@pytest.fixture(scope="module")
+def built() -> Any:
+    return build(checking=True)
+
+
+@pytest.fixture(scope="module")
+def unchecked() -> Any:
+    return build(checking=False)
+
+
+def run(built: Any, which: str, name: str, schedule: Schedule) -> np.ndarray:
     y, n = np.full((32, 40), np.nan, np.float32)[:, :32], np.zeros(64, np.int32)
     if name in faults("TMA_FAULT"):
         x = np.ones((1, 1, 32, 32), np.float32)
@@ -100,6 +117,7 @@ def run(built: Any, which: str, name: str, schedule: Schedule) -> None:
         grid, inputs = GRIDS.get(name, Grid(1, 64, 16384)), {"x"}
     memory = memory_of({"x": x, "y": y, "n": n}, inputs, {"x", "n"})
     launch(built, f"{which}_{name}", params, grid, schedule, keep=(x, y, n), memory=memory)
+    return y
 
 
 def test_every_fault_has_its_words() -> None:
@@ -122,6 +140,34 @@ def around(lines: list[int]) -> list[str]:
     """The first lines of the definitions that lines of ``faults.cu`` are in."""
     text = FAULTS.read_text().split("\n")
     return [next(x for x in text[n - 1 :: -1] if "FAULT(" in x) for n in lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "division": "illegal: thread .* divides by 0",
+        "address": "illegal: thread .* touches address 0x100000000.*, where nothing is",
+        "copy_from_nowhere": "illegal: .* touches address",
+    }.items(),
+)
+def test_what_would_end_the_process_is_an_error(name: str, said: str, unchecked: Any) -> None:
+    if name == "division" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("a division by 0 is 0 here")
+    for _ in range(2):
+        with pytest.raises(KernelError, match=said):
+            run(unchecked, "wrong", name, Schedule(1, 30))
+        run(unchecked, "right", name, Schedule(1, 30))
+
+
+def test_a_product_ends_late_or_soon(unchecked: Any) -> None:
+    """Who looks at accumulators too soon finds NaN, or, in another order, the result."""
+    seen = [
+        run(unchecked, "wrong", "accumulators", Schedule(seed, eager))[0]
+        for seed in range(4)
+        for eager in (0, 100)
+    ]
+    assert all(np.isnan(row).any() for row in seen[::2])
+    assert any((row == 16).any() for row in seen[1::2])
 
 
 # ---- kernels -----------------------------------------------------------------------------------

@@ -42,8 +42,14 @@ _FLAGS = (
     "-fno-sanitize=undefined",  # which zig would have
 )
 _KERNEL, _RUNTIME = ("-O1",), ("-O2",)
-#: Calls at each plain access of a kernel, which find races and what nobody has written.
-_CHECKING, _CHECKING_KERNEL = ("-DEMULATOR_CHECK",), ("-g1", "-fsanitize=thread")
+_CHECKING = ("-DEMULATOR_CHECK",)
+_CHECKING_KERNEL = (
+    "-g1",
+    "-fsanitize=thread",  # calls at each plain access, which find races and what nobody has written
+    # Traps, at what C++ leaves undefined.
+    "-fsanitize=signed-integer-overflow,integer-divide-by-zero,bounds",
+    "-fsanitize-undefined-trap-on-error",
+)
 
 _LOG = 4000  # characters of what the compiler says
 

@@ -35,13 +35,14 @@ inline void raise(Epochs& epochs, size_t i, Epoch to) {
     if (epochs[i] < to) epochs[i] = to;
 }
 
+using ByCluster = std::map<int, Epochs>;  // by the cluster's number in the grid
+
 struct Knowledge {
-    Epochs known;   // come before
-    Epochs shown;   // and are seen by the asynchronous proxy: TMA, wgmma
-    Epochs global;  // and are seen by the whole GPU
-    // Known of the threads of other clusters, by the cluster's number; and what is from the next
-    // fence on.
-    std::map<int, Epochs> others, promised;
+    Epochs known;        // come before
+    Epochs shown;        // and are seen by the asynchronous proxy: TMA, wgmma
+    Epochs global;       // and are seen by the whole GPU
+    ByCluster others;    // come before, of the threads of other clusters
+    ByCluster promised;  // will, from the next fence on
 
     void add(const Knowledge& more);
     bool has(const Knowledge& other) const;
@@ -65,8 +66,9 @@ class SyncClock {
 // An mbarrier as an agent: its copies have the number of the phase that counts them.
 struct WatchedBarrier {
     SyncClock clock;
-    size_t number;
+    size_t number = 0;
     Epoch phase = 1;
+    int parity = 0;
 };
 struct WatchedCluster {
     size_t threads = 0, agents = 0;  // agents: numbers that are taken, threads included

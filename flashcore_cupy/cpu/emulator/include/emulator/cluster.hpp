@@ -5,6 +5,7 @@
 #include <emulator/launch.hpp>
 #include <emulator/machine.hpp>
 #include <emulator/shadow.hpp>
+#include <emulator/signals.hpp>
 
 #include <deque>
 #include <map>
@@ -69,6 +70,8 @@ struct Barrier {
     uint32_t round = 0;
     bool any = false, result = false;
     SyncClock clock;
+
+    void open();  // the round is over: everybody may go on
 };
 
 // The accumulators of a warp's lanes while wgmmas are under way that add to them.
@@ -139,6 +142,7 @@ struct Cluster {
     std::vector<Block> blocks;
     Fiber* scheduler;
     Context outside;  // of the scheduler
+    Fault fault;
     std::deque<Counted> operations;
     std::string failure, explanation;
     Barrier meeting;  // the cluster's
@@ -160,6 +164,8 @@ struct Cluster {
 inline Fiber& fiber() { return static_cast<Fiber&>(current()); }
 inline Cluster& cluster() { return *fiber().owner->cluster; }
 
+// Back to the scheduler, until it is this thread's turn again.
+void yield();
 // "thread 5 of block 3"
 std::string name_of(const Fiber& fiber);
 [[noreturn]] void fail_with(const std::string& text);

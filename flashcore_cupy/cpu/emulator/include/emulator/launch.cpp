@@ -40,6 +40,7 @@ class Worker {
     size_t bytes() const { return size_t(launch_.grid.smem_bytes + 1023) / 1024 * 1024 + 1024; }
 
     const Launch& launch_;
+    const SignalStack signals_;
     const Stacks stacks_;
     std::vector<Shadow> shadows_;
     std::vector<std::unique_ptr<char, decltype(&std::free)>> memory_;
@@ -80,6 +81,7 @@ int run_grid(const Grid& grid, void (*kernel)(const char*), const void* params, 
     const std::unique_ptr<char, decltype(&std::free)> own(
         static_cast<char*>(aligned_alloc(128, room)), &std::free);
     std::memcpy(own.get(), params, params_bytes);
+    const CatchSignals catching;
     const Launch launch(grid, kernel, own.get(), params_bytes);
     const std::string failure = run_clusters(launch);
     snprintf(message, size, "%s", failure.c_str());

@@ -4,10 +4,15 @@
 #define __CUDA_ARCH__ 900
 // Of types.cuh: by clang the kernel defines a constant of this name, too.
 #define IS_BFLOAT16 IS_BFLOAT16_IN_RUNTIME
+#include <emulator/clocks.cpp>
 #include <emulator/launch.cpp>
 #include <emulator/machine.cpp>
+#include <emulator/memory.cpp>
+#include <emulator/registers.cpp>
+#include <emulator/scheduler.cpp>
 #include <emulator/shadow.cpp>
-#include <emulator/watch.cpp>
+#include <emulator/signals.cpp>
+#include <emulator/tsan.cpp>
 #include <flashcore/ptx/mma.cuh>
 #include <flashcore/ptx/wgmma.cuh>
 #include <flashcore/ptx/wmma.cuh>

@@ -30,8 +30,17 @@ struct Rows {
     char* row;
 };
 
+inline void note_blocks(void** all, int blocks) {
+    for (int i = 0; i < blocks; ++i) {
+        const void* rows[8];
+        for (int n = 0; n < 8; ++n) rows[n] = static_cast<Rows*>(all[8 * i + n])->row;
+        emulator::note_rows(rows);
+    }
+}
+
 template <bool TRANSPOSED>
 __attribute__((noinline)) void load_blocks(void** all) {
+    note_blocks(all, 4);
     for (int lane = 0; lane < 32; ++lane)
         emulator::note_read(emulator::By::WARP, static_cast<Rows*>(all[lane])->row, 16);
     for (int lane = 0; lane < 32; ++lane)
@@ -48,6 +57,7 @@ __attribute__((noinline)) void load_blocks(void** all) {
 }
 template <int BLOCKS>
 __attribute__((noinline)) void store_blocks(void** all) {
+    note_blocks(all, BLOCKS);
     for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < BLOCKS; ++i)
             std::memcpy(static_cast<Rows*>(all[8 * i + lane / 4])->row + lane % 4 * 4,

@@ -92,6 +92,9 @@ __forceinline__ SharedBox box_in_shared(const Box& box, const void* shared, cons
     const int swizzle = box.map.swizzle();
     if (box.row_bytes() != swizzle)
         emulator::fail("%s: rows of the box have not the %d bytes of the swizzle", what, swizzle);
+    const int first = box.first[0] * box.map.element_bytes();
+    if (first % 16)
+        emulator::fail("%s: the box begins at byte %d of its rows, no multiple of 16", what, first);
     const uint32 address = shared_address(shared);
     char* const at = emulator::shared_pointer(address, box.bytes(), 8 * swizzle, what);
     return {at - address, address, box.row_bytes(), swizzle};

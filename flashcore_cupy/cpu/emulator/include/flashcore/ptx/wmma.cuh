@@ -1,5 +1,6 @@
-// ptx/wmma.cuh on the CPU - 16 x 16 matrices spread over a warp. Which lane holds what is not said,
-// so a kernel must not know; here lane l has row l / 2, columns 8 (l % 2) to 8 (l % 2) + 7.
+// ptx/wmma.cuh on the CPU - 16 x 16 matrices spread over a warp, eight elements in each lane. Which
+// ones is not said, so a kernel must not know: here they are in no order, and in another one with
+// another seed.
 #pragma once
 #include <emulator/numbers.hpp>
 #include <flashcore/ptx/cp_async.cuh>
@@ -26,10 +27,15 @@ __forceinline__ void fill(Accumulator& acc, float value) {
 
 namespace twin {
 
+// Where a lane's element i is in the matrix: 16 row + column. 77 is odd, so all places are taken.
+inline int fragment_place(int lane, int i) {
+    return ((lane * 8 + i) * 77 + emulator::current().elected) % 256;
+}
+
 // This lane's element i of a matrix, where it lies row by row, or column by column.
 template <bool BY_COLUMN = false, typename E>
 __forceinline__ E& fragment_element(E* matrix, int ld, int i) {
-    const int row = emulator::lane() / 2, column = emulator::lane() % 2 * 8 + i;
+    const int place = fragment_place(emulator::lane(), i), row = place / 16, column = place % 16;
     return matrix[BY_COLUMN ? column * ld + row : row * ld + column];
 }
 
@@ -51,8 +57,12 @@ __forceinline__ const E* wmma_source(const E* p, int ld, const char* what) {
     } matrix = {wmma_operand(p, ld, what), ld};
     emulator::collective(what, &matrix, [](void** all) {
         const Matrix& m = *static_cast<const Matrix*>(all[0]);
-        for (int row = 0; row < 16; ++row)
+        const void* rows[8];
+        for (int row = 0; row < 16; ++row) {
             emulator::note_read(emulator::By::WARP, m.p + row * m.ld, 16 * sizeof(E));
+            rows[row % 8] = m.p + row * m.ld;
+        }
+        emulator::note_rows(rows);
     });
     return matrix.p;
 }
@@ -113,20 +123,19 @@ template <typename T>
 __attribute__((noinline)) void multiply_m16n16k16(void** all) {
     const auto lane = [&](int n) { return static_cast<const WmmaOperand<T>*>(all[n]); };
     float a[16][16], b[16][16];
-    for (int row = 0; row < 16; ++row)
-        for (int column = 0; column < 16; ++column) {
-            const auto* of = lane(row * 2 + column / 8);
-            a[row][column] = element<T>(of->a->x[column % 8 / 2], column % 2);
-            b[row][column] = element<T>(of->b->x[column % 8 / 2], column % 2);
+    float* d[16][16];
+    for (int n = 0; n < 32; ++n)
+        for (int i = 0; i < 8; ++i) {
+            const int row = fragment_place(n, i) / 16, column = fragment_place(n, i) % 16;
+            a[row][column] = element<T>(lane(n)->a->x[i / 2], i % 2);
+            b[row][column] = element<T>(lane(n)->b->x[i / 2], i % 2);
+            d[row][column] = &lane(n)->d->x[i];
         }
     for (int row = 0; row < 16; ++row) {
         double sum[16] = {};
         for (int k = 0; k < 16; ++k)
             for (int n = 0; n < 16; ++n) sum[n] += double(a[row][k]) * b[k][n];
-        for (int n = 0; n < 16; ++n) {
-            float& d = lane(row * 2 + n / 8)->d->x[n % 8];
-            d = float(d + sum[n]);
-        }
+        for (int n = 0; n < 16; ++n) *d[row][n] = float(*d[row][n] + sum[n]);
     }
 }
 COMPILED_ONCE void multiply_m16n16k16<half_t>(void**);
