@@ -99,6 +99,17 @@ FAULT(named) {
     }
 }
 
+// Two warps, by turns. Who does not wait for its turn comes twice to the round of the other one.
+FAULT(turns) {
+    const int warp = thread_index() / 32;
+    if (warp == 1) named_barrier_arrive(1, 64);
+    for (int i = 0; i < 3; ++i) {
+        if (RIGHT || warp == 0) named_barrier_sync(1 + warp, 64);
+        named_barrier_arrive(2 - warp, 64);
+    }
+    result(y) = 0.0f;
+}
+
 FAULT(pipeline) {
     const float* const s = written_numbers();
     if (thread_index() == 0) mbarrier_init(barriers(), 32);
@@ -324,6 +335,15 @@ FAULT(wgmma_fence) {
     p.start();
     wgmma_wait<0>();
     p.d[1] += 1.0f;
+    if (RIGHT) flashcore::wgmma_fence();
+    p.start();
+    wgmma_wait<0>();
+}
+
+FAULT(first_fence) {
+    Products p;
+    fence_proxy_async();
+    block_sync();
     if (RIGHT) flashcore::wgmma_fence();
     p.start();
     wgmma_wait<0>();

@@ -32,6 +32,7 @@ SAID = {
     "shuffle": "race: thread .* byte .* of shared memory at .*which thread .* has .* at ",
     "readers": r"race: thread 3 .* writes byte 0 .*which thread \d+ of block 0 has read at ",
     "named": "race: ",
+    "turns": r"bar.arrive 1: it has come to this round already, which is not over at ",
     "pipeline": "race: thread .* byte .* of shared memory at .*which thread .* has .* at ",
     "new_barrier": "uninitialised: .* reads byte 8192|race: .* reads byte 8192",
     "bytes": "deadlock.*threads 0 to 63: .*mbarrier, whose phase misses 0 arrivals and 4096 bytes",
@@ -63,6 +64,7 @@ SAID = {
     "end_of_a_block": "too soon: block [01] may end while thread .* reads its shared memory",
     "accumulators": "too soon: .* touches a register of a wgmma that is not waited for",
     "wgmma_fence": "no fence: .* has touched a register of the wgmma after its last wgmma_fence",
+    "first_fence": "no fence: .* starts its first wgmma before any wgmma_fence at ",
     "operands": "race: .* writes .*which a wgmma of warp 0 of block 0 has read",
     "proxies": "no fence: a wgmma .* has the asynchronous proxy read .*has written at ",
     "load_between_pieces": "TMA load: the box begins at byte 20 of its rows, no multiple of 16",
@@ -78,7 +80,9 @@ SAID = {
 GRIDS = {
     **dict.fromkeys(("blocks", "fences", "second_fence"), Grid(2, 64)),
     **dict.fromkeys(("peers", "end_of_a_block"), Grid(2, 64, 16384, 2)),
-    **dict.fromkeys(("accumulators", "wgmma_fence", "operands", "proxies"), Grid(1, 128, 16384)),
+    **dict.fromkeys(
+        ("accumulators", "wgmma_fence", "first_fence", "operands", "proxies"), Grid(1, 128, 16384)
+    ),
 }
 
 

@@ -126,6 +126,7 @@ struct Registers {
     const char* begin = nullptr;
     std::vector<unsigned char> words;
     std::vector<InUse> in_use;
+    bool are_fenced = false;  // by a first wgmma_fence
 
     void cover(const char* first, size_t bytes);
     unsigned char* at(const void* p);

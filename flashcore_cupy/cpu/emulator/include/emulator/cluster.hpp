@@ -101,9 +101,10 @@ struct Fiber : Thread {
     bool (*is_over)(const void*) = nullptr;  // none: it can go on
     void (*explain)(const void*) = nullptr;
     const void* condition = nullptr;
-    const void* place = nullptr;  // in the kernel, of what it has called last
-    uint32_t cluster_round = 0;   // of the cluster's barrier, at which it has arrived
-    Groups copies, stores;        // cp.async's and TMA's
+    const void* place = nullptr;   // in the kernel, of what it has called last
+    uint32_t cluster_round = 0;    // of the cluster's barrier, at which it has arrived
+    uint32_t next_round[16] = {};  // of each named barrier: the first one that it may come to
+    Groups copies, stores;         // cp.async's and TMA's
     WatchedThread watched;
 };
 static_assert(sizeof(Fiber) <= Stacks::HEAD);

@@ -170,6 +170,9 @@ static Barrier& named(int id, int threads, const char* what) {
     Barrier& b = fiber().owner->barriers[id];
     if (b.arrived && b.expected != threads)
         fail_there("%s %d of %d threads, while others expect %d", what, id, threads, b.expected);
+    if (b.round < fiber().next_round[id])
+        fail_there("%s %d: it has come to this round already, which is not over", what, id);
+    fiber().next_round[id] = b.round + 1;
     b.expected = threads;
     return b;
 }

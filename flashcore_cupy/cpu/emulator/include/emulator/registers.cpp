@@ -37,6 +37,10 @@ void touch_registers(Fiber& f, const void* p, size_t bytes, const void* place) {
 void note_registers(const void* p, size_t bytes) {
     Fiber& f = fiber();
     Registers& registers = f.watched.registers;
+    if (!registers.are_fenced)
+        fail_with("no fence: " + emulator::name_of(f) +
+                  " starts its first wgmma before any wgmma_fence" +
+                  at_line(__builtin_return_address(0)));
     registers.cover(static_cast<const char*>(p), bytes);
     unsigned char* const word = registers.at(p);
     if (memchr(word, TOUCHED, bytes / 4))
@@ -47,7 +51,9 @@ void note_registers(const void* p, size_t bytes) {
     registers.in_use.push_back({f.warp->watched.groups, p, bytes});
 }
 void fence_for_products() {
-    for (unsigned char& word : fiber().watched.registers.words)
+    Registers& registers = fiber().watched.registers;
+    registers.are_fenced = true;
+    for (unsigned char& word : registers.words)
         if (word == TOUCHED) word = UNTOUCHED;
 }
 // For all lanes at once.
