@@ -131,6 +131,18 @@ FAULT(new_barrier) {
     mbarrier_wait(barriers(), 0);
 }
 
+FAULT(remade_barrier) {
+    if (thread_index() > 0) return;
+    mbarrier_init(barriers(), 1);
+    mbarrier_init(barriers() + (RIGHT ? 1 : 0), 1);
+}
+
+FAULT(overwritten_barrier) {
+    if (thread_index() > 0) return;
+    mbarrier_init(barriers(), 1);
+    reinterpret_cast<float*>(barriers())[RIGHT ? 2 : 1] = 0.0f;
+}
+
 FAULT(bytes) {
     if (thread_index() == 0) {
         mbarrier_init(barriers(), 1);

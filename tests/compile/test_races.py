@@ -35,6 +35,8 @@ SAID = {
     "turns": r"bar.arrive 1: it has come to this round already, which is not over at ",
     "pipeline": "race: thread .* byte .* of shared memory at .*which thread .* has .* at ",
     "new_barrier": "uninitialised: .* reads byte 8192|race: .* reads byte 8192",
+    "remade_barrier": "mbarrier: thread 0 .* makes one where one is already at ",
+    "overwritten_barrier": "mbarrier: thread 0 .* writes over one at ",
     "bytes": "deadlock.*threads 0 to 63: .*mbarrier, whose phase misses 0 arrivals and 4096 bytes",
     "arrivals": "deadlock.*threads 0 to 31: .*whose phase misses 1 arrivals and 0 bytes at .*"
     "threads 32 to 63: wait for bar.sync 0, where 32 of 64 have come at ",

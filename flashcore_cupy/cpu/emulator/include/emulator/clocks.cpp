@@ -1,5 +1,6 @@
 // clocks.cpp - who tells whom what has been done before: barriers, mbarriers, fences, atomics.
 #include <emulator/memory.hpp>
+#include <emulator/places.hpp>
 
 #ifdef EMULATOR_CHECK
 
@@ -109,9 +110,18 @@ static WatchedBarrier& watched(const void* barrier) { return cluster().watched.b
 void barrier_made(const void* barrier) {
     note(By::THREAD, true, barrier, 8, __builtin_return_address(0));
     WatchedBarrier& b = watched(barrier);
-    if (b.number == 0) b.number = cluster().watched.agents++;
-    b.clock = SyncClock();
-    b.parity = 0;
+    if (b.number > 0)
+        fail_with("mbarrier: " + emulator::name_of(fiber()) + " makes one where one is already" +
+                  at_line(__builtin_return_address(0)));
+    b.number = cluster().watched.agents++;
+}
+void keep_off_barriers(const void* memory, size_t bytes, const void* place) {
+    const auto& barriers = cluster().watched.barriers;
+    const auto first = reinterpret_cast<uintptr_t>(memory);
+    for (uintptr_t at = first / 8 * 8; at < first + bytes; at += 8)
+        if (barriers.count(reinterpret_cast<const void*>(at)))
+            fail_with("mbarrier: " + emulator::name_of(fiber()) + " writes over one" +
+                      at_line(place));
 }
 void barrier_arrival(const void* barrier) {
     note(By::THREAD, false, barrier, 8, __builtin_return_address(0));

@@ -174,6 +174,7 @@ void touch(const void* memory, size_t bytes, const Access& now) {
     const char* const p = static_cast<const char*>(memory);
     WatchedMemory* const global = cluster().launch.watched.memory.get();
     if (Block* const b = block_at(p)) {
+        if (now.is_plain) keep_off_barriers(p, bytes, now.place);
         size_t byte = 0;
         const Finding found = b->shadow->touch(p, bytes, now, byte);
         if (found.what == Wrong::NOTHING) return;

@@ -30,6 +30,9 @@ void note(By by, bool writes, const void* memory, size_t bytes, const void* plac
 // What was started is over, and in `epoch` of `who`.
 void complete(const Pending& one, size_t who, Epoch epoch);
 
+// An mbarrier is not written but by its own instructions.
+void keep_off_barriers(const void* memory, size_t bytes, const void* place);
+
 // Registers of a wgmma: a plain access; the wait for all groups but the `pending` last ones.
 void touch_registers(Fiber& f, const void* p, size_t bytes, const void* place);
 void finish_products(Warp& w, size_t pending);
