@@ -38,8 +38,14 @@ def kernels_dir() -> Path:
 
 def source_files(root: Path) -> list[Path]:
     """Return every ``.cu`` and ``.cuh`` under ``root`` in the order of their relative paths."""
-    files = [path for path in root.rglob("*.cu*") if path.suffix in (".cu", ".cuh")]
-    return sorted(files, key=lambda path: os.fsencode(path.relative_to(root).as_posix()))
+    return [root / name for name in _names(root)]
+
+
+def _names(root: Path) -> list[str]:
+    """Their relative paths, as text: a digest is asked for at each launch, and paths are slow."""
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    sources = (os.path.relpath(path, root) for path in found if path.endswith((".cu", ".cuh")))
+    return sorted((name.replace(os.sep, "/") for name in sources), key=os.fsencode)
 
 
 def kernels_digest(root: Path | None = None) -> str:
@@ -52,9 +58,7 @@ def kernels_digest(root: Path | None = None) -> str:
     import hashlib  # late: it loads OpenSSL, 7 ms
 
     digest = hashlib.sha256()
-    for path in source_files(folder):
-        digest.update(os.fsencode(path.relative_to(folder).as_posix()))
-        digest.update(b"\0")
-        digest.update(path.read_bytes())
-        digest.update(b"\0")
+    for name in _names(folder):
+        with open(os.path.join(folder, name), "rb") as file:
+            digest.update(os.fsencode(name) + b"\0" + file.read() + b"\0")
     return digest.hexdigest()[:12]

@@ -1,5 +1,8 @@
 // keywords.h - what a CUDA compiler knows without any header. Included before everything else.
 #pragma once
+#include <cstddef>
+// Of libstdc++'s math.h, C++17's special functions are most of the work; no kernel calls them.
+#undef _GLIBCXX_USE_STD_SPEC_FUNCS
 #include <math.h>
 
 #define __host__
