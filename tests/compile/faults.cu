@@ -1,7 +1,7 @@
 // faults.cu - kernels with a fault each, for test_races.py: what a checking build says of them.
 //
-// Each is there twice, as right_* and as wrong_*. x: 1024 floats; y: the same, as 32 rows of 32 with
-// gaps behind each; n: 64 counters, which are 0.
+// Each is there twice, as right_* and as wrong_*. x: 1024 floats; y: the same, as 32 rows of 32
+// with gaps behind each; n: 64 counters, which are 0.
 #include <flashcore/ptx/cluster.cuh>
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/global.cuh>
@@ -70,8 +70,8 @@ FAULT(shuffle) {
     result(y) = s[thread_index() ^ 1];
 }
 
-// Lanes read the same number, some of them after they have told others of what they did before. Then
-// one of them writes it.
+// Lanes read the same number, some of them after they have told others of what they did before.
+// Then one of them writes it.
 FAULT(readers) {
     float* const s = numbers();
     if (thread_index() == 0) s[0] = 1.0f;
@@ -298,6 +298,21 @@ FAULT(peers) {
     cluster_sync();
 }
 
+FAULT(barrier_elsewhere) {
+    if (thread_index() == 0) {
+        mbarrier_init(barriers(), 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect_tx(barriers(), sizeof(float4));
+    }
+    cluster_sync();
+    const int peer = 1 - cluster_rank();
+    const uint32 to = peer_address(shared_address(numbers()), peer);
+    const uint32 barrier = peer_address(shared_address(barriers()), RIGHT ? peer : cluster_rank());
+    if (thread_index() == 0) store_peer_async(to, float4{1.0f, 2.0f, 3.0f, 4.0f}, barrier);
+    mbarrier_wait(barriers(), 0);
+    result(y) = numbers()[thread_index() % 4];
+}
+
 FAULT(end_of_a_block) {
     float2* const s = reinterpret_cast<float2*>(numbers());
     s[thread_index()] = {1.0f, 2.0f};
@@ -370,6 +385,17 @@ FAULT(operands) {
     if (RIGHT) wgmma_wait<0>();
     if (RIGHT) block_sync();
     p.a[thread_index()] = {0};
+    wgmma_wait<0>();
+}
+
+FAULT(operands_beyond) {
+    Products p;
+    if (!RIGHT) p.b += 56 * 64;  // 8 rows before the end
+    for (int i = thread_index(); i < 8 * 64; i += 128) p.b[i] = {0x3c00};
+    fence_proxy_async();
+    block_sync();
+    flashcore::wgmma_fence();
+    p.start();
     wgmma_wait<0>();
 }
 

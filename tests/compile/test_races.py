@@ -63,11 +63,13 @@ SAID = {
     "fences": "race: .* reads byte .* of y",
     "second_fence": "race: .* reads byte .* of y",
     "peers": "race|uninitialised: .* of shared memory of block [01]",
+    "barrier_elsewhere": "st.async: the barrier is in another block's shared memory at ",
     "end_of_a_block": "too soon: block [01] may end while thread .* reads its shared memory",
     "accumulators": "too soon: .* touches a register of a wgmma that is not waited for",
     "wgmma_fence": "no fence: .* has touched a register of the wgmma after its last wgmma_fence",
     "first_fence": "no fence: .* starts its first wgmma before any wgmma_fence at ",
     "operands": "race: .* writes .*which a wgmma of warp 0 of block 0 has read",
+    "operands_beyond": "wgmma: an operand reaches beyond the 16384 bytes of shared memory",
     "proxies": "no fence: a wgmma .* has the asynchronous proxy read .*has written at ",
     "load_between_pieces": "TMA load: the box begins at byte 20 of its rows, no multiple of 16",
     "load_too_soon": "race: .* reads .*which a copy that an mbarrier counts has written",
@@ -81,9 +83,10 @@ SAID = {
 }
 GRIDS = {
     **dict.fromkeys(("blocks", "fences", "second_fence"), Grid(2, 64)),
-    **dict.fromkeys(("peers", "end_of_a_block"), Grid(2, 64, 16384, 2)),
+    **dict.fromkeys(("peers", "barrier_elsewhere", "end_of_a_block"), Grid(2, 64, 16384, 2)),
     **dict.fromkeys(
-        ("accumulators", "wgmma_fence", "first_fence", "operands", "proxies"), Grid(1, 128, 16384)
+        ("accumulators", "wgmma_fence", "first_fence", "operands", "operands_beyond", "proxies"),
+        Grid(1, 128, 16384),
     ),
 }
 

@@ -1,12 +1,14 @@
-// clocks.hpp - in a checking build: which accesses come before which, in every order of the threads.
+// clocks.hpp - in a checking build: which accesses come before which, in every order of the
+// threads.
 //
 // Vector clocks (Fidge, Mattern 1988; FastTrack, Flanagan and Freund 2009). A thread has an epoch,
 // which ends when it tells others what it has done: it arrives at a barrier, it fences. An access
-// bears the epoch that it is made in. A thread knows of each other one the last epoch whose accesses
-// come before its own. Barriers collect what those know who arrive, and give it to those who pass.
+// bears the epoch that it is made in. A thread knows of each other one the last epoch whose
+// accesses come before its own. Barriers collect what those know who arrive, and give it to those
+// who pass.
 //
-// Two more have epochs like a thread, and are known by who has waited for them: the wgmma of a warp,
-// one per group, and the copies that an mbarrier counts, one per phase.
+// Two more have epochs like a thread, and are known by who has waited for them: the wgmma of a
+// warp, one per group, and the copies that an mbarrier counts, one per phase.
 #pragma once
 #include <emulator/launch.hpp>
 #include <emulator/machine.hpp>

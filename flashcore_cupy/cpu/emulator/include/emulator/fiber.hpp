@@ -120,8 +120,8 @@ inline void prepare(Context& context, char* stack, size_t bytes, void (*function
 
 #endif
 
-// Stacks of so many fibers. Each begins at a multiple of its size, with what a fiber knows of itself:
-// a thread finds that by its stack pointer. Behind it lies a page that faults.
+// Stacks of so many fibers. Each begins at a multiple of its size, with what a fiber knows of
+// itself: a thread finds that by its stack pointer. Behind it lies a page that faults.
 constexpr size_t PAGE = 4096;
 
 class Stacks {

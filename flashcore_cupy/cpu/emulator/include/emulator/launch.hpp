@@ -6,9 +6,9 @@
 
 namespace emulator {
 
-// An array that the kernel may touch. `state` is a byte for each of its bytes: 0 for what nobody has
-// written, 1 for what has a value, 2 for what lies between the array's elements. Without it all have
-// a value.
+// An array that the kernel may touch. `state` is a byte for each of its bytes: 0 for what nobody
+// has written, 1 for what has a value, 2 for what lies between the array's elements. Without it all
+// have a value.
 struct Array {
     char* begin;
     size_t bytes;

@@ -91,15 +91,17 @@ class Operation {
   public:
     template <typename Act>
     explicit Operation(const Act& act) {
-        static_assert(sizeof act <= sizeof act_ && std::is_trivially_copyable_v<Act>);
+        static_assert(sizeof act <= sizeof act_ && alignof(Act) <= ALIGN);
+        static_assert(std::is_trivially_copyable_v<Act>);
         new (act_) Act(act);
         run_ = [](void* act) { (*static_cast<Act*>(act))(); };
     }
     void operator()() { run_(act_); }
 
   private:
+    static constexpr size_t ALIGN = 16;  // a float4's
     void (*run_)(void*);
-    alignas(8) char act_[160];
+    alignas(ALIGN) char act_[160];
 };
 
 // Ends sometime: its barrier tells.

@@ -2,8 +2,9 @@
 //
 // Two accesses to the same bytes, one of them a write, by two threads, must be ordered: by a
 // barrier, an mbarrier, bar.warp.sync, or by fences around an atomic. Whether they are does not
-// depend on who comes first, so a race is found in whatever order the threads have run. An operation
-// of the GPU's own counts from where it is started to where it is waited for, whenever it has ended.
+// depend on who comes first, so a race is found in whatever order the threads have run. An
+// operation of the GPU's own counts from where it is started to where it is waited for, whenever it
+// has ended.
 #include <emulator/memory.hpp>
 #include <emulator/places.hpp>
 

@@ -21,8 +21,8 @@ inline uint32_t bits_of(float x) {
 constexpr uint32_t NAN_BITS = 0x7fffffffu;
 inline float canonical(float x) { return std::isnan(x) ? float_of(NAN_BITS) : x; }
 
-// Both have their exponent before their fraction, so a shift moves both; 112 lies between what their
-// exponents count from.
+// Both have their exponent before their fraction, so a shift moves both; 112 lies between what
+// their exponents count from.
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = uint32_t(h & 0x7fffu) << 13;
     if (magnitude > 0x7c00u << 13) return float_of(NAN_BITS);

@@ -17,8 +17,9 @@ inline std::string kernel_file(const std::string& path) {
     return at == std::string::npos ? path : path.substr(at + 9);
 }
 
-// The line of each place, and those that it is inlined at: all of a kernel is one function. addr2line, which comes
-// with a compiler, reads them; without it the places are offsets in the library.
+// The line of each place, and those that it is inlined at: all of a kernel is one function.
+// addr2line, which comes with a compiler, reads them; without it the places are offsets in the
+// library.
 inline std::map<const void*, std::string> lines_of(const std::vector<const void*>& places) {
     std::map<const void*, std::string> lines;
 #ifdef EMULATOR_CHECK

@@ -27,8 +27,8 @@ static const void* place_of(void* context) {
 constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
 static struct sigaction before[NSIG];
 
-// What is interrupted never goes on. If it is a thread, the scheduler goes on; if it is the scheduler,
-// which makes copies, whoever runs the cluster.
+// What is interrupted never goes on. If it is a thread, the scheduler goes on; if it is the
+// scheduler, which makes copies, whoever runs the cluster.
 static void handle(int signal, siginfo_t* info, void* context) {
     if (!active) {  // no kernel's: it comes once more, to whoever had it before
         sigaction(signal, &before[signal], nullptr);
@@ -74,8 +74,10 @@ std::string describe(const Fault& fault) {
         "outside of its array";
     if (fault.signal == SIGFPE) what = " divides by 0";
     if (fault.signal == SIGSEGV || fault.signal == SIGBUS) {
-        char text[60];
-        snprintf(text, sizeof text, " touches address %p, where nothing is", fault.address);
+        char text[80];
+        // Of a vector access that is not aligned, x86 does not say the address.
+        snprintf(text, sizeof text, " touches address %p, where nothing is%s", fault.address,
+                 fault.address ? "" : ", or a misaligned one");
         what = text;
     }
     return what + at_line(fault.place);

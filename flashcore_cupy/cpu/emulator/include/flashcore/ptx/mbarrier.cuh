@@ -1,6 +1,6 @@
 // ptx/mbarrier.cuh on the CPU - a barrier's 64 bits, as here only the emulator knows them.
 //
-// A phase waits for arrivals and for bytes. When neither are missing it is over, and the next one
+// A phase waits for arrivals and for bytes. When neither is missing it is over, and the next one
 // begins: with the arrivals that the barrier was made for, and no bytes. Nothing else is kept: a
 // thread that waits too late, when the next phase is over as well, waits for ever.
 #pragma once
@@ -38,12 +38,14 @@ inline void count(uint64* barrier, int arrivals, int bytes) {
 }  // namespace twin
 
 __forceinline__ void mbarrier_init(uint64* barrier, int count) {
+    if (count < 1 || count > 0xffff) emulator::fail("mbarrier.init: %d arrivals", count);
     twin::MBarrier& b = twin::mbarrier(barrier, "mbarrier.init");
     emulator::barrier_made(barrier);
     const emulator::Inside inside;
     b = {uint16(count), uint16(count), 0, 0};
 }
 
+// To TMA a new barrier is like any plain store: see fence_proxy_async.
 __forceinline__ void fence_mbarrier_init() { emulator::fence_for_async(); }
 
 namespace twin {
@@ -58,6 +60,7 @@ __forceinline__ void arrive(uint64* barrier, int bytes, const char* what) {
 
 }  // namespace twin
 
+// Whoever waits for the phase sees what those have done before who have arrived.
 __forceinline__ void mbarrier_arrive(uint64* barrier) {
     twin::arrive(barrier, 0, "mbarrier.arrive");
 }
@@ -69,6 +72,7 @@ __forceinline__ void mbarrier_arrive_copied(uint64* barrier) {
     emulator::start_when_copied(emulator::Operation([=] { twin::count(barrier, 1, 0); }));
 }
 
+// First the bytes are missing, then the arrival is counted: the phase cannot be over in between.
 __forceinline__ void mbarrier_arrive_expect_tx(uint64* barrier, uint32 bytes) {
     twin::arrive(barrier, int(bytes), "mbarrier.arrive.expect_tx");
 }
@@ -90,6 +94,7 @@ struct Phase {
 
 }  // namespace twin
 
+// The hardware may let the thread sleep before it says no. Here all others go first, once.
 __forceinline__ bool mbarrier_try_wait(uint64* barrier, uint32 parity) {
     twin::mbarrier(barrier, "mbarrier.try_wait");
     const twin::Phase phase = {barrier, parity};

@@ -1,8 +1,8 @@
 // ptx/mma.cuh on the CPU - fragments as the PTX ISA documents them, multiplied by the last lane of
 // the warp to come. Products are exact and summed in double precision; the GPU truncates instead.
 //
-// A fragment is a matrix that lies in the registers of 32 lanes. Where four neighbouring lanes have a
-// row (or a column), lane l has row l / 4, and two neighbouring elements of each eight, or one of
+// A fragment is a matrix that lies in the registers of 32 lanes. Where four neighbouring lanes have
+// a row (or a column), lane l has row l / 4, and two neighbouring elements of each eight, or one of
 // each four: 2 (l % 4) and the next one, or l % 4.
 #pragma once
 #include <emulator/numbers.hpp>
@@ -108,8 +108,8 @@ struct MmaOperand {
     uint32 b0, b1;
 };
 
-// c += A B for 16 x 8 outputs; a_of(row, k) and b_of(k, column) read the fragments. Lane l has of the
-// outputs row l / 4 in c[0] and c[1], row l / 4 + 8 in c[2] and c[3].
+// c += A B for 16 x 8 outputs; a_of(row, k) and b_of(k, column) read the fragments. Lane l has of
+// the outputs row l / 4 in c[0] and c[1], row l / 4 + 8 in c[2] and c[3].
 template <int K, typename A, typename B>
 void multiply_fragments(void** all, A a_of, B b_of) {
     float a[16][K], b[K][8];

@@ -13,12 +13,13 @@ struct alignas(64) TensorMap {
 constexpr uint64 EVICT_FIRST = 0x12F0000000000000;
 constexpr uint64 EVICT_LAST = 0x14F0000000000000;
 
+// It changes nothing but the time that the first copy takes.
 __forceinline__ void prefetch_tensormap(const TensorMap*) {}
 
 namespace twin {
 
-// A map, as the host encodes it here: a tensor of four dimensions, the contiguous one first, and how
-// much of it a box has.
+// A map, as the host encodes it here: a tensor of four dimensions, the contiguous one first, and
+// how much of it a box has.
 struct Tensor {
     uint64 address;
     uint64 sizes[4];    // elements
@@ -33,8 +34,8 @@ struct Tensor {
     int swizzle() const { return int(swizzle_); }
 };
 
-// The box of a map at some coordinates, any of which may lie outside of the tensor. The map is copied:
-// it is among the parameters of a thread, which may end before its copies do.
+// The box of a map at some coordinates, any of which may lie outside of the tensor. The map is
+// copied: it is among the parameters of a thread, which may end before its copies do.
 struct Box {
     Tensor map;
     int first[4];
@@ -46,8 +47,8 @@ struct Box {
     int row_bytes() const { return map.box(0) * map.element_bytes(); }
     int bytes() const { return row_bytes() * map.box(1) * map.box(2) * map.box(3); }
 
-    // For each row of the box: act(its number, where in the tensor it begins or would begin, which of
-    // its bytes the tensor has, from `begin` to `end`).
+    // For each row of the box: act(its number, where in the tensor it begins or would begin, which
+    // of its bytes the tensor has, from `begin` to `end`).
     template <typename Act>
     __forceinline__ void each_row(Act act) const {
         const auto clamp = [&](long long x) {
@@ -91,7 +92,8 @@ __forceinline__ SharedBox box_in_shared(const Box& box, const void* shared, cons
     const emulator::Inside inside;
     const int swizzle = box.map.swizzle();
     if (box.row_bytes() != swizzle)
-        emulator::fail("%s: rows of the box have not the %d bytes of the swizzle", what, swizzle);
+        emulator::fail("%s: rows of the box have %d bytes, the swizzle %d", what, box.row_bytes(),
+                       swizzle);
     const int first = box.first[0] * box.map.element_bytes();
     if (first % 16)
         emulator::fail("%s: the box begins at byte %d of its rows, no multiple of 16", what, first);
@@ -127,12 +129,14 @@ __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, uint64* bar
     }));
 }
 
+// What L2 is to do with the lines, no result shows.
 __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, uint64* barrier, int c0,
                                  int c1, int c2, int c3, uint64) {
     tma_load_4d(shared, map, barrier, c0, c1, c2, c3);
 }
 
-// Only what lies inside of the tensor is written.
+// Only what lies inside of the tensor is written. Unlike a load, a store takes no negative
+// coordinates.
 __forceinline__ void tma_store_4d(const TensorMap* map, const void* shared, int c0, int c1, int c2,
                                   int c3, uint64) {
     if (c0 < 0 || c1 < 0 || c2 < 0 || c3 < 0) emulator::fail("TMA store: a negative coordinate");
@@ -158,7 +162,8 @@ __forceinline__ void tma_store_4d(const TensorMap* map, const void* shared, int 
 
 __forceinline__ void tma_store_commit() { emulator::close_group(emulator::Queue::STORES); }
 
-// After it shared memory may be written again. That global memory has been written, it does not say.
+// After it shared memory may be written again. That global memory has been written, it does not
+// say.
 __forceinline__ void tma_store_wait() { emulator::finish_all_but(emulator::Queue::STORES, 0); }
 
 }  // namespace flashcore

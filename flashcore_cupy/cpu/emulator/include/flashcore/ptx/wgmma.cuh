@@ -1,9 +1,9 @@
 // ptx/wgmma.cuh on the CPU - products of four warps, each of which makes its own 16 of the 64 rows.
 //
-// A product is made sometime between its call and the wait for its group. Until then its accumulators
-// hold NaN, and what they are to hold is kept aside: a kernel that touches them too soon shows it. A
-// and B are read from shared memory, and A's registers, when the product is made: whoever overwrites
-// them too soon shows it, too.
+// A product is made sometime between its call and the wait for its group. Until then its
+// accumulators hold NaN, and what they are to hold is kept aside: a kernel that touches them too
+// soon shows it. A and B are read from shared memory, and A's registers, when the product is made:
+// whoever overwrites them too soon shows it, too.
 #pragma once
 #include <emulator/numbers.hpp>
 #include <flashcore/ptx/mma.cuh>
@@ -12,6 +12,7 @@
 
 #ifdef EMULATOR_RUNTIME
 #include <emulator/cluster.hpp>
+#include <emulator/places.hpp>
 
 #include <memory>
 #endif
@@ -27,8 +28,8 @@ constexpr uint32 swizzled(uint32 offset) {
     return offset ^ (offset >> 3 & (SWIZZLE - 16));
 }
 
-// A descriptor, from bit 0 on: 14 bits of the address, 14 of leading_bytes, from bit 32 on 14 of
-// stride_bytes, all without their lowest four bits; from bit 62 on the swizzle.
+// A descriptor: the address from bit 0 on, leading_bytes from bit 16 on, stride_bytes from bit 32
+// on, 14 bits of each, without their lowest four; the swizzle from bit 62 on.
 template <int SWIZZLE>
 constexpr uint64 matrix_layout(uint32 leading_bytes = 16, uint32 stride_bytes = 8 * SWIZZLE) {
     static_assert(SWIZZLE == 128 || SWIZZLE == 64 || SWIZZLE == 32);
@@ -74,7 +75,46 @@ struct SharedMatrix {
     }
 };
 
+}  // namespace twin
+
+// Whatever a thread has done to registers before comes before the wgmmas that use them. Without it
+// they may find what was there before.
+__forceinline__ void wgmma_fence() {
+    emulator::fence_for_products();
+    emulator::collective("wgmma.fence", nullptr, [](void**) {});
+}
+
+__forceinline__ void wgmma_commit() {
+    emulator::collective("wgmma.commit_group", nullptr,
+                         [](void**) { emulator::close_group(emulator::Queue::PRODUCTS); });
+}
+
+template <int PENDING>
+__forceinline__ void wgmma_wait() {
+    emulator::collective("wgmma.wait_group", nullptr, [](void**) {
+        emulator::finish_all_but(emulator::Queue::PRODUCTS, PENDING);
+    });
+}
+
+// A CPU's compiler knows that a wgmma reads and writes memory, as registers are here.
+template <int COUNT>
+__forceinline__ void fence_registers(float (&)[COUNT]) {}
+template <int COUNT>
+__forceinline__ void fence_registers(uint32 (&)[COUNT]) {}
+
+// Here a thread has as many as it wants.
+template <int COUNT>
+__forceinline__ void registers_dec() {
+    static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
+}
+template <int COUNT>
+__forceinline__ void registers_inc() {
+    static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
+}
+
 // ---- the instruction ---------------------------------------------------------------------------
+
+namespace twin {
 
 // What a lane brings: its accumulators; and of A its registers or the descriptor.
 struct WgmmaOperand {
@@ -106,40 +146,6 @@ __forceinline__ void wgmma(float (&d)[N / 2], const uint32 (&a)[4], uint64 b, bo
     emulator::note_registers(a, sizeof a);
     twin::WgmmaOperand mine = {d, a, 0, b, N, TRANSPOSE_B, accumulate};
     emulator::collective("wgmma", &mine, twin::start_product<T>);
-}
-
-// Whatever a thread has done to registers before comes before the wgmmas that use them. Without it
-// they may find what was there before.
-__forceinline__ void wgmma_fence() {
-    emulator::fence_for_products();
-    emulator::collective("wgmma.fence", nullptr, [](void**) {});
-}
-
-__forceinline__ void wgmma_commit() {
-    emulator::collective("wgmma.commit_group", nullptr,
-                         [](void**) { emulator::close_group(emulator::Queue::PRODUCTS); });
-}
-
-template <int PENDING>
-__forceinline__ void wgmma_wait() {
-    emulator::collective("wgmma.wait_group", nullptr, [](void**) {
-        emulator::finish_all_but(emulator::Queue::PRODUCTS, PENDING);
-    });
-}
-
-// A CPU's compiler knows that a wgmma reads and writes memory, as registers are here.
-template <int COUNT>
-__forceinline__ void fence_registers(float (&)[COUNT]) {}
-template <int COUNT>
-__forceinline__ void fence_registers(uint32 (&)[COUNT]) {}
-
-template <int COUNT>
-__forceinline__ void registers_dec() {
-    static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
-}
-template <int COUNT>
-__forceinline__ void registers_inc() {
-    static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
 }
 
 // ---- how a product is made ---------------------------------------------------------------------
@@ -174,6 +180,7 @@ struct Product {
     int n, first_row;
     bool is_transposed, accumulates;
 
+    // What it reads of shared memory.
     void note() const {
         for (int row = first_row; !registers_a[0] && row < first_row + 16; ++row)
             for (int half = 0; half < 2; ++half) note(a.k_major(row, half));
@@ -206,7 +213,15 @@ struct Product {
     }
 
   private:
-    static void note(const char* piece) { emulator::note_read(emulator::By::PRODUCT, piece, 16); }
+    static void note(const char* piece) {
+        const emulator::Fiber& f = emulator::fiber();
+        const auto offset = piece - f.smem;
+        if (offset < 0 || offset + 16 > f.owner->smem_bytes)
+            emulator::fail_with(emulator::name_of(f) + ": wgmma: an operand reaches beyond the " +
+                                std::to_string(f.owner->smem_bytes) + " bytes of shared memory" +
+                                emulator::at_line(f.place));
+        emulator::note_read(emulator::By::PRODUCT, piece, 16);
+    }
 
     template <typename T>
     static void read_piece(const char* piece, float* to, int step) {

@@ -42,10 +42,14 @@ __forceinline__ E& fragment_element(E* matrix, int ld, int i) {
 // A warp loads and stores when its lanes are all here. Rows begin 16 bytes apart, or a multiple of
 // it; the matrix at a multiple of 32.
 template <typename E>
-__forceinline__ E* wmma_operand(E* p, int ld, const char* what) {
+__forceinline__ void check_rows(int ld, const char* what) {
     constexpr int STEP = 16 / int(sizeof(E));
     if (ld % STEP)
         emulator::fail("%s: %d elements between rows, no multiple of %d", what, ld, STEP);
+}
+template <typename E>
+__forceinline__ E* wmma_operand(E* p, int ld, const char* what) {
+    check_rows<E>(ld, what);
     const int bytes = (15 * ld + 16) * int(sizeof(E));
     return reinterpret_cast<E*>(emulator::shared_pointer(shared_address(p), bytes, 32, what));
 }
@@ -103,7 +107,9 @@ __forceinline__ void wmma_store_d_row(float* p, const Accumulator& d, int ld) {
     emulator::collective("wmma.store.d", nullptr, [](void**) {});
     for (int i = 0; i < 8; ++i) twin::fragment_element(matrix, ld, i) = d.x[i];
 }
+// (Where p begins is not looked at: NumPy's arrays need not begin at a multiple of 32, a GPU's do.)
 __forceinline__ void wmma_store_d_row_global(float* p, const Accumulator& d, int ld) {
+    twin::check_rows<float>(ld, "wmma.store.d.global");
     emulator::collective("wmma.store.d.global", nullptr, [](void**) {});
     for (int i = 0; i < 8; ++i) twin::fragment_element(p, ld, i) = d.x[i];
 }
