@@ -1,0 +1,327 @@
+"""Small problems on small tiles, which come to every place of the kernels that can be broken."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+from cases_emulator import launched, small
+
+from flashcore_cupy.check.selftest import matrix
+from flashcore_cupy.check.selftest.arrays import Placed, set_up
+from flashcore_cupy.check.selftest.case import Case, packed
+from flashcore_cupy.cpu.emulator import build
+from flashcore_cupy.cpu.emulator.plan import EmulatedPlan, bind
+from flashcore_cupy.cpu.emulator.run import Schedule
+from flashcore_cupy.problem.blocks import Array
+from flashcore_cupy.problem.request import Request
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A case on a tile of its own, on a GPU of so many multiprocessors."""
+
+    name: str
+    arch: str
+    case: Case
+    tile: dict[str, Any] = field(default_factory=dict, hash=False)
+    multiprocessors: int = 16
+    unseen: tuple[slice, ...] = ()
+    """Keys that no query sees: theirs is NaN."""
+    has_gaps: bool = False
+    """Whether some rows of a packed batch lie before its sequences, and some behind."""
+    has_infinity: bool = False
+    """Whether the first value is infinite."""
+    is_checked: bool = True
+    """Whether it runs in the checking build, too."""
+
+    def sources(self) -> list[build.Source]:
+        """What its launches are compiled from."""
+        plan = self._planned(Placed.of(self.case, set_up(self.case), on_gpu=False, in_kernel=True))
+        return [build.Source.of(step.config, self.arch) for step in plan.steps]
+
+    def libraries(self, *, checking: bool) -> list[ctypes.CDLL]:
+        """What it runs, compiled."""
+        return [build.library(source, checking=checking) for source in self.sources()]
+
+    def attend(self, schedule: Schedule, *, checking: bool) -> matrix.CaseResult:
+        """Run it."""
+        setup = set_up(self.case)
+        placed = Placed.of(self.case, setup, on_gpu=False, in_kernel=True)
+        for keys in self.unseen:
+            for host, placed_there in zip(setup.host[1:], placed.inputs[1:], strict=True):
+                host[:, :, keys] = np.nan
+                placed_there[keys if self.case.lengths else (..., keys, slice(None))] = np.nan
+        if self.has_infinity:
+            setup.host[2][0, 0, 0, 0] = placed.inputs[2][0, 0, 0, 0] = np.inf
+        plan, case = self._planned(placed), self.case
+        if self.has_gaps:  # as boundaries on a GPU may be, of which nobody knows
+            case = _Gapped(**vars(case))
+            arrays = case.rule_arrays()
+            plan.arrays["cu_seqlens_q"][...] = arrays["cu_seqlens_q"]
+            plan.arrays["cu_seqlens_kv"][...] = arrays["cu_seqlens_k"]
+        plan.launch(schedule, checking=checking)
+        done = launched(self.case, setup, placed, plan)
+        if "counters" in plan.arrays and plan.arrays["counters"].any():
+            done = replace(done, faults=(*done.faults, "left a counter that is not 0"))
+        return matrix.judge(case, setup.host, done)
+
+    def _planned(self, placed: Placed) -> EmulatedPlan:
+        wanted = {"kernel": self.case.kernel, "config": self.tile}
+        call = Request.of(placed.arguments | wanted).call(*placed.inputs, placed.out, on_gpu=False)
+        want_lse = self.case.gate is None
+        return bind(call, self.arch, want_lse=want_lse, multiprocessors=self.multiprocessors)
+
+
+class _Gapped(Case):
+    def rule_arrays(self) -> dict[str, Array]:
+        arrays = super().rule_arrays()
+        for name, total in (("cu_seqlens_q", self.seqlen_q), ("cu_seqlens_k", self.seqlen_kv)):
+            arrays[name] = np.clip(arrays[name], _GAP, total - _GAP)
+        return arrays
+
+
+def _trial(kernel: str, name: str, arch: str, tile: dict[str, Any], rest: dict[str, Any]) -> Trial:
+    own = {key: rest.pop(key) for key in [*rest] if key in _OWN}
+    lengths = rest.pop("lengths", ())
+    case = small(kernel, **rest)
+    title = ", ".join(filter(None, (kernel, name)))
+    return Trial(title, arch, packed(case, lengths) if lengths else case, tile, **own)
+
+
+def _sm80(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
+    return _trial("mma_sm80", name, "sm_80", tile, rest)
+
+
+def _sm90(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
+    return _trial("wgmma_sm90", name, "sm_90a", tile, rest)
+
+
+def _cluster(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
+    return _trial("cluster_sm90", name, "sm_90a", tile, rest)
+
+
+def _ladder(kernel: str, name: str = "", /, **rest: Any) -> Trial:
+    return _trial(kernel, name, "sm_80", {}, rest)
+
+
+_OWN = [one.name for one in fields(Trial)]
+_GAP = 3
+_TWO_STAGES = {"block_m": 32, "block_n": 32, "warps_m": 2, "warps_n": 1, "num_stages": 2}
+_ONE_STAGE = _TWO_STAGES | {"num_stages": 1}
+_ALONG_KEYS = {"block_m": 32, "block_n": 64, "warps_m": 1, "warps_n": 2, "num_stages": 2}
+_ALONG_COLUMNS = {"block_m": 32, "block_n": 32, "warps_m": 1, "warps_d": 2, "num_stages": 1}
+_MANY_THREADS = {"block_m": 128, "block_n": 16, "warps_m": 8, "num_stages": 1}
+_DECODE = {"block_n": 64, "warps_n": 4}
+_ONE = {"block_m": 64, "block_n": 32, "warps_m": 4, "num_stages": 2}
+_TWO = {"block_m": 128, "block_n": 32, "warps_m": 8, "num_stages": 2}
+_THREE = {"block_m": 192, "block_n": 32, "warps_m": 12, "num_stages": 2}
+_SPLITS = _ONE | {"pack_gqa": True, "split_kv": True, "cluster": 1}
+_CLUSTER = _SPLITS | {"block_n": 64, "num_stages": 3, "cluster": 2}  # partials take K's place
+_PAIR = {"block_n": 32, "warps_n": 2, "cluster": 2, "num_stages": 1}
+_GROUP = _PAIR | {"cluster": 1, "num_stages": 2}
+_HEAD = {"heads": 1, "heads_kv": 1}
+_WIDE = {"head_dim": 128, "head_dim_v": 128}
+#: Narrower than their tiles; rows of the second are whole pieces of 16 bytes, as TMA wants them.
+_ODD = {"head_dim": 40, "head_dim_v": 72}
+_72 = {"head_dim": 72, "head_dim_v": 72}
+_LARGE = {"kind": "large", "softmax_scale": 1e3}
+_FAR = _LARGE | {"causal": True, "seqlen_q": 39, "seqlen_kv": 41}
+#: Four lanes store the maximum of a row that is computed again, which the main loop has stored: in
+#: the checking build that is a race, with nothing broken.
+_GATED = _LARGE | {"seqlen_q": 40, "seqlen_kv": 75, "is_checked": False}
+_LENGTHS = ((0, 5), (33, 0), (40, 70), (1, 1), (0, 0), (20, 90))
+_PACKED = {"lengths": _LENGTHS, "causal": "top-left", "alibi": "bh", "multiprocessors": 1}
+_UNSEEN = {"unseen": (slice(0, 5), slice(45, 75), slice(96, 166))}
+_WINDOW = {"window": (33, 7), "seqlen_q": 40, "seqlen_kv": 130, "unseen": (slice(57),)}
+_NO_KEYS = {"window": (33, 7), "causal": "top-left", "seqlen_q": 150, "seqlen_kv": 64}
+_MASKS = {"mask": "qk", "mask_mod": "blocks", "window": (100, -1)}
+#: With blocks of 64 queries, the first keys, or the last ones, are hidden from a whole block.
+_BROADCAST = {"mask": "b11k", "mask_mod": "blocks", "seqlen_q": 100, "seqlen_kv": 96}
+_FEW = {"heads": 8, "seqlen_q": 3, "alibi": "h"} | _ODD
+_SHARED_KV = {"heads": 4, "heads_kv": 1}
+
+#: From those that find most to those that find one thing.
+TRIALS = (
+    # fwd_sm80.cu
+    _sm80("two stages", _TWO_STAGES, causal=True, seqlen_q=170, seqlen_kv=130, **_HEAD),
+    _sm80("along columns", _ALONG_COLUMNS, mask="qk", seqlen_q=40, **_HEAD, **_WIDE),
+    _sm80("decode", _DECODE, seqlen_kv=500, **_FEW),
+    _sm80("one stage", _ONE_STAGE, view="strided", **_WINDOW, **_ODD),
+    _sm80("along keys", _ALONG_KEYS, mask_mod="blocks", window=(150, -1), seqlen_kv=250, **_HEAD),
+    _sm80("packed", _TWO_STAGES, **_PACKED, **_UNSEEN),
+    _sm80("packed, gaps", _TWO_STAGES, has_gaps=True, **_PACKED),
+    _sm80("far scores", _ALONG_COLUMNS, **_FAR, **_HEAD, head_dim=120, head_dim_v=120),
+    _sm80("decode, one split", _DECODE, seqlen_kv=20, **_FEW),
+    _sm80("decode, eight rows", _DECODE, seqlen_q=2, seqlen_kv=300, **_SHARED_KV),
+    _sm80("far scores, splits", _DECODE, seqlen_q=3, seqlen_kv=300, **_LARGE, **_SHARED_KV),
+    _sm80("far scores, window", _ONE_STAGE, window=(9, 0), seqlen_kv=77, **_LARGE, **_HEAD),
+    _sm80("far scores, gate", _TWO_STAGES, gate="softmax", **_GATED, **_HEAD),
+    _sm80("gate", _TWO_STAGES, gate="softmax", seqlen_kv=75, **_HEAD),
+    _sm80("blocks", _ONE_STAGE, mask_mod="blocks", seqlen_kv=250, **_HEAD),
+    _sm80("many threads", _MANY_THREADS, seqlen_kv=50, softcap=1000.0, **_HEAD),
+    _sm80("misaligned", _ONE_STAGE, view="misaligned", bias="qk", softcap=5.0, **_HEAD),
+    _sm80("float32", {"block_m": 32, "warps_m": 2}, dtype="float32", gate="qk", **_HEAD),
+    # fwd_sm90.cu
+    _sm90("two consumers", _TWO, causal=True, seqlen_q=150, seqlen_kv=170, **_HEAD),
+    _sm90("masks", _TWO, seqlen_q=150, seqlen_kv=304, multiprocessors=1, **_MASKS),
+    _sm90("scheduler", _ONE, multiprocessors=2, heads=12, seqlen_q=40, causal=True),
+    _sm90("packed", _ONE, **_PACKED, **_UNSEEN, **_72),
+    _sm90("packed, gaps", _ONE, has_gaps=True, **_PACKED, **_72),
+    _sm90("splits", _SPLITS, heads=8, seqlen_q=3, seqlen_kv=600, **_72),
+    _sm90("cluster", _CLUSTER, heads=8, seqlen_q=3, seqlen_kv=600),
+    _sm90("short blocks", _ONE | {"num_stages": 4}, multiprocessors=2, heads=12, seqlen_kv=20),
+    _sm90("three consumers", _THREE, causal=True, seqlen_q=200, seqlen_kv=230, **_HEAD),
+    _sm90("rows of one consumer", _TWO, multiprocessors=1, heads=4, heads_kv=4, seqlen_q=40),
+    _sm90("no keys", _TWO, multiprocessors=1, heads=3, heads_kv=1, **_NO_KEYS),
+    _sm90("far scores", _ONE, **_FAR, **_HEAD, **_72),
+    _sm90("far scores, splits", _SPLITS, seqlen_q=3, seqlen_kv=400, **_LARGE, **_SHARED_KV),
+    _sm90("far scores, gate", _ONE, gate="softmax", **_GATED, **_HEAD),
+    _sm90("gate", _ONE, gate="softmax", seqlen_kv=75, **_HEAD),
+    _sm90("broadcast mask", _ONE, **_BROADCAST),
+    _sm90("128 keys", _ONE | {"block_n": 128}, mask_mod="thirds", **_HEAD),
+    _sm90("packed, two consumers", _TWO, **_PACKED, **_UNSEEN),
+    # fwd_sm90_cluster.cu
+    _cluster("two CTAs", _PAIR, causal=True, seqlen_kv=300, **_HEAD, head_dim=64, head_dim_v=72),
+    _cluster("masks", _GROUP, seqlen_kv=304, **_MASKS, **_HEAD),
+    _cluster("far scores", _PAIR, **(_FAR | {"seqlen_kv": 141}), **_HEAD, head_dim_v=56, seed=6),
+    _cluster("broadcast mask", _GROUP, **_BROADCAST),
+    _cluster(
+        "128 keys",
+        _PAIR | {"block_n": 128, "warps_n": 1},
+        mask_mod="thirds",
+        seqlen_kv=250,
+        **_HEAD,
+    ),
+    # ladder/
+    _ladder("scalar", causal=True, gate="qk", **_ODD, **_HEAD),
+    _ladder("scalar", "output", causal=True, **_ODD),
+    _ladder("wmma_fused_32", causal=True, head_dim=80, head_dim_v=72, **_HEAD),
+    _ladder("wmma_cp_async", causal="top-left", seqlen_kv=300, head_dim=40, **_HEAD),
+    _ladder("wmma_cp_async", "no keys", causal=True, seqlen_q=150, seqlen_kv=40, **_HEAD),
+    _ladder("wmma_warp_softmax", causal=True, seqlen_kv=200),
+    _ladder("wmma_warp_softmax", "one tile", seqlen_kv=40, **_HEAD),
+    _ladder("fp8_wmma", causal="top-left", seqlen_kv=200, **_ODD),
+    _ladder("fp8_wmma", "infinity", has_infinity=True, **_HEAD),
+    _ladder("wmma_unfused", causal=True, seqlen_q=150, seqlen_kv=150, **_HEAD, **_ODD),
+    _ladder("wmma_unfused", "no keys", causal=True, seqlen_q=150, seqlen_kv=20, **_HEAD),
+    _ladder("wmma_unfused", "softmax", gate="softmax", **_HEAD),
+)
+
+#: What nothing finds, and why. After a kernel's name: in that kernel alone.
+_LIVE: dict[str, tuple[str, ...]] = {
+    # Barriers.
+    "unnecessary: something else orders the same": (
+        "flashcore/softmax/row_sharing.cuh: "
+        "named_barrier_any(barrier, WARPS_D * WARP_SIZE, condition)",
+        "sm80/softmax.cuh: c.smem.sync_any(c.rows_barrier(), warp_any(is_any))",
+        "fwd_sm90_cluster.cu: warp_sync()",
+        "ladder/block_wide.cuh: block_sync() #3",
+        "ladder/wmma_tile.cuh: warp_sync() #2",
+    ),
+    "unnecessary: no configuration comes to it": ("sm80/epilogue.cuh: block_sync()",),
+    "a pace, no order: how far ahead a CTA claims blocks": (
+        "flashcore/scheduler/tile_scheduler.cuh: "
+        "mbarrier_wait(&loaded[state.stage], state.parity ^ 1)",
+        "flashcore/scheduler/tile_scheduler.cuh: queue.wait_loaded(loaded)",
+    ),
+    # Bounds.
+    "one query more decides which keys a block visits: the mask hides them": (
+        "flashcore/scheduler/work.cuh: "
+        "return min(query_of<PACK_GQA>(w, end - 1), w.seqlen_q - 1); [0 for 1 in - 1]",
+        "flashcore/scheduler/work.cuh: "
+        "return min(query_of<PACK_GQA>(w, end - 1), w.seqlen_q - 1); [0 for 1 in - 1] #2",
+        "ladder/scalar.cu: const int kv_end = mask.row_end("
+        "min(block_first + BLOCK_M, params.seqlen_q) - 1); [0 for 1 in - 1]",
+        "ladder/wmma_fused.cu: const int kv_end = c.mask.row_end("
+        "min(c.first_query + BLOCK_M, p.seqlen_q) - 1); [0 for 1 in - 1]",
+        "ladder/wmma_unfused.cu: const int last_query = "
+        "min(first_query + BLOCK_M, p.seqlen_q) - 1; [0 for 1 in - 1]",
+    ),
+    "keys more, which the mask hides": (
+        "ladder/scalar.cu: for (int tile_n = 0; tile_n < div_up(kv_end, BLOCK_N); ++tile_n) { "
+        "[<= for <]",
+        "wmma_fused_32, ladder/wmma_fused.cu: for (int tile = 0; tile < num_tiles; ++tile) { "
+        "[<= for <]",
+        "sm90_cluster/warpgroup.cuh: __device__ __forceinline__ bool has(int nth) const { "
+        "return tile(nth) < tiles.end; } [<= for <]",
+        "cluster_sm90, flashcore/softmax/exact_row.cuh: "
+        "for (int key = keys.begin; key < keys.end; key += 2) { [<= for <] #2",
+    ),
+    "a maximum over keys more: it cancels": (
+        "flashcore/softmax/exact_row.cuh: "
+        "for (int key = keys.begin; key < keys.end; key += 2) { [<= for <]",
+    ),
+    "the way with masks, or with missing rows, where the other one would do": (
+        "flashcore/rules/position_mask.cuh: return end_key > row_end(first_query) || "
+        "(LEFT && first_key < row_begin(last_query)); [>= for >]",
+        "flashcore/rules/position_mask.cuh: return end_key > row_end(first_query) || "
+        "(LEFT && first_key < row_begin(last_query)); [<= for <]",
+        "flashcore/rules/key_bits.cuh: for (int n = w * 16; n < min(w * 16 + 16, PAIRS); ++n) "
+        "[<= for <]",
+        "flashcore/tile/tile_copy.cuh: if (first_valid <= 0 && end_valid >= ROWS) { [< for <=]",
+        "flashcore/tile/tile_copy.cuh: if (first_valid <= 0 && end_valid >= ROWS) { [> for >=]",
+        "sm80/producer.cuh: return tile >= tiles.end || (BOUNDED_LEFT && tile < tiles.begin); "
+        "[<= for <]",
+        "sm90/unseen_keys.cuh: if (begin <= 0 && end >= BLOCK_N) return; [< for <=]",
+        "sm90/unseen_keys.cuh: if (begin <= 0 && end >= BLOCK_N) return; [> for >=]",
+        "ladder/scalar.cu: if (mask.needs_mask(block_first, block_first + BLOCK_M - 1, first_key, "
+        "[0 for 1 in - 1]",
+        "ladder/wmma_fused.cu: if (c.mask.needs_mask(c.first_query, c.first_query + BLOCK_M - 1, "
+        "tile * BLOCK_N, [0 for 1 in - 1]",
+    ),
+    "work for rows that do not exist, whose result nobody takes": (
+        "flashcore/scheduler/work.cuh: "
+        "return m_block >= 0 && w.first_row < w.seqlen_q * w.group; [<= for <]",
+        "flashcore/softmax/warp_rows.cuh: if (m * 16 + half * 8 >= end) continue; [> for >=]",
+        "sm90/traits.cuh: if (w.first_row + first_row >= rows_of(w)) return {0, 0}; [> for >=]",
+        "ladder/wmma_unfused.cu: if (first_key >= keys_read(params, first_query)) return; "
+        "[> for >=]",
+    ),
+    "a copy more, which nobody reads": (
+        "ladder/wmma_fused.cu: if (num_tiles > 0) { [>= for >]",
+        "wmma_cp_async, ladder/wmma_fused.cu: if (NUM_STAGES == 2 && tile + 1 < num_tiles) "
+        "load_kv(c, tile + 1, stage ^ 1); [<= for <]",
+        "wmma_cp_async, ladder/wmma_fused.cu: if (NUM_STAGES == 2 && tile + 1 < num_tiles) "
+        "load_kv(c, tile + 1, stage ^ 1); [0 for 1 in + 1]",
+        "fp8_wmma, ladder/wmma_fused.cu: if (NUM_STAGES == 2 && tile + 1 < num_tiles) "
+        "load_kv(c, tile + 1, stage ^ 1); [<= for <]",
+        "fp8_wmma, ladder/wmma_fused.cu: if (NUM_STAGES == 2 && tile + 1 < num_tiles) "
+        "load_kv(c, tile + 1, stage ^ 1); [0 for 1 in + 1]",
+        "ladder/wmma_unfused.cu: if (num_tiles > 0) load_pv(smem, params, gP, gV, 0); [>= for >]",
+    ),
+    "both ways give the same where both sides are equal": (
+        "flashcore/rules/score.cuh: return fabsf(x) < 0.25f ? near : far; [<= for <]",
+        "mma_sm80, flashcore/scheduler/work.cuh: if (splits > 1) { [>= for >]",
+        "wgmma_sm90, flashcore/scheduler/work.cuh: if (splits > 1) { [>= for >]",
+        "mma_sm80, flashcore/scheduler/work.cuh: "
+        "return tiles.begin < tiles.end ? tiles : TileRange{0, 0}; [<= for <]",
+        "cluster_sm90, flashcore/scheduler/work.cuh: "
+        "return tiles.begin < tiles.end ? tiles : TileRange{0, 0}; [<= for <]",
+        "flashcore/scheduler/work.cuh: if (LAST_FIRST && p.section > 1) [>= for >]",
+        "flashcore/softmax/online_softmax.cuh: "
+        "return !(fabsf(mul_rn(max, scale)) < LARGE_SHIFT) && max != NEG_INFINITY; [<= for <]",
+        "flashcore/output/split_combine.cuh: if (i < count) max = fmaxf(max, state[i].x); "
+        "[<= for <]",
+        "flashcore/output/split_combine.cuh: "
+        "for (int first = 0; first < params.splits; first += AT_A_TIME) [<= for <]",
+        "fwd_sm90.cu: takes_turns = all.end - all.begin > SHORT_BLOCK; [>= for >]",
+        "ladder/fp8_quantize.cu: for (int64 i = thread_index(); i < pieces; i += NUM_THREADS) { "
+        "[<= for <]",
+        "ladder/fp8_quantize.cu: const bool scaled = max > SMALLEST_MAX; [>= for >]",
+    ),
+    "both sides are never equal, or nobody asks for the result": (
+        "sm90_cluster/combine.cuh: Given& given = smem.given[w][index - (index > w)]; [>= for >]",
+        "sm90_cluster/combine.cuh: smem.given[w][index - (index > w)].state[thread() / QUAD] = "
+        "both_states(state); [>= for >]",
+        "cluster_sm90, flashcore/scheduler/work.cuh: "
+        "return m_block >= 0 && w.first_row < w.seqlen_q * w.group; [> for >=]",
+        "wmma_cp_async, ladder/block_wide.cuh: if (d >= TILES_D) break; [> for >=]",
+    ),
+    "columns of padding": (
+        "ladder/block_wide.cuh: for (int d = part; d < HEAD_DIM; d += THREADS_PER_ROW) [<= for <]",
+    ),
+}
+KNOWN = {name: why for why, names in _LIVE.items() for name in names}
