@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
 def test_a_tenth_of_the_broken_places_is_found() -> None:
-    tenth = datetime.datetime.now(datetime.UTC).date().toordinal() % 10
+    tenth = datetime.datetime.now(datetime.timezone.utc).date().toordinal() % 10
     script = str(ROOT / "tests" / "mutate_barriers.py")
     done = subprocess.run(
         [sys.executable, script, "--tenth", str(tenth)], capture_output=True, text=True, check=False
