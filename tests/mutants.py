@@ -23,7 +23,8 @@ _NOT_THE_KERNELS = ("flashcore/ptx/", "flashcore/types.cuh")
 #: Calls of the PTX layer that order something, and of what is made of them. ``fence_registers`` is
 #: for the compiler alone: no instruction is made of it.
 _BARRIER = re.compile(
-    r"\b((?!fence_registers)(?:(?!copy_)\w+_)?(?:sync|wait|await|arrive|fence|commit|release|init)(?:_\w+)?"
+    r"\b((?!fence_registers)(?:(?!copy_)\w+_)?"
+    r"(?:sync|wait|await|arrive|fence|commit|release|init)(?:_\w+)?"
     r"|named_barrier_any|pass_turn|end)(<[^<>;]*>)?\("
 )
 #: They return whether a condition, the last of so many arguments, holds for any thread. Others that
@@ -177,7 +178,9 @@ def _blank(match: re.Match[str]) -> str:
 
 def _barriers(code: str) -> Iterator[_Place]:
     for match in _BARRIER.finditer(code):
-        begin = re.compile(r"[\w.>:\[\]-]*$").search(code, 0, match.start()).start()  # type: ignore[union-attr]
+        object_ = re.compile(r"[\w.>:\[\]-]*$").search(code, 0, match.start())
+        assert object_ is not None  # it may be empty
+        begin = object_.start()
         end = _closing(code, match.end() - 1) + 1
         before = code[:begin].rstrip()
         if not re.search(r"[;{})]$|\b(else|return)$", before):

