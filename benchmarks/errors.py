@@ -33,7 +33,7 @@ from side_by_side.backends import (
     to_torch,
 )
 from side_by_side.error_cases import Case, cases
-from side_by_side.results import OURS, PEERS, geometric_mean
+from side_by_side.results import OURS, SDPA, geometric_mean
 from side_by_side.tables import machine_line
 from side_by_side.timing import Gpu, reason_of
 
@@ -69,7 +69,7 @@ class Bench:
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self._selected: dict[str, Callable[[], Any]] = {TORCH: contextlib.nullcontext}
-        self._selected |= {name: Torch(torch, name).selected for name in PEERS}
+        self._selected |= {name: Torch(torch, name).selected for name in SDPA}
 
     def row(self, case: Case, expected: np.ndarray[Any, Any]) -> dict[str, Any]:
         """Errors of ours and of torch's, or why there are none."""
@@ -88,7 +88,7 @@ class Bench:
                 continue
             found[name] = errors(got, expected)
             outputs[name] = got.tobytes()
-        chose = [name for name in PEERS if TORCH in outputs and outputs.get(name) == outputs[TORCH]]
+        chose = [name for name in SDPA if TORCH in outputs and outputs.get(name) == outputs[TORCH]]
         return {
             **case.to_json(),
             "backends": found,
@@ -174,7 +174,7 @@ def table(result: Mapping[str, Any]) -> Group:
         show_edge=False,
     )
     shown.add_column("case", no_wrap=True)
-    peers = [f"{name.removeprefix('torch-')} max" for name in PEERS]
+    peers = [f"{name.removeprefix('torch-')} max" for name in SDPA]
     names = ("ours max", "ours mean", "torch max", "torch mean", *peers, "rms ratio", "max ratio")
     for name in names:
         shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
@@ -182,7 +182,7 @@ def table(result: Mapping[str, Any]) -> Group:
     reasons: dict[str, int] = {}
     for row in result["rows"]:
         columns = [(OURS, "max"), (OURS, "mean"), (TORCH, "max"), (TORCH, "mean")]
-        columns += [(name, "max") for name in PEERS]
+        columns += [(name, "max") for name in SDPA]
         cells = [_cell(row, name, measure, reasons) for name, measure in columns]
         ratios = [_ratio(ratio(row, measure)) for measure in ("rms", "max")]
         chose = (row["torch_chose"] or "").removeprefix("torch-")

@@ -1,19 +1,22 @@
-"""Attention next to torch's on one GPU, in one process, taking turns: speed.
+"""Attention next to torch's and FlashAttention-4 on one GPU, in one process, taking turns: speed.
 
 ``python benchmarks/peers.py all --json peers.json --plots plots``; needs this package installed (or
-PYTHONPATH=.), torch with a GPU, and matplotlib for pictures. ``--from peers.json`` draws a result
-again, without a GPU.
+PYTHONPATH=.), torch with a GPU, flash-attn-4 if that is to be compared, and matplotlib for
+pictures. ``--from peers.json`` draws a result again, without a GPU. ``--joules 2`` adds energy.
 """
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import click
-from side_by_side import cells, plots, tables
-from side_by_side.backends import Ours, Torch, call_of, compile_ahead, require_torch
+from side_by_side import backends, cells, plots, tables
+from side_by_side.cells import Cell
+from side_by_side.joules import Joules, meter_of
 from side_by_side.measure import METHODS, Bench
-from side_by_side.results import PEERS, Report
+from side_by_side.results import LOAD, Report
 from side_by_side.timing import Gpu
 
 from flashcore_cupy.cli.tables import console, progress
@@ -33,6 +36,21 @@ from flashcore_cupy.select.registry import KERNELS
     "--kernel", type=click.Choice(("auto", *KERNELS)), default="auto", help="Ours by this kernel."
 )
 @click.option(
+    "--cells",
+    "pattern",
+    metavar="PATTERN",
+    default="*",
+    help="Only cells whose names match, as 'D128*c1'.",
+)
+@click.option(
+    "--joules",
+    "seconds",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    help="Also measure energy, under so many seconds of load per backend, where cells are rates of "
+    "arithmetic.",
+)
+@click.option(
     "--from",
     "source",
     metavar="FILE",
@@ -45,19 +63,30 @@ def main(
     folder: Path | None,
     rounds: int,
     kernel: str,
+    pattern: str,
+    seconds: float | None,
     source: Path | None,
 ) -> None:
-    """Compare with torch's attention backends, cell by cell.
+    """Compare with torch's attention and FlashAttention-4, cell by cell.
 
     Exit code 1: ours failed or was wrong in some cell.
     """
     groups = cells.GROUPS if group == "all" else (group,)
+
+    def wanted(cell: Cell) -> bool:
+        return cell.group in groups and fnmatchcase(cell.name, pattern)
+
     try:
         if source is None:
-            report = _measure(groups, rounds, kernel, json_path)
+            chosen = [cell for group in groups for cell in cells.cells(group) if wanted(cell)]
         else:
             report = Report.load(source)
-            report.rows = [row for row in report.rows if row.cell.group in groups]
+            report.rows = [row for row in report.rows if wanted(row.cell)]
+            chosen = [row.cell for row in report.rows]
+        if not chosen:
+            raise ValueError(f"{group} has no cell whose name matches {pattern}")
+        if source is None:
+            report = _measure(chosen, rounds, kernel, seconds, json_path)
         console().print(tables.report_tables(report))
         if folder is not None:
             for path in plots.draw(report, folder):
@@ -68,10 +97,11 @@ def main(
         raise click.exceptions.Exit(1)
 
 
-def _measure(groups: tuple[str, ...], rounds: int, kernel: str, json_path: Path | None) -> Report:
-    """Measure all cells of some groups; the JSON is up to date after every cell."""
-    torch = require_torch()
-    wanted = [cell for group in groups for cell in cells.cells(group)]
+def _measure(
+    wanted: list[Cell], rounds: int, kernel: str, seconds: float | None, json_path: Path | None
+) -> Report:
+    """Measure some cells; the JSON is up to date after every one."""
+    torch = backends.require_torch()
     shown = console(stderr=True)
     with progress(shown) as bar:
         task = bar.add_task("compiling", total=None, last="")
@@ -79,19 +109,27 @@ def _measure(groups: tuple[str, ...], rounds: int, kernel: str, json_path: Path 
         def on_done(done: compiler.CompiledKernel | Exception) -> None:
             bar.update(task, advance=1, last=builds.what(done))
 
-        compile_ahead([call_of(cell, kernel) for cell in wanted], on_done)
-        gpu = Gpu(torch)
-        methods = {group: METHODS[group] for group in groups}
-        report = Report(gpu.machine(), gpu.ceilings(), methods)
-        bench_ = Bench(gpu, [Ours(torch, kernel), *(Torch(torch, name) for name in PEERS)], rounds)
+        backends.compile_ahead([backends.call_of(cell, kernel) for cell in wanted], on_done)
+        bench, report = _prepared(torch, rounds, kernel, seconds)
+        report.methods |= {cell.group: METHODS[cell.group] for cell in wanted}
         bar.reset(task, description="measuring", total=len(wanted))
         for cell in wanted:
             bar.update(task, last=f"{cell.group} {cell.name}")
-            report.rows.append(bench_.row(cell))
+            report.rows.append(bench.row(cell))
             bar.advance(task)
             if json_path is not None:
                 report.save(json_path)
     return report
+
+
+def _prepared(torch: Any, rounds: int, kernel: str, seconds: float | None) -> tuple[Bench, Report]:
+    """What measures, and an empty report of the machine."""
+    gpu, fa4 = Gpu(torch), backends.FlashAttention4(torch)
+    joules = None if seconds is None else Joules(gpu, meter_of(gpu.bus_id), seconds)
+    machine = gpu.machine() | {"fa4": fa4.version}
+    methods = {} if joules is None else {LOAD: joules.method}
+    compared = [backends.Ours(torch, kernel), *backends.torchs(torch), fa4]
+    return Bench(gpu, compared, rounds, joules), Report(machine, gpu.ceilings(), methods)
 
 
 if __name__ == "__main__":

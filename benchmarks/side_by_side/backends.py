@@ -1,4 +1,4 @@
-"""Our attention and torch's behind one face: bind to inputs, enqueue, capture.
+"""Our attention, torch's and FlashAttention-4 behind one face: bind to inputs, enqueue, capture.
 
 torch is imported by ``require_torch`` alone. It makes the arrays; CuPy sees them through DLPack.
 """
@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
+import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
@@ -22,13 +25,16 @@ from flashcore_cupy.attention import plan
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import ArraySpec, spec_of_copy
-from flashcore_cupy.problem.attention_problem import describe
+from flashcore_cupy.problem.attention_problem import AttentionProblem, describe
+from flashcore_cupy.problem.rules import RULES, describe_rules
 from flashcore_cupy.select import selector
 from flashcore_cupy.select.config import KernelConfig
 from side_by_side.cells import DTYPE, UNBOUNDED, Cell
-from side_by_side.results import OURS
+from side_by_side.results import FA4, FLASH2, OURS, SDPA, VARLEN
+from side_by_side.timing import reason_of
 
-#: Enqueues one attention on the current stream, and returns its output, a (B, H, Sq, D) tensor.
+#: Enqueues one attention on the current stream, and returns its output, a (B, H, Sq, D) tensor,
+#: or (H, total, D) of packed sequences.
 Run = Callable[[], Any]
 
 _SDP = {
@@ -54,11 +60,13 @@ def require_torch() -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors q (B, Sq, H, D), k and v (B, Skv, Hkv, D)."""
+    """Tensors q (B, Sq, H, D), k and v (B, Skv, Hkv, D); (total, H, D) of packed sequences."""
 
     q: Any
     k: Any
     v: Any
+    cu_seqlens: Any = None
+    """Where packed sequences start: (B + 1,) int32."""
 
     @property
     def heads_first(self) -> tuple[Any, Any, Any]:
@@ -72,7 +80,11 @@ def random_inputs(torch: Any, cell: Cell, seed: int = 0) -> Inputs:
     make = functools.partial(
         torch.randn, dtype=getattr(torch, DTYPE), device="cuda", generator=generator
     )
-    return Inputs(make(cell.q_shape), make(cell.kv_shape), make(cell.kv_shape))
+    starts = None
+    if cell.lengths:
+        at = list(itertools.accumulate(cell.lengths, initial=0))
+        starts = torch.tensor(at, dtype=torch.int32, device="cuda")
+    return Inputs(make(cell.q_shape), make(cell.kv_shape), make(cell.kv_shape), starts)
 
 
 def as_cupy(torch: Any, tensor: Any) -> Any:
@@ -106,6 +118,9 @@ class Backend(Protocol):
 
     name: str
 
+    def takes(self, cell: Cell) -> bool:
+        """Whether it has a place in the cell's row."""
+
     def bind(self, cell: Cell, inputs: Inputs) -> Run:
         """Prepare everything that a launch does not have to do; raise if it cannot be done."""
 
@@ -132,14 +147,17 @@ class Ours:
         self._chosen: dict[str, Any] = {} if kernel == "auto" else {"kernel": kernel}
         self._note = ""
 
+    def takes(self, cell: Cell) -> bool:
+        """Every cell."""
+        return True
+
     def bind(self, cell: Cell, inputs: Inputs) -> Run:
         """Build the plan, its output a tensor's memory."""
         arrays, out = self._arrays(inputs)
-        rules = {"layout": "bshd", **self._chosen, **cell.rules}
-        bound = plan(*arrays, out=as_cupy(self._torch, out), **rules)
+        bound = plan(*arrays, out=as_cupy(self._torch, out), **self._rules(cell, inputs))
         selection = bound.selection
         self._note = f"{selection.kernel.name}: {selection.config.describe()}"
-        result = out.transpose(1, 2)
+        result = out.transpose(-3, -2)
 
         def run() -> Any:
             bound.launch()
@@ -150,7 +168,7 @@ class Ours:
     def public_call(self, cell: Cell, inputs: Inputs) -> Run:
         """``attention(..., out=...)``, every check of its arguments included."""
         arrays, out = self._arrays(inputs)
-        rules = {"layout": "bshd", **self._chosen, **cell.rules}
+        rules = self._rules(cell, inputs)
         return functools.partial(attend, *arrays, out=as_cupy(self._torch, out), **rules)
 
     def capture(self, runs: Sequence[Run]) -> Callable[[], Any]:
@@ -181,16 +199,51 @@ class Ours:
         out = self._torch.full_like(inputs.q, float("nan"))
         return [as_cupy(self._torch, x) for x in (inputs.q, inputs.k, inputs.v)], out
 
+    def _rules(self, cell: Cell, inputs: Inputs) -> dict[str, Any]:
+        rules = {"layout": "bshd", **self._chosen, **cell.rules}
+        if cell.lengths:
+            starts = as_cupy(self._torch, inputs.cu_seqlens)
+            rules |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+        return rules
 
-class Torch:
-    """``scaled_dot_product_attention``, held to one of its backends."""
+
+class OnTorch:
+    """What is called on torch's tensors and stream."""
 
     def __init__(self, torch: Any, name: str) -> None:
         self.name = name
         self._torch = torch
+
+    def capture(self, runs: Sequence[Run]) -> Callable[[], Any]:
+        """Capture by torch."""
+        graph = self._torch.cuda.CUDAGraph()
+        with self.selected(), self._torch.cuda.graph(graph):
+            for run in runs:
+                run()
+        replay: Callable[[], Any] = graph.replay
+        return replay
+
+    def selected(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing to choose."""
+        return contextlib.nullcontext()
+
+    def note(self) -> str:
+        """Nothing: none of them says."""
+        return ""
+
+
+class Torch(OnTorch):
+    """``scaled_dot_product_attention``, held to one of its backends."""
+
+    def __init__(self, torch: Any, name: str) -> None:
+        super().__init__(torch, name)
         choices = importlib.import_module("torch.nn.attention")
         self._backend = getattr(choices.SDPBackend, _SDP[name])
         self._choose = choices.sdpa_kernel
+
+    def takes(self, cell: Cell) -> bool:
+        """All but packed sequences."""
+        return not cell.lengths
 
     def bind(self, cell: Cell, inputs: Inputs) -> Run:
         """Look at the arguments once; the call is torch's own."""
@@ -206,23 +259,100 @@ class Torch:
         """The same call."""
         return self.bind(cell, inputs)
 
-    def capture(self, runs: Sequence[Run]) -> Callable[[], Any]:
-        """Capture by torch."""
-        graph = self._torch.cuda.CUDAGraph()
-        with self.selected(), self._torch.cuda.graph(graph):
-            for run in runs:
-                run()
-        replay: Callable[[], Any] = graph.replay
-        return replay
-
     def selected(self) -> contextlib.AbstractContextManager[Any]:
         """Allow this backend alone."""
         chosen: contextlib.AbstractContextManager[Any] = self._choose(self._backend)
         return chosen
 
-    def note(self) -> str:
-        """Nothing: torch does not say."""
-        return ""
+
+class TorchVarlen(OnTorch):
+    """torch's ``varlen_attn`` on packed sequences; by name what it chooses, or FlashAttention-2."""
+
+    def takes(self, cell: Cell) -> bool:
+        """Packed sequences alone."""
+        return bool(cell.lengths)
+
+    def bind(self, cell: Cell, inputs: Inputs) -> Run:
+        """Look at the arguments once; the call is torch's own."""
+        call = self.public_call(cell, inputs)
+        return lambda: call().transpose(0, 1)
+
+    def public_call(self, cell: Cell, inputs: Inputs) -> Run:
+        """The call, (total, H, D). Raises ``RuntimeError`` where this torch does not have it."""
+        try:
+            varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        except ImportError:
+            raise RuntimeError("this torch has no varlen_attn; 2.10 is the first") from None
+        longest, starts = max(cell.lengths), inputs.cu_seqlens
+        rules: dict[str, Any] = {"window_size": (-1, 0) if cell.causal else (-1, -1)}
+        if self.name == FLASH2 and not cell.causal:
+            # A window that holds everything, which torch gives to FlashAttention-2 alone, and
+            # which that takes for none.
+            rules = {"window_size": (longest, longest)}
+        if "window_size" not in inspect.signature(varlen_attn).parameters:  # torch 2.10
+            rules = {"is_causal": cell.causal}
+        at = starts, starts, longest, longest
+        return functools.partial(varlen_attn, inputs.q, inputs.k, inputs.v, *at, **rules)
+
+
+class FlashAttention4(OnTorch):
+    """FlashAttention-4's CuTe kernels, which are compiled at the first call of a kind."""
+
+    def __init__(self, torch: Any) -> None:
+        super().__init__(torch, FA4)
+        self._module: Any = None
+        self._missing = ""
+        try:
+            self._module = importlib.import_module("flash_attn.cute")
+        except Exception as error:  # of the many packages that it needs, each in its own way
+            self._missing = (
+                f"flash_attn.cute (pip install flash-attn-4) does not import: {reason_of(error)}"
+            )
+
+    @property
+    def version(self) -> str | None:
+        """The package's version; None where it does not import."""
+        if self._module is None:
+            return None
+        try:
+            return importlib.metadata.version("flash-attn-4")
+        except importlib.metadata.PackageNotFoundError:
+            return "of unknown version"
+
+    def takes(self, cell: Cell) -> bool:
+        """Every cell."""
+        return True
+
+    def bind(self, cell: Cell, inputs: Inputs) -> Run:
+        """Look at the arguments once; the call is the package's own."""
+        call = self.public_call(cell, inputs)
+
+        def run() -> Any:
+            result = call()
+            out = result[0] if isinstance(result, tuple) else result  # with it, the log-sum-exp
+            return out.transpose(-3, -2)
+
+        return run
+
+    def public_call(self, cell: Cell, inputs: Inputs) -> Run:
+        """The call, (B, Sq, H, D) or (total, H, D). Raises ``RuntimeError`` without the package."""
+        if self._module is None:
+            raise RuntimeError(self._missing)
+        tensors = inputs.q, inputs.k, inputs.v
+        window = tuple(None if bound < 0 else bound for bound in cell.window)
+        rules: dict[str, Any] = {"causal": cell.causal, "window_size": window}
+        if not cell.lengths:
+            return functools.partial(self._module.flash_attn_func, *tensors, **rules)
+        for side in "qk":
+            rules[f"cu_seqlens_{side}"] = inputs.cu_seqlens
+            rules[f"max_seqlen_{side}"] = max(cell.lengths)
+        return functools.partial(self._module.flash_attn_varlen_func, *tensors, **rules)
+
+
+def torchs(torch: Any) -> list[Backend]:
+    """All of torch's, in the order of ``results.PEERS``."""
+    varlen = [TorchVarlen(torch, name) for name in (FLASH2, VARLEN)]
+    return [*(Torch(torch, name) for name in SDPA), *varlen]
 
 
 def first_result(run: Run, selected: Callable[[], Any]) -> Any:
@@ -264,7 +394,17 @@ def dense(shape: Sequence[int], dtype: DTypeLike) -> ArraySpec:
 def call_of(cell: Cell, kernel: str = "auto") -> Call:
     """The call that a cell makes of a kernel."""
     q, kv = (dense(shape, ml_dtypes.bfloat16) for shape in (cell.q_shape, cell.kv_shape))
-    return Call(q, kv, kv, {"layout": "bshd", **cell.rules}, kernel)
+    packed = {"sequences": cell.batch} if cell.lengths else {}
+    return Call(q, kv, kv, {"layout": "bshd", **packed, **cell.rules}, kernel)
+
+
+def problem_of(call: Call) -> AttentionProblem:
+    """What a call asks for. Raises ``TypeError`` or ``ValueError`` as the call does."""
+    rules = {name: call.rules[name] for name in {rule.name for rule in RULES} & call.rules.keys()}
+    others = {name: x for name, x in call.rules.items() if name not in rules}
+    problem = describe(call.q, call.k, call.v, **others)
+    described = describe_rules(problem.scores, problem.dtype, packed=problem.packed, **rules)
+    return replace(problem, rules=described)
 
 
 def compile_ahead(calls: Iterable[Call], on_done: builds.OnDone | None = None) -> None:
@@ -277,7 +417,6 @@ def compile_ahead(calls: Iterable[Call], on_done: builds.OnDone | None = None) -
     wanted: dict[KernelConfig, None] = {}
     for call in calls:
         with contextlib.suppress(TypeError, ValueError, AttributeError):
-            problem = describe(*call[:3], **call.rules)
-            chosen = selector.select(problem, arch, kernel=call.kernel)
+            chosen = selector.select(problem_of(call), arch, kernel=call.kernel)
             wanted |= dict.fromkeys(selector.configs_of(chosen))
     builds.build_each([(config, arch) for config in wanted], on_done)

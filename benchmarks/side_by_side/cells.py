@@ -1,12 +1,14 @@
 """What is measured side by side: the shapes of each group, their FLOPs and bytes.
 
-All arrays are bfloat16 and stored as (B, S, H, D); torch gets transposed views of the same memory.
+All arrays are bfloat16 and stored as (B, S, H, D), packed sequences as (total, H, D). Where torch
+wants its heads first, it gets transposed views of the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ UNITS = {
     "small": "us",
     "decode": "GB/s",
     "variants": "TFLOP/s",
+    "varlen": "TFLOP/s",
     "percall": "us",
 }
 GROUPS = tuple(UNITS)
@@ -27,7 +30,10 @@ UNBOUNDED = (-1, -1)
 
 @dataclass(frozen=True)
 class Cell:
-    """One problem: q (B, Sq, H, D), k and v (B, Skv, Hkv, D), and its rules."""
+    """One problem: q (B, Sq, H, D), k and v (B, Skv, Hkv, D), and its rules.
+
+    Of packed sequences, B is their number, and Sq and Skv are the longest one's.
+    """
 
     group: str
     name: str
@@ -40,16 +46,28 @@ class Cell:
     causal: bool = False
     window: tuple[int, int] = UNBOUNDED
     """(left, right); a window of (w, 0) has w + 1 keys per row."""
+    lengths: tuple[int, ...] = ()
+    """Packed sequences: queries of each, which are as many as its keys."""
 
     @property
-    def q_shape(self) -> tuple[int, int, int, int]:
-        """(B, Sq, H, D), of q and of the output."""
-        return self.batch, self.seqlen_q, self.heads, self.head_dim
+    def q_shape(self) -> tuple[int, ...]:
+        """(B, Sq, H, D) or (total, H, D), of q and of the output."""
+        return *self._rows(self.seqlen_q), self.heads, self.head_dim
 
     @property
-    def kv_shape(self) -> tuple[int, int, int, int]:
-        """(B, Skv, Hkv, D), of k and of v."""
-        return self.batch, self.seqlen_kv, self.heads_kv, self.head_dim
+    def kv_shape(self) -> tuple[int, ...]:
+        """(B, Skv, Hkv, D) or (total, Hkv, D), of k and of v."""
+        return *self._rows(self.seqlen_kv), self.heads_kv, self.head_dim
+
+    def _rows(self, seqlen: int) -> tuple[int, ...]:
+        return (sum(self.lengths),) if self.lengths else (self.batch, seqlen)
+
+    def sequence(self, b: int) -> int | slice:
+        """Sequence b of arrays that begin as ``q_shape`` does: what to index them with."""
+        if not self.lengths:
+            return b
+        start = sum(self.lengths[:b])
+        return slice(start, start + self.lengths[b])
 
     @property
     def rules(self) -> dict[str, Any]:
@@ -59,15 +77,30 @@ class Cell:
 
     @property
     def pairs(self) -> float:
-        """(query, key) pairs per head: exact for a window, half of all where causal alone."""
+        """(query, key) pairs per head, of all sequences.
+
+        Exact for packed sequences and for a window; half of all where causal alone.
+        """
+        if self.lengths:
+            return float(sum(self._visible_pairs(n, n) for n in self.lengths))
         if self.window != UNBOUNDED:
-            return float(_visible_pairs(self))
-        return self.seqlen_q * self.seqlen_kv / (2 if self.causal else 1)
+            return float(self.batch * self._visible_pairs(self.seqlen_q, self.seqlen_kv))
+        return self.batch * self.seqlen_q * self.seqlen_kv / (2 if self.causal else 1)
+
+    def _visible_pairs(self, seqlen_q: int, seqlen_kv: int) -> int:
+        """Sum over queries of the keys that causal and window leave, bottom-right aligned."""
+        at = np.arange(seqlen_q, dtype=np.int64) + seqlen_kv - seqlen_q
+        left, right = self.window
+        first = np.maximum(0, at - left) if left >= 0 else np.zeros_like(at)
+        last = at + right if right >= 0 else np.full_like(at, seqlen_kv - 1)
+        if self.causal:
+            last = np.minimum(last, at)
+        return int(np.maximum(0, np.minimum(last, seqlen_kv - 1) - first + 1).sum())
 
     @property
     def flops(self) -> float:
         """Operations of both products."""
-        return 4.0 * self.batch * self.heads * self.head_dim * self.pairs
+        return 4.0 * self.heads * self.head_dim * self.pairs
 
     @property
     def kv_bytes(self) -> int:
@@ -91,10 +124,15 @@ class Cell:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Cell:
-        """Read what ``to_json`` gave. Raises ``KeyError`` where a field is missing."""
-        values = {f.name: data[f.name] for f in fields(cls)}
-        left, right = values.pop("window")
-        return cls(**values, window=(int(left), int(right)))
+        """Read what ``to_json`` gave, fields of later versions or not.
+
+        Raises ``KeyError`` where a field is missing.
+        """
+        known = [f.name for f in fields(cls) if f.name in data or f.default is MISSING]
+        values = {name: data[name] for name in known}
+        for name in {"window", "lengths"} & values.keys():
+            values[name] = tuple(map(int, values[name]))
+        return cls(**values)
 
 
 def cells(group: str) -> list[Cell]:
@@ -104,20 +142,10 @@ def cells(group: str) -> list[Cell]:
         "small": _small,
         "decode": _decode,
         "variants": _variants,
+        "varlen": _varlen,
         "percall": _percall,
     }
     return makers[group]()
-
-
-def _visible_pairs(cell: Cell) -> int:
-    """Sum over queries of the keys that causal and window leave, bottom-right aligned."""
-    at = np.arange(cell.seqlen_q, dtype=np.int64) + cell.seqlen_kv - cell.seqlen_q
-    left, right = cell.window
-    first = np.maximum(0, at - left) if left >= 0 else np.zeros_like(at)
-    last = at + right if right >= 0 else np.full_like(at, cell.seqlen_kv - 1)
-    if cell.causal:
-        last = np.minimum(last, at)
-    return int(np.maximum(0, np.minimum(last, cell.seqlen_kv - 1) - first + 1).sum())
 
 
 def _grid() -> list[Cell]:
@@ -139,7 +167,10 @@ def _short(group: str, batch: int, heads: int, seqlen: int, head_dim: int, causa
 
 
 def _small() -> list[Cell]:
-    sizes = ((1, 8, 512, 64), (1, 8, 128, 64), (1, 8, 1024, 64), (4, 16, 512, 64), (1, 8, 512, 128))
+    sizes = (
+        *((1, 8, 512, 64), (1, 8, 128, 64), (1, 8, 1024, 64), (4, 16, 512, 64), (1, 8, 512, 128)),
+        *((2, 8, 256, 64), (1, 16, 256, 128)),
+    )
     return [_short("small", *each, causal) for each in sizes for causal in (False, True)]
 
 
@@ -154,20 +185,54 @@ def _decode() -> list[Cell]:
 
 
 def _variants() -> list[Cell]:
-    """Grouped queries, then windows, which torch's function cannot express."""
+    """Grouped queries, windows, which torch's function cannot express, and other head dims."""
     sizes = (
-        (1, 32, 8, 8192, 128, None),
-        (1, 64, 8, 4096, 128, None),
-        (2, 64, 8, 8192, 64, 1024),
-        (1, 32, 8, 16384, 128, 4096),
+        (1, 32, 8, 8192, 128, True, None),
+        (1, 64, 8, 4096, 128, True, None),
+        (2, 64, 8, 8192, 64, True, 1024),
+        (1, 32, 8, 16384, 128, True, 4096),
+        (1, 32, 8, 8192, 128, False, None),
+        (4, 16, 2, 3000, 128, True, None),
+        (2, 16, 16, 6000, 96, False, None),
+        (2, 16, 16, 6000, 96, True, None),
+        (4, 16, 16, 4096, 80, True, None),
+        (4, 8, 8, 4096, 192, True, None),
     )
     return [
         Cell(
-            *("variants", f"B{b}Hq{h}Hk{hk}S{s}D{d}c1w{left}", b, h, hk, s, s, d, True),
+            *("variants", f"B{b}Hq{h}Hk{hk}S{s}D{d}c{causal:d}w{left}", b, h, hk, s, s, d, causal),
             window=UNBOUNDED if left is None else (left, 0),
         )
-        for b, h, hk, s, d, left in sizes
+        for b, h, hk, s, d, causal, left in sizes
     ]
+
+
+def _varlen() -> list[Cell]:
+    """Packed sequences, 2048 columns over all heads: many short ones, one long one, all alike."""
+    short, middle = drawn(128, 8, 510), drawn(32, 512, 2048)
+    few = drawn(6, 64, 2048)
+    long_one = (*few[:3], 8192, *few[3:])
+    return [
+        _packed(name, lengths, head_dim, causal)
+        for name, lengths, head_dim in (
+            ("N128S8-510", short, 64),
+            ("N7S64-8192", long_one, 128),
+            ("N32S512-2048", middle, 128),
+        )
+        for causal in (False, True)
+    ]
+
+
+def drawn(count: int, shortest: int, longest: int) -> tuple[int, ...]:
+    """Lengths of packed sequences, evenly distributed, the same for the same arguments."""
+    pick = random.Random(0)
+    return tuple(pick.randint(shortest, longest) for _ in range(count))
+
+
+def _packed(name: str, lengths: Sequence[int], head_dim: int, causal: bool) -> Cell:
+    heads, longest = 2048 // head_dim, max(lengths)
+    sizes = len(lengths), heads, heads, longest, longest, head_dim
+    return Cell("varlen", f"{name}D{head_dim}c{causal:d}", *sizes, causal, lengths=tuple(lengths))
 
 
 def _percall() -> list[Cell]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,35 +20,59 @@ class WrongResultError(Exception):
     """Ours gave what it should not; the message says where."""
 
 
-def check(torch: Any, cell: Cell, inputs: Inputs, got: Any, peer: Any | None) -> str:
-    """Say what was checked of the output ``got``, (B, H, Sq, D).
+class Judged(NamedTuple):
+    """What was found of a right result."""
 
-    ``peer`` is another implementation's output, or None. Raises ``WrongResultError``.
+    text: str
+    wrong: Mapping[str, str]
+    """Peers that differ from it, and by how much."""
+
+
+def check(torch: Any, cell: Cell, inputs: Inputs, got: Any, peers: Mapping[str, Any]) -> Judged:
+    """Judge the output ``got``, (B, H, Sq, D), or (H, total, D) of packed sequences.
+
+    ``peers``: the outputs of other implementations. Where one of them agrees with ``got``, those
+    that do not are wrong. Raises ``WrongResultError`` where ``got`` is.
     """
     if not bool(torch.isfinite(got).all()):
         raise WrongResultError("wrong: NaN or infinite values")
-    worst = 0.0
-    heads = {(0, 0), (cell.batch - 1, cell.heads - 1)}
-    for b, h in sorted(heads):
-        worst = max(worst, _check_head(torch, cell, inputs, got, b, h))
+    worst = max(_check_head(torch, cell, inputs, got, b, h) for b, h in _sampled_heads(cell))
     text = f"max error {worst:.2g} in sampled rows"
-    if peer is None:
-        return text
+    differences = {name: _difference(got, peer) for name, peer in peers.items()}
+    told = {name: f"{x:.2g} (relative RMS)" for name, x in differences.items()}
+    agree = [name for name, x in differences.items() if x <= _MOST_DIFFERENCE]
+    if peers and not agree:
+        name = next(iter(peers))
+        raise WrongResultError(f"wrong: differs from {name} by {told[name]}")
+    if agree:
+        text += f", differs from {agree[0]} by {told[agree[0]]}"
+    others = [name for name in peers if name not in agree]
+    return Judged(text, {name: f"wrong: differs from ours by {told[name]}" for name in others})
+
+
+def _difference(got: Any, peer: Any) -> float:
     expected = peer.float()
-    difference = float((got.float() - expected).norm() / expected.norm())
-    if not difference <= _MOST_DIFFERENCE:
-        raise WrongResultError(f"wrong: differs from torch's by {difference:.2g} (relative RMS)")
-    return f"{text}, relative RMS difference {difference:.2g} from torch's"
+    return float((got.float() - expected).norm() / expected.norm())
+
+
+def _sampled_heads(cell: Cell) -> list[tuple[int, int]]:
+    """(sequence, head) pairs; packed sequences: the shortest and the longest, too."""
+    last = cell.heads - 1
+    found = {(0, 0), (cell.batch - 1, last)}
+    if cell.lengths:
+        shortest, longest = (cell.lengths.index(f(cell.lengths)) for f in (min, max))
+        found |= {(shortest, 0), (longest, last)}
+    return sorted(found)
 
 
 def _check_head(torch: Any, cell: Cell, inputs: Inputs, got: Any, b: int, h: int) -> float:
     """Largest error of some rows of one head, by the acceptance rule of ``reference.compare``."""
-    group = cell.heads // cell.heads_kv
-    tensors = [x[b, :, head][None, None] for x, head in _of_head(inputs, h, group)]
+    group, at = cell.heads // cell.heads_kv, cell.sequence(b)
+    tensors = [x[at][:, head][None, None] for x, head in _of_head(inputs, h, group)]
     q, k, v = (to_numpy(torch, x) for x in tensors)
-    rows = sample_rows(cell.seqlen_q)
-    at = torch.as_tensor(rows, device=got.device)
-    result = to_numpy(torch, got[b, h][at])[None, None]
+    rows = sample_rows(q.shape[2])
+    chosen = torch.as_tensor(rows, device=got.device)
+    result = to_numpy(torch, got.swapaxes(-3, -2)[at][:, h][chosen])[None, None]
     expected, _ = reference.oracle(q, k, v, rows=rows, **cell.rules)
     naive = reference.naive(q, k, v, rows=rows, **cell.rules)
     judged = reference.compare(result, expected, naive)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from side_by_side import gate
 from side_by_side.backends import Backend, Inputs, Run, first_result, random_inputs
 from side_by_side.cells import Cell
+from side_by_side.joules import Joules
 from side_by_side.results import OURS, Entry, Row
 from side_by_side.timing import Gpu, Timer, reason_of, take_turns
 
+_COLD = "CUDA events around one call, replayed as a CUDA graph, L2 flushed before it"
 #: How each group is timed; stands in the results.
 METHODS = {
-    "grid": "CUDA events around one call, L2 flushed before it",
+    "grid": _COLD,
     "small": "per call in a replayed CUDA graph of 32 calls, inputs warm in L2",
     "decode": "per call in a replayed CUDA graph; inputs rotate over at least 3x the L2",
-    "variants": "CUDA events around one call, L2 flushed before it",
+    "variants": _COLD,
+    "varlen": _COLD,
     "percall": "wall time of 200 calls from Python and their wait; GPU time from a replayed graph",
 }
 
@@ -29,11 +32,12 @@ _PYTHON_CALLS = 200
 
 @dataclass
 class Bench:
-    """A GPU, the backends to compare, and how many rounds each cell gets."""
+    """A GPU, the backends to compare, how many rounds each cell gets, and what measures energy."""
 
     gpu: Gpu
     backends: Sequence[Backend]
     rounds: int
+    joules: Joules | None = None
 
     def row(self, cell: Cell) -> Row:
         """Measure one cell. A backend that fails has its reason in place of a figure."""
@@ -42,15 +46,29 @@ class Bench:
             "small": self._small,
             "decode": self._decode,
             "variants": self._cold,
+            "varlen": self._cold,
             "percall": self._percall,
         }
         return timed[cell.group](cell)
 
     def _cold(self, cell: Cell) -> Row:
-        return self._measured(cell, 1, self._cold_timer)
+        replays: dict[str, Callable[[], Any]] = {}
+        kept = []  # a graph does not keep what it reads and writes
 
-    def _cold_timer(self, backend: Backend, runs: Sequence[Run], _: Inputs) -> Timer:
-        return self.gpu.cold(runs[0], backend.selected)
+        def timer(backend: Backend, runs: Sequence[Run], _: Inputs) -> Timer:
+            kept.append(runs)
+            # As a graph: what a call does in Python may take longer than the flush.
+            replays[backend.name] = backend.capture(runs)
+            return self.gpu.cold(replays[backend.name])
+
+        row = self._measured(cell, 1, timer)
+        return row if self.joules is None else self._loaded(row, replays, self.joules)
+
+    def _loaded(self, row: Row, replays: Mapping[str, Callable[[], Any]], joules: Joules) -> Row:
+        us = {name: us for name in replays if (us := row.us(name)) is not None}
+        loads = joules.loads({name: replays[name] for name in us}, us, row.cell.flops)
+        entries = {name: replace(x, load=loads.get(name)) for name, x in row.entries.items()}
+        return replace(row, entries=entries)
 
     def _small(self, cell: Cell) -> Row:
         return self._measured(cell, 1, self._graph_timer(_SMALL_CALLS))
@@ -90,10 +108,11 @@ class Bench:
     ) -> Row:
         """Bind to ``copies`` of the inputs, check ours, make a timer of each, take turns."""
         sets = [random_inputs(self.gpu.torch, cell, seed) for seed in range(copies)]
+        backends = [backend for backend in self.backends if backend.takes(cell)]
         entries: dict[str, Entry] = {}
         runs: dict[str, list[Run]] = {}
         results: dict[str, Any] = {}
-        for backend in self.backends:
+        for backend in backends:
             try:
                 runs[backend.name] = [backend.bind(cell, inputs) for inputs in sets]
                 results[backend.name] = first_result(runs[backend.name][0], backend.selected)
@@ -103,7 +122,7 @@ class Bench:
         checked = self._check(cell, sets[0], results, entries)
         results.clear()
         timers: dict[str, Timer] = {}
-        for backend in self.backends:
+        for backend in backends:
             if backend.name in entries:
                 continue
             try:
@@ -113,26 +132,28 @@ class Bench:
             except Exception as error:
                 entries[backend.name] = Entry(reason=reason_of(error))
         entries |= take_turns(timers, self.rounds)
-        return Row(cell, self._in_order(entries), checked)
+        return Row(cell, _in_order(backends, entries), checked)
 
     def _check(
         self, cell: Cell, inputs: Inputs, results: dict[str, Any], entries: dict[str, Entry]
     ) -> str:
-        """Judge ours, which loses its turn where it is wrong."""
+        """Judge ours, and the others beside it; who is wrong loses its turn."""
         if OURS not in results:
             return ""
-        peers = [result for name, result in results.items() if name != OURS]
-        peer = peers[0] if peers else None
+        peers = {name: result for name, result in results.items() if name != OURS}
         try:
-            return gate.check(self.gpu.torch, cell, inputs, results[OURS], peer)
+            judged = gate.check(self.gpu.torch, cell, inputs, results[OURS], peers)
         except Exception as error:
             entries[OURS] = Entry(reason=reason_of(error))
             return entries[OURS].reason or ""
+        entries |= {name: Entry(reason=reason) for name, reason in judged.wrong.items()}
+        return judged.text
 
-    def _in_order(self, entries: dict[str, Entry]) -> dict[str, Entry]:
-        notes = {backend.name: backend.note() for backend in self.backends}
-        return {
-            name: entry if entry.us is None else replace(entry, note=note)
-            for name, note in notes.items()
-            for entry in (entries[name],)
-        }
+
+def _in_order(backends: Sequence[Backend], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    notes = {backend.name: backend.note() for backend in backends}
+    return {
+        name: entry if entry.us is None else replace(entry, note=note)
+        for name, note in notes.items()
+        for entry in (entries[name],)
+    }

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from flashcore_cupy.cli.plots import require_matplotlib
-from side_by_side.cells import DTYPE
-from side_by_side.results import BACKENDS, Report, Row
+from side_by_side.cells import DTYPE, Cell
+from side_by_side.results import BACKENDS, FA4, OURS, Report, Row
 
-_COLORS = dict(zip(BACKENDS, ("#2f6f9f", "#b07a2e", "#7a3f8f", "#4f9d69"), strict=True))
-_LABELS = dict(zip(BACKENDS, ("FlashCore", *BACKENDS[1:]), strict=True))
-_MARKERS = dict(zip(BACKENDS, "os^v", strict=True))
+_HUES = ("#2f6f9f", "#b07a2e", "#7a3f8f", "#4f9d69", "#2a9d9d", "#c8443c")
+_COLORS = dict(zip(BACKENDS, _HUES, strict=True))
+_LABELS = {name: name for name in BACKENDS} | {OURS: "FlashCore", FA4: "FlashAttention-4"}
+_MARKERS = dict(zip(BACKENDS, "os^vPD", strict=True))
 _SUBTITLE = {"loc": "left", "fontsize": 10, "color": "#444444"}
 _TALL = 0.25  # of the axis: a bar that holds its figure
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Write a picture per head dim of the grid and one of decode; returns the files."""
+    """Write a picture per head dim of the grid, one of decode, one of packed sequences.
+
+    Returns the files.
+    """
     require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -28,6 +32,8 @@ def draw(report: Report, folder: Path) -> list[Path]:
         written.append(_save(_grid_figure(report, rows), folder / f"grid_d{head_dim}.png"))
     if decode := report.of_group("decode"):
         written.append(_save(_decode_figure(report, decode), folder / "decode.png"))
+    if varlen := report.of_group("varlen"):
+        written.append(_save(_varlen_figure(report, varlen), folder / "varlen.png"))
     return written
 
 
@@ -71,6 +77,34 @@ def _grid_figure(report: Report, rows: Sequence[Row]) -> Any:
 
 def _decode_figure(report: Report, rows: Sequence[Row]) -> Any:
     figure = _figure(report, f"Decode: one query per sequence, {DTYPE}", 10.0, 4.6)
+    axes = _bars(figure, rows, lambda cell: f"B={cell.batch}\nSkv={cell.seqlen_kv}")
+    _mark_ceiling(
+        axes, report.ceilings.get("copy_gbs"), "copy of 1 GiB, read and written, this run"
+    )
+    axes.set_ylabel("GB/s of K and V")
+    cell = rows[0].cell
+    subtitle = f"Hq={cell.heads} Hkv={cell.heads_kv} D={cell.head_dim}, inputs not in the L2"
+    axes.set_title(subtitle, **_SUBTITLE)
+    _legend(figure, axes)
+    return figure
+
+
+def _varlen_figure(report: Report, rows: Sequence[Row]) -> Any:
+    def name(cell: Cell) -> str:
+        lengths = f"{cell.batch} of {min(cell.lengths)} to {max(cell.lengths)}"
+        return f"{lengths}\nD={cell.head_dim}{', causal' if cell.causal else ''}"
+
+    figure = _figure(report, f"Packed sequences, {DTYPE}", 10.0, 4.6)
+    axes = _bars(figure, rows, name)
+    axes.set_ylabel("TFLOP/s")
+    columns = rows[0].cell.heads * rows[0].cell.head_dim
+    axes.set_title(f"{columns} columns over all heads", **_SUBTITLE)
+    _legend(figure, axes)
+    return figure
+
+
+def _bars(figure: Any, rows: Sequence[Row], name_of: Callable[[Cell], str]) -> Any:
+    """Axes with a bar for each backend on each cell."""
     axes = figure.add_subplot()
     names = [name for name in BACKENDS if _timed(rows, name)]
     width = 0.8 / max(1, len(names))
@@ -88,19 +122,10 @@ def _decode_figure(report: Report, rows: Sequence[Row]) -> Any:
             zorder=2,
         )
         _write_figures(axes, bars, top)
-    _mark_ceiling(
-        axes, report.ceilings.get("copy_gbs"), "copy of 1 GiB, read and written, this run"
-    )
-    names_below = [f"B={row.cell.batch}\nSkv={row.cell.seqlen_kv}" for row in rows]
-    axes.set_xticks(range(len(rows)), names_below)
+    axes.set_xticks(range(len(rows)), [name_of(row.cell) for row in rows])
     axes.set_ylim(0, top)
-    axes.set_ylabel("GB/s of K and V")
-    cell = rows[0].cell
-    subtitle = f"Hq={cell.heads} Hkv={cell.heads_kv} D={cell.head_dim}, inputs not in the L2"
-    axes.set_title(subtitle, **_SUBTITLE)
     _plain(axes, "y")
-    _legend(figure, axes)
-    return figure
+    return axes
 
 
 def _write_figures(axes: Any, bars: Any, top: float) -> None:
@@ -128,7 +153,7 @@ def _timed(rows: Sequence[Row], name: str) -> list[tuple[Row, float]]:
 
 
 def _line(name: str) -> dict[str, Any]:
-    ours = name == BACKENDS[0]
+    ours = name == OURS
     return {
         "color": _COLORS[name],
         "label": _LABELS[name],
@@ -153,4 +178,4 @@ def _plain(axes: Any, grid: str) -> None:
 def _legend(figure: Any, axes: Any) -> None:
     """Below the axes, where it can cover nothing."""
     handles, _ = axes.get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)

@@ -15,8 +15,26 @@ from side_by_side.cells import Cell
 
 OURS = "ours"
 FLASH2 = "torch-flash2"
-PEERS = (FLASH2, "torch-cudnn", "torch-efficient")
+#: Backends of torch's scaled_dot_product_attention.
+SDPA = (FLASH2, "torch-cudnn", "torch-efficient")
+#: torch's varlen_attn: packed sequences alone.
+VARLEN = "torch-varlen"
+FA4 = "fa4"
+PEERS = (*SDPA, VARLEN, FA4)
 BACKENDS = (OURS, *PEERS)
+#: What ``Report.methods`` has of the load, beside the groups.
+LOAD = "load"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a backend does, and takes, when it runs for seconds without a pause."""
+
+    us: float
+    """Per call."""
+    watts: float
+    sm_mhz: float
+    pj_per_flop: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,13 @@ class Entry:
     note: str = ""
     reason: str | None = None
     """Why there is no figure."""
+    load: Load | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Entry:
+        """Read what ``asdict`` gave."""
+        load = data.get("load")
+        return cls(**{**data, "load": None if load is None else Load(**load)})
 
     @classmethod
     def of(cls, sample_us: Sequence[float], **more: Any) -> Entry:
@@ -70,6 +95,17 @@ class Row:
         times = [t for t in map(self.us, PEERS) if t is not None]
         return _ratio(min(times), self.us(OURS)) if times else None
 
+    def load(self, name: str) -> Load | None:
+        """What a backend takes under load, if that was measured."""
+        entry = self.entries.get(name)
+        return None if entry is None else entry.load
+
+    def energy_to_best(self) -> float | None:
+        """The thriftiest peer's energy by ours: above 1, ours takes less."""
+        ours = self.load(OURS)
+        energies = [load.pj_per_flop for load in map(self.load, PEERS) if load is not None]
+        return None if ours is None or not energies else min(energies) / ours.pj_per_flop
+
     @property
     def spread(self) -> float | None:
         """The widest of its entries."""
@@ -83,8 +119,8 @@ class Report:
     machine: Mapping[str, Any]
     ceilings: Mapping[str, float]
     """"matmul_tflops" and "copy_gbs", measured in the same run."""
-    methods: Mapping[str, str]
-    """How each group is timed."""
+    methods: dict[str, str]
+    """How each group is timed, and the load, if any."""
     rows: list[Row] = field(default_factory=list)
 
     def of_group(self, group: str) -> list[Row]:
@@ -110,6 +146,7 @@ class Report:
                     "backends": {name: asdict(entry) for name, entry in row.entries.items()},
                     "speedup_to_best": row.speedup_to_best(),
                     "speedup_to_flash2": row.speedup(FLASH2),
+                    "energy_to_best": row.energy_to_best(),
                 }
                 for row in self.rows
             ],
@@ -128,7 +165,7 @@ class Report:
             rows = [
                 Row(
                     Cell.from_json(row),
-                    {name: Entry(**entry) for name, entry in row["backends"].items()},
+                    {name: Entry.from_json(entry) for name, entry in row["backends"].items()},
                     row["check"],
                 )
                 for row in data["rows"]

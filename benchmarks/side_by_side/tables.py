@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from side_by_side.cells import GROUPS, Cell
-from side_by_side.results import BACKENDS, FLASH2, OURS, Report, Row, geometric_mean
+from side_by_side.results import BACKENDS, FLASH2, LOAD, OURS, Report, Row, geometric_mean
 
 _TITLES = {
     "grid": "Forward, 16384 tokens, H x D = 2048",
     "small": "Small problems",
     "decode": "Decode, one query per sequence",
-    "variants": "Grouped queries and windows",
+    "variants": "Grouped queries, windows, other head dims",
+    "varlen": "Packed sequences",
     "percall": "Calls from Python (time on the GPU)",
 }
 
@@ -34,6 +35,9 @@ def report_tables(report: Report) -> Group:
         rows = report.of_group(group)
         if rows:
             parts += ["", *_group_table(rows, report.methods.get(group, ""))]
+        loaded = [row for row in rows if row.load(OURS) is not None]
+        if loaded:
+            parts += ["", _load_table(loaded, report.methods.get(LOAD, ""))]
     return Group(*parts)
 
 
@@ -44,26 +48,20 @@ def machine_line(machine: object) -> str:
         f"{known.get('gpu')}, driver {known.get('driver')}, flashcore {known.get('version')} "
         f"(kernels {known.get('kernels_digest')}), NVRTC {known.get('nvrtc')}, "
         f"CuPy {known.get('cupy')}, torch {known.get('torch')}, cuDNN {known.get('cudnn')}"
+        + (f", FlashAttention-4 {known['fa4']}" if known.get("fa4") else "")
     )
 
 
 def _group_table(rows: Sequence[Row], method: str) -> list[RenderableType]:
     """The table of one group, and under it the reasons and what ours ran."""
     group, unit = rows[0].cell.group, rows[0].cell.unit
-    table = Table(
-        title=f"{_TITLES[group]}, bfloat16, {unit}",
-        title_justify="left",
-        caption=f"{method}; medians. A ratio above 1: ours is faster. "
-        "Spread: the row's widest (p90 - p10) / median.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-    )
-    table.add_column("case", no_wrap=True)
     names = [name for name in BACKENDS if any(name in row.entries for row in rows)]
-    for name in (*names, "vs best", "vs flash2", "spread"):
-        table.add_column(name.removeprefix("torch-"), justify="right", no_wrap=True)
+    table = _table(
+        f"{_TITLES[group]}, bfloat16, {unit}",
+        f"{method}; medians. A ratio above 1: ours is faster. "
+        "Spread: the row's widest (p90 - p10) / median.",
+        (*names, "vs best", "vs flash2", "spread"),
+    )
     reasons: dict[str, int] = {}
     for row in rows:
         figures = [_figure(row, name, reasons) for name in names]
@@ -76,6 +74,52 @@ def _group_table(rows: Sequence[Row], method: str) -> list[RenderableType]:
     mean = f"geometric mean of {count}"
     table.add_row(mean, *empty, _ratio(best), _ratio(flash2), "", style="bold")
     return [table, *(Text(line, style="dim") for line in _notes(rows, reasons))]
+
+
+def _load_table(rows: Sequence[Row], method: str) -> Table:
+    """Speed, power, clock and energy of those that were under load."""
+    names = [name for name in BACKENDS if any(row.load(name) is not None for row in rows)]
+    table = _table(
+        f"{_TITLES[rows[0].cell.group]}, under load: TFLOP/s, W, SM MHz, pJ/FLOP",
+        f"{method}. The ratio is of energies, above 1: ours takes less than the best peer.",
+        (*names, "vs best"),
+    )
+    for row in rows:
+        figures = [_loaded(row, name) for name in names]
+        table.add_row(row.cell.name, *figures, _ratio(row.energy_to_best()))
+    table.add_section()
+    mean, count = geometric_mean(row.energy_to_best() for row in rows)
+    empty = [""] * len(names)
+    table.add_row(f"geometric mean of {count}", *empty, _ratio(mean), style="bold")
+    return table
+
+
+def _loaded(row: Row, name: str) -> Text:
+    load = row.load(name)
+    if load is None:
+        return Text("")
+    rate = row.cell.flops / load.us / 1e6
+    text = f"{rate:.0f} {load.watts:4.0f} {load.sm_mhz:5.0f} {load.pj_per_flop:5.2f}"
+    return Text(text, style="bold" if name == OURS else "")
+
+
+def _table(title: str, caption: str, columns: Sequence[str]) -> Table:
+    """An empty table of cases by ``columns``."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column("case", no_wrap=True)
+    for name in columns:
+        header = name.removeprefix("torch-").replace(" ", "\n")
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
 
 
 def _figure(row: Row, name: str, reasons: dict[str, int]) -> Text:

@@ -70,6 +70,13 @@ class Gpu:
         """Size of the L2 cache."""
         return int(self.properties.L2_cache_size)
 
+    @property
+    def bus_id(self) -> str:
+        """The GPU's PCI address, which tells it from others outside this process."""
+        import cupy
+
+        return str(cupy.cuda.Device().pci_bus_id)
+
     def machine(self) -> dict[str, Any]:
         """``bench.machine`` with torch's versions and the GPU's own figures."""
         torch = self.torch

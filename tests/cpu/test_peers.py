@@ -1,10 +1,11 @@
-"""The benchmarks beside torch, as far as they go without a GPU and without torch."""
+"""The benchmarks beside torch, as far as they go without a GPU."""
 
 from __future__ import annotations
 
 import json
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,10 +25,21 @@ import errors
 import peers
 from side_by_side import backends, cells, error_cases, gate, measure, plots, tables, timing
 from side_by_side.cells import Cell
-from side_by_side.results import BACKENDS, OURS, PEERS, Entry, Report, Row, geometric_mean
+from side_by_side.results import (
+    BACKENDS,
+    FA4,
+    LOAD,
+    OURS,
+    SDPA,
+    VARLEN,
+    Entry,
+    Load,
+    Report,
+    Row,
+    geometric_mean,
+)
 
 from flashcore_cupy.cpu import reference
-from flashcore_cupy.problem.attention_problem import describe
 from flashcore_cupy.select import selector
 
 
@@ -66,6 +78,7 @@ def test_the_grid_is_every_head_dim_length_and_mask() -> None:
 
 def test_the_other_groups() -> None:
     shapes = ("B1H8S512D64", "B1H8S128D64", "B1H8S1024D64", "B4H16S512D64", "B1H8S512D128")
+    shapes += ("B2H8S256D64", "B1H16S256D128")
     assert [c.name for c in cells.cells("small")] == [s + c for s in shapes for c in ("c0", "c1")]
     assert {(c.batch, c.seqlen_kv) for c in cells.cells("decode")} == {
         *((1, 1024), (1, 8192), (1, 65536)),
@@ -74,13 +87,46 @@ def test_the_other_groups() -> None:
     }
     assert all(c.q_shape == (c.batch, 1, 32, 128) for c in cells.cells("decode"))
     assert all(c.kv_shape == (c.batch, c.seqlen_kv, 8, 128) for c in cells.cells("decode"))
-    assert [(c.name, c.window) for c in cells.cells("variants")] == [
-        ("B1Hq32Hk8S8192D128c1wNone", (-1, -1)),
-        ("B1Hq64Hk8S4096D128c1wNone", (-1, -1)),
-        ("B2Hq64Hk8S8192D64c1w1024", (1024, 0)),
-        ("B1Hq32Hk8S16384D128c1w4096", (4096, 0)),
-    ]
+    variants = {c.name: c for c in cells.cells("variants")}
+    assert {name: c.window for name, c in variants.items() if c.window != (-1, -1)} == {
+        "B2Hq64Hk8S8192D64c1w1024": (1024, 0),
+        "B1Hq32Hk8S16384D128c1w4096": (4096, 0),
+    }
+    assert {c.head_dim for c in variants.values()} == {64, 80, 96, 128, 192}
+    assert {c.heads // c.heads_kv for c in variants.values()} == {1, 4, 8}
+    three = variants["B4Hq16Hk2S3000D128c1wNone"]
+    assert three.q_shape == (4, 3000, 16, 128) and three.kv_shape == (4, 3000, 2, 128)
+    assert three.causal and not variants["B2Hq16Hk16S6000D96c0wNone"].causal
     assert cells.cells("percall")[0].q_shape == (1, 512, 8, 64)
+
+
+def test_packed_sequences_are_many_few_and_middling() -> None:
+    varlen = cells.cells("varlen")
+    assert [c.causal for c in varlen] == [False, True] * 3
+    assert [c.lengths for c in varlen[::2]] == [c.lengths for c in varlen[1::2]]
+    found = {(c.batch, c.head_dim): c.lengths for c in varlen}
+    assert set(found) == {(128, 64), (7, 128), (32, 128)}
+    assert 8 <= min(found[128, 64]) < max(found[128, 64]) <= 510
+    assert found[7, 128].count(8192) == 1 and sorted(found[7, 128])[-2] <= 2048
+    assert 512 <= min(found[32, 128]) < max(found[32, 128]) <= 2048
+    for c in varlen:
+        assert c.batch == len(c.lengths) and c.seqlen_q == c.seqlen_kv == max(c.lengths)
+        assert c.q_shape == c.kv_shape == (sum(c.lengths), 2048 // c.head_dim, c.head_dim)
+    assert cells.drawn(5, 1, 9) == cells.drawn(5, 1, 9) and len(set(cells.drawn(50, 1, 9))) == 9
+
+
+def test_the_work_of_packed_sequences_is_that_of_each_alone() -> None:
+    lengths = (5, 1, 12)
+    sizes = 3, 4, 4, 12, 12, 8
+    for causal, pairs in ((False, 25 + 1 + 144), (True, 15 + 1 + 78)):
+        cell = Cell("varlen", "x", *sizes, causal, lengths=lengths)
+        assert cell.pairs == pairs and cell.flops == 4 * 4 * 8 * pairs
+    rows = np.arange(18)
+    assert [rows[cell.sequence(b)].tolist() for b in range(3)] == [
+        *([0, 1, 2, 3, 4], [5], list(range(6, 18))),
+    ]
+    dense = replace(cell, lengths=())
+    assert dense.q_shape == (3, 12, 4, 8) and dense.sequence(2) == 2
 
 
 @pytest.mark.parametrize(
@@ -118,9 +164,28 @@ def test_cells_survive_json() -> None:
             assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
 
 
+def test_results_of_before_are_still_read() -> None:
+    for path in sorted((ROOT / "benchmarks/results").glob("*/peers*.json")):
+        report = Report.load(path)
+        assert report.ok and not any(row.cell.lengths for row in report.rows)
+        assert all(entry.load is None for row in report.rows for entry in row.entries.values())
+        for row, known in zip(report.rows, json.loads(path.read_text())["rows"], strict=True):
+            assert row.cell.flops == known["flops"]
+            assert row.speedup_to_best() == known["speedup_to_best"]
+        assert "geometric mean of 36" in text_of(tables.report_tables(report))
+
+
+@pytest.mark.parametrize("group", cells.GROUPS)
+def test_every_cell_is_compiled_ahead(group: str) -> None:
+    for cell in cells.cells(group):
+        problem = backends.problem_of(backends.call_of(cell))
+        assert problem.window == (cell.window[0], 0 if cell.causal else cell.window[1])
+        assert problem.output_shape == cell.q_shape and problem.batch == cell.batch
+        assert selector.configs_of(selector.select(problem, "sm_90a"))
+
+
 def test_what_is_compiled_ahead_is_what_a_cell_asks_for() -> None:
-    call = backends.call_of(cell_of("D64S512c1"))
-    problem = describe(*call[:3], **call.rules)
+    problem = backends.problem_of(backends.call_of(cell_of("D64S512c1")))
     assert (problem.batch, problem.heads_q, problem.seqlen_q) == (32, 32, 512)
     assert problem.causal is True and problem.align_bytes == 16
     assert problem.q.strides == (512 * 32 * 64, 64, 32 * 64)
@@ -213,7 +278,7 @@ class FakeGpu:
     def synchronize(self) -> None:
         pass
 
-    def cold(self, run: Callable[[], Any], selected: Any) -> Callable[[], float]:
+    def cold(self, run: Callable[[], Any]) -> Callable[[], float]:
         return lambda: float(run())
 
     def replayed(self, replay: Callable[[], Any], calls: int) -> Callable[[], float]:
@@ -227,6 +292,9 @@ class FakeBackend:
     def __init__(self, name: str, us: float, fails: str = "") -> None:
         self.name, self.us, self.fails = name, us, fails
         self.captured = 0
+
+    def takes(self, cell: Cell) -> bool:
+        return bool(cell.lengths) if self.name == VARLEN else True
 
     def bind(self, cell: Cell, inputs: Any) -> Callable[[], float]:
         self._fail_at("bind")
@@ -261,9 +329,9 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The arguments of the correctness gate, which lets everything pass."""
     calls: list[Any] = []
 
-    def check(*arguments: Any) -> str:
+    def check(*arguments: Any) -> gate.Judged:
         calls.append(arguments)
-        return "fine"
+        return gate.Judged("fine", {})
 
     monkeypatch.setattr(measure, "random_inputs", lambda *_: None)
     monkeypatch.setattr(gate, "check", check)
@@ -284,17 +352,21 @@ def test_a_failing_backend_leaves_its_reason_and_the_others_their_figures(
         FakeBackend("torch-flash2", 3.0, fails="bind"),
         FakeBackend("torch-cudnn", 4.0),
         FakeBackend("torch-efficient", 5.0, fails="run"),
+        FakeBackend(VARLEN, 6.0),
+        FakeBackend(FA4, 7.0, fails="capture"),
     ).row(cell)
     assert row.entries["torch-flash2"] == Entry(reason="cannot bind")
     assert row.entries["torch-efficient"] == Entry(reason="cannot run")
     assert row.speedup_to_best() == 2.0 and row.check == "fine"
     assert row.entries[OURS].note == "ours's kernel"
-    assert list(row.entries) == list(BACKENDS)
+    assert list(row.entries) == [n for n in BACKENDS if n != VARLEN or group == "varlen"]
     if group == "percall":
         assert (row.us(OURS), row.entries[OURS].gpu_us) == (20.0, 2.0)
     else:
         assert row.us(OURS) == 2.0
-    assert judged[0][3:] == (2.0, 4.0)  # ours, and the first peer with a result
+    assert judged[0][3] == 2.0  # ours, beside all that gave a result
+    assert judged[0][4].items() >= {"torch-cudnn": 4.0, FA4: 7.0}.items()
+    assert "torch-efficient" not in judged[0][4]
 
 
 def test_a_graph_that_cannot_be_captured_is_a_reason(judged: list[Any]) -> None:
@@ -323,6 +395,67 @@ def test_a_wrong_result_is_not_timed(judged: list[Any], monkeypatch: pytest.Monk
     )
     assert row.us(OURS) is None and "wrong: b=0 h=0" in (row.entries[OURS].reason or "")
     assert row.us("torch-cudnn") == 4.0
+
+
+def test_a_wrong_peer_is_not_timed(judged: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "check", lambda *_: gate.Judged("fine", {FA4: "wrong: differs"}))
+    row = bench_of(FakeBackend(OURS, 2.0), FakeBackend(FA4, 1.0), FakeBackend("torch-cudnn", 4.0))
+    found = row.row(cell_of("D64S512c0"))
+    assert found.entries[FA4] == Entry(reason="wrong: differs")
+    assert found.us(OURS) == 2.0 and found.speedup_to_best() == 2.0
+
+
+@pytest.mark.parametrize("group", ["grid", "variants", "varlen"])
+def test_long_calls_are_timed_as_graphs_of_one(group: str, judged: list[Any]) -> None:
+    fake = FakeBackend(OURS, 2.0)
+    assert bench_of(fake).row(cells.cells(group)[0]).us(OURS) == 2.0
+    assert fake.captured == 1 and "graph" in measure.METHODS[group]
+
+
+class FakeJoules:
+    """Everybody takes 1 W per us; who is slower than 3 us is not put under load."""
+
+    method = "replayed for 2 s"
+
+    def loads(self, replays: Any, us: Any, flops: float) -> dict[str, Load]:
+        assert replays.keys() == us.keys()
+        times = {name: replay() for name, replay in replays.items()}
+        return {n: Load(x, x, 1500.0, x * x * 1e6 / flops) for n, x in times.items() if x <= 3}
+
+
+class FakeGraphs(FakeBackend):
+    """Its graphs know what they run, and do not keep it."""
+
+    def capture(self, runs: Any) -> Callable[[], float]:
+        held = [weakref.ref(run) for run in runs]
+
+        def replay() -> float:
+            assert all(run() is not None for run in held), "replayed on freed memory"
+            return self.us
+
+        return replay
+
+
+def test_load_stands_beside_the_times(judged: list[Any]) -> None:
+    fakes = (
+        *(FakeGraphs(OURS, 2.0), FakeBackend("torch-flash2", 4.0)),
+        *(FakeBackend("torch-cudnn", 2.5, fails="capture"), FakeBackend(FA4, 3.0)),
+    )
+    bench = measure.Bench(FakeGpu(), fakes, 5, FakeJoules())  # type: ignore[arg-type]
+    row = bench.row(cell_of("D64S512c0"))
+    ours = row.load(OURS)
+    assert ours is not None and ours.pj_per_flop == 4e6 / row.cell.flops
+    assert row.load("torch-flash2") is None and row.us("torch-flash2") == 4.0
+    assert row.entries["torch-cudnn"] == Entry(reason="cannot capture")
+    assert row.energy_to_best() == pytest.approx(9 / 4)
+    assert bench.row(cells.cells("small")[0]).load(OURS) is None
+
+
+def test_energy_has_no_ratio_without_a_peer() -> None:
+    load = Load(1.0, 500.0, 1500.0, 1.2)
+    cell = cell_of("D64S512c0")
+    assert Row(cell, {OURS: Entry(2.0, load=load)}).energy_to_best() is None
+    assert Row(cell, {OURS: Entry(2.0), FA4: Entry(2.0, load=load)}).energy_to_best() is None
 
 
 # --- the correctness gate ------------------------------------------------------------------------
@@ -356,8 +489,21 @@ def result(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Cell, backends.Inputs,
 
 def test_the_gate_passes_what_is_right(result: Any) -> None:
     torch, cell, inputs, got = result
-    text = gate.check(torch, cell, inputs, got, got.copy())
-    assert "max error" in text and "difference 0 from torch's" in text
+    text, wrong = gate.check(torch, cell, inputs, got, {FA4: got.copy()})
+    assert "max error" in text and "differs from fa4 by 0 (relative RMS)" in text and not wrong
+    assert gate.check(torch, cell, inputs, got, {}).text.endswith("in sampled rows")
+
+
+def test_who_differs_from_those_that_agree_is_wrong(result: Any) -> None:
+    torch, cell, inputs, got = result
+    odd, broken = got * got.dtype.type(1.25), got.copy()
+    broken[0, 0, 0, 0] = np.nan
+    peers = {"torch-cudnn": odd, FA4: got.copy(), "torch-flash2": broken}
+    text, wrong = gate.check(torch, cell, inputs, got, peers)
+    assert "differs from fa4 by 0" in text and list(wrong) == ["torch-cudnn", "torch-flash2"]
+    assert wrong["torch-cudnn"] == "wrong: differs from ours by 0.2 (relative RMS)"
+    with pytest.raises(gate.WrongResultError, match=r"^wrong: differs from torch-cudnn by 0\.2"):
+        gate.check(torch, cell, inputs, got, {"torch-cudnn": odd, "torch-flash2": broken})
 
 
 @pytest.mark.parametrize("row", [0, 128, 299])
@@ -365,18 +511,39 @@ def test_the_gate_stops_a_wrong_sampled_row(result: Any, row: int) -> None:
     torch, cell, inputs, got = result
     got[1, 3, row, 5] += got.dtype.type(1)
     with pytest.raises(gate.WrongResultError, match="b=1 h=3"):
-        gate.check(torch, cell, inputs, got, None)
+        gate.check(torch, cell, inputs, got, {})
+
+
+@pytest.mark.parametrize(("number", "head"), [(0, 0), (1, 0), (3, 3), (4, 3)])
+def test_the_gate_looks_at_the_shortest_and_the_longest_sequence(number: int, head: int) -> None:
+    torch = SimpleNamespace(isfinite=np.isfinite, as_tensor=lambda rows, device: rows)
+    lengths = (40, 3, 90, 200, 30)
+    cell = Cell("varlen", "x", 5, 4, 2, 200, 200, 16, True, lengths=lengths)
+    host = reference.make_inputs(
+        "normal", batch=1, heads=4, heads_kv=2, seqlen=363, head_dim=16, dtype="bfloat16"
+    )
+    q, k, v = (x[0].transpose(1, 0, 2) for x in host)
+    starts = np.cumsum([0, *lengths])
+    right = reference.naive_varlen(q, k, v, starts, starts, causal=True)
+    got = right.transpose(1, 0, 2).copy().view(Tensor)
+    inputs = backends.Inputs(*(x.view(Tensor) for x in (q, k, v)), starts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "to_numpy", lambda _, x: np.asarray(x))
+        assert "max error" in gate.check(torch, cell, inputs, got, {}).text
+        got[head, starts[number + 1] - 1, 3] += got.dtype.type(1)
+        with pytest.raises(gate.WrongResultError, match=f"b={number} h={head}"):
+            gate.check(torch, cell, inputs, got, {})
 
 
 def test_the_gate_stops_what_the_sample_misses(result: Any) -> None:
     torch, cell, inputs, got = result
     peer = got.copy()
     got[0, 2] *= got.dtype.type(1.25)  # a head that is not sampled
-    with pytest.raises(gate.WrongResultError, match="differs from torch's"):
-        gate.check(torch, cell, inputs, got, peer)
+    with pytest.raises(gate.WrongResultError, match="differs from torch-cudnn by"):
+        gate.check(torch, cell, inputs, got, {"torch-cudnn": peer})
     got[0, 2, 7, 7] = np.nan
     with pytest.raises(gate.WrongResultError, match="NaN"):
-        gate.check(torch, cell, inputs, got, None)
+        gate.check(torch, cell, inputs, got, {})
 
 
 def test_sampled_rows_fit_any_length() -> None:
@@ -391,11 +558,13 @@ def test_sampled_rows_fit_any_length() -> None:
 def made_up() -> Report:
     """A figure for everything but torch-efficient at head dim 256, and ours once."""
     rows = []
-    speeds = dict(zip(BACKENDS, (620.0, 330.0, 600.0, 210.0), strict=True))
+    speeds = dict(zip(BACKENDS, (620.0, 330.0, 600.0, 210.0, 340.0, 610.0), strict=True))
+    packed = (OURS, "torch-flash2", VARLEN, FA4)
     for group in cells.GROUPS:
         for cell in cells.cells(group):
             entries = {}
-            for name, speed in speeds.items():
+            there = packed if cell.lengths else (OURS, *SDPA, FA4)
+            for name, speed in ((name, speeds[name]) for name in there):
                 rate = speed * min(1.0, 0.4 + cell.seqlen_q / 8192) * (0.8 if cell.causal else 1)
                 us = {"GB/s": cell.kv_bytes / 4.2e6, "us": 4 + 4e3 / speed}.get(
                     cell.unit, cell.flops / rate / 1e6
@@ -403,14 +572,18 @@ def made_up() -> Report:
                 if cell.unit == "GB/s":
                     us = us * (1 + 300 / speed / cell.batch) + 6
                 gpu_us = us / 2 if group == "percall" else None
-                entries[name] = Entry(us, us * 0.98, us * 1.03, 20, gpu_us, note=f"{name}'s kernel")
+                load = Load(us, 690.0, 1480.0, 640 / speed) if group == "grid" else None
+                shown = {"note": f"{name}'s kernel", "load": load if speed > 500 else None}
+                entries[name] = Entry(us, us * 0.98, us * 1.03, 20, gpu_us, **shown)
             if cell.head_dim == 256:
                 entries["torch-efficient"] = Entry(reason="no kernel for head dim 256")
             if cell.name == "D128S512c1":
                 entries[OURS] = Entry(reason="wrong: b=0 h=0")
             rows.append(Row(cell, entries, "max error 0.001 in sampled rows"))
     machine = {"gpu": "NVIDIA H200", "driver": "580", "kernels_digest": "abc", "torch": "2.11"}
-    return Report(machine, {"matmul_tflops": 680.0, "copy_gbs": 4262.0}, measure.METHODS, rows)
+    machine["fa4"] = "4.0.0b36"
+    methods = {**measure.METHODS, LOAD: "replayed for 2 s"}
+    return Report(machine, {"matmul_tflops": 680.0, "copy_gbs": 4262.0}, methods, rows)
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +598,12 @@ def test_a_report_survives_json(saved: Path) -> None:
     data = json.loads(saved.read_text())
     assert data["ok"] is False and data["machine"]["kernels_digest"] == "abc"
     first = data["rows"][0]
-    assert first["speedup_to_best"] == pytest.approx(620 / 600) and first["flops"] > 1e10
+    assert first["speedup_to_best"] == pytest.approx(620 / 610) and first["flops"] > 1e10
+    assert first["energy_to_best"] == pytest.approx(620 / 610)
+    assert first["backends"][FA4]["load"] == {
+        **{"us": first["backends"][FA4]["us"], "watts": 690.0, "sm_mhz": 1480.0},
+        "pj_per_flop": 640 / 610,
+    }
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -439,46 +617,69 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_the_table_shows_figures_ratios_and_reasons() -> None:
     text = text_of(tables.report_tables(made_up()))
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
-    assert lines["D64S16384c0"][1:7] == ["620", "330", "600", "210", "1.03", "1.88"]
+    speeds = [line.split() for line in text.splitlines() if line.startswith("D64S16384c0 ")]
+    assert speeds[0][1:8] == ["620", "330", "600", "210", "610", "1.02", "1.88"]
+    packed = next(line.split() for line in text.splitlines() if line.startswith("N128S8-510D64c0 "))
+    assert packed[1:7] == ["286", "152", "157", "281", "1.02", "1.88"]
     assert lines["B1H8S512D64c0"].count("10.5") == 1  # ours, us; the percall row adds brackets
     assert "none [1]" in text and "[1] ours: wrong: b=0 h=0" in text
     assert "torch-efficient: no kernel for head dim 256" in text
     assert "geometric mean of 35" in text and "NVIDIA H200" in text
-    assert "matmul 680 TFLOP/s, copy 4262 GB/s" in text
+    assert "matmul 680 TFLOP/s, copy 4262 GB/s" in text and "FlashAttention-4 4.0.0b36" in text
     for group in cells.GROUPS:
         assert measure.METHODS[group] in " ".join(text.split())
 
 
+def test_the_table_of_a_load_has_speed_power_clock_and_energy() -> None:
+    text = text_of(tables.report_tables(made_up()))
+    title = "Forward, 16384 tokens, H x D = 2048, under load: TFLOP/s, W, SM MHz, pJ/FLOP"
+    shown = text.partition(title)[2].partition("Small problems")[0]
+    (line,) = (x for x in shown.splitlines() if x.startswith("D128S16384c0 "))
+    expected = "620 690 1480 1.03", "600 690 1480 1.07", "610 690 1480 1.05", "1.02"
+    assert line.split()[1:] == " ".join(expected).split()
+    headers = " ".join(shown.splitlines()[1:3]).split()
+    assert headers == ["vs", "case", "ours", "cudnn", "fa4", "best"]
+    assert "replayed for 2 s. The ratio is of energies" in " ".join(shown.split())
+    assert "geometric mean of 35" in shown and text.count("under load") == 1
+
+
 def test_the_table_fits_a_file() -> None:
-    assert max(map(len, text_of(tables.report_tables(made_up()), 110).splitlines())) <= 110
-    assert "D256S16384c1" in text_of(tables.report_tables(made_up()), 110)
+    text = text_of(tables.report_tables(made_up()), 110)
+    assert max(map(len, text.splitlines())) <= 110
+    assert "D256S16384c1" in text and "…" not in text
 
 
 def test_the_pictures_show_every_backend(saved: Path, tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     written = plots.draw(Report.load(saved), tmp_path / "plots")
-    names = ["grid_d64.png", "grid_d128.png", "grid_d256.png", "decode.png"]
+    names = ["grid_d64.png", "grid_d128.png", "grid_d256.png", "decode.png", "varlen.png"]
     assert [path.name for path in written] == names
+    absent = {
+        "grid_d256.png": ("torch-efficient", VARLEN),
+        "varlen.png": ("torch-cudnn", "torch-efficient"),
+    }
     for path in written:
         picture = imread(path)[..., :3]
         for name in BACKENDS:
-            drawn = name != "torch-efficient" or path.name != "grid_d256.png"
+            drawn = name not in absent.get(path.name, (VARLEN,))
             color = [int(plots._COLORS[name][i : i + 2], 16) / 255 for i in (1, 3, 5)]
             seen = int((np.abs(picture - color).max(axis=-1) < 0.01).sum())
             assert (seen > 200) == drawn, (path.name, name, seen)
 
 
-def test_no_line_runs_through_a_figure_of_the_pictures() -> None:
+@pytest.mark.parametrize("group", ["decode", "varlen"])
+def test_no_line_runs_through_a_figure_of_the_pictures(group: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     report = made_up()
-    figure = plots._decode_figure(report, report.of_group("decode"))
+    draw = {"decode": plots._decode_figure, "varlen": plots._varlen_figure}[group]
+    figure = draw(report, report.of_group(group))
     FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
     bars = [bar.get_window_extent() for bar in axes.patches]
-    (ceiling,) = axes.lines
-    assert ceiling.get_zorder() < axes.patches[0].get_zorder()
+    assert len(axes.lines) == (group == "decode")
+    assert all(line.get_zorder() < axes.patches[0].get_zorder() for line in axes.lines)
     assert len(axes.texts) == len(bars) > 20
     for label in axes.texts:
         box = label.get_window_extent()
@@ -498,6 +699,10 @@ def test_the_pictures_name_problem_and_dtype() -> None:
     figure = plots._decode_figure(report, report.of_group("decode"))
     assert "bfloat16" in figure.get_suptitle()
     assert "Hq=32 Hkv=8 D=128" in figure.axes[0].get_title("left")
+    varlen = plots._varlen_figure(report, report.of_group("varlen"))
+    assert "bfloat16" in varlen.get_suptitle()
+    below = [label.get_text() for label in varlen.axes[0].get_xticklabels()]
+    assert below[:2] == ["128 of 8 to 503\nD=64", "128 of 8 to 503\nD=64, causal"]
 
 
 # --- the command lines ---------------------------------------------------------------------------
@@ -518,6 +723,54 @@ def test_a_result_is_drawn_again_without_a_gpu(saved: Path, tmp_path: Path) -> N
         "grid_d64.png",
     ]
     assert run(peers.main, "decode", "--from", str(saved)).exit_code == 0
+
+
+def test_cells_are_chosen_by_name(saved: Path) -> None:
+    done = run(peers.main, "grid", "--from", str(saved), "--cells", "D256*c1")
+    assert done.exit_code == 0, done.output
+    assert "D256S512c1" in done.output and "geometric mean of 6" in done.output
+    assert "D256S512c0" not in done.output and "D64S512c1" not in done.output
+    none = run(peers.main, "small", "--from", str(saved), "--cells", "D256*")
+    assert none.exit_code == 1 and "small has no cell whose name matches D256*" in none.output
+
+
+@pytest.mark.parametrize("seconds", [None, 2.0])
+def test_what_a_run_measures_is_what_was_asked_for(
+    seconds: float | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, judged: list[Any]
+) -> None:
+    class Gpu(FakeGpu):
+        bus_id = "0000:1B:00.0"
+        ceilings = staticmethod(lambda: {"matmul_tflops": 680.0})
+        machine = staticmethod(lambda: {"gpu": "NVIDIA H100"})
+
+        def __init__(self, torch: Any) -> None:
+            pass
+
+    class Timed(FakeJoules):
+        def __init__(self, gpu: Any, meter: Any, asked: float) -> None:
+            assert (meter, asked) == (Gpu.bus_id, 2.0)
+
+    fa4 = FakeBackend(FA4, 3.0)
+    fa4.version = "4.0.0b36"  # type: ignore[attr-defined]
+    compiled: list[Any] = []
+    monkeypatch.setattr(peers, "Gpu", Gpu)
+    monkeypatch.setattr(peers, "Joules", Timed)
+    monkeypatch.setattr(peers, "meter_of", lambda bus_id: bus_id)
+    monkeypatch.setattr(backends, "require_torch", lambda: None)
+    monkeypatch.setattr(backends, "compile_ahead", lambda calls, _: compiled.extend(calls))
+    monkeypatch.setattr(backends, "Ours", lambda torch, kernel: FakeBackend(OURS, 2.0))
+    monkeypatch.setattr(backends, "torchs", lambda torch: [FakeBackend("torch-cudnn", 4.0)])
+    monkeypatch.setattr(backends, "FlashAttention4", lambda torch: fa4)
+    path = tmp_path / "peers.json"
+    asked = ["varlen", "--cells", "N7*", "--json", str(path), "--rounds", "5"]
+    done = run(peers.main, *asked, *([] if seconds is None else ["--joules", str(seconds)]))
+    assert done.exit_code == 0, done.output
+    report = Report.load(path)
+    assert [row.cell.name for row in report.rows] == ["N7S64-8192D128c0", "N7S64-8192D128c1"]
+    assert len(compiled) == 2 and report.machine["fa4"] == "4.0.0b36"
+    assert set(report.methods) == {"varlen", *([] if seconds is None else [LOAD])}
+    assert [row.speedup_to_best() for row in report.rows] == [1.5, 1.5]
+    assert all((row.load(FA4) is None) == (seconds is None) for row in report.rows)
 
 
 def test_a_wrong_file_is_one_message(tmp_path: Path) -> None:
@@ -596,7 +849,7 @@ def test_errors_are_measured() -> None:
 def test_the_error_table(tmp_path: Path) -> None:
     rows = []
     for number, case in enumerate(error_cases.cases()):
-        found = {name: {"max": 4e-3, "mean": 1e-4, "rms": 2e-4} for name in (errors.TORCH, *PEERS)}
+        found = {name: {"max": 4e-3, "mean": 1e-4, "rms": 2e-4} for name in (errors.TORCH, *SDPA)}
         found[OURS] = {"max": 1e-3, "mean": 1e-4, "rms": 1e-4 * (1 + number % 2 * 3)}
         if case.dtype == "float32":
             found["torch-flash2"] = {"reason": "half precision alone"}
