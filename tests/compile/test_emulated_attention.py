@@ -209,7 +209,11 @@ def test_a_child_of_fork_runs_kernels_too() -> None:
 
 def test_ctrl_c_ends_an_emulated_run_at_once() -> None:
     """A run of minutes; what it was doing is stopped, and the exception is Python's usual one."""
-    text = "call(8)\nprint('begun', flush=True)\ncall(9000)\n"
+    # What a shell starts in the background ignores Ctrl-C, and so would what that starts.
+    text = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "call(8)\nprint('begun', flush=True)\ncall(30000)\n"
+    )
     with subprocess.Popen(script(text), stdout=-1, stderr=-1, text=True) as started:
         assert started.stdout is not None and started.stdout.readline() == "begun\n"
         time.sleep(1.0)
