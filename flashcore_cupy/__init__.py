@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from flashcore_cupy._version import __version__
 from flashcore_cupy.attention import attention, explain
+from flashcore_cupy.backward import attention_backward, explain_backward
+from flashcore_cupy.problem.gradients import Gradients
 from flashcore_cupy.select.registry import KERNELS
 
-__all__ = ["KERNELS", "__version__", "attention", "explain"]
+__all__ = [
+    "KERNELS",
+    "Gradients",
+    "__version__",
+    "attention",
+    "attention_backward",
+    "explain",
+    "explain_backward",
+]
 
 
 def __dir__() -> list[str]:

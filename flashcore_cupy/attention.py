@@ -4,7 +4,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from flashcore_cupy.backward import attention_backward
 from flashcore_cupy.cuda import captures
+from flashcore_cupy.integrations import dynamo, engine
 from flashcore_cupy.launch import launch_cache
 from flashcore_cupy.launch.bind import bind
 from flashcore_cupy.launch.bind import explain as explain_on_gpu
@@ -13,7 +15,7 @@ from flashcore_cupy.problem.attention_problem import Causal, Gate, Layout
 from flashcore_cupy.problem.request import ARGUMENTS, Call, Request, check_results
 from flashcore_cupy.problem.rules import NO_WINDOW
 from flashcore_cupy.problem.stream import entered
-from flashcore_cupy.problem.tracing import leave_dynamo, untraced
+from flashcore_cupy.problem.tracing import Traced, leave_dynamo, untraced
 from flashcore_cupy.problem.values import check_names
 from flashcore_cupy.select.plan import Plan
 
@@ -58,8 +60,9 @@ def attention(
     the CPU; so does anything that exports its memory by DLPack or ``__cuda_array_interface__``,
     and the result is of q's kind (CuPy, NumPy, torch, JAX, Numba).
 
-    Forward only: tensors that require a gradient are refused while gradients are enabled, and so is
-    what torch.func and JAX trace. Under torch.compile a call is a graph break.
+    Tensors of torch that require a gradient get one, and so do arrays of JAX: q, k, v, bias, sink
+    and alibi_slopes. torch.compile and jax.jit keep a call in their graphs, torch.func and jax.vmap
+    map it. There are no second derivatives and no forward-mode ones.
 
     A score goes through scale, softcap, ALiBi, bias, score_mod, in this order; then causal, window,
     mask and mask_mod hide keys. off is Skv - Sq, or 0 with causal="top-left".
@@ -165,18 +168,20 @@ def attention(
             return done
     leave_dynamo()
     check_names("attention", unknown, ARGUMENTS)
-    request = Request.of(dict(
+    arguments = dict(
         layout=layout, softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink, score_mod=score_mod,
         mask_mod=mask_mod, mod_args=mod_args, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         batch_invariant=batch_invariant, kernel=kernel, config=config, gate=gate,
-    ))  # fmt: skip
+    )  # fmt: skip
     return_lse = check_results(gate, return_lse, out)
-    gpu = interop.gpu_of("q", q)
-    if gpu is None:
-        return _on_host(request, q, k, v, out, stream, return_lse)
     known_by = choices if plain else None
-    return _on_gpu(gpu, request, q, k, v, out, stream, return_lse, known_by)
+    try:
+        return _attend(arguments, q, k, v, out, stream, return_lse, known_by)
+    except Traced as traced:
+        by = traced.by
+    arguments |= dict(return_lse=return_lse, out=out, stream=stream)
+    return _integrated(by, q, k, v, arguments)
 
 
 @untraced
@@ -207,7 +212,7 @@ def plan(
 
     if gpu != cupy.cuda.runtime.getDevice():
         raise ValueError(f"q: on GPU {gpu}, which is not the current device")
-    with captures.captured_call():
+    with entered(gpu, None), captures.captured_call():
         q, k, v, _ = interop.taken_together(q, k, v)
         return bind(
             request.call(q, k, v, out, on_gpu=True), want_lse=return_lse, own_workspace=True
@@ -243,6 +248,38 @@ def explain(
         q, k, v, _ = interop.taken_together(q, k, v)
         target = None if out is None else interop.taken_out(out)[0]
         return explain_on_gpu(request.call(q, k, v, target, on_gpu=True))
+
+
+def _attend(
+    arguments: dict[str, Any],
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    stream: Any,
+    return_lse: bool,
+    known_by: tuple[Any, ...] | None,
+) -> Any:
+    """Describe a call, and compute it where q lies."""
+    request = Request.of(arguments)
+    gpu = interop.gpu_of("q", q)
+    q, k, v = interop.in_autocast(q, k, v)
+    if gpu is None:
+        return _on_host(request, q, k, v, out, stream, return_lse)
+    return _on_gpu(gpu, request, q, k, v, out, stream, return_lse, known_by)
+
+
+def _integrated(by: str, q: Any, k: Any, v: Any, arguments: dict[str, Any]) -> Any:
+    """Have a call done by what knows of the gradients and traces of a library."""
+    defaults = attention.__kwdefaults__ or {}
+    given = {name: x for name, x in arguments.items() if x is not defaults[name]}
+    if by == "jax":
+        from flashcore_cupy.integrations import jax_attention
+
+        return jax_attention.attend(q, k, v, given)
+    from flashcore_cupy.integrations import torch_attention
+
+    return torch_attention.eager_attend()(q, k, v, given)
 
 
 def _on_host(
@@ -304,3 +341,7 @@ def _on_gpu(
             launch_cache.remember(bound, known_by, out_given=out is not None)
         o = interop.returned(bound.arrays["o"], out_kind, out)
         return (o, interop.returned(bound.arrays["lse"], kind)) if return_lse else o
+
+
+engine.connect(attention, attention_backward)
+dynamo.let_compile(attention)

@@ -31,6 +31,15 @@
 #if !defined(FC_STAGED_COLS) || !defined(FC_CLUSTER) || !defined(FC_Q_STAGES)
 #error "define FC_STAGED_COLS, FC_CLUSTER and FC_Q_STAGES"
 #endif
+#if !defined(FC_OWNS_KEYS) || !defined(FC_GRADIENT_COLS)
+#error "define FC_OWNS_KEYS and FC_GRADIENT_COLS"
+#endif
+#if !defined(FC_FP32_GRADIENTS) || !defined(FC_ACCUMULATES)
+#error "define FC_FP32_GRADIENTS and FC_ACCUMULATES"
+#endif
+#if !defined(FC_SUMS_DISTANCES) || !defined(FC_ADDS_DQ) || !defined(FC_ORDERED)
+#error "define FC_SUMS_DISTANCES, FC_ADDS_DQ and FC_ORDERED"
+#endif
 
 namespace flashcore {
 
@@ -79,8 +88,18 @@ constexpr int CLUSTER = FC_CLUSTER;  // CTAs that combine splits through each ot
 #define CLUSTER_DIMS
 #endif
 constexpr int GATE = FC_GATE;
-constexpr int ALIGN_BYTES = FC_ALIGN_BYTES;    // every row of q, k, v, o starts and ends on this
-constexpr int STAGED_COLS = FC_STAGED_COLS;    // columns of O that leave through shared memory
+constexpr int ALIGN_BYTES = FC_ALIGN_BYTES;  // every row of q, k, v, o starts and ends on this
+constexpr int STAGED_COLS = FC_STAGED_COLS;  // columns of O that leave through shared memory
+// Backward: whose gradients a CTA computes, how many columns of them at most, which are stored in
+// fp32 whatever T is (bits: dq or dk, dv, dbias), whether they are added to what is there, whether
+// rows sum up what ALiBi's slopes need, and whether a CTA that owns keys adds to dQ, too.
+constexpr bool OWNS_KEYS = FC_OWNS_KEYS;
+constexpr int GRADIENT_COLS = FC_GRADIENT_COLS;
+constexpr int FP32_GRADIENTS = FC_FP32_GRADIENTS;
+constexpr bool ACCUMULATES = FC_ACCUMULATES;
+constexpr bool SUMS_DISTANCES = FC_SUMS_DISTANCES;
+constexpr bool ADDS_DQ = FC_ADDS_DQ;
+constexpr bool ORDERED = FC_ORDERED;           // and does so when it is its turn
 constexpr int MIN_BLOCKS = FC_MIN_BLOCKS;      // CTAs per multiprocessor to leave registers for
 constexpr int SMEM_BYTES = FC_SMEM_BYTES;      // dynamic shared memory, as the package computes it
 constexpr int PARAMS_BYTES = FC_PARAMS_BYTES;  // of the struct that the package packs
@@ -94,6 +113,6 @@ static_assert(NUM_THREADS <= 1024, "a thread block has at most 1024 threads");
 static_assert(DIM_QK <= HEAD_DIM && DIM_V <= HEAD_DIM_V, "the tile holds a whole row");
 static_assert(ALIGN_BYTES == 2 || ALIGN_BYTES == 4 || ALIGN_BYTES == 8 || ALIGN_BYTES == 16,
               "rows are loaded in pieces of 2, 4, 8 or 16 bytes");
-static_assert(GATE >= GATE_NONE && GATE <= GATE_PV, "an unknown debug gate");
+static_assert(GATE >= GATE_NONE && GATE <= GATE_DS, "an unknown debug gate");
 
 }  // namespace flashcore

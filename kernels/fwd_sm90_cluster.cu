@@ -55,7 +55,7 @@ __device__ __forceinline__ void Warpgroup::attend_tile(int nth) {
     for (int r = 0; r < 2; ++r) {
         shift[r] = shift_of(max[r], scale);
         const float factor = raise_max(state[r], max[r], shift[r], scale);
-        gate_row(query(r)).tile_max(tile, max[r] * natural_scale<RULES>(params));
+        gate_row(query(r)).quad_tile_max(tile, max[r] * natural_scale<RULES>(params));
 #pragma unroll
         for (int n = 0; nth > 0 && n < HEAD_DIM_V / 8; ++n)
 #pragma unroll

@@ -214,14 +214,9 @@ TRIALS = (
 _LIVE: dict[str, tuple[str, ...]] = {
     # Barriers.
     "unnecessary: something else orders the same": (
-        "flashcore/softmax/row_sharing.cuh: "
-        "named_barrier_any(barrier, WARPS_D * WARP_SIZE, condition)",
-        "sm80/softmax.cuh: c.smem.sync_any(c.rows_barrier(), warp_any(is_any))",
         "fwd_sm90_cluster.cu: warp_sync()",
-        "ladder/block_wide.cuh: block_sync() #3",
         "ladder/wmma_tile.cuh: warp_sync() #2",
     ),
-    "unnecessary: no configuration comes to it": ("sm80/epilogue.cuh: block_sync()",),
     "a pace, no order: how far ahead a CTA claims blocks": (
         "flashcore/scheduler/tile_scheduler.cuh: "
         "mbarrier_wait(&loaded[state.stage], state.parity ^ 1)",

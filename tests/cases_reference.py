@@ -64,3 +64,21 @@ def normal(dtype: Any = np.float32, **sizes: int) -> tuple[np.ndarray, np.ndarra
     """N(0, 1) operands: by default B = 1, H = 2, S = 100, D = 32."""
     given = {"batch": 1, "heads": 2, "seqlen": 100, "head_dim": 32} | sizes
     return make_inputs("normal", dtype=dtype, **given)
+
+
+STRIDES = ("contiguous", "bshd", "padded", "every second", "reversed", "last axis first")
+
+
+def strided(x: np.ndarray, how: str) -> np.ndarray:
+    """Return a view equal to x that lies `how` in a buffer that is NaN everywhere else."""
+    order = {"bshd": (0, 2, 1, 3), "last axis first": (3, 0, 1, 2)}.get(how, (0, 1, 2, 3))
+    step = 2 if how == "every second" else 1
+    margin = 0 if how == "contiguous" else 3
+    sizes = [x.shape[axis] for axis in order]
+    buffer = np.full([n * step + 2 * margin for n in sizes], np.nan, x.dtype)
+    view = buffer[tuple(slice(margin, margin + n * step, step) for n in sizes)]
+    view = view.transpose(np.argsort(order))
+    if how == "reversed":
+        view = view[:, :, ::-1, ::-1]
+    view[...] = x
+    return view

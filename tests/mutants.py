@@ -25,11 +25,8 @@ _NOT_THE_KERNELS = ("flashcore/ptx/", "flashcore/types.cuh")
 _BARRIER = re.compile(
     r"\b((?!fence_registers)(?:(?!copy_)\w+_)?"
     r"(?:sync|wait|await|arrive|fence|commit|release|init)(?:_\w+)?"
-    r"|named_barrier_any|pass_turn|end)(<[^<>;]*>)?\("
+    r"|pass_turn|end)(<[^<>;]*>)?\("
 )
-#: They return whether a condition, the last of so many arguments, holds for any thread. Others that
-#: return something are made of barriers that are places themselves.
-_VOTES = {"named_barrier_any": 3, "sync_any": 2}
 _COMPARISON = re.compile(r"(?<=\s)[<>]=?(?=\s)")
 _ONE = re.compile(r"(?<= [+-] )1(?![\w.])")
 #: Functions whose arguments count elements of registers, which is no bound.
@@ -185,15 +182,12 @@ def _barriers(code: str) -> Iterator[_Place]:
         before = code[:begin].rstrip()
         if not re.search(r"[;{})]$|\b(else|return)$", before):
             continue  # declared, or asked for its result
-        if match[1] in _VOTES:
-            arguments = code[match.end() : end - 1].split(",", _VOTES[match[1]] - 1)
-            instead = arguments[-1].strip()
-        elif before.endswith("return") or code[end:].lstrip()[:1] != ";":
-            continue
-        else:
-            instead = "void()"
-        prefix = f"(mutants::is_broken(@) ? {instead} : "
-        edits = [_Edit(begin, begin, prefix), _Edit(end, end, ")")]
+        if before.endswith("return") or code[end:].lstrip()[:1] != ";":
+            continue  # made of barriers that are places themselves
+        edits = [
+            _Edit(begin, begin, "(mutants::is_broken(@) ? void() : "),
+            _Edit(end, end, ")"),
+        ]
         yield _Place("barrier", match.start(), " ".join(code[begin:end].split()), edits)
 
 

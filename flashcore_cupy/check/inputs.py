@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ml_dtypes
+import numpy as np
+
 from flashcore_cupy.cpu import reference
 from flashcore_cupy.cpu.reference import InputKind
 from flashcore_cupy.problem.attention_problem import AttentionProblem
@@ -24,3 +27,11 @@ def inputs(
         dtype=problem.dtype,
         seed=seed,
     )
+
+
+def output_gradient(problem: AttentionProblem, seed: int) -> Array:
+    """A random gradient of the output, (B, Hq, Sq, Dv) in q's dtype; the same for the same seed."""
+    dtype = ml_dtypes.bfloat16 if problem.dtype == "bfloat16" else problem.dtype
+    shape = (*problem.q.shape[:3], problem.head_dim_v)
+    rng = np.random.default_rng((seed, 2))
+    return np.asarray(rng.standard_normal(shape, np.float32).astype(dtype))

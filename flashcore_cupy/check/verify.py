@@ -92,7 +92,7 @@ class Expectation:
         """Judge a result (B, Hq, Sq, ...), and its log-sum-exp (B, Hq, Sq) if there is one."""
         comparison = reference.compare(got[:, :, self.rows], self.values, self.naive)
         if self.allowed is not None:
-            comparison = _with_limit(comparison, self.allowed)
+            comparison = with_limit(comparison, self.allowed)
         faults, lse_error = [], None
         if lse is not None and self.lse is not None:
             lse_error, fault = self._judge_lse(lse[:, :, self.rows], self.lse)
@@ -107,7 +107,7 @@ class Expectation:
         )
 
     def _judge_lse(self, lse: Array, expected: Array) -> tuple[float, str]:
-        result = _with_limit(reference.compare(lse, expected, expected), self.lse_allowed)
+        result = with_limit(reference.compare(lse, expected, expected), self.lse_allowed)
         result = _at_real_rows(result, self.rows)
         return result.max_error, f"lse: {result.reason}" if result.reason else ""
 
@@ -141,7 +141,7 @@ def expect_packed(
     values, lse = reference.oracle_varlen(*packed, *boundaries, **rules)
     by_naive = reference.naive_varlen(*packed, *boundaries, **rules)
     o, naive = (x.swapaxes(0, 1)[None] for x in (values, by_naive))
-    lse_allowed = _lse_error(lse, _score_error(problem, *operands[:2], rules))
+    lse_allowed = _lse_error(lse, score_error(problem, *operands[:2], rules))
     rows = np.arange(problem.seqlen_q)
     return Expectation(rows, problem.seqlen_q, o, naive, None, lse[None], lse_allowed)
 
@@ -150,7 +150,7 @@ def _expect(
     problem: AttentionProblem, operands: Operands, naive: Naive, tile: int, rules: dict[str, Any]
 ) -> Expectation:
     rows, (q, k, v) = sample_rows(problem, tile), operands
-    limit = _score_error(problem, q, k, rules)
+    limit = score_error(problem, q, k, rules)
     allowed: float | None = None
     lse, lse_allowed = None, 0.0
     if problem.gate == "qk":
@@ -349,7 +349,7 @@ def _rules(problem: AttentionProblem, given: Mapping[str, Any] | None = None) ->
     return rules
 
 
-def _score_error(problem: AttentionProblem, q: Array, k: Array, rules: Mapping[str, Any]) -> float:
+def score_error(problem: AttentionProblem, q: Array, k: Array, rules: Mapping[str, Any]) -> float:
     """Largest error of an fp32 score: a few roundings of D products, whose sum |q| |k| bounds.
 
     Each rule rounds again what the score has grown to by then.
@@ -367,7 +367,7 @@ def _longest(x: Array) -> float:
     return float(np.sqrt(np.square(finite).sum(axis=3)).max(initial=0.0))
 
 
-def _with_limit(comparison: Comparison, allowed: float) -> Comparison:
+def with_limit(comparison: Comparison, allowed: float) -> Comparison:
     """The same comparison against another limit."""
     bad = comparison.nonfinite_mismatches
     ok = bad == 0 and comparison.max_error <= allowed

@@ -1,4 +1,4 @@
-"""What the gates give on NumPy arrays: one stage of attention.
+"""What the gates give on NumPy arrays: one stage of attention, or of its gradients.
 
 Computed in float64, so that a kernel's stage can be compared with it. Each head goes in blocks of
 queries, so that nothing but the result is of size Sq x Skv.
@@ -25,6 +25,44 @@ def scores(q: Array, k: Array, v: Array, rules: Mapping[str, Any]) -> Array:
 def probabilities(q: Array, k: Array, v: Array, rules: Mapping[str, Any]) -> Array:
     """Gate "softmax": P, 0 where hidden, float32 (B, Hq, Sq, Skv). A sink takes a part of 1."""
     return _stage(q, k, NumpyRules(sizes_of(q, k, v), **rules), normalise=True)
+
+
+def gradients(gate: str, arrays: Mapping[str, Array], rules: Mapping[str, Any]) -> Array:
+    """Gate "dp" or "ds", 0 where hidden, float32 (B, Hq, Sq, Skv).
+
+    "dp" is do v^T, "ds" the gradient of a score before its rules. ``arrays``: do, q, k, v, o, lse,
+    and dlse if there is one; o and lse are taken as they are.
+    """
+    do, q, k, v, o, lse = (arrays[name] for name in ("do", "q", "k", "v", "o", "lse"))
+    checked = NumpyRules(sizes_of(q, k, v), **rules)
+    out = np.empty((*q.shape[:3], k.shape[2]), np.float32)
+    with np.errstate(all="ignore"):  # NaN and infinity are data here
+        for at in _blocks(checked):
+            rows = at.batch, at.head, slice(at.lowest, at.highest + 1)
+            keys = at.batch, at.head // checked.sizes.group
+            parts = {"do": do[rows], "q": q[rows], "k": k[keys], "v": v[keys], "o": o[rows]}
+            parts |= {"lse": lse[rows], "dlse": arrays.get("dlse", np.zeros_like(lse))[rows]}
+            stage = _dp if gate == "dp" else _ds
+            block = stage({n: x.astype(np.float64) for n, x in parts.items()}, checked, at)
+            out[rows] = np.where(checked.visible(at), block, 0)
+    return out
+
+
+def _dp(given: Mapping[str, Array], rules: NumpyRules, at: Block) -> Array:
+    dp: Array = given["do"] @ given["v"].T
+    return dp
+
+
+def _ds(given: Mapping[str, Array], rules: NumpyRules, at: Block) -> Array:
+    do, o, lse = given["do"], given["o"], given["lse"]
+    p = given["q"] @ given["k"].T
+    slopes = rules.linearize(p, at)
+    p = np.exp(p - np.where(np.isneginf(lse), 0, lse)[:, None])
+    # A query without keys has o = 0, and then do does not matter, NaN or not.
+    delta = np.where(o != 0, do * o, 0).sum(axis=1) - given["dlse"]
+    d = np.where(p != 0, p * (_dp(given, rules, at) - delta[:, None]), 0)
+    rules.pull_back(d, slopes, {}, at)
+    return d
 
 
 def _stage(q: Array, k: Array, rules: NumpyRules, *, normalise: bool) -> Array:

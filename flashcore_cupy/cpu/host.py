@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def attend(call: Call) -> tuple[Any, Any]:
 
 
 def _attend(call: Call) -> tuple[Any, Any]:
-    problem, rules = call.problem, _rules(call)
+    problem, rules = call.problem, rules_of(call)
     q, k, v = (usable(call.arrays[name], np) for name in "qkv")
     out = call.arrays.get("out")
     if out is None:
@@ -85,7 +86,7 @@ def _packed(call: Call, rules: dict[str, Any], q: Any, k: Any, v: Any, out: Any)
     return out, lse
 
 
-def _rules(call: Call) -> dict[str, Any]:
+def rules_of(call: Call) -> dict[str, Any]:
     """Every rule of the call, with its data."""
     problem = call.problem
     arrays = {rule.name: call.arrays[rule.name] for rule in RULES if rule.name in call.arrays}
@@ -93,9 +94,9 @@ def _rules(call: Call) -> dict[str, Any]:
     return {**found, **problem.rules.values, **arrays, **call.formulas, "mod_args": call.mod_args}
 
 
-def check_request(request: Request, stream: Any) -> None:
-    """Raise ``ValueError`` for what means nothing on the host."""
-    check_choice("kernel", request.kernel, ("auto", *KERNELS))
+def check_request(request: Request, stream: Any, kernels: Iterable[str] = KERNELS) -> None:
+    """Raise ``ValueError`` for what means nothing on the host, but for these ``kernels``."""
+    check_choice("kernel", request.kernel, ("auto", *kernels))
     if stream is not None:
         raise ValueError("stream: is of a GPU, but q, k, v are NumPy arrays; leave it out")
     if request.config is not None and request.kernel == "auto":

@@ -6,7 +6,7 @@ What a rule means is said in ``problem.rules``; the float64 oracle and the tiled
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from flashcore_cupy.problem.attention_problem import Causal
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray, ScoreShape
 from flashcore_cupy.problem.mods import check_mods
-from flashcore_cupy.problem.rule import Rule
+from flashcore_cupy.problem.rule import Rows, Rule
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.problem.values import check_names
 
@@ -75,9 +75,10 @@ class NumpyRules:
     """The rules of one attention of these sizes.
 
     Takes ``attention``'s arguments of the same names, as NumPy arrays and callables: softmax_scale,
-    causal, mod_args, and every rule of ``problem.rules.RULES``. ``sequence``: of a packed batch,
-    the number of the sequence that the operands, with B = 1, are: the b of alibi_slopes (B, Hq),
-    score_mod and mask_mod; None for a batch that is not packed.
+    causal, mod_args, and every rule of ``problem.rules.RULES``; and the derivative of a score_mod,
+    if its user gives it. ``sequence``: of a packed batch, the number of the sequence that the
+    operands, with B = 1, are: the b of alibi_slopes (B, Hq), score_mod and mask_mod; None for a
+    batch that is not packed.
 
     Raises TypeError or ValueError where an argument does not fit the sizes.
     """
@@ -89,6 +90,7 @@ class NumpyRules:
         softmax_scale: float | None = None,
         causal: Causal = False,
         mod_args: Mapping[str, Any] | None = None,
+        score_mod_grad: Callable[..., Any] | None = None,
         sequence: int | None = None,
         **rules: Any,
     ) -> None:
@@ -100,6 +102,7 @@ class NumpyRules:
             )
         self.sizes, self.causal, self.sequence = sizes, causal, sequence
         self.softmax_scale, self.mod_args = softmax_scale, mod_args
+        self.score_mod_grad = score_mod_grad
         values = {
             rule.name: self._checked(rule, rules.get(rule.name, rule.default)) for rule in RULES
         }
@@ -153,6 +156,37 @@ class NumpyRules:
         scores *= scores.dtype.type(self.scale)
         for rule, value in self._given:
             rule.apply(value, scores, at, self)
+
+    def linearize(self, scores: Array, at: Block) -> list[Array | None]:
+        """``apply``; return each rule's derivative, None where it is 1."""
+        scores *= scores.dtype.type(self.scale)
+        return [rule.linearize(value, scores, at, self) for rule, value in self._given]
+
+    def pull_back(
+        self, d: Array, derivatives: Sequence[Array | None], into: Mapping[str, Array], at: Block
+    ) -> None:
+        """Turn the gradient of a block's scores into that of scale * q.k, in place.
+
+        ``derivatives`` are those of ``linearize``. ``into``: arrays of rules' gradients, by name;
+        the block's part is added. Where the gradient is 0 it stays so, whatever the derivative.
+        """
+        steps = zip(self._given, derivatives, strict=True)
+        for (rule, _), derivative in reversed(list(steps)):
+            if rule.name in into:
+                rule.add_gradient(into[rule.name], d, at, self)
+            if derivative is not None:
+                np.multiply(d, derivative, out=d, where=d != 0)
+
+    def gradient_axes(self, names: Container[str]) -> tuple[bool, bool]:
+        """Whether all of these rules' arrays tell batches apart, and whether they tell heads."""
+        axes = [rule.axes(value) for rule, value in self._given if rule.name in names]
+        return all(batches for batches, _ in axes), all(heads for _, heads in axes)
+
+    def add_row_gradients(self, into: Mapping[str, Array], rows: Rows) -> None:
+        """Add what rows give the gradients of what joins their sums."""
+        for rule, value in self._given:
+            if rule.name in into:
+                rule.add_row_gradient(value, into[rule.name], rows)
 
     def visible(self, at: Block) -> BoolArray:
         """Return where the queries of a block see its keys, (M, N)."""

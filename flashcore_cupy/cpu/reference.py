@@ -55,12 +55,12 @@ def oracle(
     q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: Any
 ) -> tuple[Float64Array, Float64Array]:
     """Attention in float64 on the given (rounded) inputs: o (B, Hq, Sq, Dv), lse (B, Hq, Sq)."""
-    task = _Task.of(q, k, v, rows, rules)
+    task = Task.of(q, k, v, rows, rules)
     o, lse = np.zeros(task.shape(v.shape[3])), np.empty(task.shape())
     with np.errstate(all="ignore"):
         for part in task.parts():
             p, lse[part.out] = task.softmax(task.scores(part, np.float64), part)
-            o[part.out] = _weighted_sum(p, part.visible, v[part.head_kv].astype(np.float64))
+            o[part.out] = weighted_sum(p, part.visible, v[part.head_kv].astype(np.float64))
     return o, lse
 
 
@@ -71,13 +71,13 @@ def naive(q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: A
     score rules and the softmax are float32, and the normalised P is rounded to the inputs' dtype
     before P V.
     """
-    task = _Task.of(q, k, v, rows, rules)
+    task = Task.of(q, k, v, rows, rules)
     o = np.zeros(task.shape(v.shape[3]), q.dtype)
     with np.errstate(all="ignore"):
         for part in task.parts():
             p, _ = task.softmax(task.scores(part, np.float32), part)
             rounded = p.astype(q.dtype).astype(np.float32)
-            o[part.out] = _weighted_sum(rounded, part.visible, v[part.head_kv].astype(np.float32))
+            o[part.out] = weighted_sum(rounded, part.visible, v[part.head_kv].astype(np.float32))
     return o
 
 
@@ -123,7 +123,7 @@ def gate_scores(
 
     The sink is no score and does not show.
     """
-    task = _Task.of(q, k, v, rows, rules)
+    task = Task.of(q, k, v, rows, rules)
     out = np.empty(task.shape(k.shape[2]))
     with np.errstate(all="ignore"):
         for part in task.parts():
@@ -138,7 +138,7 @@ def gate_probabilities(
 
     With a sink the probabilities of a row sum to less than 1.
     """
-    task = _Task.of(q, k, v, rows, rules)
+    task = Task.of(q, k, v, rows, rules)
     out = np.empty(task.shape(k.shape[2]))
     with np.errstate(all="ignore"):
         for part in task.parts():
@@ -154,16 +154,16 @@ def gate_uniform(
 
     All scores count as 0, whatever the score rules, and there is no sink.
     """
-    task = _Task.of(q, k, v, rows, rules)
+    task = Task.of(q, k, v, rows, rules)
     out = np.zeros(task.shape(v.shape[3]))
     with np.errstate(all="ignore"):
         for part in task.parts():
-            p, _ = _softmax(np.zeros(part.visible.shape), part.visible, -math.inf)
-            out[part.out] = _weighted_sum(p, part.visible, v[part.head_kv].astype(np.float64))
+            p, _ = softmax(np.zeros(part.visible.shape), part.visible, -math.inf)
+            out[part.out] = weighted_sum(p, part.visible, v[part.head_kv].astype(np.float64))
     return out
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A block of one head's queries, by all keys."""
 
     at: Block
@@ -173,7 +173,7 @@ class _Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """What is asked for: some queries of all heads, under the rules."""
 
     q: Array
@@ -182,16 +182,17 @@ class _Task:
     rules: NumpyRules
 
     @classmethod
-    def of(
-        cls, q: Array, k: Array, v: Array, rows: Array | None, rules: Mapping[str, Any]
-    ) -> _Task:
+    def of(cls, q: Array, k: Array, v: Array, rows: Array | None, rules: Mapping[str, Any]) -> Task:
+        """Take the arguments of `oracle`."""
         sizes = sizes_of(q, k, v)
         return cls(q, k, _queries(sizes.seqlen_q, rows), NumpyRules(sizes, **rules))
 
     def shape(self, *columns: int) -> tuple[int, ...]:
+        """(B, Hq, queries, *columns)."""
         return *self.q.shape[:2], len(self.queries), *columns
 
-    def parts(self) -> Iterator[_Part]:
+    def parts(self) -> Iterator[Part]:
+        """Yield blocks of queries, one head after the other, small enough for their scores."""
         sizes = self.rules.sizes
         step = max(1, _BLOCK_ELEMENTS // max(1, sizes.seqlen_kv))
         for first in range(0, len(self.queries), step):
@@ -200,16 +201,18 @@ class _Task:
             for b, h in np.ndindex(sizes.batch, sizes.heads_q):
                 at = Block(b, h, chosen, *extremes, slice(0, sizes.seqlen_kv))
                 out = b, h, slice(first, first + len(chosen))
-                yield _Part(at, self.rules.visible(at), (b, h // sizes.group), out)
+                yield Part(at, self.rules.visible(at), (b, h // sizes.group), out)
 
-    def scores(self, part: _Part, dtype: type[np.floating[Any]]) -> Array:
+    def scores(self, part: Part, dtype: type[np.floating[Any]]) -> Array:
+        """By all rules, (queries, Skv)."""
         queries = self.q[part.out[:2]][part.at.queries].astype(dtype)
         scores: Array = queries @ self.k[part.head_kv].astype(dtype).T
         self.rules.apply(scores, part.at)
         return scores
 
-    def softmax(self, scores: Array, part: _Part) -> tuple[Array, Array]:
-        return _softmax(scores, part.visible, self.rules.sink_of(part.at.head))
+    def softmax(self, scores: Array, part: Part) -> tuple[Array, Array]:
+        """`softmax` of what the queries see, and their head's sink."""
+        return softmax(scores, part.visible, self.rules.sink_of(part.at.head))
 
 
 def _queries(seqlen_q: int, rows: Array | None) -> IntArray:
@@ -223,7 +226,7 @@ def _queries(seqlen_q: int, rows: Array | None) -> IntArray:
     return queries.astype(np.int64)
 
 
-def _softmax(scores: Array, visible: BoolArray, sink: float) -> tuple[Array, Array]:
+def softmax(scores: Array, visible: BoolArray, sink: float) -> tuple[Array, Array]:
     """Return the probabilities (0 for a row without keys) and the log-sum-exp."""
     scores = np.where(visible, scores, -np.inf).astype(scores.dtype)
     row_max = scores.max(axis=1, initial=sink)
@@ -233,11 +236,12 @@ def _softmax(scores: Array, visible: BoolArray, sink: float) -> tuple[Array, Arr
     return p / np.where(row_sum == 0, 1, row_sum)[:, None], row_max + np.log(row_sum)
 
 
-def _weighted_sum(p: Array, visible: BoolArray, v: Array) -> Array:
-    if np.isfinite(v).all():
+def weighted_sum(p: Array, visible: BoolArray, v: Array) -> Array:
+    """Return p @ v, where a row of v that is hidden from a row of p takes no part, NaN or not."""
+    if p.size == 0 or np.isfinite(v).all():
         product: Array = p @ v
         return product
-    # 0 * NaN is NaN: only the rows of V that a query sees may take part.
+    # 0 * NaN is NaN.
     return np.stack([w[seen] @ v[seen] for w, seen in zip(p, visible, strict=True)])
 
 

@@ -11,11 +11,7 @@ that also makes the result independent of the number of threads of either kind.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import threading
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -24,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from flashcore_cupy.cpu import parallel
 from flashcore_cupy.cpu.numpy_rules import NumpyRules, Sizes, sizes_of
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray
 
@@ -99,11 +96,6 @@ class _Task(NamedTuple):
     tiles: list[tuple[int, int]]
 
 
-def _workers() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def _tasks(sizes: Sizes, workers: int) -> Iterator[_Task]:
     tiles = list(product(range(sizes.group), range(0, sizes.seqlen_q, BLOCK_M)))
     heads = sizes.batch * sizes.heads_kv
@@ -120,52 +112,15 @@ def _tasks(sizes: Sizes, workers: int) -> Iterator[_Task]:
 
 
 def _run(problem: _Problem) -> None:
-    """Run all tasks, in this thread and in as many more as there are cores, or can be started.
-
-    No pool of threads: one refuses work in an exit handler, and in a thread that outlives the
-    main one. Raises what the first task that failed raised.
-    """
-    workers = _workers()
-    tasks = deque(enumerate(_tasks(problem.rules.sizes, workers)))
-    failures: dict[int, BaseException] = {}
-
-    def work() -> None:
-        while tasks:
-            try:
-                number, task = tasks.popleft()
-            except IndexError:  # another thread was faster
-                return
-            try:
-                _run_task(problem, task)
-            except BaseException as error:
-                failures[number] = error
-                tasks.clear()
-
-    helpers: list[threading.Thread] = []
-    try:
-        # A system at its limits and an interpreter that shuts down start no more threads.
-        with contextlib.suppress(RuntimeError):
-            for _ in range(min(workers, len(tasks)) - 1):
-                helper = threading.Thread(target=work)
-                helper.start()
-                helpers.append(helper)
-        work()
-    finally:
-        tasks.clear()  # for the helpers of a call that is interrupted
-        for helper in helpers:
-            helper.join()
-    if failures:
-        try:
-            raise failures[min(failures)]
-        finally:
-            failures.clear()  # else the error, whose traceback has this frame, keeps all arrays
+    tasks = _tasks(problem.rules.sizes, parallel.cores())
+    parallel.run(lambda task: _run_task(problem, task), tasks)
 
 
 def _run_task(problem: _Problem, task: _Task) -> None:
     # NaN and infinity in the inputs are data here. The setting is per thread, hence not in _run.
     with np.errstate(all="ignore"):
         head = task.batch, task.head_kv
-        keys = _Keys.of(problem.k[head], problem.v[head])
+        keys = Keys.of(problem.k[head], problem.v[head])
         scratch = np.empty(BLOCK_M * keys.blocks_per_tile * keys.block, np.float32)
         for head_q, row in task.tiles:
             rows = slice(row, min(row + BLOCK_M, problem.q.shape[2]))
@@ -176,7 +131,7 @@ def _run_task(problem: _Problem, task: _Task) -> None:
             problem.lse[task.batch, head_q, rows] = lse
 
 
-class _Keys(NamedTuple):
+class Keys(NamedTuple):
     """One head of K and V in float32, cut into blocks; the last one is filled up with zeros."""
 
     k: Float32Array  # (blocks, block, D)
@@ -185,7 +140,8 @@ class _Keys(NamedTuple):
     v_unit: np.float32  # a power of two, so that no sum of v overflows where their mean does not
 
     @classmethod
-    def of(cls, k: Array, v: Array) -> _Keys:
+    def of(cls, k: Array, v: Array) -> Keys:
+        """Take k (Skv, D) and v (Skv, Dv)."""
         columns = max(k.shape[1], v.shape[1], 1)
         block = max(16, min(64, SERIAL_PRODUCT // (BLOCK_M * columns) // 16 * 16))
         k_blocks, v_blocks = (_in_blocks(x, block) for x in (k, v))
@@ -201,10 +157,12 @@ class _Keys(NamedTuple):
 
     @property
     def block(self) -> int:
+        """How many keys."""
         return int(self.k.shape[1])
 
     @property
     def blocks_per_tile(self) -> int:
+        """At most."""
         return BLOCK_N // self.block
 
     def tiles(self, seen: slice) -> Iterator[slice]:
@@ -225,7 +183,7 @@ def _in_blocks(x: Array, block: int) -> Float32Array:
 
 
 def _attend(
-    q: Float32Array, keys: _Keys, rules: NumpyRules, at: Block, scratch: Float32Array
+    q: Float32Array, keys: Keys, rules: NumpyRules, at: Block, scratch: Float32Array
 ) -> tuple[Float32Array, Float32Array]:
     """Return o (M, Dv) and lse (M,) of the queries q (M, D) at `at`, over all keys they see."""
     rows, block = len(q), keys.block
@@ -241,7 +199,9 @@ def _attend(
         rescale = state.exponentiate(scores)
         state.acc *= rescale[:, None]
         if masked and not keys.v_finite:
-            state.acc += _product_of_visible(scores, v, rules.visible(at))
+            seen = rules.visible(at)
+            values = v.reshape(-1, v.shape[2])[: seen.shape[1]]
+            state.acc += product_of_visible(scores[:, : seen.shape[1]], values, seen)
         else:
             state.acc += np.matmul(by_block, v).sum(axis=0)
     return state.finish(keys.v_unit)
@@ -260,12 +220,10 @@ def _finish_scores(scores: Float32Array, rules: NumpyRules, at: Block) -> bool:
     return bool(doubtful)
 
 
-def _product_of_visible(weights: Float32Array, v: Float32Array, visible: BoolArray) -> Float32Array:
-    """P V without the keys that a row does not see: 0 * NaN would leak them."""
-    columns = visible.shape[1]
-    flat = v.reshape(-1, v.shape[2])[:columns]
-    rows = zip(weights[:, :columns], visible, strict=True)
-    return np.stack([w[seen] @ flat[seen] for w, seen in rows])
+def product_of_visible(weights: Float32Array, x: Float32Array, visible: BoolArray) -> Float32Array:
+    """``weights @ x`` without the rows of x that a row does not see: 0 * NaN would leak them."""
+    rows = zip(weights, visible, strict=True)
+    return np.stack([w[seen] @ x[seen] for w, seen in rows])
 
 
 @dataclass

@@ -113,10 +113,16 @@ def keep(stream: int, objects: Any) -> None:
 
 
 def give_back() -> None:
-    """Free what graphs that are gone have owned."""
-    while _gone:
-        with contextlib.suppress(IndexError):  # another thread was quicker
-            _kept.pop(_gone.popleft(), None)
+    """Free what graphs that are gone have owned.
+
+    As it was allocated: beside whatever is being captured, be it in this thread or in another.
+    """
+    if not _gone:
+        return
+    with _relaxed(), beside():
+        while _gone:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                _kept.pop(_gone.popleft(), None)
 
 
 #: The driver calls it, in a thread where nothing of CUDA may be called.

@@ -26,3 +26,14 @@ def checked(result: Any, what: str) -> tuple[Any, ...]:
     if int(error) != 0:
         raise RuntimeError(f"{what}: the driver answers {error!r}")
     return tuple(values)
+
+
+def enter_context() -> None:
+    """Have the driver see the device that the runtime sees.
+
+    In a new thread it has no context until something asks the runtime for memory, say, and CuPy's
+    pools may have enough.
+    """
+    from cupy.cuda import runtime
+
+    runtime.setDevice(runtime.getDevice())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -9,10 +10,15 @@ from typing import Any
 
 from flashcore_cupy.cuda.targets import target_without_gpu
 from flashcore_cupy.jit import compiler, nvrtc
-from flashcore_cupy.problem.attention_problem import contiguous_problem
-from flashcore_cupy.select import registry, selector
+from flashcore_cupy.problem.attention_problem import DTYPES, contiguous_problem
+from flashcore_cupy.problem.gradients import BackwardProblem, contiguous_gradients
+from flashcore_cupy.select import backward, registry, selector
+from flashcore_cupy.select.backward import BACKWARD_KERNELS
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.row import Row
+
+#: All whose rows are compiled ahead, of both passes.
+KERNELS = (*registry.KERNELS, *BACKWARD_KERNELS)
 
 OnDone = Callable[[compiler.CompiledKernel | Exception], None]
 
@@ -128,40 +134,60 @@ def what(done: compiler.CompiledKernel | Exception) -> str:
 
 
 def table_configs(kernels: Iterable[str], arch: str) -> Iterator[KernelConfig]:
-    """Every row of the table for these kernels on a target: its dtypes, causal and not.
+    """Every row of the tables for these kernels on a target: its dtypes, causal and not.
 
     Rows that the target cannot run (no cp.async, too little shared memory) are left out, and those
     that it never takes because one before them fits.
     """
     seen: set[KernelConfig] = set()
     for name in kernels:
-        kernel = registry.KERNELS[name]
-        for dtype, causal in product(kernel.dtypes, (False, True)):
-            served = set()
-            for row in selector.rows_of(name):
-                meant_for = (row.dims, row.sizes)
-                if dtype not in row.dtypes or meant_for in served:
-                    continue
-                try:
-                    config = _row_config(row, dtype, causal, arch)
-                except ValueError:
-                    continue
-                served.add(meant_for)
-                for c in selector.configs_of(selector.Selection(kernel, config)):
-                    if c not in seen:
-                        seen.add(c)
-                        yield c
+        found = _backward_configs if name in BACKWARD_KERNELS else _forward_configs
+        for config in found(name, arch):
+            if config not in seen:
+                seen.add(config)
+                yield config
+
+
+def _forward_configs(name: str, arch: str) -> Iterator[KernelConfig]:
+    kernel = registry.KERNELS[name]
+    for dtype, causal in product(kernel.dtypes, (False, True)):
+        served = set()
+        for row in selector.rows_of(name):
+            meant_for = (row.dims, row.sizes)
+            if dtype not in row.dtypes or meant_for in served:
+                continue
+            try:
+                config = _row_config(row, dtype, causal, arch)
+            except ValueError:
+                continue
+            served.add(meant_for)
+            yield from selector.Selection(kernel, config).configs
+
+
+def _backward_configs(name: str, arch: str) -> Iterator[KernelConfig]:
+    """Of a row's dims, the first row that fits."""
+    for dtype, causal in product(DTYPES, (False, True)):
+        rows = (row for row in backward.ROWS if row.kernel == name and dtype in row.dtypes)
+        for dims in dict.fromkeys(row.dims for row in rows):
+            with contextlib.suppress(ValueError):
+                problem = _gradients_of(dims, dtype, causal)
+                yield from backward.select_backward(problem, arch, kernel=name).configs
 
 
 def why_none(kernel: str, arch: str) -> str | None:
     """Why ``table_configs`` has nothing of a kernel for a target; None if it has something."""
     if next(table_configs([kernel], arch), None) is not None:
         return None
-    row = selector.rows_of(kernel)[0]
     try:
-        _row_config(row, row.dtypes[0], False, arch)
+        if kernel in BACKWARD_KERNELS:
+            first = next(row for row in backward.ROWS if row.kernel == kernel)
+            problem = _gradients_of(first.dims, first.dtypes[0], False)
+            backward.select_backward(problem, arch, kernel=kernel)
+        else:
+            row = selector.rows_of(kernel)[0]
+            _row_config(row, row.dtypes[0], False, arch)
     except ValueError as error:
-        return str(error)
+        return str(error).removeprefix(f"kernel {kernel!r}: ")
     return None
 
 
@@ -169,6 +195,11 @@ def _row_config(row: Row, dtype: str, causal: bool, arch: str) -> KernelConfig:
     dim, dim_v = row.dims
     problem = contiguous_problem(1, 1, 1, dim, head_dim_v=dim_v, dtype=dtype, causal=causal)
     return selector.check_target(row, selector.configure_row(row, problem), arch)
+
+
+def _gradients_of(dims: tuple[int, int], dtype: str, causal: bool) -> BackwardProblem:
+    problem = contiguous_problem(1, 1, 1, dims[0], head_dim_v=dims[1], dtype=dtype, causal=causal)
+    return contiguous_gradients(problem)
 
 
 def target(arch: str | None, *, on_gpu: bool) -> str:

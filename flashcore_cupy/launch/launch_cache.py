@@ -39,6 +39,7 @@ _ndarray: Any = None
 _empty: Any = None
 _float32: Any = None
 _current_device: Any = None
+_set_device: Any = None
 _current_stream: Any = None
 _is_captured: Any = None
 _launch_kernel: Any = None
@@ -98,16 +99,17 @@ class _BoundBlock:
 def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool) -> None:
     """Keep what was found out for a call without rule arrays, if one launch is all that it is."""
     global _ndarray, _empty, _float32, _launch_kernel, _variable_count
-    global _current_device, _current_stream, _is_captured
-    if len(plan.steps) != 1 or plan.problem.gate is not None or _overridden():
+    global _current_device, _set_device, _current_stream, _is_captured
+    if len(plan.steps) != 1 or plan.problem.gate is not None or is_overridden():
         return
-    if not all(isinstance(x, _SETTLED) for x in (*choices[0], *choices[1:])):
-        return  # a tensor can be hashed, but may hold another number next time
+    if not are_settled((*choices[0], *choices[1:])):
+        return
     if _ndarray is None:
         import cupy
 
         _ndarray, _empty, _float32 = cupy.ndarray, cupy.empty, cupy.dtype("float32")
         _current_device = cupy.cuda.runtime.getDevice
+        _set_device = cupy.cuda.runtime.setDevice
         _current_stream = cupy.cuda.get_current_stream
         _is_captured = cupy.cuda.runtime.streamIsCapturing
         _launch_kernel = cupy.cuda.driver.launchKernel
@@ -158,6 +160,7 @@ def launch_again(
     if known.workspace_bytes is not None:
         area = workspace(*known.workspace_bytes)
         _WORKSPACE.pack_into(bound.block.words, _WORKSPACE_OFFSET, area.partials, area.counters)
+    _set_device(device)  # as enter_context() does, for a new thread
     _launch_kernel(*known.geometry, stream, bound.block.address, 0)
     known.blocks.append(bound)
     return out if lse is None else (out, lse)
@@ -196,8 +199,19 @@ def _key(
     )  # fmt: skip
 
 
-def _overridden() -> bool:
+def are_settled(choices: tuple[Any, ...]) -> bool:
+    """Whether choices may key a call. A tensor can be hashed, but may be another number later."""
+    return all(isinstance(x, _SETTLED) for x in choices)
+
+
+def is_overridden() -> bool:
+    """Whether the environment asks for other kernels or another target."""
     return kernels_override() is not None or arch_override() is not None
+
+
+def is_other_environment() -> bool:
+    """Whether what is remembered does not hold in the environment as it is."""
+    return len(os.environ) != _variable_count and _environment_changed()
 
 
 def _environment_changed() -> bool:
@@ -208,7 +222,7 @@ def _environment_changed() -> bool:
     one of the two is set.
     """
     global _variable_count
-    if _overridden():
+    if is_overridden():
         return True
     _variable_count = len(os.environ)
     return False

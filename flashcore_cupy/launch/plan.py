@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashcore_cupy.cuda import captures
+from flashcore_cupy.cuda.driver import enter_context
 from flashcore_cupy.cuda.targets import smem_limit
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import tensor_map
@@ -23,7 +24,7 @@ from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.parameters import fixed_params
 from flashcore_cupy.select.plan import Launch, Plan
-from flashcore_cupy.select.selector import Selection, configs_of
+from flashcore_cupy.select.selector import Selection
 from flashcore_cupy.select.units import round_up
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class GpuPlan(Plan):
         """
         import cupy
 
+        enter_context()
         stream = cupy.cuda.get_current_stream().ptr
         for step in self.steps:
             step.launch(stream)
@@ -138,7 +140,7 @@ def prepare(
     ``o_operand`` describes the output; ``place`` names the current device.
     """
     selection = selection.stored_to(problem, o_operand)
-    kernels = tuple(load_kernel(config, place) for config in configs_of(selection))
+    kernels = tuple(load_kernel(config, place) for config in selection.configs)
     params = _fixed_params(problem, kernels[-1], o_operand, place)
     return Prepared(problem, selection, kernels, params, o_operand, place.multiprocessors)
 
@@ -179,7 +181,7 @@ def make_plan(
     plan.arrays |= {f"mod_args[{index}]": array for index, array in enumerate(mod_args)}
     pointers = [array.data.ptr for array in mod_args]
     launches = plan.launches(params, addresses, pointers, work.blocks)
-    plan.steps = tuple(_step(plan.kernels[launch.number], launch) for launch in launches)
+    plan.steps = tuple(step_of(plan.kernels[launch.number], launch) for launch in launches)
     return plan
 
 
@@ -207,7 +209,8 @@ def _resident(kernel: LoadedKernel, place: Place) -> int:
     return place.multiprocessors * kernel.blocks_per_multiprocessor(place.arch)
 
 
-def _step(kernel: LoadedKernel, launch: Launch) -> Step:
+def step_of(kernel: LoadedKernel, launch: Launch) -> Step:
+    """Make a launch of a loaded kernel ready."""
     config, function = kernel.config, kernel.entries[launch.entry].ptr
     block = ParameterBlock(launch.params)
     return Step(function, launch.grid, config.threads, config.smem_bytes, block)

@@ -91,32 +91,44 @@ def usable(x: Any, xp: Any) -> Any:
 def check_out(problem: AttentionProblem, out: Any, inputs: Mapping[str, Any]) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``out`` can take the output of q, k and v."""
     q = inputs["q"]
-    on_host = isinstance(q, np.ndarray)
-    if isinstance(out, np.ndarray) != on_host:
-        got = f"{type(out).__module__.partition('.')[0]}.{type(out).__name__}"
-        raise TypeError(f"out: got {got}; use a {'numpy' if on_host else 'cupy'} array like q")
-    if out.shape != problem.output_shape:
-        raise ValueError(f"out: got shape {out.shape}; this problem's is {problem.output_shape}")
+    check_place("out", out, problem.output_shape, q)
     if out.dtype != q.dtype:
         own, wanted = dtype_beside(out.dtype, q.dtype), dtype_beside(q.dtype, out.dtype)
         raise TypeError(f"out: got dtype {own}; q's is {wanted}")
-    if not on_host and out.device != q.device:
-        raise ValueError(f"out: on GPU {out.device.id}, but q is on GPU {q.device.id}")
-    if reason := why_copied(out):
-        raise ValueError(f"out: {reason}; use a contiguous array")
-    if on_host and not out.flags.writeable:
-        raise ValueError("out: is read-only; use an array of your own")
-    if _overlaps_itself(out):
-        raise ValueError("out: its elements share memory, as a broadcast view's; use a real array")
+    check_written("out", out, inputs)
+
+
+def check_place(name: str, x: Any, shape: tuple[int, ...], q: Any) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless a result has this shape and is where q is."""
+    on_host = isinstance(q, np.ndarray)
+    if isinstance(x, np.ndarray) != on_host:
+        got = f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}"
+        raise TypeError(f"{name}: got {got}; use a {'numpy' if on_host else 'cupy'} array like q")
+    if x.shape != shape:
+        raise ValueError(f"{name}: got shape {x.shape}; this problem's is {shape}")
+    if not on_host and x.device != q.device:
+        raise ValueError(f"{name}: on GPU {x.device.id}, but q is on GPU {q.device.id}")
+
+
+def check_written(name: str, x: Any, inputs: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless a kernel can write ``x``, and no input changes with it."""
+    if reason := why_copied(x):
+        raise ValueError(f"{name}: {reason}; use a contiguous array")
+    if isinstance(x, np.ndarray) and not x.flags.writeable:
+        raise ValueError(f"{name}: is read-only; use an array of your own")
+    if _overlaps_itself(x):
+        raise ValueError(
+            f"{name}: its elements share memory, as a broadcast view's; use a real array"
+        )
     # What is copied before is read no more.
-    check_overlaps(out, {name: x for name, x in inputs.items() if not why_copied(x)})
+    check_overlaps(name, x, {n: other for n, other in inputs.items() if not why_copied(other)})
 
 
-def check_overlaps(out: Any, arrays: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if ``out`` shares memory with one of these, given by their names."""
-    for name, x in arrays.items():
-        if _share_memory(out, x):
-            raise ValueError(f"out: overlaps {name} in memory; use another array")
+def check_overlaps(name: str, x: Any, arrays: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a result shares memory with one of these, given by their names."""
+    for other, y in arrays.items():
+        if _share_memory(x, y):
+            raise ValueError(f"{name}: overlaps {other} in memory; use another array")
 
 
 def _overlaps_itself(x: Any) -> bool:

@@ -242,22 +242,27 @@ def contiguous_problem(
     check_choice("dtype", dtype, DTYPES)
     heads_kv = heads if heads_kv is None else heads_kv
     seqlen_kv = seqlen if seqlen_kv is None else seqlen_kv
-
-    def dense(name: str, h: int, s: int, d: int) -> Operand:
-        strides = (h * s * d, *((s * d, d) if layout == "bhsd" else (d, h * d)))
-        align = _align_bytes(0, strides, d, ITEMSIZE[dtype])
-        return Operand(name, (batch, h, s, d), strides, align)
-
-    operands = (
-        dense("q", heads, seqlen, head_dim),
-        dense("k", heads_kv, seqlen_kv, head_dim),
-        dense("v", heads_kv, seqlen_kv, head_dim if head_dim_v is None else head_dim_v),
-    )
-    _check_shapes(*operands)
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    shapes = {
+        "q": (batch, heads, seqlen, head_dim),
+        "k": (batch, heads_kv, seqlen_kv, head_dim),
+        "v": (batch, heads_kv, seqlen_kv, head_dim_v),
+    }
+    q, k, v = (contiguous_operand(name, x, dtype, layout) for name, x in shapes.items())
+    _check_shapes(q, k, v)
     scale = 1.0 / math.sqrt(head_dim)
     return AttentionProblem(
-        dtype, *operands, softmax_scale=scale, causal=causal, gate=gate, layout=layout
+        dtype, q, k, v, softmax_scale=scale, causal=causal, gate=gate, layout=layout
     )
+
+
+def contiguous_operand(
+    name: str, shape: tuple[int, int, int, int], dtype: str, layout: Layout
+) -> Operand:
+    """The view, of this shape, of a C-contiguous array in a layout."""
+    _, h, s, d = shape
+    strides = (h * s * d, *((s * d, d) if layout == "bhsd" else (d, h * d)))
+    return Operand(name, shape, strides, _align_bytes(0, strides, d, ITEMSIZE[dtype]))
 
 
 def operand(name: str, array: Any, layout: Layout | Literal["packed"], address: int = 0) -> Operand:

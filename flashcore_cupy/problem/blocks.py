@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -67,6 +67,10 @@ class Around(Protocol):
     def mod_args(self) -> Mapping[str, Any] | None:
         """The arrays that score_mod and mask_mod use."""
 
+    @property
+    def score_mod_grad(self) -> Callable[..., Any] | None:
+        """The derivative of score_mod, if its user gives it."""
+
     def number(self, batch: int) -> int:
         """Return the b of a batch, or of a sequence of a packed batch."""
 
@@ -75,3 +79,19 @@ def cut(x: Array, at: Block, around: Around) -> Array:
     """Return a block of an array that broadcasts to (B, Hq, Sq, Skv), the only part copied."""
     block: Array = np.broadcast_to(x, tuple(around.scores))[at.batch, at.head, at.queries, at.keys]
     return block
+
+
+def add_to_broadcast(x: Array, block: Array, at: Block) -> None:
+    """Add a block (M, N) to an array that broadcasts to (B, Hq, Sq, Skv), summed where it does."""
+    whole = x.reshape((1,) * (4 - x.ndim) + x.shape)  # a view
+    batches, heads, rows, columns = np.greater(whole.shape, 1)
+    one = whole[at.batch if batches else 0, at.head if heads else 0]
+    over = tuple(axis for axis, varies in enumerate((rows, columns)) if not varies)
+    part = one[:, at.keys] if columns else one
+    part[at.queries if rows else slice(None)] += block.sum(axis=over, keepdims=True)
+
+
+def distances(at: Block, around: Around) -> IntArray:
+    """How far the keys of a block are from where its queries stand, (M, N)."""
+    apart: IntArray = np.abs(at.q_idx + around.offset - at.kv_idx)
+    return apart

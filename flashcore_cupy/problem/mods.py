@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray
+from flashcore_cupy.problem.dual import Dual, NotDifferentiable
 from flashcore_cupy.problem.values import shown
 
 ScoreMod: TypeAlias = Callable[..., Any]
@@ -50,8 +51,12 @@ class Mods:
     mask_mod: str | None
     args: tuple[tuple[str, str], ...] = ()
 
-    def header(self) -> str:
-        """The text that stands in for ``kernels/flashcore/rules/mods.cuh``."""
+    def header(self, grad: str | None = None, *, differentiated: bool = False) -> str:
+        """The text that stands in for ``kernels/flashcore/rules/mods.cuh``.
+
+        ``differentiated``: score_mod of a ``Dual``, too, which carries its derivative; ``grad``:
+        the user's expression for that.
+        """
         arrays = "".join(
             f"    [[maybe_unused]] const ModArray<{MOD_TYPES[dtype]}> {name} = "
             f"{{static_cast<const {MOD_TYPES[dtype]}*>(args[{index}])}};\n"
@@ -59,9 +64,23 @@ class Mods:
         )
         score = _function("float score_mod", "float score, ", arrays, self.score_mod, "score")
         mask = _function("bool mask_mod", "", arrays, self.mask_mod, "true")
+        include = "#include <flashcore/rules/mod_array.cuh>\n"
+        if differentiated:
+            include = f"#include <flashcore/rules/dual.cuh>\n{include}"
+            score += self._of_dual(arrays, grad)
         return (
-            "#pragma once\n#include <flashcore/rules/mod_array.cuh>\n"
-            f"namespace flashcore {{\n{score}{mask}}}  // namespace flashcore\n"
+            f"#pragma once\n{include}namespace flashcore {{\n{score}{mask}}}"
+            "  // namespace flashcore\n"
+        )
+
+    def _of_dual(self, arrays: str, grad: str | None) -> str:
+        if grad is None:
+            return _function("Dual score_mod", "Dual score, ", arrays, self.score_mod, "score")
+        return _function("float score_mod_grad", "float score, ", arrays, grad, "1.0f") + (
+            "__device__ __forceinline__ Dual score_mod(const ModArgs& args, Dual score, int b, "
+            "int h, int q_idx, int kv_idx) {\n"
+            "    const float slope = score_mod_grad(args, score.value, b, h, q_idx, kv_idx);\n"
+            "    return score.then(score_mod(args, score.value, b, h, q_idx, kv_idx), slope);\n}\n"
         )
 
 
@@ -168,25 +187,47 @@ def _fitted(name: str, result: Array, shape: tuple[int, ...]) -> Array:
 
 def check_mods(score_mod: Any, mask_mod: Any, mod_args: Mapping[str, Any] | None) -> None:
     """Raise ``TypeError`` unless these are None, or callables that take what they will be given."""
-    for name, mod, first in (("score_mod", score_mod, "score, "), ("mask_mod", mask_mod, "")):
-        if mod is None:
-            continue
-        call = f"{name}({first}b, h, q_idx, kv_idx, **mod_args)"
-        if not callable(mod):
-            raise TypeError(
-                f"{name}: got {type(mod).__name__}; on NumPy arrays pass a callable, {call}"
-                + (", or name a kernel, which takes an expression" if isinstance(mod, str) else "")
-            )
-        import inspect  # which takes as long to import as all else here
+    _check_callable("score_mod", score_mod, "score, ", mod_args)
+    _check_callable("mask_mod", mask_mod, "", mod_args)
 
-        try:
-            signature = inspect.signature(mod)
-        except (TypeError, ValueError):  # a function of C need not tell
-            continue
-        try:
-            signature.bind(*[None] * (4 + len(first.split())), **(mod_args or {}))
-        except TypeError as error:
-            raise TypeError(f"{name}: cannot be called as {call}: {error}") from None
+
+def check_score_mod_grad(
+    grad: Any, score_mod: Any, mod_args: Mapping[str, Any] | None, *, in_kernel: bool
+) -> None:
+    """Check a derivative: ``TypeError`` or ``ValueError`` unless it can be the score_mod's."""
+    if grad is None:
+        return
+    if score_mod is None:
+        raise ValueError("score_mod_grad: given without a score_mod that it is the derivative of")
+    if not in_kernel:
+        _check_callable("score_mod_grad", grad, "score, ", mod_args)
+    elif not isinstance(grad, str) or not grad.strip():
+        got = "a Python function" if callable(grad) else shown(grad)
+        raise TypeError(
+            f"score_mod_grad: got {got}; a kernel takes a CUDA expression as a string, as for "
+            f"score_mod"
+        )
+
+
+def _check_callable(name: str, mod: Any, first: str, mod_args: Mapping[str, Any] | None) -> None:
+    if mod is None:
+        return
+    call = f"{name}({first}b, h, q_idx, kv_idx, **mod_args)"
+    if not callable(mod):
+        raise TypeError(
+            f"{name}: got {type(mod).__name__}; on NumPy arrays pass a callable, {call}"
+            + (", or name a kernel, which takes an expression" if isinstance(mod, str) else "")
+        )
+    import inspect  # which takes as long to import as all else here
+
+    try:
+        signature = inspect.signature(mod)
+    except (TypeError, ValueError):  # a function of C need not tell
+        return
+    try:
+        signature.bind(*[None] * (4 + len(first.split())), **(mod_args or {}))
+    except TypeError as error:
+        raise TypeError(f"{name}: cannot be called as {call}: {error}") from None
 
 
 def apply_score_mod(mod: ScoreMod, scores: Array, at: Block, around: Around) -> None:
@@ -194,6 +235,28 @@ def apply_score_mod(mod: ScoreMod, scores: Array, at: Block, around: Around) -> 
     given = around.number(at.batch), at.head, at.q_idx, at.kv_idx
     result = _numbers(mod(scores, *given, **(around.mod_args or {})))
     scores[...] = _fitted("score_mod", result, scores.shape)
+
+
+def linearize_score_mod(mod: ScoreMod, scores: Array, at: Block, around: Around) -> Array:
+    """``apply_score_mod``; return the derivative of each score by what it was, (M, N)."""
+    given = around.number(at.batch), at.head, at.q_idx, at.kv_idx
+    mod_args = around.mod_args or {}
+    if around.score_mod_grad is not None:
+        result = around.score_mod_grad(scores.copy(), *given, **mod_args)
+        slope = _returned("score_mod_grad", result, "the derivatives, real numbers", _is_real)
+        apply_score_mod(mod, scores, at, around)
+        return _fitted("score_mod_grad", slope, scores.shape).astype(scores.dtype)
+    try:
+        result = mod(Dual(scores, 1.0), *given, **mod_args)
+    except NotDifferentiable as reason:
+        raise TypeError(
+            f"score_mod: its derivative is not known, because of {reason}; pass it as "
+            f"score_mod_grad, which takes the same arguments"
+        ) from None
+    new = result if isinstance(result, Dual) else Dual(_numbers(result), 0.0)
+    slope = _fitted("score_mod", new.derivative, scores.shape).astype(scores.dtype)
+    scores[...] = _fitted("score_mod", _numbers(new.value), scores.shape)
+    return slope
 
 
 def flags_of_mask_mod(mod: MaskMod, at: Block, around: Around) -> BoolArray:

@@ -124,7 +124,8 @@ class Request:
             given |= zip(("cu_seqlens_q", "cu_seqlens_k"), sequences, strict=True)
         if out is not None:
             check_out(problem, out, {name: given[name] for name in "qkv"})
-            check_overlaps(out, arrays | {f"mod_args[{n!r}]": x for n, x in mod_args.items()})
+            named = {f"mod_args[{name!r}]": x for name, x in mod_args.items()}
+            check_overlaps("out", out, arrays | named)
             given["out"] = out
         formulas = {name: self.rules.get(name) for name in _FORMULAS if not in_kernel}
         formulas = {name: x for name, x in formulas.items() if x is not None}

@@ -40,6 +40,16 @@ class Bounds(NamedTuple):
         return Bounds(largest, self.error + largest * 2.0**-22)
 
 
+class Rows(NamedTuple):
+    """What the gradient of a sink needs of some rows of one head."""
+
+    head: int
+    lse: Array
+    """(M,), natural log."""
+    delta: Array
+    """(M,): the sum over columns of do * o, less dlse."""
+
+
 class Rule:
     """One argument of ``attention`` that changes scores, or hides keys: all that is said of it."""
 
@@ -61,6 +71,8 @@ class Rule:
     """More fields of ``AttentionParams``, float32."""
     when_packed: ClassVar[str | None] = None
     """What to use instead in a packed batch; None if it goes with one."""
+    has_gradient: ClassVar[bool] = False
+    """Its array has one: it implements ``add_gradient`` or ``add_row_gradient``, and ``axes``."""
 
     def describe(self, value: Any, scores: ScoreShape, dtype: str) -> Any:
         """Check the argument and describe it without its data; ``dtype`` is q's."""
@@ -90,6 +102,21 @@ class Rule:
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Change a block of scores (M, N) in place, in their dtype."""
 
+    def linearize(self, value: Any, scores: Array, at: Block, around: Around) -> Array | None:
+        """Change a block as ``apply`` does; return d new / d old, (M, N), None where it is 1."""
+        self.apply(value, scores, at, around)
+        return None
+
+    def axes(self, value: Any) -> tuple[bool, bool]:
+        """Whether its array has an axis of batches, and one of heads."""
+        raise NotImplementedError
+
+    def add_gradient(self, into: Array, d_scores: Array, at: Block, around: Around) -> None:
+        """Add what the gradient of a block of scores that it has changed gives its array's."""
+
+    def add_row_gradient(self, value: Any, into: Array, rows: Rows) -> None:
+        """Add what rows give its array's gradient, if it joins their sums."""
+
     def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """Return what holds of scores that it has changed, from what held before."""
         return before
@@ -103,6 +130,11 @@ class BroadcastRule(Rule):
     """An array that broadcasts to the scores."""
 
     strides = BROADCAST_STRIDES
+
+    def axes(self, value: Any) -> tuple[bool, bool]:
+        """It has those along which it is not broadcast."""
+        batches, heads = ((1,) * (4 - value.ndim) + tuple(value.shape))[:2]
+        return batches > 1, heads > 1
 
     def check(self, value: Any, scores: ScoreShape) -> None:
         """(B, Hq, Sq, Skv), or what broadcasts to it."""
@@ -133,6 +165,15 @@ class PerHeadRule(Rule):
     """A number per query head."""
 
     takes = "numbers per head"
+    has_gradient = True
+
+    def axes(self, value: Any) -> tuple[bool, bool]:
+        """Heads, and before them batches, if there are two."""
+        return value.ndim > 1, True
+
+    def of_batch(self, values: Array, number: int) -> Array:
+        """Return the heads' numbers for a batch, (Hq,), as a view."""
+        return values if values.ndim == 1 else values[number]
 
     def describe(self, value: Any, scores: ScoreShape, dtype: str) -> Any:
         """Return True: there are any."""

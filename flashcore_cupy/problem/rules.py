@@ -26,12 +26,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, ScoreShape, cut
+from flashcore_cupy.problem import blocks
+from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, ScoreShape
 from flashcore_cupy.problem.mods import (
     Mods,
     apply_score_mod,
     describe_mods,
     flags_of_mask_mod,
+    linearize_score_mod,
 )
 from flashcore_cupy.problem.rule import (
     HEAD_STRIDES,
@@ -39,6 +41,7 @@ from flashcore_cupy.problem.rule import (
     Broadcast,
     BroadcastRule,
     PerHeadRule,
+    Rows,
     Rule,
 )
 from flashcore_cupy.problem.values import check_number, shown
@@ -159,6 +162,15 @@ class Softcap(Rule):
             ratio *= cap
         np.copyto(scores, ratio, where=~same)
 
+    def linearize(self, value: Any, scores: Array, at: Block, around: Around) -> Array | None:
+        """1 - tanh^2, by exponentials: it stays exact where it is small."""
+        if not value:
+            return None
+        with np.errstate(all="ignore"):
+            tail = np.exp(-2 * np.abs(scores / scores.dtype.type(value)))
+        self.apply(value, scores, at, around)
+        return np.asarray(4 * tail / np.square(1 + tail))
+
     def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """The tanh is of approximate instructions."""
         if not value:
@@ -194,10 +206,14 @@ class AlibiSlopes(PerHeadRule):
 
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Subtract slope * distance."""
-        slopes = np.asarray(value)
-        of_batch = slopes if slopes.ndim == 1 else slopes[around.number(at.batch)]
-        distance = np.abs(at.q_idx + around.offset - at.kv_idx).astype(scores.dtype)
-        scores -= scores.dtype.type(float(of_batch[at.head])) * distance
+        slopes = self.of_batch(np.asarray(value), around.number(at.batch))
+        slope = scores.dtype.type(float(slopes[at.head]))
+        scores -= slope * blocks.distances(at, around).astype(scores.dtype)
+
+    def add_gradient(self, into: Array, d_scores: Array, at: Block, around: Around) -> None:
+        """Subtract the sum over the block, each times its distance."""
+        slopes = self.of_batch(into, around.number(at.batch))
+        slopes[at.head] -= np.sum(d_scores * blocks.distances(at, around))
 
     def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """No distance is longer than both sequences."""
@@ -209,6 +225,7 @@ class Bias(BroadcastRule):
     """Added to the scores."""
 
     name, pointer, when_packed = "bias", "bias", "score_mod"
+    has_gradient = True
     codes: ClassVar = {"bias": 4, "bias_fp32": 8}
     load_codes: ClassVar = {"bias_pairs": 256}
 
@@ -233,7 +250,11 @@ class Bias(BroadcastRule):
 
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Add it."""
-        scores += cut(value, at, around).astype(scores.dtype)
+        scores += blocks.cut(value, at, around).astype(scores.dtype)
+
+    def add_gradient(self, into: Array, d_scores: Array, at: Block, around: Around) -> None:
+        """Add the block, summed over the axes along which it is broadcast."""
+        blocks.add_to_broadcast(into, d_scores, at)
 
     def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """What it adds, where that is finite."""
@@ -250,6 +271,10 @@ class ScoreMod(Rule):
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Have the function change the block."""
         apply_score_mod(value, scores, at, around)
+
+    def linearize(self, value: Any, scores: Array, at: Block, around: Around) -> Array:
+        """By dual numbers, or as its user says."""
+        return linearize_score_mod(value, scores, at, around)
 
     def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """Formulas are taken to leave scores about as large as they are."""
@@ -293,7 +318,7 @@ class Mask(BroadcastRule):
 
     def seen(self, value: Any, at: Block, around: Around) -> BoolArray:
         """Return its block."""
-        return cut(value, at, around)
+        return blocks.cut(value, at, around)
 
 
 class MaskMod(Rule):
@@ -319,6 +344,12 @@ class Sink(PerHeadRule):
     acts_on = "sum"
     codes: ClassVar = {"sink": 128}
     pointer = "sink"
+
+    def add_row_gradient(self, value: Any, into: Array, rows: Rows) -> None:
+        """Subtract its own weight in each row, times the row's delta."""
+        with np.errstate(all="ignore"):
+            weight = np.exp(float(value[rows.head]) - rows.lse)
+            into[rows.head] -= np.sum(weight * rows.delta, where=rows.lse != -np.inf)
 
 
 #: In the order in which they apply.

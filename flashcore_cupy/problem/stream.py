@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flashcore_cupy.cuda import captures
-from flashcore_cupy.cuda.driver import binding, checked
+from flashcore_cupy.cuda.driver import binding, checked, enter_context
 from flashcore_cupy.problem.values import shown
 
 _DEFAULT_STREAMS = 2  # the handles 0, 1 and 2: default, legacy, per thread
@@ -19,6 +19,7 @@ def entered(gpu: int, stream: Any) -> Iterator[None]:
     import cupy
 
     with cupy.cuda.Device(gpu):
+        enter_context()
         if stream is None:
             yield
             return

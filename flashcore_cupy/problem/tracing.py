@@ -1,19 +1,30 @@
-"""Arrays whose values or gradients attention() cannot see: refused here, by name.
+"""Arrays that are more, or less, than their memory: told apart here, by name.
 
-What traces a program (``torch.compile``, ``jax.jit``) or differentiates it hands over arrays that
-look like any other. To take those would lose a gradient, or make a constant of a result, silently.
-torch and JAX are never imported for that: who has their arrays has imported them.
+What traces a program or differentiates it hands over arrays that look like any other. To take those
+would lose a gradient, or make a constant of a result, silently. ``Traced`` says so, and attention()
+then leaves the call to ``integrations``. What nothing can be done with is refused. torch and JAX
+are never imported for that: who has their arrays has imported them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _told: list[Any] = []  # torch's trace rules, once they know of this package
+#: What torch.compile is to call as it is. The rest is ``integrations``, which it looks into.
+_LEFT_ALONE = ("attention", "backward", "cpu", "cuda", "jit", "launch", "problem", "select")
+
+
+class Traced(TypeError):
+    """An array has a gradient, or is traced: attention() has its integration do the call."""
+
+    def __init__(self, name: str, by: Literal["torch", "jax"], what: str) -> None:
+        super().__init__(f"{name}: {what}")
+        self.by = by
 
 
 def untraced(function: _Function) -> _Function:
@@ -38,12 +49,13 @@ def leave_dynamo() -> None:
     rules = sys.modules.get("torch._dynamo.trace_rules")
     if rules is None or rules in _told:
         return
-    rules.add(__name__.partition(".")[0])
+    for name in _LEFT_ALONE:
+        rules.add(f"{__name__.partition('.')[0]}.{name}")
     _told.append(rules)
 
 
 def check_concrete(name: str, x: Any, kind: str) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for an array that is more, or less, than its memory.
+    """Raise ``Traced``, ``TypeError`` or ``ValueError`` for an array that is not just its memory.
 
     ``kind``: as ``interop`` tells them.
     """
@@ -57,10 +69,11 @@ def check_concrete(name: str, x: Any, kind: str) -> None:
     elif kind == "jax" and x.is_deleted():
         raise ValueError(f"{name}: this JAX array was deleted, or donated to a jitted function")
     elif kind == "jax tracer":
-        raise TypeError(
-            f"{name}: got a tracer of JAX ({type(x).__name__}), which has no values yet; call "
-            f"attention() outside of jit, vmap and grad, or through jax.pure_callback (it has no "
-            f"gradient: give it jax.lax.stop_gradient({name}))"
+        raise Traced(
+            name,
+            "jax",
+            f"got a tracer of JAX ({type(x).__name__}), which has no value yet; only attention() "
+            f"takes tracers, as arrays of numbers or of truths",
         )
     elif kind == "torch proxy":
         raise TypeError(
@@ -71,13 +84,18 @@ def check_concrete(name: str, x: Any, kind: str) -> None:
 
 def _check_tensor(name: str, x: Any) -> None:
     torch = sys.modules["torch"]
+    traced = _why_traced(torch, x)
+    if traced:
+        raise Traced(name, "torch", traced)
     reason = _no_plain_memory(torch, x)
     if reason:
         raise TypeError(f"{name}: {reason}")
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name}: requires a gradient, which attention() does not have; pass {name}.detach(), "
-            f"or call it under torch.no_grad()"
+        raise Traced(
+            name,
+            "torch",
+            f"requires a gradient, which only attention() gives; pass {name}.detach(), or call it "
+            f"under torch.no_grad()",
         )
     forward_ad = torch.autograd.forward_ad
     # Below level 0 nothing has a tangent; to ask for one takes longer than all else here.
@@ -89,19 +107,26 @@ def _check_tensor(name: str, x: Any) -> None:
         )
 
 
+def _why_traced(torch: Any, x: Any) -> str:
+    """Say what records operators on a tensor; empty if nothing does."""
+    is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    if is_wrapped is not None and is_wrapped(x):
+        return "got a tensor inside torch.func or torch.vmap, where only attention() may be called"
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    cls = x.__class__
+    is_fake = cls is not torch.Tensor and cls.__module__.startswith("torch._subclasses.")
+    if is_fake or (modes and modes()):
+        return "got a tensor that torch traces, where only attention() may be called"
+    return ""
+
+
 def _no_plain_memory(torch: Any, x: Any) -> str:
     """Say why a tensor is not just its elements in memory; empty if it is."""
-    cls = x.__class__
-    if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    cls, own = x.__class__, torch.Tensor
+    if cls is not own and cls.__torch_dispatch__ is not own.__torch_dispatch__:
         return (
             f"got a {cls.__name__}, which keeps its elements in a way of its own; "
             f"use a plain torch.Tensor"
-        )
-    is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
-    if is_wrapped is not None and is_wrapped(x):
-        return (
-            "got a tensor inside torch.func or torch.vmap, whose gradient, tangent or batch "
-            "attention() would not see; call it outside of them"
         )
     if torch.jit.is_tracing():
         return (

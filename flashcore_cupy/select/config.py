@@ -24,7 +24,7 @@ from flashcore_cupy.select.tensor_view import View
 from flashcore_cupy.select.units import MAX_GRID, MMA, WARP_SIZE
 
 _DTYPE_CODE = {"float16": 0, "bfloat16": 1, "float32": 2}
-_GATE_CODE = {None: 0, "qk": 1, "softmax": 2, "pv": 3}
+_GATE_CODE = {None: 0, "qk": 1, "softmax": 2, "pv": 3, "dp": 4, "ds": 5}
 _HIDING = {name for rule in RULES if rule.acts_on == "keys" for name in rule.codes}
 #: Of float32: scales from here on keep the order of the scores.
 _SMALLEST_SCALE = 2.0**-126
@@ -287,6 +287,13 @@ class KernelConfig(ABC):
             "FC_GATE": _GATE_CODE[self.gate],
             "FC_ALIGN_BYTES": self.align_bytes,
             "FC_STAGED_COLS": 0,
+            "FC_OWNS_KEYS": 0,
+            "FC_GRADIENT_COLS": 0,
+            "FC_FP32_GRADIENTS": 0,
+            "FC_ACCUMULATES": 0,
+            "FC_SUMS_DISTANCES": 0,
+            "FC_ADDS_DQ": 0,
+            "FC_ORDERED": 0,
             "FC_MIN_BLOCKS": t.min_blocks,
             "FC_SMEM_BYTES": self.smem_bytes,
             "FC_PARAMS_BYTES": self.params_bytes,

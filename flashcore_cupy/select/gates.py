@@ -1,4 +1,4 @@
-"""What the debug gates "qk" and "softmax" write, and what is made of it."""
+"""What debug gates write into arrays of their own, and what is made of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.problem.gradients import BackwardProblem
 from flashcore_cupy.select.config import KernelConfig
 
 
@@ -37,6 +38,13 @@ def allocate(problem: AttentionProblem, config: KernelConfig, xp: Any) -> dict[s
             "gate_row_sum": xp.zeros(rows, xp.float32),
         }
     return {}
+
+
+def allocate_backward(problem: BackwardProblem, xp: Any) -> dict[str, Any]:
+    """The same of a backward pass; what is not written is 0, as of hidden keys."""
+    if problem.gate is None:
+        return {}
+    return {"gate": xp.zeros(tuple(problem.attention.scores), xp.float32)}
 
 
 def output(

@@ -6,13 +6,13 @@ Each mirrors a struct of ``kernels/`` field by field (``flashcore/params.cuh``,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from flashcore_cupy.problem.mods import MAX_MOD_ARGS
-from flashcore_cupy.problem.rule import HEAD_STRIDES
+from flashcore_cupy.problem.rule import BROADCAST_STRIDES, HEAD_STRIDES
 from flashcore_cupy.problem.rules import RULES
 
 STRIDES = np.dtype([("batch", "i8"), ("head", "i8"), ("row", "i8")])
@@ -48,22 +48,50 @@ ATTENTION_PARAMS = np.dtype(
     align=True,
 )
 
-_MAPS = ("q_map", "k_map", "v_map", "o_map")
-_MAP_BYTES = 128
-_MAPS_OFFSET = -(-ATTENTION_PARAMS.itemsize // 64) * 64
-_SHARED: Mapping[str, Any] = ATTENTION_PARAMS.fields or {}
+_GRADIENT_POINTERS = (
+    *("dout", "dlse", "dq", "dk", "dv", "dbias", "dsink", "dalibi_slopes"),
+    *("delta", "shift", "dq_sum", "turns", "distances"),
+)
 
-_HOPPER: Any = {
-    "names": [*_SHARED, *_MAPS],
-    "formats": [*(field[0] for field in _SHARED.values()), *[("u8", (16,))] * len(_MAPS)],
-    "offsets": [
-        *(field[1] for field in _SHARED.values()),
-        *(_MAPS_OFFSET + _MAP_BYTES * n for n in range(len(_MAPS))),
+#: ``BackwardParams``: the same, and behind it the gradients.
+BACKWARD_PARAMS = np.dtype(
+    [
+        *((name, *field[:1]) for name, field in (ATTENTION_PARAMS.fields or {}).items()),
+        *((name, "u8") for name in _GRADIENT_POINTERS),
+        *((f"{name}_strides", STRIDES) for name in ("dout", "dq", "dk", "dv")),
+        ("dbias_strides", BROADCAST_STRIDES),
+        *((f"{name}_strides", HEAD_STRIDES) for name in ("dlse", "dalibi_slopes")),
+        *((name, "i8") for name in ("dq_sum_size", "turns_size")),
+        ("n_blocks", "i4"),
+        *((f"bias_{axis}", "i4") for axis in ("batches", "heads", "rows", "columns")),
     ],
-    "itemsize": _MAPS_OFFSET + _MAP_BYTES * len(_MAPS),
-}
-#: ``HopperParams``: the same, and behind it the tensor maps of q, k, v, o from the driver.
-HOPPER_PARAMS = np.dtype(_HOPPER)
+    align=True,
+)
+
+_MAP_BYTES = 128
+
+
+def _with_maps(params: np.dtype[Any], names: Sequence[str]) -> np.dtype[Any]:
+    """A struct, and behind it tensor maps from the driver, which begin on multiples of 64."""
+    fields: Mapping[str, Any] = params.fields or {}
+    first = -(-params.itemsize // 64) * 64
+    described: Any = {
+        "names": [*fields, *names],
+        "formats": [*(field[0] for field in fields.values()), *[("u8", (16,))] * len(names)],
+        "offsets": [
+            *(field[1] for field in fields.values()),
+            *(first + _MAP_BYTES * n for n in range(len(names))),
+        ],
+        "itemsize": first + _MAP_BYTES * len(names),
+    }
+    made: np.dtype[Any] = np.dtype(described)
+    return made
+
+
+#: ``HopperParams``: the same, and behind it the maps of q, k, v, o.
+HOPPER_PARAMS = _with_maps(ATTENTION_PARAMS, ("q_map", "k_map", "v_map", "o_map"))
+#: ``HopperBackwardParams``: ``BackwardParams``, and behind it the maps of q, k, v, dO.
+HOPPER_BACKWARD_PARAMS = _with_maps(BACKWARD_PARAMS, ("q_map", "k_map", "v_map", "dout_map"))
 
 _QUANTIZE_TENSOR = np.dtype(
     [

@@ -12,7 +12,7 @@ import numpy as np
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.select import gates, grids
 from flashcore_cupy.select.config import KernelConfig
-from flashcore_cupy.select.selector import Selection, configs_of
+from flashcore_cupy.select.selector import Selection
 from flashcore_cupy.select.tensor_view import View
 from flashcore_cupy.select.units import MAX_GRID
 
@@ -124,7 +124,7 @@ class Plan(ABC):
                 params[name] = address
         for index, address in enumerate(mod_args):
             params["mod_args"][index] = address
-        for number, config in enumerate(configs_of(self.selection)):
+        for number, config in enumerate(self.selection.configs):
             is_last = config is self.selection.config
             own = params if is_last else np.zeros((), config.params)
             config.bind(own, self.problem, addresses)

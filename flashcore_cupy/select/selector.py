@@ -23,6 +23,20 @@ class Selection:
     config: KernelConfig
     passed_over: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self.kernel.name
+
+    @property
+    def configs(self) -> tuple[KernelConfig, ...]:
+        """Each that is launched, in launch order."""
+        return (*self.config.before(), self.config)
+
+    def describe(self) -> str:
+        """One line for people about the kernel's tile."""
+        return self.config.describe()
+
     def stored_to(self, problem: AttentionProblem, output: Operand) -> Selection:
         """The same for an output; ``ValueError`` if a launch cannot have so many blocks."""
         check_sizes(problem, self.config)
@@ -30,7 +44,7 @@ class Selection:
 
     def explained(self, arch: str) -> list[str]:
         """Return a line for the kernel on its target, and one for each that was passed over."""
-        lines = [f"{self.kernel.name} on {arch}: {self.config.describe()}"]
+        lines = [f"{self.name} on {arch}: {self.describe()}"]
         return lines + [f"passed over {name}: {reason}" for name, reason in self.passed_over]
 
 
@@ -124,11 +138,6 @@ def _check_fits(config: KernelConfig, arch: str) -> None:
             f"needs {config.smem_bytes} bytes of shared memory at head dim {columns}, "
             f"{arch} has {smem_limit(arch)}; smaller tiles (block_m, block_n, num_stages) may fit"
         )
-
-
-def configs_of(selection: Selection) -> tuple[KernelConfig, ...]:
-    """Every configuration that a selected kernel launches, in launch order."""
-    return (*selection.config.before(), selection.config)
 
 
 def select(

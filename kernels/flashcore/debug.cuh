@@ -6,8 +6,10 @@
 //   softmax  p = exp(s - m_j) as it enters P V, m_j the running row maximum at that tile, and the
 //            final m and l: the launcher returns p * exp(m_j - m) / l. Maxima in natural units
 //   pv       all scores 0, so O is the mean of the visible rows of V
+//   dp, ds   of the backward pass: dP = dO V^T, and dS = P (dP - delta) rules'(S)
 #pragma once
 #include <flashcore/params.cuh>
+#include <flashcore/ptx/thread.cuh>
 
 namespace flashcore {
 
@@ -15,6 +17,8 @@ constexpr int GATE_NONE = 0;
 constexpr int GATE_QK = 1;
 constexpr int GATE_SOFTMAX = 2;
 constexpr int GATE_PV = 3;
+constexpr int GATE_DP = 4;
+constexpr int GATE_DS = 5;
 
 // O is written unless the gate asks for an earlier stage.
 template <int GATE>
@@ -51,6 +55,11 @@ struct GateRow {
         }
     }
 
+    // Of a row that four neighbouring lanes share: one of them stores.
+    __device__ __forceinline__ void quad_tile_max(int tile, float max) const {
+        if (thread_index() % 4 == 0) tile_max(tile, max);
+    }
+
     __device__ __forceinline__ void finish(float max, float sum) const {
         if constexpr (GATE == GATE_SOFTMAX) {
             if (valid) {
@@ -60,5 +69,14 @@ struct GateRow {
         }
     }
 };
+
+// A query and a key that it sees, in the gate's array; what nobody sees stays 0. `row` is as above.
+// Does nothing unless one of the gates is compiled in.
+template <int GATE>
+__device__ __forceinline__ void gate_gradient(const AttentionParams& params, int64 row, int key,
+                                              float dp, float ds) {
+    if constexpr (GATE == GATE_DP || GATE == GATE_DS)
+        params.gate[row * params.gate_row + key] = GATE == GATE_DP ? dp : ds;
+}
 
 }  // namespace flashcore

@@ -96,7 +96,6 @@ struct BlockWide {
     }
 
     __device__ __forceinline__ void finish(const C& c, float v_scale) {
-        block_sync();  // the last tile's O is complete, and sPartial is free
         const float sum = across_row(c, state.sum, [](float a, float b) { return a + b; });
         const GateRow<GATE> gate = c.gate_row(row);
         if (part == 0) {

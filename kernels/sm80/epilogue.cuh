@@ -17,9 +17,8 @@ __device__ __forceinline__ void finish(const Context& c, Rows& rows) {
     c.smem.all_reduce(sum, c.first_row(), c.warp_d, c.rows_barrier(),
                       [](float a, float b) { return a + b; });
     rows.set_sums(sum);
-    // In the same layout, a warp's rows of O lie over its own rows of Q. In another layout they lie
-    // over other warps' rows, too, which those must have read.
-    if (LayoutO::PANEL != LayoutQ::PANEL || LayoutO::LD != LayoutQ::LD) block_sync();
+    static_assert(LayoutO::PANEL == LayoutQ::PANEL && LayoutO::LD == LayoutQ::LD,
+                  "a warp's rows of O lie over its own rows of Q, which nobody else reads");
     const int first_col = c.warp_d * COLS_PER_WARP;
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {

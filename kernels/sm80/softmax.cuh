@@ -77,7 +77,8 @@ __device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int t
             shift[m][half] = shift_of(max[m][half], scale);
             factor[half] = raise_max(state, max[m][half], shift[m][half], scale);
             c.gate_row(c.query(m, half))
-                .tile_max(tile * WARPS_N + c.warp_n, state.max * natural_scale<RULES>(c.params));
+                .quad_tile_max(tile * WARPS_N + c.warp_n,
+                               state.max * natural_scale<RULES>(c.params));
         }
         if (warp_any(factor[0] != 1.0f || factor[1] != 1.0f)) rows.scale_output(m, factor);
     }
@@ -107,7 +108,7 @@ __device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const
 }
 
 // Whether some row of the warp has to be computed again. Warps that share rows agree on it, for
-// they have to subtract the same maximum.
+// their maxima are the same, to the bit.
 __device__ __forceinline__ bool has_far_rows(const Context& c, const Rows& rows) {
     bool is_any = false;
 #pragma unroll
@@ -115,7 +116,7 @@ __device__ __forceinline__ bool has_far_rows(const Context& c, const Rows& rows)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             is_any |= is_far(rows.state[m][half].max, exponent_scale<RULES>(c.params));
-    return c.smem.sync_any(c.rows_barrier(), warp_any(is_any));
+    return warp_any(is_any);
 }
 
 // Computes those rows again, without tensor cores.
@@ -142,8 +143,8 @@ __device__ __forceinline__ void attend_exactly(const Context& c, Rows& rows) {
                 state, keys, first_col, DIM_V - first_col, has, is_own,
                 [&](int d, int e) -> float& { return rows.rO.x[m][d][2 * half + e]; });
             for (int tile = all.begin; again && tile < all.end; ++tile)
-                exact.gate.tile_max(tile * WARPS_N + c.warp_n,
-                                    state.max * natural_scale<RULES>(c.params));
+                exact.gate.quad_tile_max(tile * WARPS_N + c.warp_n,
+                                         state.max * natural_scale<RULES>(c.params));
         }
     }
 }

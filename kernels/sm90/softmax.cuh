@@ -37,7 +37,7 @@ __device__ __forceinline__ void Consumer::exponentiate(int tile, const float (&m
         const GateRow<GATE> gate = gate_row(query(half));
         const float shift = shift_of(max[half], scale);
         factor[half] = raise_max(state[half], max[half], shift, scale);
-        gate.tile_max(tile, max[half] * natural_scale<RULES>(params));
+        gate.quad_tile_max(tile, max[half] * natural_scale<RULES>(params));
         const auto row = [&](int n, int e) -> float& { return rS[4 * n + 2 * half + e]; };
         float sum[2] = {};
 #pragma unroll
@@ -96,7 +96,7 @@ __device__ __forceinline__ void Consumer::attend_exactly() {
             state[half], keys, 0, DIM_V, all, all,
             [&](int n, int e) -> float& { return rO[4 * n + 2 * half + e]; });
         for (int tile = tiles.begin; again && tile < tiles.end; ++tile)
-            exact.gate.tile_max(tile, state[half].max * natural_scale<RULES>(params));
+            exact.gate.quad_tile_max(tile, state[half].max * natural_scale<RULES>(params));
     }
 }
 

@@ -127,7 +127,7 @@ __device__ __forceinline__ void Warpgroup::attend_exactly() {
             state[r], keys, 0, DIM_V, is_own, all,
             [&](int n, int e) -> float& { return rO[4 * n + 2 * r + e]; });
         for (int nth = 0; again && has(nth); ++nth)
-            exact.gate.tile_max(tile(nth), state[r].max * natural_scale<RULES>(params));
+            exact.gate.quad_tile_max(tile(nth), state[r].max * natural_scale<RULES>(params));
     }
 }
 

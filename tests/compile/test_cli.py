@@ -16,11 +16,13 @@ from click.testing import CliRunner
 from helpers import ROOT, gpu_skip_reason
 
 from flashcore_cupy.check import verify
+from flashcore_cupy.check.verify_gradients import ExpectedGradient
 from flashcore_cupy.cli import commands
 from flashcore_cupy.cli.commands import main
 from flashcore_cupy.launch import builds
-from flashcore_cupy.measure import job
+from flashcore_cupy.measure import backward, forward, problems
 from flashcore_cupy.select import registry, selector
+from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
 
 ON_GPU = gpu_skip_reason() is None
 
@@ -73,6 +75,46 @@ def test_run_as_json() -> None:
     assert (data["graph"] is not None) == ON_GPU == (data["no_gpu"] is None)
 
 
+def test_run_checks_every_gradient() -> None:
+    job = ("run", "--backward", *SMALL, *FAST, "--causal", "--Skv", "50", "--Hkv", "1")
+    data = json_of(*job, "--seed", "7", "--arch", "sm_80")
+    assert data["ok"] and data["check"]["ok"] and data["problem"]["wrt"] == ["q", "k", "v"]
+    assert list(data["check"]["each"]) == ["dq", "dk", "dv"]
+    for found in data["check"]["each"].values():
+        assert 0 < found["max_error"] <= found["allowed_error"]
+    assert data["ran"] == (data["kernel"] if ON_GPU else "numpy") and data["tflops"] > 0
+    sources = [build["source"] for build in data["builds"]]
+    assert sources in [["bwd_rows.cu", *[f"bwd_{arch}.cu"] * 2] for arch in ("sm80", "sm90")]
+    assert all(build["spill_bytes"] == 0 for build in data["builds"])
+    text = invoke(*job, "--wrt", "k").stdout
+    assert "backward for k, seed" in text and "dk: max error" in text and "dq: max" not in text
+    assert "1 of 1 heads of k and v" in text and "latency" in text
+
+
+@pytest.mark.parametrize("gate", ["dp", "ds"])
+def test_run_checks_a_gate_of_the_backward_pass(gate: str) -> None:
+    options = ("--layout", "bshd", "--softcap", "2", "--window", "9", "3", "--wrt", "k")
+    data = json_of("run", "--backward", *SMALL, *FAST, "--gate", gate, *options)
+    assert data["ok"] and data["problem"]["gate"] == gate and data["tflops"] is None
+    assert list(data["check"]["each"]) == [gate] and data["problem"]["wrt"] == ["k"]
+
+
+def test_a_wrong_gradient_is_shown_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = ExpectedGradient.judge
+
+    def judge_moved(known: ExpectedGradient, got: Any) -> Any:
+        wrong = got.copy()
+        wrong[-1, 1, 17, 3] += 5
+        return judge(known, wrong)
+
+    monkeypatch.setattr(ExpectedGradient, "judge", judge_moved)
+    job = ("run", "--backward", *SMALL, *FAST, "--H", "4", "--Hkv", "2", "--wrt", "q")
+    text = invoke(*job, code=1).stdout
+    assert "FAILED" in text and "dq: max error" in text
+    assert "worst element: b=0 h=3 row=17 column=3: got" in text
+    assert not json_of(*job, code=1)["ok"]
+
+
 @without_gpu  # where the first run's kernel would still be loaded
 def test_the_second_run_takes_the_kernel_from_the_cache() -> None:
     job = ("run", *SMALL, *FAST, "--kernel", "wmma_fused_64")
@@ -122,15 +164,18 @@ def test_run_takes_rules_and_shows_them(
 @pytest.mark.parametrize("rule", ["causal", "window", "softcap", "layout"])
 def test_run_computes_the_rule_that_it_names(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle, which takes its rules from the problem, finds a run without one of them wrong."""
-    arguments_of = job.arguments_of
-    monkeypatch.setattr(
-        job, "arguments_of", lambda p: {n: x for n, x in arguments_of(p).items() if n != rule}
-    )
+    rules_of = problems.rules_of
+    for module in (forward, backward):
+        monkeypatch.setattr(
+            module, "rules_of", lambda p: {n: x for n, x in rules_of(p).items() if n != rule}
+        )
     options = ("--causal", "top-left", "--window", "5", "5", "--softcap", "0.5")
     shape = ("--layout", "bshd", "--S", "32", "--H", "32", "--Skv", "40")
     if rule == "layout":  # heads and rows change places, which other sizes would refuse
         shape = ("--layout", "bshd", "--S", "32", "--H", "32")
     invoke("run", "--D", "32", *FAST, *options, *shape, code=1)
+    if rule != "layout":  # which a gradient's own array has, too
+        invoke("run", "--backward", "--D", "32", *FAST, *options, *shape, code=1)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -251,6 +296,22 @@ def test_a_rung_that_does_not_compile_fails_alone(
     assert "wmma_unfused.cu" in data["rungs"][1]["failure"]
 
 
+def test_ladder_of_the_backward_pass(tmp_path: Path) -> None:
+    data = json_of("ladder", "--backward", *SMALL, *FAST)
+    stored = tmp_path / "backward.json"
+    stored.write_text(json.dumps(data | {"rows_checked": 40, "heads_checked": 1}))
+    again = invoke("ladder", "--from", str(stored)).stdout
+    assert "D=32 float16 backward\n" in again and "over 1 of 2 heads of k and v" in again
+    assert data["ok"] and [rung["kernel"] for rung in data["rungs"]] == ["bwd_sm80", "bwd_sm90"]
+    for rung in data["rungs"]:
+        if rung["kernel"] == "bwd_sm80" or data["machine"]["arch"] == "sm_90a":
+            assert rung["builds"] and rung["registers"] > 16 and rung["spill_bytes"] == 0
+            assert rung["config"].startswith("dk, dv: ") and "; dq: " in rung["config"]
+            assert rung["correct"] is (True if ON_GPU else None)
+    shown = invoke("ladder", "--backward", *SMALL, *FAST, "--dtype", "float32").stdout
+    assert "bwd_sm90: does not take float32" in shown and "float32 backward\n" in shown
+
+
 @without_gpu
 def test_a_ladder_without_a_gpu_is_drawn_from_what_is_known(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
@@ -273,9 +334,25 @@ def test_warmup_reports_resources() -> None:
     assert "wmma_fused_32" in shown and "sm_80" in shown
 
 
+def test_warmup_builds_the_backward_pass() -> None:
+    data = json_of("warmup", "--kernel", "bwd_sm90", "--arch", "sm_90a")
+    dims = {row.dims for row in ROWS if row.kernel == "bwd_sm90"}
+    # dtypes, causal: a kernel of keys, and one of queries, each; of rows alone one per head dim.
+    assert len(data["kernels"]) == len(dims) * 2 * (2 * 2 + 1)
+    assert {build["kernel"] for build in data["kernels"]} == {"bwd_sm90"}
+    assert not any(build["spill_bytes"] for build in data["kernels"])
+    ahead = set(builds.table_configs(builds.KERNELS, "sm_90a"))
+    assert {config.kernel for config in ahead} >= {*registry.KERNELS, *BACKWARD_KERNELS}
+
+
 @pytest.mark.parametrize(
     ("kernel", "arch", "why"),
-    [("wmma_cp_async", "sm_75", "needs cp.async"), ("wgmma_sm90", "sm_80", "needs wgmma")],
+    [
+        ("wmma_cp_async", "sm_75", "needs cp.async"),
+        ("wgmma_sm90", "sm_80", "needs wgmma"),
+        ("bwd_sm90", "sm_80", "needs wgmma"),
+        ("bwd_sm80", "sm_75", "needs cp.async"),
+    ],
 )
 def test_warmup_says_why_there_is_nothing_to_compile(kernel: str, arch: str, why: str) -> None:
     data = json_of("warmup", "--kernel", kernel, "--arch", arch)
@@ -303,14 +380,14 @@ def test_warmup_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @without_gpu
 def test_a_long_run_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = job.attention
+    attention = forward.attention
 
     def slow(*arguments: Any, **rules: Any) -> Any:
         time.sleep(0.3)
         return attention(*arguments, **rules)
 
     waits(monkeypatch, 0.01, 0.1)
-    monkeypatch.setattr(job, "attention", slow)
+    monkeypatch.setattr(forward, "attention", slow)
     monkeypatch.setattr(commands, "_LONG_FLOPS", 1)
     lines = invoke("run", *SMALL, *FAST).stderr.splitlines()
     assert lines[0].startswith("no GPU (") and lines[1].startswith("that is ")

@@ -6,8 +6,6 @@ needs a GPU. All builds go through one parallel warm-up into the session's cache
 
 from __future__ import annotations
 
-import datetime
-import os
 import re
 from dataclasses import replace
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases_rules import ASKED, array
-from helpers import one_at_a_time
+from helpers import one_at_a_time, todays
 
 from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler
@@ -125,7 +123,7 @@ def _configs(row: Row, arch: str) -> list[KernelConfig]:
             problem = _problem(row, *pairs[turn % len(pairs)], gate=gate)
             found.append(_other_rows(row, _fits(row, problem, arch), narrow=turn % 2 == 0))
     selections = [selector.Selection(kernel, config) for config in found if config is not None]
-    return list(dict.fromkeys(c for chosen in selections for c in selector.configs_of(chosen)))
+    return list(dict.fromkeys(c for chosen in selections for c in chosen.configs))
 
 
 def _rules_of(kernel: registry.Kernel) -> list[dict[str, Any]]:
@@ -144,19 +142,8 @@ def _other_rows(row: Row, config: KernelConfig | None, *, narrow: bool) -> Kerne
     return replace(config, dim_qk=row.dims[0] - 8, dim_v=max(8, row.dims[1] - 24))
 
 
-def _todays(configs: list[KernelConfig]) -> list[KernelConfig]:
-    """A third, another one each day, and the first of all; all of them where ``CI`` is set.
-
-    All take six minutes of two cores, of the fifteen that all tests may take on a laptop.
-    """
-    if os.environ.get("CI"):
-        return configs
-    day = datetime.datetime.now(datetime.timezone.utc).date().toordinal() % 3
-    return [config for n, config in enumerate(configs) if n == 0 or n % 3 == day]
-
-
 WANTED = {
-    (kernel, arch): _todays([c for row in selector.rows_of(kernel) for c in _configs(row, arch)])
+    (kernel, arch): todays([c for row in selector.rows_of(kernel) for c in _configs(row, arch)])
     for kernel in registry.KERNELS
     for arch in targets.TARGETS
 }

@@ -14,6 +14,7 @@ from flashcore_cupy.check.selftest import matrix
 from flashcore_cupy.check.selftest.case import Case, packed
 from flashcore_cupy.cpu.emulator.build import cxx
 from flashcore_cupy.select import registry
+from flashcore_cupy.select.backward import BACKWARD_KERNELS
 
 pytestmark = [
     pytest.mark.skipif(cxx() is None, reason="needs a C++ compiler: there is none"),
@@ -67,14 +68,56 @@ def test_ladder_checks_every_rung() -> None:
 
 
 @without_gpu
+@pytest.mark.parametrize("kernel", BACKWARD_KERNELS)
+def test_the_backward_pass_is_emulated(kernel: str) -> None:
+    job = ("--backward", *SMALL, "--kernel", kernel, "--causal")
+    data = json_of("run", *job)
+    assert data["ok"] and data["emulated"] and data["ran"] == data["kernel"] == kernel
+    assert data["graph"] is data["call"] is data["tflops"] is None
+    assert data["not_emulated"] is None and data["emulated_seconds"] > 0
+    data = json_of("emulate", *job, "--check", "races", "--schedules", "2")
+    assert data["ok"] and data["checking"] and data["schedules"] == 2
+    data = json_of("run", *job, "--D", "64", "--no-deterministic")
+    assert data["ok"] and data["problem"]["deterministic"] is False
+    for gate, name in (("dp", "k"), ("ds", "q")):
+        data = json_of("run", *job, "--gate", gate, "--wrt", name)
+        assert data["ok"] and data["emulated"] and list(data["check"]["each"]) == [gate]
+
+
+@without_gpu
+def test_ladder_checks_the_backward_kernels() -> None:
+    data = json_of("ladder", "--backward", *SMALL, "--B", "2", "--layout", "bshd")
+    assert data["ok"] and data["emulated"] and data["heads_checked"] == 4
+    for rung in data["rungs"]:
+        assert rung["launches"] and rung["correct"] and rung["max_error"] > 0
+        assert rung["latency_us"] is rung["speedup"] is None
+    text = invoke("ladder", "--backward", *SMALL, "--B", "2", "--layout", "bshd").stdout
+    assert "over 4 of 4 heads of k and v" in text and "CUDA graph" not in text
+
+
+def test_emulate_finds_a_race_of_the_backward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = "mbarrier_wait(&c.smem.tiles.empty[stage], nth / NUM_STAGES % 2 ^ 1);"
+    kernels = changed(tmp_path, "sm80_backward/producer.cuh", wait, "")
+    monkeypatch.setenv("FLASHCORE_KERNELS_DIR", str(kernels))
+    sizes: Any = ("--H", "1", "--S", "300", "--D", "32", "--wrt", "k", "--check", "races")
+    job = ("emulate", "--backward", "--kernel", "bwd_sm80", *sizes, "--schedules", "3")
+    data = json_of(*job, code=1)
+    assert not data["ok"] and "race" in data["failure"] and data["check"] is None
+
+
+@without_gpu
 def test_selftest_emulates_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("some", "mma_sm80", head_dim=32, head_dim_v=32, view="strided", repeats=3)
     invariant = Case("invariant", "mma_sm80", seqlen_kv=40, batch_invariant=True)
     every = [case, packed(invariant, ((5, 9), (0, 3), (3, 40)))]
-    monkeypatch.setattr(matrix, "cases", lambda: every)
+    every += [Case("backward", "bwd_sm80", head_dim=32, head_dim_v=32, view="misaligned")]
+    monkeypatch.setattr(matrix, "every_case", lambda: every)
     report = json_of("selftest")
-    assert report["passed"] == 2 and report["failed"] == 0 and report["emulated"]
-    assert "2 passed, 0 failed emulated for sm_90a" in invoke("selftest").stdout
+    assert report["passed"] == 3 and report["failed"] == 0 and report["emulated"]
+    text = invoke("selftest").stdout
+    assert "3 passed, 0 failed emulated for sm_90a" in text and "\nbwd_sm80" in text
 
 
 def changed(folder: Path, file: str, old: str, new: str) -> Path:

@@ -37,18 +37,17 @@ def test_places_are_what_orders_and_what_bounds(tmp_path: Path) -> None:
     kernels.mkdir()
     (kernels / "some.cu").write_text(
         "__device__ void sync() { block_sync(); }\n"
-        "__device__ bool has(int n, int end) { return sync_any(1, n < end); }\n"
+        "__device__ bool has(int n, int end) { return warp_any(n < end); }\n"
         "constexpr bool FEW = N < 3;\n"
         "    if (tile + 1 <= end && at[i + 1] > 0) fence_registers(x);\n"
     )
     found = mutants.write(kernels, tmp_path / "copy")
     assert [(m.kind, m.line, m.text) for m in found] == [
         ("barrier", 1, "block_sync()"),
-        ("barrier", 2, "sync_any(1, n < end)"),
         (
             "bound",
             2,
-            "__device__ bool has(int n, int end) { return sync_any(1, n < end); } [<= for <]",
+            "__device__ bool has(int n, int end) { return warp_any(n < end); } [<= for <]",
         ),
         ("bound", 4, "if (tile + 1 <= end && at[i + 1] > 0) fence_registers(x); [< for <=]"),
         ("bound", 4, "if (tile + 1 <= end && at[i + 1] > 0) fence_registers(x); [>= for >]"),

@@ -69,8 +69,8 @@ LATE = """
     jobs = [("demo.cu", {"FC_STEP": step}, "sm_90a") for step in (1, 2)]
 
     def attention():
-        from flashcore_cupy.cpu import tiled_attention
-        tiled_attention._workers = lambda: 4
+        from flashcore_cupy.cpu import parallel
+        parallel.cores = lambda: 4
         print(flashcore_cupy.attention(q, q, q).shape)
 
     def compilation():
@@ -111,9 +111,9 @@ def test_attention_and_compilation_in_a_forked_child(kernels: Path) -> None:
         import numpy as np
         import flashcore_cupy
         from flashcore_cupy import jit
-        from flashcore_cupy.cpu import tiled_attention
+        from flashcore_cupy.cpu import parallel
 
-        tiled_attention._workers = lambda: 4
+        parallel.cores = lambda: 4
         q = np.random.default_rng(0).standard_normal((2, 4, 600, 16), np.float32)
 
         def work():

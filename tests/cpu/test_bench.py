@@ -18,8 +18,12 @@ from flashcore_cupy.check.selftest.arrays import Placed, described, embed, set_u
 from flashcore_cupy.check.selftest.matrix import Case
 from flashcore_cupy.cpu import reference
 from flashcore_cupy.launch import builds
-from flashcore_cupy.measure import job, ladder, timing
+from flashcore_cupy.measure import ladder, passes, timing
+from flashcore_cupy.measure.backward import Backward
+from flashcore_cupy.measure.forward import Forward
+from flashcore_cupy.measure.problems import in_layout, problem_of, rules_of
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem, describe
+from flashcore_cupy.problem.gradients import BackwardRequest, contiguous_gradients
 from flashcore_cupy.problem.rules import NO_RULES
 from flashcore_cupy.select import registry, selector
 
@@ -78,36 +82,48 @@ def test_a_call_of_seconds_is_made_once_more_and_no_oftener(
     assert calls == 3  # what the first call takes was not known
 
 
-def test_the_memory_of_a_job_is_what_it_takes() -> None:
+PASSES = {
+    "half": Forward(problem_of(1, 4, 1024, 64)),
+    "few queries": Forward(problem_of(4, 32, 32, 256, seqlen_kv=128)),
+    "float32": Forward(problem_of(2, 2, 512, 128, seqlen_kv=2048, dtype="float32", layout="bshd")),
+    "probabilities": Forward(problem_of(1, 2, 1024, 64, gate="softmax")),
+    "scores": Forward(problem_of(1, 2, 512, 64, gate="qk", seqlen_kv=3000)),
+    "gradients": Backward(problem_of(1, 4, 1024, 64)),
+    "gradients of some heads": Backward(problem_of(4, 8, 1024, 32, layout="bshd"), ("k",)),
+    "dS": Backward(problem_of(1, 2, 512, 64, seqlen_kv=2000), gate="ds"),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_the_memory_of_a_job_is_what_it_takes(name: str) -> None:
     import tracemalloc
 
-    for problem in (
-        job.problem_of(1, 4, 1024, 64),
-        job.problem_of(4, 32, 32, 256, seqlen_kv=128),
-        job.problem_of(2, 2, 512, 128, seqlen_kv=2048, dtype="float32", layout="bshd"),
-        job.problem_of(1, 2, 1024, 64, gate="softmax"),
-        job.problem_of(1, 2, 512, 64, gate="qk", seqlen_kv=3000),
-    ):
-        tracemalloc.start()
-        host = inputs.inputs(problem, 0)
-        got = attention(*job.in_layout(problem, *host), **job.arguments_of(problem))
-        if problem.layout == "bshd":
-            got = got.transpose(0, 2, 1, 3)
-        assert verify.expect(problem, *host).judge(got).ok
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert 0.5 < most / job.memory_needed(problem) < 2, (problem, most)
+    wanted = PASSES[name]
+    tracemalloc.start()
+    trial = wanted.trial(0)
+    assert trial.check_call(trial.by_numpy()()).ok
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.5 < most / wanted.memory_needed < 2, most
 
 
 def test_what_needs_more_memory_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = job.problem_of(1, 4, 2048, 64)
-    monkeypatch.setattr(job, "free_memory", lambda: job.memory_needed(problem))
-    job.check_memory(problem)
-    monkeypatch.setattr(job, "free_memory", lambda: 2**20)
-    with pytest.raises(ValueError, match=r"GiB of memory, and 0\.000977 GiB are free"):
-        job.check_memory(problem)
-    monkeypatch.setattr(job, "free_memory", lambda: None)
-    job.check_memory(problem)
+    for wanted in (Forward(problem_of(1, 4, 2048, 64)), Backward(problem_of(1, 4, 2048, 64))):
+        needed = wanted.memory_needed
+        monkeypatch.setattr(passes, "free_memory", lambda needed=needed: needed)
+        wanted.check_memory()
+        monkeypatch.setattr(passes, "free_memory", lambda: 2**20)
+        with pytest.raises(ValueError, match=r"GiB of memory, and 0\.000977 GiB are free"):
+            wanted.check_memory()
+        monkeypatch.setattr(passes, "free_memory", lambda: None)
+        wanted.check_memory()
+
+
+def test_a_backward_pass_counts_two_and_a_half_times_the_forward() -> None:
+    problem = problem_of(2, 4, 100, 64, seqlen_kv=130, causal=True, window=(40, -1))
+    flops = Forward(problem).flops
+    assert Backward(problem).flops == 2.5 * flops
+    assert Backward(problem, ("q",)).flops == 1.5 * flops
 
 
 def test_a_machine_says_what_memory_is_free() -> None:
@@ -117,14 +133,25 @@ def test_a_machine_says_what_memory_is_free() -> None:
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_a_problem_is_that_of_its_arrays(layout: Any) -> None:
-    problem = job.problem_of(
+    problem = problem_of(
         2, 4, 40, 24, heads_kv=2, seqlen_kv=50, head_dim_v=8, dtype="bfloat16", layout=layout,
         causal="top-left", window=(3, -1), softcap=2,
     )  # fmt: skip
-    arrays = job.in_layout(problem, *inputs.inputs(problem, 0))
+    arrays = in_layout(problem, *inputs.inputs(problem, 0))
     rules = {"layout": layout, "causal": "top-left"}
     assert dataclasses.replace(problem, rules=NO_RULES) == describe(*arrays, **rules)
-    assert attention(*arrays, **job.arguments_of(problem)).shape == problem.output_shape
+    o, lse = attention(*arrays, return_lse=True, **rules_of(problem))
+    assert o.shape == problem.output_shape
+    do = in_layout(problem, inputs.output_gradient(problem, 0))[0]
+    described = contiguous_gradients(dataclasses.replace(problem, rules=NO_RULES))
+    request = BackwardRequest.taken(rules)
+    operands = dict(zip("qkv", arrays, strict=True)) | {"do": do, "o": o, "lse": lse, "dlse": None}
+    call = request.call(operands, {}, on_gpu=False, empty=np.empty)
+    shapes = [result.shape for result in call.problem.results]
+    assert shapes == [array.shape for array in arrays]
+    assert (call.problem.do, call.problem.o) == (described.do, described.o)
+    for found, expected in zip(call.problem.results, described.results, strict=True):
+        assert found.operand == expected.operand and found.dtype == expected.dtype
 
 
 def test_peak_of_an_h200() -> None:

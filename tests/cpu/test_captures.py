@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,27 @@ from flashcore_cupy.cuda import captures
 from flashcore_cupy.problem import varlen
 
 
+@contextlib.contextmanager
+def _noting(entered: list[str], name: str) -> Iterator[None]:
+    assert 2 in captures._kept, "nothing is freed before"
+    entered.append(name)
+    yield
+
+
 def test_what_graphs_own_is_freed_once_they_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captures, "_kept", {1: ["a"], 2: ["b"]})
+    entered: list[str] = []
+    for name in ("_relaxed", "beside"):
+        monkeypatch.setattr(captures, name, lambda name=name: _noting(entered, name))
     captures.give_back()
+    assert not entered, "which would cost each call"
     assert captures._kept == {1: ["a"], 2: ["b"]}
     captures._is_gone(2)  # as the driver calls it
     captures._is_gone(3)  # of a process before a fork, say
     captures.give_back()
     assert captures._kept == {1: ["a"]}
     assert not captures._gone
+    assert entered == ["_relaxed", "beside"]
 
 
 def test_boundaries_are_copied_once_per_stream(monkeypatch: pytest.MonkeyPatch) -> None:

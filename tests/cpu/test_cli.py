@@ -22,7 +22,6 @@ from flashcore_cupy.cli.commands import main
 from flashcore_cupy.cuda import targets
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure import ladder
-from flashcore_cupy.select import registry
 
 ON_GPU = gpu_skip_reason() is None
 without_gpu = pytest.mark.skipif(ON_GPU, reason="shows what happens without a GPU")
@@ -94,6 +93,18 @@ BAD_INPUT = HUGE | {
     "unknown field": (("run", "--set", "block_k=3"), "block_n"),
     "no value": (("run", "--set", "block_n"), "FIELD=VALUE"),
     "value of a wrong kind": (("run", "--set", "block_n=big"), "whole number"),
+    "a kernel of the other pass": (("run", "--kernel", "bwd_sm80"), "kernel: got 'bwd_sm80'"),
+    "a forward kernel": (("run", "--backward", "--kernel", "mma_sm80"), "'auto', 'bwd_sm90'"),
+    "a gate of the other pass": (("explain", "--gate", "dp"), "gate: got 'dp'; choose one of"),
+    "a forward gate": (("run", "--backward", "--gate", "pv"), "choose one of None, 'dp', 'ds'"),
+    "wrt of the output": (("ladder", "--wrt", "k"), "--backward"),
+    "an order of the output": (("run", "--no-deterministic"), "--backward"),
+    "wrt of what has none": (("run", "--backward", "--wrt", "bias"), "'q', 'k', 'v'"),
+    "gradients beyond memory": (("run", "--backward", "--B", "10000", "--S", "100000"), "GiB"),
+    "wide heads of gradients": (
+        ("explain", "--backward", "--D", "512", "--dtype", "float32"),
+        "none has the gradients of this problem",
+    ),
     "illegal tile": (("run", "--kernel", "wmma_fused_64", "--set", "block_n=33"), "block_n=33"),
     "too much shared memory": (
         ("run", "--kernel", "wmma_fused_64", "--D", "128", "--set", "block_n=512"),
@@ -242,7 +253,7 @@ def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch: pytest.Mo
 def test_the_help_of_warmup_counts_the_kernels() -> None:
     text = " ".join(invoke("warmup", "--help").stdout.split())
     for arch in targets.TARGETS:
-        count = len(list(builds.table_configs(registry.KERNELS, arch)))
+        count = len(list(builds.table_configs(builds.KERNELS, arch)))
         assert count > 20 and f"{count} for {arch}" in text
 
 
@@ -295,6 +306,20 @@ def test_explain_says_what_a_problem_gets() -> None:
     assert lines.startswith(f"mma_sm80 on sm_80: {data['config'][:20]}")
     assert "\npassed over wgmma_sm90: needs wgmma" in lines
     assert json_of("explain", "--arch", "sm_90a", "--S", "4096")["kernel"] == "wgmma_sm90"
+
+
+def test_explain_of_the_backward_pass() -> None:
+    options = ("explain", "--backward", "--arch", "sm_80", "--D", "128", "--wrt", "q", "--causal")
+    data = json_of(*options)
+    assert data["kernel"] == "bwd_sm80" and list(data["passed_over"]) == ["bwd_sm90"]
+    assert data["problem"]["wrt"] == ["q"] and data["config"].startswith("dq: ")
+    lines = invoke(*options).stdout.splitlines()
+    assert lines[0].startswith("bwd_sm80 on sm_80, dq: ") and len(lines) == 2
+    assert lines[1].startswith("passed over bwd_sm90: needs wgmma")
+    data = json_of("explain", "--backward", "--arch", "sm_90a")
+    assert data["kernel"] == "bwd_sm90" and data["config"].startswith("dq, dk, dv: ")
+    data = json_of("explain", "--backward", "--arch", "sm_90a", "--D", "96")
+    assert data["kernel"] == "bwd_sm90" and "; dq: " in data["config"]
 
 
 def test_explain_takes_a_kernel_and_changes_to_its_row() -> None:

@@ -50,15 +50,16 @@ TRANSFORMS: dict[str, Callable[[Any, Callable[[Any], Any], Any], Any]] = {
 
 
 class TestTraces:
-    """What is traced is refused."""
+    """What is traced, only attention() takes, and not everywhere."""
 
     @pytest.mark.parametrize("name", [name for name in FLOATS if name != "out"])
     @pytest.mark.parametrize("transform", TRANSFORMS)
-    def test_tracers_are_refused(self, transform: str, name: str) -> None:
+    def test_explain_takes_no_tracers(self, transform: str, name: str) -> None:
         import jax
 
         others = {key: x for key, x in arguments(jax_array).items() if key != name}
-        for call in (attention, explain):
+        calls = [explain] if name not in ("softmax_scale", "softcap") else [attention, explain]
+        for call in calls:
 
             def traced(x: Any, call: Any = call) -> Any:
                 return call(**arguments(np.asarray, name, x) | others).sum()
@@ -70,15 +71,8 @@ class TestTraces:
                 ),
             )
             assert message.startswith(f"{name}: got a tracer of JAX (")
-            assert "jax.pure_callback" in message and "jax.lax.stop_gradient" in message
+            assert "which has no value yet; only attention() takes tracers" in message
             assert "CuPy" not in message and "cupy" not in message
-
-    def test_tracers_among_numpy_arrays(self) -> None:
-        import jax
-
-        run = jax.jit(lambda x: attention(**arguments(np.asarray, "v", x)))
-        message = refusal(TypeError, lambda: run(numbers(*OPERANDS["v"])))
-        assert message.startswith("v: got a tracer of JAX (")
 
     @pytest.mark.parametrize("name", ["causal", "window", "return_lse"])
     def test_tracers_as_plain_arguments(self, name: str) -> None:
@@ -87,34 +81,6 @@ class TestTraces:
         run = jax.jit(lambda x: attention(**arguments(np.asarray, name, x)))
         with pytest.raises((TypeError, ValueError), match=f"^{name}: got "):
             run(True)
-
-    @pytest.mark.parametrize("transform", ["jit", "vmap", "grad of jit"])
-    def test_what_the_message_says_works(self, transform: str) -> None:
-        import jax
-
-        q, k, v = (jax_array(numbers(2, *shape, seed=3)) for shape in OPERANDS.values())
-
-        def on_host(q: Any, k: Any, v: Any) -> Any:
-            return attention(*map(np.asarray, (q, k, v)), causal=True)
-
-        def call(q: Any, k: Any, v: Any) -> Any:
-            shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
-            return jax.pure_callback(on_host, shape, q, k, v, vmap_method="sequential")
-
-        wanted = [on_host(*one) for one in zip(q, k, v, strict=True)]
-        if transform == "vmap":
-            got = jax.vmap(call)(q, k, v)
-        elif transform == "jit":
-            got = [jax.jit(call)(*one) for one in zip(q, k, v, strict=True)]
-        else:
-
-            def loss(scale: Any, q: Any, k: Any, v: Any) -> Any:
-                return (scale * call(*map(jax.lax.stop_gradient, (q, k, v)))).sum()
-
-            ones = zip(q, k, v, strict=True)
-            got = [jax.jit(jax.grad(loss))(2.0, *one) for one in ones]
-            wanted = [o.sum() for o in wanted]
-        np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=1e-5)
 
     def test_arrays_that_are_gone(self) -> None:
         x = jax_array(numbers(*OPERANDS["k"]))

@@ -449,6 +449,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         "_ndarray": _Array,
         "_empty": lambda shape, dtype: _Array.like(np.empty(shape, dtype), 2**30),
         "_current_device": lambda: 0,
+        "_set_device": lambda device: None,
         "_current_stream": lambda: SimpleNamespace(ptr=7),
         "_is_captured": lambda stream: False,
         "_launch_kernel": lambda *arguments: calls.append(arguments),

@@ -22,6 +22,8 @@ DEVICE_LAYERS = (
     "ptx",
     "params",
     "params_hopper",
+    "params_backward",
+    "params_backward_hopper",
     "debug",
     "tile",
     "pipeline",
@@ -31,8 +33,11 @@ DEVICE_LAYERS = (
     "output",
 )
 # The pages of one family, in a folder that is called like its entry file, or of the teaching
-# kernels: they alone, and entry files, include config.
-FAMILIES = ("ladder", *(path.stem.removeprefix("fwd_") for path in KERNELS.glob("fwd_*.cu")))
+# kernels: they alone, and entry files, include config. Families of the backward pass share pages.
+FORWARD = tuple(path.stem.removeprefix("fwd_") for path in KERNELS.glob("fwd_*.cu"))
+FAMILIES = ("ladder", *FORWARD, "backward", "sm80_backward", "sm90_backward")
+#: Folders that others than the family itself may include.
+SHARED = {"backward": ("sm80_backward", "sm90_backward")}
 #: What only flashcore/ptx may say: instructions, and CUDA's own names.
 CUDA_BUILTIN = re.compile(
     r"\basm\b|\b__(?!global__|device__|host__|constant__|restrict__|forceinline__|"
@@ -88,10 +93,19 @@ def test_device_includes_run_one_way(path: Path) -> None:
         elif own == "config.cuh":
             assert target == "flashcore", f"{own} → {name}"
         elif folder in FAMILIES:
-            assert target in ("", "flashcore", folder), f"{own} → {name}: another family's"
+            shared = {shared for shared, users in SHARED.items() if folder in users}
+            assert target in {"", "flashcore", folder} | shared, f"{own} → {name}: another family's"
         else:
             families = {target} & set(FAMILIES)
-            assert families <= {path.stem.removeprefix("fwd_")}, f"{own} → {name}: another family's"
+            assert families <= _families_of(path), f"{own} → {name}: another family's"
+
+
+def _families_of(entry: Path) -> set[str]:
+    """The folders that an entry file may include."""
+    pass_, _, family = entry.stem.partition("_")
+    if pass_ == "fwd":
+        return {family}
+    return {"backward", f"{family.removesuffix('_bias')}_backward"}
 
 
 def test_device_folders_are_known() -> None:
@@ -99,7 +113,7 @@ def test_device_folders_are_known() -> None:
     assert {"", "flashcore"} <= folders <= {"", "flashcore", *FAMILIES}
     assert {_device_name(path) for path in DEVICE_FILES if path.parent == KERNELS} == {
         "config.cuh",
-        *(path.name for path in KERNELS.glob("fwd_*.cu")),
+        *(path.name for path in KERNELS.glob("[fb]wd_*.cu")),
     }
 
 

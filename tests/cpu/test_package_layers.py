@@ -22,6 +22,7 @@ LAYERS = (
     {"jit", "problem"},
     {"select"},
     {"launch", "cpu"},
+    {"integrations"},
     {"attention"},
     {"check"},
     {"measure"},

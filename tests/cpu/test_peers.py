@@ -181,7 +181,7 @@ def test_every_cell_is_compiled_ahead(group: str) -> None:
         problem = backends.problem_of(backends.call_of(cell))
         assert problem.window == (cell.window[0], 0 if cell.causal else cell.window[1])
         assert problem.output_shape == cell.q_shape and problem.batch == cell.batch
-        assert selector.configs_of(selector.select(problem, "sm_90a"))
+        assert selector.select(problem, "sm_90a").configs
 
 
 def test_what_is_compiled_ahead_is_what_a_cell_asks_for() -> None:
@@ -189,7 +189,7 @@ def test_what_is_compiled_ahead_is_what_a_cell_asks_for() -> None:
     assert (problem.batch, problem.heads_q, problem.seqlen_q) == (32, 32, 512)
     assert problem.causal is True and problem.align_bytes == 16
     assert problem.q.strides == (512 * 32 * 64, 64, 32 * 64)
-    assert selector.configs_of(selector.select(problem, "sm_90a"))
+    assert selector.select(problem, "sm_90a").configs
 
 
 # --- timing and statistics -----------------------------------------------------------------------

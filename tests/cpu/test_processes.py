@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flashcore_cupy
-from flashcore_cupy.cpu import tiled_attention
+from flashcore_cupy.cpu import parallel
 
 # --- attention on NumPy arrays where threads are refused ----------------------------------------
 
@@ -24,7 +24,7 @@ def inputs() -> list[np.ndarray[Any, Any]]:
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as make several threads worth it, whatever this machine has."""
-    monkeypatch.setattr(tiled_attention, "_workers", lambda: 4)
+    monkeypatch.setattr(parallel, "cores", lambda: 4)
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2])
@@ -61,7 +61,7 @@ def test_an_error_of_the_users_own_is_raised(
         raise error(f"batch {int(np.max(b))} head {int(np.max(h))}")
 
     if not threads:
-        monkeypatch.setattr(tiled_attention.threading, "Thread", _no_thread)
+        monkeypatch.setattr(parallel.threading, "Thread", _no_thread)
     with pytest.raises(error, match="batch 0 head 0"):
         flashcore_cupy.attention(q, k, v, score_mod=score_mod)
 

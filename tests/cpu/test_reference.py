@@ -13,11 +13,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases_reference import CAUSAL, DTYPES, judge, largest_score, normal, repeatable, tiles
+from cases_reference import (
+    CAUSAL,
+    DTYPES,
+    STRIDES,
+    judge,
+    largest_score,
+    normal,
+    repeatable,
+    strided,
+    tiles,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashcore_cupy.cpu import numpy_rules, reference, tiled_attention
+from flashcore_cupy.cpu import numpy_rules, parallel, reference, tiled_attention
 from flashcore_cupy.cpu.reference import Comparison, compare, make_inputs, naive, oracle, tiled
 
 POISON = np.nan
@@ -42,24 +52,6 @@ def problems(draw: Any) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict
     operands = tuple(strided(x, draw(st.sampled_from(STRIDES))) for x in inputs)
     scale = draw(st.sampled_from((None, 0.1, -0.3, 0.0)))
     return operands, {"causal": draw(st.sampled_from(CAUSAL)), "softmax_scale": scale}
-
-
-STRIDES = ("contiguous", "bshd", "padded", "every second", "reversed", "last axis first")
-
-
-def strided(x: np.ndarray, how: str) -> np.ndarray:
-    """Return a view equal to x that lies `how` in a buffer that is NaN everywhere else."""
-    order = {"bshd": (0, 2, 1, 3), "last axis first": (3, 0, 1, 2)}.get(how, (0, 1, 2, 3))
-    step = 2 if how == "every second" else 1
-    margin = 0 if how == "contiguous" else 3
-    sizes = [x.shape[axis] for axis in order]
-    buffer = np.full([n * step + 2 * margin for n in sizes], POISON, x.dtype)
-    view = buffer[tuple(slice(margin, margin + n * step, step) for n in sizes)]
-    view = view.transpose(np.argsort(order))
-    if how == "reversed":
-        view = view[:, :, ::-1, ::-1]
-    view[...] = x
-    return view
 
 
 # --- the oracle -----------------------------------------------------------------------------------
@@ -457,7 +449,7 @@ def test_same_bits_twice_and_with_any_number_of_threads(monkeypatch: pytest.Monk
     q, k, v = normal(np.float32, heads=3, seqlen=1111, head_dim=80)
     o, lse = tiled(q, k, v, causal=True)
     for workers in (1, 2, 5):
-        monkeypatch.setattr(tiled_attention, "_workers", lambda n=workers: n)
+        monkeypatch.setattr(parallel, "cores", lambda n=workers: n)
         again, again_lse = tiled(q, k, v, causal=True)
         assert again.tobytes() == o.tobytes() and again_lse.tobytes() == lse.tobytes()
 
@@ -674,7 +666,7 @@ print(peak, time.perf_counter() - start, float(abs(o).max()))
 
 
 def test_memory_grows_with_s_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled_attention, "_workers", lambda: 1)
+    monkeypatch.setattr(parallel, "cores", lambda: 1)
 
     def peak(seqlen: int) -> int:
         q, k, v = normal(np.float16, heads=1, seqlen=seqlen)

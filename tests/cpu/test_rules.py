@@ -13,7 +13,7 @@ from cases_reference import CAUSAL, DTYPES, judge, largest_score, normal, repeat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashcore_cupy.cpu import reference, tiled_attention
+from flashcore_cupy.cpu import parallel, reference, tiled_attention
 from flashcore_cupy.cpu.numpy_rules import NumpyRules, Sizes
 from flashcore_cupy.cpu.reference import (
     gate_probabilities,
@@ -681,13 +681,13 @@ def test_same_bits_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -
     }
     o, lse = tiled(q, k, v, **rules)
     for workers in (1, 2, 5):
-        monkeypatch.setattr(tiled_attention, "_workers", lambda n=workers: n)
+        monkeypatch.setattr(parallel, "cores", lambda n=workers: n)
         again, again_lse = tiled(q, k, v, **rules)
         assert again.tobytes() == o.tobytes() and again_lse.tobytes() == lse.tobytes()
 
 
 def test_no_broadcast_is_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled_attention, "_workers", lambda: 1)
+    monkeypatch.setattr(parallel, "cores", lambda: 1)
     q, k, v = normal(np.float16, batch=4, heads=4, seqlen=1024, head_dim=8)
     bias, mask = random(4, 1, 1, 1024), random(1024, 1) > -2
     tracemalloc.start()

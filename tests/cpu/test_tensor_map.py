@@ -355,6 +355,7 @@ def test_a_repeated_call_gets_the_maps_of_its_addresses(
         "_ndarray": Array,
         "_empty": lambda shape, dtype: array(2**30),
         "_current_device": lambda: 0,
+        "_set_device": lambda device: None,
         "_current_stream": lambda: SimpleNamespace(ptr=7),
         "_is_captured": lambda stream: False,
         "_launch_kernel": launch_kernel,

@@ -279,7 +279,7 @@ def test_a_kernel_is_a_family_a_row_and_an_entry(monkeypatch: pytest.MonkeyPatch
     found = selector.select(problem, "sm_100", kernel="other")
     assert (found.kernel, found.config.head_dim, found.config.dim_qk) == (other, 160, 150)
     assert found.config.defines()["FC_OTHER"] == 7 and found.config.smem_bytes == 2 * 128 * 160
-    assert selector.configs_of(found) == (found.config,) and found.config.most_blocks(3) == 3
+    assert found.configs == (found.config,) and found.config.most_blocks(3) == 3
     assert [c.tile for c in builds.table_configs(["other"], "sm_100")] == [row.tile, row.tile]
     for arch, rules, reason in (
         ("sm_90a", {}, "needs sm_100; the target is sm_90a"),

@@ -13,11 +13,13 @@ from places import RULED, Place, each
 from flashcore_cupy.attention import plan
 from flashcore_cupy.check.selftest import matrix
 from flashcore_cupy.check.selftest.arrays import Placed, set_up
+from flashcore_cupy.check.selftest.backward_cases import backward_cases
 from flashcore_cupy.check.selftest.case import Case, packed
 from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.select import registry
+from flashcore_cupy.select.backward import BACKWARD_KERNELS
 
 #: Two launches: copies end as late as they may, and at once.
 EMULATED = matrix.Emulated(HOPPER, seed=1)
@@ -33,6 +35,23 @@ def test_matrix(on: Place, kernel: str) -> None:
         few = [case for case in mine if scores_of(case) < 100_000 and not case.batch_invariant]
         few = few[:: len(few) // (8 if kernel in RULED else 1)]
         results = [matrix.run_case(case, EMULATED) for case in few]
+    else:
+        arch = compiler.device_arch()
+        mine = matrix.runnable(mine, arch)
+        configs = [config for case in mine for config in matrix.case_config(case, arch)]
+        builds.build_each([(config, arch) for config in dict.fromkeys(configs)])
+        with ThreadPoolExecutor() as pool:
+            results = list(pool.map(matrix.run_case, mine))
+    failed = [f"{r.case.dtype} {r.case.name}: {r.reason}" for r in results if not r.ok]
+    assert not failed, f"{len(failed)} of {len(results)} cases fail:\n" + "\n".join(failed)
+
+
+@each("kernel", BACKWARD_KERNELS)
+def test_matrix_of_the_backward_pass(on: Place, kernel: str) -> None:
+    mine = [case for case in backward_cases() if case.kernel == kernel]
+    if on.is_emulated:
+        few = [case for case in mine if scores_of(case) < 100_000]
+        results = [matrix.run_case(case, EMULATED) for case in few[:: len(few) // 8]]
     else:
         arch = compiler.device_arch()
         mine = matrix.runnable(mine, arch)

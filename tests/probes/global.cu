@@ -1,6 +1,7 @@
 // Probes of ptx/global.cuh.
 #include <flashcore/ptx/global.cuh>
 #include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
 
 using namespace flashcore;
 
@@ -25,6 +26,24 @@ extern "C" __global__ void last_one_sums(const float* x, float* parts, int* befo
 extern "C" __global__ void sums(const int* x, int* sums) {
     const int thread = thread_index();
     atomic_add(sums + thread % 8, x[block_index() * 256 + thread]);
+}
+
+// Any number of blocks of 32 threads, by turns in the order in which they draw a number. Each makes
+// of y, a number per thread, what tells the order. counters: drawn, then whose turn it is. x: 32 per
+// block.
+extern "C" __global__ void turns(const uint32* x, int* counters, uint32* y) {
+    int* const sDrawn = reinterpret_cast<int*>(dynamic_shared<16>());
+    const int thread = thread_index();
+    if (thread == 0) *sDrawn = atomic_add(counters, 1);
+    warp_sync();
+    const int drawn = *sDrawn;
+    while (read_count(counters + 1) < drawn) {
+    }
+    y[thread] = y[thread] * 3 + x[drawn * 32 + thread];
+    warp_sync();
+    if (thread > 0) return;
+    fence_gpu();  // what all threads have written, before it is the next one's turn
+    red_add(counters + 1, 1);
 }
 
 // One warp: the loads of one, two and four numbers. x: 128; y: 32 + 64 + 128.

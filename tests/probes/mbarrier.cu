@@ -16,6 +16,7 @@ extern "C" __global__ void phases(int count, int* passed) {
     fence_mbarrier_init();
     for (int phase = 0; phase < 5; ++phase) {
         for (int parity = 0; parity < 2; ++parity) *passed++ = mbarrier_try_wait(barrier, parity);
+        for (int parity = 0; parity < 2; ++parity) *passed++ = mbarrier_test_wait(barrier, parity);
         for (int missing = count - 1; missing > 0; --missing) {
             mbarrier_arrive(barrier);
             *passed++ = mbarrier_try_wait(barrier, phase % 2);

@@ -31,6 +31,18 @@ def test_sums_of_many_threads(probe: Probes) -> None:
     assert_same_bits(total, expected.astype(np.uint64).astype(np.uint32).view(np.int32))
 
 
+def test_blocks_take_turns(probe: Probes) -> None:
+    blocks = 200
+    x = np.random.default_rng(17).integers(0, 2**32, (blocks, 32), np.uint32)
+    outputs = [np.zeros(2, np.int32), np.ones(32, np.uint32)]
+    counters, y = probe("global")(Launch("turns", 32, blocks, shared=4), [x], outputs)
+    expected = np.ones(32, np.uint32)
+    for row in x:
+        expected = expected * np.uint32(3) + row
+    assert_same_bits(counters, [blocks, blocks])
+    assert_same_bits(y, expected)
+
+
 def test_loads(probe: Probes) -> None:
     x = np.random.default_rng(15).standard_normal(128).astype(np.float32)
     (y,) = probe("global")(Launch("loads", 32), [x], [np.full(224, np.nan, np.float32)])

@@ -15,11 +15,11 @@ ROUNDS = 10
 
 @pytest.mark.parametrize("count", [1, 2, 3, 32])
 def test_phases(probe: Probes, count: int) -> None:
-    """Of each phase: parity 0, parity 1, and its own parity while one or more are missing."""
-    passed = np.full((5, count + 1), -1, "i4")
+    """Of each phase: both parities, twice, and its own parity while one or more are missing."""
+    passed = np.full((5, count + 3), -1, "i4")
     (passed,) = probe("mbarrier")(Launch("phases", 1, shared=8), [np.int32(count)], [passed])
     expected = np.zeros_like(passed)
-    expected[0::2, 1] = expected[1::2, 0] = 1
+    expected[0::2, [1, 3]] = expected[1::2, [0, 2]] = 1
     assert_same_bits(passed, expected)
 
 

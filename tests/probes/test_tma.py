@@ -121,9 +121,28 @@ def test_stmatrix(probe: Probes) -> None:
     assert_same_bits(got[:, :, 8:], 0xABAB)
 
 
+def test_stmatrix_transposed(probe: Probes) -> None:
+    registers = np.random.default_rng(6).integers(0, 2**16, (32, 4, 2), np.uint16)
+    launch = Launch("store_transposed", 32, shared=32 * 32)
+    (got,) = probe("tma")(launch, [registers.view("u4")], [np.zeros((4, 8, 16), "u2")])
+    for lane in range(32):
+        for block in range(4):
+            pair = got[block, lane % 4 * 2 : lane % 4 * 2 + 2, lane // 4]
+            assert_same_bits(pair, registers[lane, block])
+    assert_same_bits(got[:, :, 8:], 0xABAB)
+
+
 def test_one_lane_is_elected(probe: Probes) -> None:
     """It is not said which."""
     results = probe("tma").each(Launch("elections", 128), [], [np.full(128, -1, "i4")])
     for machine, (elected,) in results.items():
         assert set(elected) == {0, 1}, machine
         np.testing.assert_array_equal(elected.reshape(-1, 32).sum(1), 1)
+
+
+def test_reductions(probe: Probes) -> None:
+    """Of whole numbers, so that the order makes no difference."""
+    x = np.random.default_rng(17).integers(-1000, 1000, (100, 128)).astype(np.float32)
+    start = np.arange(128, dtype=np.float32)
+    (total,) = probe("tma")(Launch("reductions", 32, 100), [x], [start])
+    assert_same_bits(total, start + x.sum(0))

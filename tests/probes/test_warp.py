@@ -44,11 +44,15 @@ def test_votes(probe: Probes) -> None:
     single = np.uint32(1) << np.arange(32, dtype=np.uint32)
     mixed = np.random.default_rng(3).integers(0, 2**32, 62, np.uint32)
     words = np.concatenate([single, ~single, mixed, [0, 2**32 - 1]]).astype(np.uint32)
-    outputs = [np.full((words.size, 32), -1, "i4")] * 2
-    found, count = probe("warp")(Launch("votes", 32), [words, np.int32(words.size)], outputs)
+    outputs = [np.full((words.size, 32), -1, "i4")] * 3
+    launch = Launch("votes", 32)
+    found, count, leading = probe("warp")(launch, [words, np.int32(words.size)], outputs)
     ones = np.unpackbits(words.view(np.uint8)).reshape(-1, 32).sum(1, dtype=np.int32)
     assert_same_bits(count, np.repeat(ones[:, None], 32, 1))
     assert_same_bits(found, np.repeat(ones[:, None] > 0, 32, 1))
+    bits = words[:, None] >> np.arange(32, dtype=np.uint32) & 1
+    run = np.cumprod(bits, 1).sum(1).astype(np.int32)
+    assert_same_bits(leading, np.repeat(run[:, None], 32, 1))
 
 
 def test_transposed_quads(probe: Probes) -> None:
@@ -72,15 +76,3 @@ def test_named_barriers(probe: Probes) -> None:
     threads = np.arange(960)
     laps = threads // 64 % 5 + 1
     assert_same_bits(y, x[np.where(laps % 2, threads ^ 32, threads)] + laps.astype(np.float32))
-
-
-def test_any_of_the_threads_at_a_named_barrier(probe: Probes) -> None:
-    threads = np.arange(960)
-    x = np.zeros((2, 960), "i4")
-    x[0, [70, 64 * 9, 64 * 14 + 63]] = 1  # in pairs 1, 9 and 14
-    x[1, [60, 64 * 9 + 32]] = 1  # in pairs 0 and 9
-    x[:, 200] = 2
-    launch = replace(PAIRS, kernel="any_of_pairs")
-    found, partner = probe("warp")(launch, [x], [np.full((2, 960), -1, "i4")] * 2)
-    assert_same_bits(found, [np.isin(threads // 64, pairs) for pairs in ([1, 9, 14], [0, 9])])
-    assert_same_bits(partner, np.stack([threads, threads + 960])[:, threads ^ 32])

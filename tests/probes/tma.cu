@@ -1,4 +1,5 @@
 // Probes of ptx/tma.cuh: one block.
+#include <flashcore/ptx/global.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/mma.cuh>
 #include <flashcore/ptx/tma.cuh>
@@ -74,16 +75,35 @@ extern "C" __global__ void store_box(const uint32* words, int c0, int c1, int c2
 }
 
 // One warp: registers (32, 4) to four blocks of 8 rows of 16 bytes, which are 32 bytes apart.
-extern "C" __global__ void store_matrices(const uint32* registers, uint32* blocks) {
+template <bool TRANSPOSED>
+__device__ void store(const uint32* registers, uint32* blocks) {
     uint32* const sBlocks = reinterpret_cast<uint32*>(dynamic_shared<1024>());
     const int lane = thread_index();
     uint32 r[4];
     for (int i = 0; i < 4; ++i) r[i] = registers[lane * 4 + i];
     for (int i = 0; i < 8; ++i) sBlocks[lane * 8 + i] = POISON;
     warp_sync();
-    stmatrix_x4(shared_address(sBlocks + lane * 8), r);
+    if (TRANSPOSED) {
+        stmatrix_x4_trans(shared_address(sBlocks + lane * 8), r);
+    } else {
+        stmatrix_x4(shared_address(sBlocks + lane * 8), r);
+    }
     warp_sync();
     for (int i = 0; i < 8; ++i) blocks[lane * 8 + i] = sBlocks[lane * 8 + i];
+}
+extern "C" __global__ void store_matrices(const uint32* registers, uint32* blocks) {
+    store<false>(registers, blocks);
+}
+extern "C" __global__ void store_transposed(const uint32* registers, uint32* blocks) {
+    store<true>(registers, blocks);
+}
+
+// Any number of blocks of 32 threads, which all add to the same numbers, four a thread. x: (blocks,
+// 128); sums: 128.
+extern "C" __global__ void reductions(const float* x, float* sums) {
+    const int first = thread_index() * 4;
+    const float* const mine = x + block_index() * 128 + first;
+    red_add(sums + first, float4{mine[0], mine[1], mine[2], mine[3]});
 }
 
 // 128 threads; elected: 128.

@@ -46,13 +46,15 @@ extern "C" __global__ void groups(const float* x, float* largest, float* sum) {
     group<32>(x, largest + 160, sum + 160);
 }
 
-// 32 threads. Bit l of each word is lane l's condition. any, count: (words, 32).
-extern "C" __global__ void votes(const uint32* conditions, int words, int* any, int* count) {
+// 32 threads. Bit l of each word is lane l's condition. any, count, leading: (words, 32).
+extern "C" __global__ void votes(const uint32* conditions, int words, int* any, int* count,
+                                 int* leading) {
     const int lane = thread_index();
     for (int i = 0; i < words; ++i) {
         const bool mine = conditions[i] >> lane & 1;
         any[i * WARP_SIZE + lane] = warp_any(mine);
         count[i * WARP_SIZE + lane] = warp_count(mine);
+        leading[i * WARP_SIZE + lane] = warp_leading_count(mine);
     }
 }
 
@@ -77,19 +79,6 @@ extern "C" __global__ void pairs_of_warps(const float* x, float* y) {
         named_barrier_sync(pair + 1, 64);
     }
     y[thread] = mine;
-}
-
-// 960 threads, pairs of warps, twice: whether x is 1 for any thread of the pair, and what the thread
-// in the other warp has written. x, any, partner: (2, 960).
-extern "C" __global__ void any_of_pairs(const int* x, int* any, int* partner) {
-    int* const sX = reinterpret_cast<int*>(dynamic_shared<16>());
-    const int thread = thread_index(), pair = thread / 64;
-    for (int i = thread; i < 2 * 960; i += 960) {
-        sX[thread] = i;
-        any[i] = named_barrier_any(pair + 1, 64, x[i] == 1);
-        partner[i] = sX[thread ^ 32];
-        named_barrier_sync(pair + 1, 64);
-    }
 }
 
 // 256 threads: each reads what another warp (block_sync) and another lane (warp_sync) has written.

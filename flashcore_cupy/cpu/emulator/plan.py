@@ -99,14 +99,14 @@ def bind(
     q, k, v = (usable(call.arrays[name], np) for name in "qkv")
     out = call.arrays.get("out")
     if out is None:
-        out = _poisoned(problem.output_shape, q.dtype)
+        out = poisoned(problem.output_shape, q.dtype)
     o = operand("o", spec_of(out), "packed" if problem.packed else problem.layout, out.ctypes.data)
     arrays = {"q": q, "k": k, "v": v, "o": out, **call.pointers(np, boundaries=np.asarray)}
     plan = EmulatedPlan(problem, selection.stored_to(problem, o), o, arrays, arch)
     plan.inputs = frozenset(arrays) - {"o"}
-    plan.add_results(want_lse=want_lse, empty=_poisoned)
+    plan.add_results(want_lse=want_lse, empty=poisoned)
     if not plan.is_empty:
-        plan.add_scratch(_poisoned)
+        plan.add_scratch(poisoned)
         _add_steps(plan, tuple(call.mod_args.values()), multiprocessors)
     return plan
 
@@ -118,7 +118,7 @@ def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...], multiprocessors:
         params[f"{view.name}_map"] = tensor_map(view, plan.arrays[view.name].ctypes.data)
     work = plan.work(params, multiprocessors)
     if work.partials_bytes or work.counters_bytes:
-        plan.arrays["split_partials"] = _poisoned((work.partials_bytes,), np.dtype(np.uint8))
+        plan.arrays["split_partials"] = poisoned((work.partials_bytes,), np.dtype(np.uint8))
         plan.arrays["counters"] = np.zeros(work.counters_bytes, np.uint8)
     addresses = {name: array.ctypes.data for name, array in plan.arrays.items()}
     mods = {f"mod_args[{index}]": array for index, array in enumerate(mod_args)}
@@ -128,7 +128,7 @@ def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...], multiprocessors:
     plan.steps = tuple(plan.launches(params, addresses, pointers, work.blocks))
 
 
-def _poisoned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def poisoned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """An array of NaN, where its dtype has that; each bit is set."""
     return np.full(math.prod(shape) * dtype.itemsize, 255, np.uint8).view(dtype).reshape(shape)
 

@@ -68,6 +68,21 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64* barrier, uint32 parity
     return done != 0;
 }
 
+// The same, never asleep.
+__device__ __forceinline__ bool mbarrier_test_wait(uint64* barrier, uint32 parity) {
+    uint32 done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
 __device__ __forceinline__ void mbarrier_wait(uint64* barrier, uint32 parity) {
     while (!mbarrier_try_wait(barrier, parity)) {
     }

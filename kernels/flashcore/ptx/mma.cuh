@@ -39,6 +39,14 @@ __device__ __forceinline__ void stmatrix_x4(uint32 row_address, const uint32 (&r
         : "memory");
 }
 
+// The same, each block transposed: a row in shared memory is a column of the block.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32 row_address, const uint32 (&r)[4]) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
+        "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+        : "memory");
+}
+
 // The same blocks as ldmatrix_x4 loads are 8 rows of four fp32: lane l receives column l%4 of row
 // l/4 of each, which is where tf32 operands hold it.
 __device__ __forceinline__ void ldmatrix_x4(float (&r)[4], uint32 row_address) {

@@ -39,22 +39,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same; returns whether the condition holds in any of the threads.
-__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool condition) {
-    uint32 any;
-    asm volatile(
-        "{\n"
-        ".reg .pred mine, any;\n"
-        "setp.ne.u32 mine, %3, 0;\n"
-        "bar.red.or.pred any, %1, %2, mine;\n"
-        "selp.u32 %0, 1, 0, any;\n"
-        "}"
-        : "=r"(any)
-        : "r"(id), "r"(threads), "r"(uint32(condition))
-        : "memory");
-    return any != 0;
-}
-
 // Whether the condition holds in any lane; the same answer in all of them.
 __device__ __forceinline__ bool warp_any(bool condition) {
     return __any_sync(FULL_WARP, condition);
@@ -63,6 +47,12 @@ __device__ __forceinline__ bool warp_any(bool condition) {
 // In how many lanes the condition holds.
 __device__ __forceinline__ int warp_count(bool condition) {
     return __popc(__ballot_sync(FULL_WARP, condition));
+}
+
+// Of how many lanes from the first on the condition holds, without a gap.
+__device__ __forceinline__ int warp_leading_count(bool condition) {
+    const uint32 lanes = __ballot_sync(FULL_WARP, condition);
+    return __popc(lanes & ~(lanes + 1));
 }
 
 // True in one lane of a converged warp (sm_90 and later). After a comparison of lane numbers the

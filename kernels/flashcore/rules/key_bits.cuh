@@ -85,6 +85,7 @@ struct KeyBits {
 template <int PAIRS>
 struct KeyBits<false, PAIRS> {
     __device__ __forceinline__ bool has(int, int) const { return true; }
+    __device__ __forceinline__ void set(int, int, bool) {}
     __device__ __forceinline__ uint32 select(int, uint32 values) const { return values; }
     __device__ __forceinline__ float select(int, int, float value) const { return value; }
     __device__ __forceinline__ bool any_in_warp() const { return true; }

@@ -1,12 +1,17 @@
 // mods.cuh - score_mod and mask_mod for calls that have none. For other calls a header of this name
 // is generated (problem/mods.py) and takes its place: there these two functions return the user's
-// expressions, and every array of mod_args is a variable that is indexed by element.
+// expressions, and every array of mod_args is a variable that is indexed by element. For gradients
+// score_mod takes a Dual, too.
 #pragma once
+#include <flashcore/rules/dual.cuh>
 #include <flashcore/rules/mod_array.cuh>
 
 namespace flashcore {
 
 __device__ __forceinline__ float score_mod(const ModArgs&, float score, int, int, int, int) {
+    return score;
+}
+__device__ __forceinline__ Dual score_mod(const ModArgs&, Dual score, int, int, int, int) {
     return score;
 }
 

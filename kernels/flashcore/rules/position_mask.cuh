@@ -29,6 +29,14 @@ struct PositionMask {
         return RIGHT ? min(seqlen_kv, query + right + 1) : seqlen_kv;
     }
 
+    // The first query that sees a key, and one past the last; not above the first if none does.
+    __device__ __forceinline__ int first_query(int key) const {
+        return RIGHT ? max(0, key - right) : 0;
+    }
+    __device__ __forceinline__ int end_query(int key, int seqlen_q) const {
+        return LEFT ? min(seqlen_q, key - left + 1) : seqlen_q;
+    }
+
     __device__ __forceinline__ bool visible(int query, int key) const {
         return key < row_end(query) && (!LEFT || key >= row_begin(query));
     }

@@ -5,6 +5,7 @@
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/thread.cuh>
+#include <flashcore/rules/dual.cuh>
 #include <flashcore/rules/key_bits.cuh>
 #include <flashcore/rules/mods.cuh>
 
@@ -53,6 +54,12 @@ struct BiasType<T, true> {
     using type = float;
 };
 
+// The derivatives of a score after its rules: by the score before them, softmax_scale q . k, and by
+// what ALiBi and the bias add to it.
+struct ScoreSlopes {
+    float score, added;
+};
+
 // The rules as they apply to one query row, two neighbouring keys at a time. T is the type of q.
 template <typename T, int RULES>
 struct RowRules {
@@ -97,11 +104,41 @@ struct RowRules {
             if constexpr (RULES & CAPPING_RULES)
                 s[e] = params.softcap *
                        tanh_for<T, (RULES & RULE_SOFTCAP_WIDE) != 0>(s[e] * params.inverse_softcap);
-            if constexpr (RULES & RULE_ALIBI) s[e] -= slope * fabsf(float(position - keys[e]));
+            if constexpr (RULES & RULE_ALIBI) s[e] -= slope * distance(keys[e]);
             s[e] += bias[e];
             if constexpr (RULES & RULE_SCORE_MOD)
                 s[e] = score_mod(params.mod_args, s[e], batch, head, query, keys[e]);
         }
+    }
+
+    // The same for one key. Returns the derivatives of what it becomes.
+    template <bool MASKED, typename Number = Dual>
+    __device__ __forceinline__ ScoreSlopes change_with_slopes(float& s, int key) const {
+        const int existing = inside<MASKED>(key);
+        ScoreSlopes slopes = {1.0f, 1.0f};
+        s *= params.softmax_scale;
+        if constexpr (RULES & CAPPING_RULES) {
+            const float x =
+                tanh_for<T, (RULES & RULE_SOFTCAP_WIDE) != 0>(s * params.inverse_softcap);
+            s = params.softcap * x;
+            slopes.score = 1.0f - x * x;
+        }
+        if constexpr (RULES & RULE_ALIBI) s -= slope * distance(existing);
+        if constexpr (RULES & (RULE_BIAS | RULE_BIAS_FP32))
+            s += to_float(gBias[existing * params.bias_strides.column]);
+        if constexpr (RULES & RULE_SCORE_MOD) {
+            const Number changed =
+                score_mod(params.mod_args, Number(s, 1.0f), batch, head, query, existing);
+            s = changed.value;
+            slopes.score *= changed.slope;
+            slopes.added *= changed.slope;
+        }
+        return slopes;
+    }
+
+    // How far a key is from the query's own position.
+    __device__ __forceinline__ float distance(int key) const {
+        return fabsf(float(position - key));
     }
 
     // Returns which of a lane's keys, PAIRS pairs from `key` on, the query sees by the boolean mask

@@ -27,11 +27,6 @@ struct RowSharing {
         named_barrier_sync(barrier, WARPS_D * WARP_SIZE);
     }
 
-    // The same. Returns whether the condition holds in any of their lanes.
-    __device__ __forceinline__ bool sync_any(int barrier, bool condition) const {
-        return named_barrier_any(barrier, WARPS_D * WARP_SIZE, condition);
-    }
-
     // An all-reduce over the warps that share the rows: x becomes op over all warps' x, for each
     // row. There has to be a barrier between two calls: the second overwrites what the first reads.
     template <int FRAGMENTS_M, typename Op>
@@ -104,7 +99,6 @@ template <typename T, int BLOCK_M, int BLOCK_N>
 struct RowSharing<T, 1, BLOCK_M, BLOCK_N> {
     using LayoutP = SharedLayout<T, BLOCK_M, BLOCK_N>;
     __device__ __forceinline__ void sync(int) const {}
-    __device__ __forceinline__ bool sync_any(int, bool condition) const { return condition; }
     template <int FRAGMENTS_M, typename Op>
     __device__ __forceinline__ void all_reduce(float (&)[FRAGMENTS_M][2], int, int, int, Op) {}
     __device__ static __forceinline__ int first_pair(int, int) { return 0; }

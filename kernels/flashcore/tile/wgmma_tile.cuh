@@ -44,6 +44,24 @@ __device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2], uint32 
     wgmma_commit();
 }
 
+// C = A B, both in shared memory: sA: 64 rows of LayoutA, K-major; sB: LayoutA::COLS rows of
+// LayoutB, from the panel on that has the first of N columns.
+template <typename LayoutA, typename LayoutB, typename T, int COUNT>
+__device__ __forceinline__ void wgmma_shared(float (&rC)[COUNT], const T* sA, const T* sB) {
+    constexpr int SWIZZLE_A = LayoutA::PANEL * int(sizeof(T));
+    constexpr int SWIZZLE_B = LayoutB::PANEL * int(sizeof(T));
+    constexpr uint32 PANEL_BYTES = LayoutB::ROWS * SWIZZLE_B;
+    const uint64 a = matrix_descriptor(matrix_layout<SWIZZLE_A>(), shared_address(sA));
+    const uint64 b = matrix_descriptor(matrix_layout<SWIZZLE_B>(PANEL_BYTES), shared_address(sB));
+    fence_registers(rC);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < LayoutA::COLS; k += 16)
+        wgmma<T, 2 * COUNT, true>(rC, advance_descriptor(a, LayoutA::step(0, 0, k) * sizeof(T)),
+                                  advance_descriptor(b, k * SWIZZLE_B), k > 0);
+    wgmma_commit();
+}
+
 // Packs probabilities, which lie where S was, as the A operand: a pair of them is one register.
 template <typename T, int STEPS>
 __device__ __forceinline__ void pack_p(uint32 (&rP)[STEPS][4], const float (&rS)[STEPS * 8]) {

@@ -173,6 +173,13 @@ int watched_add(int* counter, int x) {
     return __atomic_fetch_add(counter, x, __ATOMIC_SEQ_CST);
 }
 
+// It orders nothing.
+void watch_red(const void* address, size_t bytes) {
+    Access now = access(By::THREAD, true, fiber().place);
+    now.is_atomic = true;
+    touch(address, bytes, now);
+}
+
 }  // namespace emulator
 
 #endif

@@ -177,6 +177,7 @@ inline int watched_add(int* counter, int x) {
 #endif
 
 // What the runtime tells by itself.
+WATCH(void watch_red(const void* address, size_t bytes))
 WATCH(void watch_cluster(Cluster&))
 WATCH(void watch_end(Fiber&))
 WATCH(void align_epochs(Warp&))   // lanes of one epoch are looked up together

@@ -68,7 +68,6 @@ struct Collective {
 struct Barrier {
     int arrived = 0, expected = 0;
     uint32_t round = 0;
-    bool any = false, result = false;
     SyncClock clock;
 
     void open();  // the round is over: everybody may go on

@@ -121,13 +121,10 @@ void collective(const char* what, void* operand, void (*act)(void**)) {
 
 void Barrier::open() {
     clock.pass(round & 1);
-    result = any;
-    any = false;
     arrived = expected = 0;
     ++round;
 }
-static void arrive(Barrier& b, int threads, bool condition) {
-    b.any |= condition;
+static void arrive(Barrier& b, int threads) {
     b.clock.release(fiber());
     if (++b.arrived == threads) b.open();
 }
@@ -135,11 +132,10 @@ static void wait_for(Barrier& b, uint32_t round, int threads, const char* what) 
     wait_for_round(what, b.round, round, b.arrived, threads);
     b.clock.acquire(fiber(), round & 1);
 }
-static bool sync(Barrier& b, int threads, bool condition, const char* what) {
+static void sync(Barrier& b, int threads, const char* what) {
     const uint32_t mine = b.round;
-    arrive(b, threads, condition);
+    arrive(b, threads);
     wait_for(b, mine, threads, what);
-    return b.result;
 }
 void sync_warp() {
     CALLED_HERE;
@@ -147,17 +143,17 @@ void sync_warp() {
 }
 void sync_block() {
     CALLED_HERE;
-    sync(fiber().owner->barriers[0], fiber().owner->living, false, "bar.sync 0");
+    sync(fiber().owner->barriers[0], fiber().owner->living, "bar.sync 0");
 }
 void sync_cluster() {
     CALLED_HERE;
-    sync(cluster().meeting, cluster().living, false, "barrier.cluster");
+    sync(cluster().meeting, cluster().living, "barrier.cluster");
 }
 
 void arrive_cluster() {
     CALLED_HERE;
     fiber().cluster_round = cluster().meeting.round;
-    arrive(cluster().meeting, cluster().living, false);
+    arrive(cluster().meeting, cluster().living);
 }
 void wait_cluster() {
     CALLED_HERE;
@@ -176,13 +172,13 @@ static Barrier& named(int id, int threads, const char* what) {
     b.expected = threads;
     return b;
 }
-bool sync_named(int id, int threads, bool condition, const char* what) {
+void sync_named(int id, int threads) {
     CALLED_HERE;
-    return sync(named(id, threads, what), threads, condition, what);
+    sync(named(id, threads, "bar.sync"), threads, "bar.sync");
 }
 void arrive_named(int id, int threads) {
     CALLED_HERE;
-    arrive(named(id, threads, "bar.arrive"), threads, false);
+    arrive(named(id, threads, "bar.arrive"), threads);
 }
 
 // ---- shared addresses --------------------------------------------------------------------------
@@ -236,6 +232,18 @@ void finish_all_but(Queue queue, int pending) {
 int atomic_add(int* counter, int x) {
     CALLED_HERE;
     return watched_add(counter, x);
+}
+
+void red_add(float* address, const float* x, int count) {
+    CALLED_HERE;
+    watch_red(address, size_t(count) * sizeof(float));
+    for (int i = 0; i < count; ++i) {
+        float old, sum;
+        __atomic_load(address + i, &old, __ATOMIC_RELAXED);
+        do sum = old + x[i];
+        while (!__atomic_compare_exchange(address + i, &old, &sum, true, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
+    }
 }
 
 }  // namespace emulator

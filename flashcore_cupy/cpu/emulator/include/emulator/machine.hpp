@@ -71,8 +71,8 @@ void sync_block();
 void sync_cluster();
 void arrive_cluster();  // its two halves
 void wait_cluster();
-// Barrier `id` of the block. Returns whether the condition holds in any thread.
-bool sync_named(int id, int threads, bool condition, const char* what);
+// Barrier `id` of the block.
+void sync_named(int id, int threads);
 void arrive_named(int id, int threads);
 
 // ---- shared addresses --------------------------------------------------------------------------
@@ -117,6 +117,7 @@ void close_group(Queue queue);
 void finish_all_but(Queue queue, int groups);
 
 int atomic_add(int* counter, int x);
+void red_add(float* address, const float* x, int count);
 
 // Compiled once: what a kernel's own compilation leaves to that of runtime.cpp.
 #ifdef EMULATOR_RUNTIME

@@ -118,6 +118,7 @@ void Cluster::finish_one_of(Block& b, Warp& w) {
     f.stores.finish_one();
 }
 
+constexpr int ROUNDS_ASKED = 16;
 constexpr int MOST_IDLE = 1 << 16;  // times that threads ask in vain, with nobody else left
 
 void Cluster::run_threads() {
@@ -143,6 +144,8 @@ void Cluster::run_threads() {
             if (at_once()) finish_one_of(*b, *w);
         }
         if (!failure.empty()) return;
+        // A warp that asks again and again never comes to rest: an operation ends all the same.
+        if (polled && random(ROUNDS_ASKED) == 0) finish_one();
         moved = moved || finish_one();
         idle = moved ? 0 : idle + 1;
         if (!moved && (!polled || idle > MOST_IDLE)) failure = deadlock();

@@ -13,6 +13,24 @@ __forceinline__ void fence_gpu() { emulator::fence_for_gpu(); }
 
 __forceinline__ int atomic_add(int* counter, int x) { return emulator::atomic_add(counter, x); }
 
+__forceinline__ void red_add(int* counter, int x) { emulator::atomic_add(counter, x); }
+
+// Whoever reads it waits for other blocks, which are on other cores, or done: blocks begin in the
+// order of their numbers.
+__forceinline__ int read_count(const int* counter) {
+    emulator::let_others_go("what other blocks count");
+    const int now = atomic_add(const_cast<int*>(counter), 0);
+    fence_gpu();
+    return now;
+}
+
+__forceinline__ void red_add(float* address, const float4& x) {
+    if (reinterpret_cast<uint64>(address) % 16)
+        emulator::fail("red: the address is no multiple of 16 bytes");
+    const float each[4] = {x.x, x.y, x.z, x.w};
+    emulator::red_add(address, each, 4);
+}
+
 // A CPU's caches see what others have stored.
 __forceinline__ float load_l2(const float* address) { return *address; }
 __forceinline__ float2 load_l2(const float2* address) { return *address; }

@@ -107,6 +107,10 @@ __forceinline__ bool mbarrier_try_wait(uint64* barrier, uint32 parity) {
     return true;
 }
 
+__forceinline__ bool mbarrier_test_wait(uint64* barrier, uint32 parity) {
+    return mbarrier_try_wait(barrier, parity);
+}
+
 __forceinline__ void mbarrier_wait(uint64* barrier, uint32 parity) {
     twin::mbarrier(barrier, "mbarrier.try_wait");
     {

@@ -55,17 +55,25 @@ __attribute__((noinline)) void load_blocks(void** all) {
             }
         }
 }
-template <int BLOCKS>
+template <bool TRANSPOSED>
 __attribute__((noinline)) void store_blocks(void** all) {
-    note_blocks(all, BLOCKS);
+    note_blocks(all, 4);
     for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < BLOCKS; ++i)
-            std::memcpy(static_cast<Rows*>(all[8 * i + lane / 4])->row + lane % 4 * 4,
-                        &static_cast<Rows*>(all[lane])->r[i], 4);
+        for (int i = 0; i < 4; ++i) {
+            const auto row = [&](int n) { return static_cast<Rows*>(all[8 * i + n])->row; };
+            const char* const from = reinterpret_cast<char*>(&static_cast<Rows*>(all[lane])->r[i]);
+            if constexpr (TRANSPOSED) {
+                std::memcpy(row(lane % 4 * 2) + lane / 4 * 2, from, 2);
+                std::memcpy(row(lane % 4 * 2 + 1) + lane / 4 * 2, from + 2, 2);
+            } else {
+                std::memcpy(row(lane / 4) + lane % 4 * 4, from, 4);
+            }
+        }
 }
 COMPILED_ONCE void load_blocks<false>(void**);
 COMPILED_ONCE void load_blocks<true>(void**);
-COMPILED_ONCE void store_blocks<4>(void**);
+COMPILED_ONCE void store_blocks<false>(void**);
+COMPILED_ONCE void store_blocks<true>(void**);
 
 // What the blocks hold when the last lane comes.
 template <bool TRANSPOSED>
@@ -73,6 +81,13 @@ __forceinline__ void load_matrices(void* r, uint32 row_address) {
     Rows mine = {static_cast<uint32*>(r),
                  emulator::shared_pointer(row_address, 16, 16, "ldmatrix")};
     emulator::collective("ldmatrix", &mine, load_blocks<TRANSPOSED>);
+}
+
+template <bool TRANSPOSED>
+__forceinline__ void store_matrices(const uint32 (&r)[4], uint32 row_address) {
+    Rows mine = {const_cast<uint32*>(r), emulator::shared_pointer(row_address, 16, 16, "stmatrix")};
+    emulator::note_write(emulator::By::THREAD, mine.row, 16);
+    emulator::collective("stmatrix", &mine, store_blocks<TRANSPOSED>);
 }
 
 }  // namespace twin
@@ -88,10 +103,10 @@ __forceinline__ void ldmatrix_x4(float (&r)[4], uint32 row_address) {
 }
 
 __forceinline__ void stmatrix_x4(uint32 row_address, const uint32 (&r)[4]) {
-    twin::Rows mine = {const_cast<uint32*>(r),
-                       emulator::shared_pointer(row_address, 16, 16, "stmatrix")};
-    emulator::note_write(emulator::By::THREAD, mine.row, 16);
-    emulator::collective("stmatrix", &mine, twin::store_blocks<4>);
+    twin::store_matrices<false>(r, row_address);
+}
+__forceinline__ void stmatrix_x4_trans(uint32 row_address, const uint32 (&r)[4]) {
+    twin::store_matrices<true>(r, row_address);
 }
 
 __forceinline__ float load_shared(uint32 address) {

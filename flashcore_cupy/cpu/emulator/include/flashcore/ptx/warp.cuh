@@ -54,11 +54,7 @@ __forceinline__ void block_sync() { emulator::sync_block(); }
 // and the next round begins. Threads that arrive without waiting (ptx/mbarrier.cuh) are counted,
 // too, so the same thread may be in two rounds.
 __forceinline__ void named_barrier_sync(int id, int threads) {
-    emulator::sync_named(id, threads, false, "bar.sync");
-}
-
-__forceinline__ bool named_barrier_any(int id, int threads, bool condition) {
-    return emulator::sync_named(id, threads, condition, "bar.red.or");
+    emulator::sync_named(id, threads);
 }
 
 __forceinline__ int warp_count(bool condition) {
@@ -69,6 +65,18 @@ __forceinline__ int warp_count(bool condition) {
     emulator::collective("vote", &mine, [](void** all) {
         int count = 0;
         for (int lane = 0; lane < 32; ++lane) count += static_cast<Operand*>(all[lane])->condition;
+        for (int lane = 0; lane < 32; ++lane) static_cast<Operand*>(all[lane])->count = count;
+    });
+    return mine.count;
+}
+__forceinline__ int warp_leading_count(bool condition) {
+    struct Operand {
+        bool condition;
+        int count;
+    } mine = {condition, 0};
+    emulator::collective("vote", &mine, [](void** all) {
+        int count = 0;
+        while (count < 32 && static_cast<Operand*>(all[count])->condition) ++count;
         for (int lane = 0; lane < 32; ++lane) static_cast<Operand*>(all[lane])->count = count;
     });
     return mine.count;

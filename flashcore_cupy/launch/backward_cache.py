@@ -1,0 +1,168 @@
+"""The launch cache of the backward pass: a repeated call allocates, writes addresses, and launches.
+
+As ``launch_cache``, for gradients of plain calls that go to new arrays. All else, and whatever is
+to be refused, takes the long way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from flashcore_cupy.launch import launch_cache, tensor_map
+from flashcore_cupy.launch.backward import GpuBackward
+from flashcore_cupy.launch.parameter_block import ParameterBlock
+from flashcore_cupy.launch.plan import Step
+from flashcore_cupy.problem.attention_problem import MAX_ALIGN
+from flashcore_cupy.problem.gradients import Gradients
+from flashcore_cupy.select.backward import pointer_of
+from flashcore_cupy.select.plan import Params
+from flashcore_cupy.select.tensor_view import View
+
+_LIMIT = 4096  # problems remembered; beyond, all are forgotten
+_known: dict[Any, _KnownCall] = {}
+
+
+class _KnownCall:
+    """All that a call's launches need besides its arrays' addresses."""
+
+    def __init__(self, bound: GpuBackward, given: Iterable[str]) -> None:
+        problem = bound.problem
+        results = {result.name: bound.arrays[result.name] for result in problem.results}
+        self.results = {name: (x.shape, x.dtype) for name, x in results.items()}
+        scratch = bound.selection.scratch(problem.attention)
+        self.scratch = [(shape, np.dtype(np.float32)) for shape in scratch.values()]
+        # In the order of the addresses of each call.
+        names = [*map(pointer_of, given), *results, *scratch]
+        addresses = [bound.arrays[name].data.ptr for name in names]
+        views = (bound.selection.views(launch.config, problem) for launch in bound.launches)
+        self.launches = [
+            _KnownLaunch(step, launch.params, names, shown, addresses)
+            for step, launch, shown in zip(bound.steps, bound.launches, views, strict=True)
+        ]
+        # A call takes a block for each launch and puts them back, so that threads never share one.
+        self.blocks: list[list[ParameterBlock]] = []
+
+
+class _KnownLaunch:
+    """One launch, and where its parameters hold which array's address."""
+
+    def __init__(
+        self,
+        step: Step,
+        params: Params,
+        names: list[str],
+        views: Iterable[View],
+        addresses: list[int],
+    ) -> None:
+        self.geometry = (step.function, step.grid, 1, 1, step.block, 1, 1, step.smem_bytes)
+        self.params = step.params
+        fields: Mapping[str, Any] = params.dtype.fields or {}
+        self.places = [fields[name][1] // 8 for name in names]
+        self.q = names.index("q")
+        self.maps = [(v, names.index(v.name), fields[f"{v.name}_map"][1]) for v in views]
+        self.movable = all(
+            tensor_map.movable(addresses[n] or addresses[self.q], view) for view, n, _ in self.maps
+        )
+
+    def move(self, block: ParameterBlock, addresses: list[int]) -> None:
+        """Have the parameters hold other addresses."""
+        words = block.words
+        for place, address in zip(self.places, addresses, strict=True):
+            words[place] = address
+        for view, n, offset in self.maps:
+            # An array without elements may have no address; its map is never used.
+            address = addresses[n] or addresses[self.q]
+            if self.movable:
+                words[offset // 8] = address + view.offset
+            else:
+                encoded = tensor_map.encode(address, view).view("u1")
+                block.bytes[offset : offset + encoded.size] = encoded
+
+
+def remember(bound: GpuBackward, operands: Mapping[str, Any], choices: tuple[Any, ...]) -> None:
+    """Keep what was found out for a call without rule arrays, whose results are new arrays.
+
+    ``operands``: as the caller gave them, q, k, v, do, o, lse and dlse; ``choices``: what else
+    there is, as ``launch_again`` gets it.
+    """
+    import cupy
+
+    given = {name: x for name, x in operands.items() if x is not None}
+    if any(x.__class__ is not cupy.ndarray for x in given.values()):
+        return
+    if any(bound.arrays[pointer_of(name)].data.ptr != x.data.ptr for name, x in given.items()):
+        return  # copied
+    settled = launch_cache.are_settled((*choices[0], *choices[1], *choices[2:]))
+    if not settled or launch_cache.is_overridden() or _misaligned(bound.gradients):
+        return
+    key = _key(tuple(operands.values()), cupy.cuda.runtime.getDevice(), choices)
+    try:
+        hash(key)
+    except TypeError:  # a list is legal, but keys nothing
+        return
+    if len(_known) >= _LIMIT:
+        _known.clear()
+    _known[key] = _KnownCall(bound, given)
+
+
+def launch_again(operands: Mapping[str, Any], choices: tuple[Any, ...]) -> Gradients | None:
+    """Launch a call that is remembered and return its gradients; None if it is not.
+
+    ``choices``: wrt, the window, then others and their classes, for True and 1 are equal, but not
+    the same argument.
+    """
+    if not _known:
+        return None
+    import cupy
+
+    given = tuple(operands.values())
+    ndarray, device = cupy.ndarray, cupy.cuda.runtime.getDevice()
+    for x in given:
+        if x is not None and (x.__class__ is not ndarray or x.data.device_id != device):
+            return None
+    try:
+        known = _known.get(_key(given, device, choices))
+    except (TypeError, AttributeError):  # what is wrong, or cannot be hashed: for the long way
+        return None
+    if known is None or launch_cache.is_other_environment():
+        return None
+    stream = cupy.cuda.get_current_stream().ptr
+    if stream > 1 and cupy.cuda.runtime.streamIsCapturing(stream):
+        return None  # what it allocates is the graph's
+    empty = cupy.empty
+    results = [empty(*kind) for kind in known.results.values()]
+    if _misaligned(results):
+        return None
+    scratch = [empty(*kind) for kind in known.scratch]
+    arrays = (*given, *results, *scratch)
+    addresses = [x.data.ptr for x in arrays if x is not None]
+    blocks = known.blocks.pop() if known.blocks else [x.params.copy() for x in known.launches]
+    launch_kernel = cupy.cuda.driver.launchKernel
+    cupy.cuda.runtime.setDevice(device)  # as enter_context() does, for a new thread
+    for launch, block in zip(known.launches, blocks, strict=True):
+        launch.move(block, addresses)
+        launch_kernel(*launch.geometry, stream, block.address, 0)
+    known.blocks.append(blocks)
+    return Gradients(**dict(zip(known.results, results, strict=True)))
+
+
+def _misaligned(results: Iterable[Any]) -> bool:
+    """Whether an allocator has given memory that is not as the kernels are built for."""
+    return any(x is not None and x.data.ptr % MAX_ALIGN for x in results)
+
+
+def _key(given: tuple[Any, ...], device: int, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that launches depend on but the addresses themselves."""
+    return (
+        # Each by itself: kernels differ in what they load.
+        *[
+            x if x is None else (
+                x.shape, x._c_contiguous or x.strides, x.dtype, x.data.ptr % MAX_ALIGN
+            )
+            for x in given
+        ],
+        device, choices, tuple(map(type, choices[1])),
+    )  # fmt: skip

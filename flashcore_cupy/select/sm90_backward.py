@@ -1,0 +1,148 @@
+"""The family of ``bwd_sm90.cu``: the backward pass by TMA and wgmma, on sm_90a alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from flashcore_cupy.cuda.targets import HOPPER
+from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem
+from flashcore_cupy.problem.gradients import BackwardProblem
+from flashcore_cupy.select.config import Tile
+from flashcore_cupy.select.params import HOPPER_BACKWARD_PARAMS
+from flashcore_cupy.select.sm80_backward import Sm80Backward
+from flashcore_cupy.select.tensor_view import TMA_ALIGN, View, is_addressable, view_of
+from flashcore_cupy.select.units import MMA, WARPGROUP_WARPS, round_up
+
+_BOX_ROWS, _KIB, _TURNS = 64, 1024, 4
+
+
+@dataclass(frozen=True)
+class Sm90Backward(Sm80Backward):
+    """One warpgroup loads by TMA; the others have 64 rows each."""
+
+    source = "bwd_sm90.cu"
+    entries = ("bwd_sm90",)
+    params: ClassVar[np.dtype[Any]] = HOPPER_BACKWARD_PARAMS
+    row_align = TMA_ALIGN
+    idea: ClassVar[str] = "the same by TMA and wgmma: a warp that loads, P and dS in registers"
+
+    @classmethod
+    def why_not(cls, problem: BackwardProblem, arch: str) -> str | None:
+        """Why it cannot do a problem on a target; None if it can."""
+        attention = problem.attention
+        if arch != HOPPER:
+            return f"needs wgmma, which {HOPPER} alone has; the target is {arch}"
+        lacking = [str(name) for name in ("mask", "mask_mod") if name in attention.rules.names]
+        lacking += ["cu_seqlens"] * attention.packed
+        if lacking:
+            return f"has no {', '.join(lacking)}"
+        loaded = (attention.q, attention.k, attention.v, problem.do)
+        unfit = [x.name for x in loaded if not is_addressable(x, attention.dtype)]
+        if unfit:
+            return (
+                f"loads by TMA: needs rows that start and end on multiples of {TMA_ALIGN} bytes, "
+                f"and positive strides, unlike those of {', '.join(unfit)}"
+            )
+        return None
+
+    @classmethod
+    def dq_columns(cls, head_dim: int, tile: Tile) -> int:
+        """Of 64 queries a consumer has 64 columns, or each has all 64 of some tiles."""
+        shared = _BOX_ROWS * (tile.warps_m // WARPGROUP_WARPS)
+        fits = tile.num_stages > 1 and tile.block_n == _BOX_ROWS and shared > _BOX_ROWS
+        return _BOX_ROWS if fits and head_dim in (_BOX_ROWS, shared) else 0
+
+    def unfit(self) -> list[str]:
+        """Whole warpgroups, whole boxes."""
+        t, reasons = self.tile, []
+        if t.warps_m not in (4, 8, 12) or t.block_m != MMA * t.warps_m:
+            reasons.append(
+                f"block_m={t.block_m}, warps_m={t.warps_m}: one to three warpgroups of 4 warps, "
+                f"each with 64 rows: warps_m=4, 8 or 12, block_m=16*warps_m"
+            )
+        if t.block_n % _BOX_ROWS or t.block_n > 256:
+            reasons.append(f"block_n={t.block_n} is not a multiple of {_BOX_ROWS} up to 256")
+        others = [name for name in ("warps_n", "warps_d", "cluster") if getattr(t, name) > 1]
+        switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
+        others += [name for name in switches if getattr(t, name)]
+        if others:
+            reasons.append(f"bwd_sm90 has no {', '.join(others)}")
+        if self.head_dim % 32 or self.head_dim_v % 32:
+            reasons.append("bwd_sm90 has tiles of 32, 64, 96, ... columns")
+        return reasons
+
+    @property
+    def gradient_cols(self) -> int:
+        """All of them."""
+        return self._columns
+
+    @property
+    def num_warps(self) -> int:
+        """The consumers and the warpgroup that loads."""
+        return super().num_warps + WARPGROUP_WARPS
+
+    @property
+    def smem_bytes(self) -> int:
+        """A block's own rows, the stages of the other side's, the barriers."""
+        t = self.tile
+        row = ITEMSIZE[self.dtype] * (self.head_dim + self.head_dim_v)
+        total = t.block_m * row + t.num_stages * t.block_n * (row + 8)
+        if self.adds_dq:
+            total += ITEMSIZE[self.dtype] * t.num_stages * t.block_n * t.block_m
+        return round_up(total + 8 * (2 + 2 * _TURNS + 4 * t.num_stages), _KIB) + _KIB
+
+    def own_views(self, problem: BackwardProblem) -> tuple[View, ...]:
+        """How the kernel's maps see q, k, v and dO.
+
+        What it walks over begins and ends with the rows that meet any of the other side: what lies
+        outside comes as zeros, not as what is there, which may be NaN.
+        """
+        attention = problem.attention
+        dtype = attention.dtype
+        queries, keys = (0, attention.seqlen_q), (0, attention.seqlen_kv)
+        if self.owns_keys:
+            queries = _queries_met(attention)
+        else:
+            keys = _keys_met(attention)
+        return (
+            view_of(attention.q, dtype, self.head_dim, _BOX_ROWS, queries),
+            view_of(attention.k, dtype, self.head_dim, _BOX_ROWS, keys),
+            view_of(attention.v, dtype, self.head_dim_v, _BOX_ROWS, keys),
+            replace_name(view_of(problem.do, dtype, self.head_dim_v, _BOX_ROWS, queries)),
+        )
+
+    def describe_units(self) -> list[str]:
+        """Who loads."""
+        return ["TMA"]
+
+
+def replace_name(view: View) -> View:
+    """The view of dO, as the kernel's struct calls it."""
+    return view._replace(name="dout")
+
+
+def _queries_met(problem: AttentionProblem) -> tuple[int, int]:
+    """From the first query that sees any key to behind the last, by position."""
+    left, right = problem.window
+    first = max(0, -(problem.causal_offset + right)) if right >= 0 else 0
+    end = problem.seqlen_q
+    if left >= 0:
+        end = min(end, problem.seqlen_kv - problem.causal_offset + left)
+    return _range(first, end)
+
+
+def _keys_met(problem: AttentionProblem) -> tuple[int, int]:
+    """From the first key that any query sees to behind the last, by position."""
+    left, right = problem.window
+    first = max(0, problem.causal_offset - left) if left >= 0 else 0
+    end = problem.seqlen_kv
+    if right >= 0:
+        end = min(end, problem.seqlen_q + problem.causal_offset + right)
+    return _range(first, end)
+
+
+def _range(first: int, end: int) -> tuple[int, int]:
+    return (first, end) if first < end else (0, 0)  # nothing is loaded

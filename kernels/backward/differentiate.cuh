@@ -1,0 +1,119 @@
+// differentiate.cuh - from a tile's scores S and dP = dO V^T to P and dS, on the accumulators.
+//
+//   P  = exp2(t - shift)              t: the score after its rules; shift: the query's LSE
+//   dS = P (dP - delta) dt/ds         s: the score before its rules, softmax_scale q . k
+//
+// Where P = 0, as of hidden scores, dS = 0 whatever dP is: what lies behind a mask must not matter.
+#pragma once
+#include <backward/context.cuh>
+#include <config.cuh>
+#include <flashcore/ptx/convert.cuh>
+#include <flashcore/softmax/finish_row.cuh>
+
+namespace flashcore {
+
+// Looks up which of its keys each query of the tile sees, by mask and mask_mod; MASKED: by their
+// positions, too. A lane has FRAGMENTS times two rows.
+template <bool MASKED, int FRAGMENTS>
+__device__ __forceinline__ void look_up_keys(const WarpContext& c, const WalkedTile& at,
+                                             Bits (&visible)[FRAGMENTS][2]) {
+    if constexpr (HIDES_KEYS) {
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int n = 0; n < TILES_N; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const Meeting x = c.meeting(at.tile, m, half, n, e);
+                        bool seen = c.rules_for(at.head, x.query).sees(x.key);
+                        if (MASKED)
+                            seen = seen && x.query < c.work.seqlen_q &&
+                                   c.mask().visible(x.query, x.key);
+                        visible[m][half].set(n, e, seen);
+                    }
+    }
+}
+
+// Which of the tile's rows some own row of the warp meets. The others count as zeros: 0 * NaN would
+// not be 0.
+template <int FRAGMENTS>
+__device__ __forceinline__ Bits rows_seen(const Bits (&visible)[FRAGMENTS][2]) {
+    Bits seen;
+    if constexpr (HIDES_KEYS) {
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) seen.add(visible[m][half]);
+        seen.add_rows();
+    }
+    return seen;
+}
+
+// 0 stays 0, whatever a rule's derivative is at a score that does not count.
+__device__ __forceinline__ float times_slope(float dt, float slope) {
+    return dt == 0.0f ? 0.0f : dt * slope;
+}
+
+// Whether element e of 8-column group n of a lane's row counts.
+template <bool MASKED>
+__device__ __forceinline__ bool counts(const WarpContext& c, const WalkedTile& at, int m, int half,
+                                       int n, int e, const Bits& visible) {
+    if (!MASKED || HIDES_KEYS) return visible.has(n, e);
+    // Relative to this lane's first column, so that each comparison is with a constant.
+    const Columns met = c.columns_met(at.tile, m, half);
+    return n * 8 + e < met.end && n * 8 + e >= met.begin;
+}
+
+// Its P: t is its score after its rules.
+template <bool MASKED>
+__device__ __forceinline__ float probability(const WarpContext& c, const WalkedTile& at, int m,
+                                             int half, int n, int e, const Bits& visible, float t,
+                                             float shift) {
+    const bool seen = counts<MASKED>(c, at, m, half, n, e, visible);
+    return seen ? exp2_approx(t * exponent_scale<RULES>(c.params) - shift) : 0.0f;
+}
+
+// The gradient of a score after its rules.
+template <bool MASKED>
+__device__ __forceinline__ float score_gradient(float p, float dp, float delta) {
+    const float dt = p * (dp - delta);
+    return (MASKED || HIDES_KEYS) && p == 0.0f ? 0.0f : dt;
+}
+
+// P and dS of two neighbouring columns of a row.
+struct PairOfGradients {
+    float p[2], ds[2];
+};
+
+// Computes them for 8-column group n of a lane's row: s, dp: its elements of S and dP; of[e]: the
+// statistics of the query of element e. Calls added(x, dt) with the gradient of what ALiBi and the
+// bias add to the score of meeting x.
+template <bool MASKED, typename Added>
+__device__ __forceinline__ PairOfGradients differentiate(const WarpContext& c, const WalkedTile& at,
+                                                         int m, int half, int n,
+                                                         const Bits& visible, const float (&s)[2],
+                                                         const float (&dp)[2],
+                                                         const Statistics (&of)[2], Added added) {
+    PairOfGradients pair;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const Meeting x = c.meeting(at.tile, m, half, n, e);
+        float t = s[e];
+        ScoreSlopes slopes = {1.0f, 1.0f};
+        if constexpr (RowRules<T, RULES>::CHANGES_SCORES)
+            slopes = c.rules_for(at.head, x.query).template change_with_slopes<MASKED>(t, x.key);
+        pair.p[e] = probability<MASKED>(c, at, m, half, n, e, visible, t, of[e].shift);
+        const float dt = score_gradient<MASKED>(pair.p[e], dp[e], of[e].delta);
+        pair.ds[e] = RowRules<T, RULES>::CHANGES_SCORES ? times_slope(dt, slopes.score) : dt;
+        added(x, RowRules<T, RULES>::CHANGES_SCORES ? times_slope(dt, slopes.added) : dt);
+        if (GATE != GATE_NONE && counts<MASKED>(c, at, m, half, n, e, visible)) {
+            const int64 row = statistics_row(c.params, c.work.batch, at.head) + x.query;
+            gate_gradient<GATE>(c.params, row, x.key, dp[e], pair.ds[e]);
+        }
+    }
+    return pair;
+}
+
+}  // namespace flashcore

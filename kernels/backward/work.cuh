@@ -1,0 +1,104 @@
+// work.cuh - what a CTA of a backward kernel owns, and which tiles of the other side it walks
+// over.
+#pragma once
+#include <backward/context.cuh>
+#include <config.cuh>
+#include <flashcore/params_backward.cuh>
+#include <flashcore/scheduler/work.cuh>
+
+namespace flashcore {
+
+// Finds the block of keys that a CTA owns; its first key is work.first_row. Under a causal mask a
+// head's first keys are seen by the most queries: their blocks come first. ORDERED: the last keys'
+// blocks come first, see sm90_backward/turns.cuh. Returns false if the block has no keys, which
+// only happens in packed batches.
+__device__ __forceinline__ bool find_keys(const BackwardParams& p, int index, Work& w) {
+    // Blocks of a few heads are interleaved, so that CTAs that begin together are of different
+    // heads.
+    const int heads = (VARLEN ? 1 : p.batch) * p.heads_kv;
+    const int section = index / (p.section * p.n_blocks), first_head = section * p.section;
+    const int in_section = index - first_head * p.n_blocks;
+    const int interleaved = min(p.section, heads - first_head);
+    const int head_index = first_head + in_section % interleaved;
+    int block = in_section / interleaved;
+    if constexpr (ORDERED) block = p.n_blocks - 1 - block;
+    w.split = 0;
+    w.group = 1;
+    w.batch = VARLEN ? 0 : head_index / p.heads_kv;
+    w.head_kv = head_index - w.batch * p.heads_kv;
+    w.head = w.head_kv * p.group;
+    w.start_q = w.start_kv = 0;
+    w.seqlen_q = p.seqlen_q;
+    w.seqlen_kv = p.seqlen_kv;
+    w.diagonal = p.causal_offset;
+    if constexpr (VARLEN) {
+        const PackedBatch kv = {p.cu_seqlens_kv, p.batch, p.seqlen_kv, 1, BLOCK_M};
+        const PackedBatch q = {p.cu_seqlens_q, p.batch, p.seqlen_q, 1, 1};
+        const int piece = kv.find(block);
+        block -= kv.first_block(piece);
+        w.batch = kv.is_sequence(piece) ? piece - 1 : NO_SEQUENCE;
+        w.start_kv = kv.start(piece);
+        w.seqlen_kv = kv.length(piece);
+        w.start_q = kv.is_sequence(piece) ? q.start(piece) : 0;
+        w.seqlen_q = kv.is_sequence(piece) ? q.length(piece) : 0;
+        w.diagonal = p.top_left ? 0 : w.seqlen_kv - w.seqlen_q;
+    }
+    w.first_row = block * BLOCK_M;
+    return block >= 0 && w.first_row < w.seqlen_kv;
+}
+
+__device__ __forceinline__ bool find_own_rows(const BackwardParams& p, int index, Work& w) {
+    if constexpr (OWNS_KEYS) return find_keys(p, index, w);
+    return find_work<BOUNDED_RIGHT, VARLEN, false>(p, BLOCK_M, w, {index, 0});
+}
+
+// The rows of the other side, of which the CTA's own rows see some or all: [begin, end).
+struct RowRange {
+    int begin, end;
+};
+
+// Which rows of the walked side have a meeting with some own row of [first, last], by positions.
+__device__ __forceinline__ RowRange rows_met(const Work& w, const Positions& mask, int first,
+                                             int last) {
+    if constexpr (OWNS_KEYS) return {mask.first_query(first), mask.end_query(last, w.seqlen_q)};
+    return {mask.row_begin(first), mask.row_end(last)};
+}
+
+// The tiles that the CTA walks over, once for each of `heads` query heads.
+struct Walk {
+    TileRange tiles;
+    int first_head, heads;
+    RowRange met;  // by all rows that exist, not the CTA's alone; others count as zeros
+
+    __device__ __forceinline__ explicit Walk(const WarpContext& c)
+        : first_head(c.work.head), heads(OWNS_KEYS ? c.params.group : 1) {
+        const Work& w = c.work;
+        const int length = OWNS_KEYS ? w.seqlen_kv : w.seqlen_q;
+        const int last = min(w.first_row + BLOCK_M, length) - 1;
+        const RowRange rows = rows_met(w, c.mask(), w.first_row, last);
+        tiles = {rows.begin / BLOCK_N, div_up(max(rows.end, 0), BLOCK_N)};
+        if (rows.begin >= rows.end) tiles = {0, 0};
+        met = rows_met(w, c.mask(), 0, length - 1);
+    }
+
+    __device__ __forceinline__ int per_head() const { return tiles.end - tiles.begin; }
+    __device__ __forceinline__ int count() const { return per_head() * heads; }
+    __device__ __forceinline__ WalkedTile operator[](int nth) const {
+        const int head = heads == 1 ? 0 : nth / per_head();
+        return {first_head + head, tiles.begin + nth - head * per_head()};
+    }
+};
+
+// Whether some query of the tile, or of the CTA, does not see some key of the CTA, or of the tile,
+// or one of them does not exist.
+__device__ __forceinline__ bool needs_mask(const WarpContext& c, int tile) {
+    const Work& w = c.work;
+    const int first_query = OWNS_KEYS ? tile * BLOCK_N : w.first_row;
+    const int first_key = OWNS_KEYS ? w.first_row : tile * BLOCK_N;
+    const int end_query = first_query + (OWNS_KEYS ? BLOCK_N : BLOCK_M);
+    const int end_key = first_key + (OWNS_KEYS ? BLOCK_M : BLOCK_N);
+    return end_query > w.seqlen_q ||
+           c.mask().needs_mask(first_query, end_query - 1, first_key, end_key);
+}
+
+}  // namespace flashcore

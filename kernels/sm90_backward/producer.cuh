@@ -1,0 +1,75 @@
+// producer.cuh - the warp of bwd_sm90.cu that starts the copies: TMA of the block's own rows and of
+// the tiles that it walks over, cp.async of what belongs to their queries.
+#pragma once
+#include <backward/work.cuh>
+#include <config.cuh>
+#include <flashcore/ptx/cp_async.cuh>
+#include <flashcore/ptx/mbarrier.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/tile/tma_tile.cuh>
+#include <sm90_backward/traits.cuh>
+
+namespace flashcore {
+
+using State = PipelineState<NUM_STAGES>;
+
+// The map of a side's q or k, or of its dO or v.
+__device__ __forceinline__ const TensorMap* map_qk(const HopperBackwardParams& p, bool of_keys) {
+    return of_keys ? &p.k_map : &p.q_map;
+}
+__device__ __forceinline__ const TensorMap* map_vo(const HopperBackwardParams& p, bool of_keys) {
+    return of_keys ? &p.v_map : &p.dout_map;
+}
+
+// Starts the copies of the block's own rows, which are guarded by one barrier.
+__device__ __forceinline__ void load_own_rows(const HopperBackwardParams& p, SharedStorage& smem,
+                                              const Work& w) {
+    const int head = OWNS_KEYS ? w.head_kv : w.head;
+    load_tile_tma<LayoutOwnQK, BOX_ROWS>(smem.sOwnQK, &smem.full_own,
+                                         TileBox{map_qk(p, OWNS_KEYS), w.first_row, head, w.batch},
+                                         EVICT_FIRST);
+    load_tile_tma<LayoutOwnVO, BOX_ROWS>(smem.sOwnVO, &smem.full_own,
+                                         TileBox{map_vo(p, OWNS_KEYS), w.first_row, head, w.batch},
+                                         EVICT_FIRST);
+}
+
+// Copies the statistics of a tile of queries; zeros for those that do not exist. Every lane arrives
+// at the tile's barrier when its copies are there.
+__device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, SharedStorage& smem,
+                                                const Work& w, const WalkedTile& at, int stage) {
+    const int first = at.tile * BLOCK_N;
+    const int64 row = statistics_row(p, w.batch, at.head) + first;
+    for (int i = thread_index() % WARP_SIZE; i < BLOCK_N; i += WARP_SIZE) {
+        const bool valid = first + i < w.seqlen_q;
+        const int64 from = valid ? row + i : 0;
+        cp_async_4(shared_address(&smem.sShift[stage][i]), p.shift + from, valid ? 4 : 0);
+        cp_async_4(shared_address(&smem.sDelta[stage][i]), p.delta + from, valid ? 4 : 0);
+    }
+    mbarrier_arrive_copied(&smem.qk.full[stage]);
+}
+
+// Starts all copies of a block, as stages become empty.
+__device__ __forceinline__ void run_producer(const HopperBackwardParams& p, SharedStorage& smem,
+                                             const Work& w, const Walk& walk) {
+    if (walk.count() == 0) return;
+    load_own_rows(p, smem, w);
+    State state;
+#pragma unroll 1
+    for (int nth = 0; nth < walk.count(); ++nth) {
+        const WalkedTile at = walk[nth];
+        const int row = at.tile * BLOCK_N - walk.met.begin;  // of the maps
+        const int head = OWNS_KEYS ? at.head : w.head_kv, stage = state.stage;
+        state.wait_empty(smem.qk);
+        load_tile_tma<LayoutQK, BOX_ROWS>(smem.sQK[stage], &smem.qk.full[stage],
+                                          TileBox{map_qk(p, !OWNS_KEYS), row, head, w.batch},
+                                          EVICT_LAST);
+        if constexpr (OWNS_KEYS) load_statistics(p, smem, w, at, stage);
+        state.wait_empty(smem.vo);
+        load_tile_tma<LayoutVO, BOX_ROWS>(smem.sVO[stage], &smem.vo.full[stage],
+                                          TileBox{map_vo(p, !OWNS_KEYS), row, head, w.batch},
+                                          EVICT_LAST);
+        state.advance();
+    }
+}
+
+}  // namespace flashcore

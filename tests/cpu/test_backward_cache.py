@@ -1,0 +1,330 @@
+"""Repeated calls for gradients: what they are known by, and what they hand to the driver."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import flashcore_cupy
+from flashcore_cupy import backward
+from flashcore_cupy.launch import backward_cache, launch_cache, tensor_map
+from flashcore_cupy.launch.backward import GpuBackward
+from flashcore_cupy.launch.parameter_block import ParameterBlock
+from flashcore_cupy.launch.plan import Step
+from flashcore_cupy.problem.attention_problem import contiguous_problem
+from flashcore_cupy.problem.gradients import BACKWARD_ARGUMENTS, Gradients, contiguous_gradients
+from flashcore_cupy.select.backward import (
+    BackwardSelection,
+    backward_launches,
+    backward_params,
+    pointer_of,
+    select_backward,
+)
+
+SHAPE = (1, 2, 100, 64)
+CHOICES = (
+    *(("q", "k", "v"), (-1, -1), "bhsd", "auto", True, bool, 0.0, float),
+    *(None, type(None), False, bool, True, bool),
+)
+
+
+class _Data(NamedTuple):
+    ptr: int
+    device_id: int = 0
+
+
+class _Array:
+    """A CuPy array, as far as a repeated call looks at it."""
+
+    def __init__(
+        self, shape: Any, dtype: Any = "float16", ptr: int = 0, device: int = 0, strides: Any = None
+    ) -> None:
+        self.shape, self.dtype, self.data = shape, np.dtype(dtype), _Data(ptr, device)
+        self.strides = strides or np.empty(shape, dtype).strides
+        self._c_contiguous = strides is None
+
+
+class _Driver:
+    """What a repeated call asks of CuPy, which has no GPU here: memory, and launches."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[Any, ...], int, bytes]] = []
+        self.made: list[_Array] = []
+        self.blocks: dict[int, ParameterBlock] = {}
+        self.next, self.step, self.stream, self.captured, self.device = 2**40, 512, 7, False, 0
+        self.devices_set: list[int] = []
+
+    def empty(self, shape: Any, dtype: Any) -> _Array:
+        self.made.append(_Array(shape, dtype, self.next))
+        self.next += self.step
+        return self.made[-1]
+
+    def launch(self, *arguments: Any) -> None:
+        *geometry, stream, address, extra = arguments
+        assert extra == 0
+        contents = self.blocks[address].words.tobytes()
+        self.launches.append((tuple(geometry), stream, contents))
+
+
+@pytest.fixture(params=[True, False], ids=["maps move", "maps are encoded"])
+def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> _Driver:
+    driver = _Driver()
+    runtime = SimpleNamespace(
+        getDevice=lambda: driver.device,
+        setDevice=driver.devices_set.append,
+        streamIsCapturing=lambda stream: driver.captured,
+    )
+    cuda = SimpleNamespace(
+        runtime=runtime,
+        driver=SimpleNamespace(launchKernel=driver.launch),
+        get_current_stream=lambda: SimpleNamespace(ptr=driver.stream),
+    )
+    fake = SimpleNamespace(ndarray=_Array, empty=driver.empty, cuda=cuda)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(backward_cache, "_known", {})
+    for variable in ("FLASHCORE_KERNELS_DIR", "FLASHCORE_ARCH"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def encode(address: int, view: Any) -> np.ndarray[Any, Any]:
+        words = np.full(16, hash(view) % 2**32, np.uint64)
+        words[0] = address + view.offset
+        words[3] += np.uint64(0 if request.param else address % 997)
+        return words
+
+    init = ParameterBlock.__init__
+
+    def noted(self: ParameterBlock, params: Any) -> None:
+        init(self, params)
+        driver.blocks[self.address] = self
+
+    monkeypatch.setattr(tensor_map, "encode", encode)
+    monkeypatch.setattr(ParameterBlock, "__init__", noted)
+    return driver
+
+
+def operands(first: int = 2**30, **changes: _Array) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        name: _Array(SHAPE, ptr=first + 2**20 * n) for n, name in enumerate(["do", *"qkvo"])
+    }
+    made["lse"] = _Array(SHAPE[:3], "float32", first + 2**28)
+    return made | {"dlse": None} | changes
+
+
+def bound_to(given: dict[str, Any], driver: _Driver, arch: str = "sm_90a") -> GpuBackward:
+    """What the long way makes of a call."""
+    attention = contiguous_problem(*SHAPE[:2], SHAPE[2], SHAPE[3], causal=True)
+    problem = contiguous_gradients(attention)
+    selection = select_backward(problem, arch)
+    arrays = {pointer_of(name): x for name, x in given.items() if x is not None}
+    arrays |= {result.name: driver.empty(result.shape, result.dtype) for result in problem.results}
+    shapes = selection.scratch(attention)
+    arrays |= {name: driver.empty(shape, "float32") for name, shape in shapes.items()}
+    launches = tuple(launches_of(problem, selection, arrays))
+    steps = tuple(
+        Step(
+            100 + x.number, x.grid, x.config.threads, x.config.smem_bytes, ParameterBlock(x.params)
+        )
+        for x in launches
+    )
+    return GpuBackward(problem, selection, arrays, (), launches, steps)
+
+
+def launches_of(problem: Any, selection: BackwardSelection, arrays: dict[str, Any]) -> Any:
+    addresses = {name: x.data.ptr for name, x in arrays.items()}
+    params = backward_params(problem, selection)
+    return backward_launches(problem, selection, params, addresses, [], tensor_map.encode)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
+def test_a_repeated_call_launches_what_the_long_way_would(driver: _Driver, arch: str) -> None:
+    given = operands()
+    assert backward_cache.launch_again(given, CHOICES) is None
+    bound = bound_to(given, driver, arch)
+    backward_cache.remember(bound, given, CHOICES)
+    for other in (given, operands(2**33), operands(2**35 + 4096), given):
+        driver.launches.clear()
+        driver.made.clear()
+        found = backward_cache.launch_again(other, CHOICES)
+        assert isinstance(found, Gradients)
+        assert [x.shape for x in found[:3]] == [SHAPE] * 3 and found.dbias is None
+        new = dict(zip([*bound.gradients._fields[:3]], found[:3], strict=True))
+        scratch = bound.selection.scratch(bound.problem.attention)
+        new |= dict(zip(scratch, driver.made[3:], strict=True))
+        new |= {pointer_of(name): x for name, x in other.items() if x is not None}
+        want = list(launches_of(bound.problem, bound.selection, new))
+        assert len(driver.launches) == len(want) >= 3
+        for n, launch in enumerate(want):
+            geometry, stream, contents = driver.launches[n]
+            assert geometry[:2] == (100 + n, launch.grid) and stream == 7
+            assert contents == ParameterBlock(launch.params).words.tobytes()
+    assert set(driver.devices_set) == {0}, "a new thread has no context"
+
+
+def test_what_a_call_is_known_by(driver: _Driver) -> None:
+    given = operands()
+    backward_cache.remember(bound_to(given, driver), given, CHOICES)
+
+    def again(changed: dict[str, Any] | None = None, **choices: Any) -> Any:
+        at = {"wrt": 0, "window": 1, "causal": 4, "kind": 5, "deterministic": 12}
+        chosen = list(CHOICES)
+        for name, x in choices.items():
+            chosen[at[name]] = x
+        return backward_cache.launch_again(operands(**(changed or {})), tuple(chosen))
+
+    assert again() is not None
+    for name in given.keys() - {"dlse"}:
+        x = given[name]
+        last = (*x.shape[:-1], x.shape[-1] + 1)
+        for other in (
+            _Array(last, x.dtype, x.data.ptr),
+            _Array(x.shape, "int16", x.data.ptr),
+            _Array(x.shape, x.dtype, x.data.ptr + 4),
+            _Array(x.shape, x.dtype, x.data.ptr, device=1),
+            _Array(x.shape, x.dtype, x.data.ptr, strides=(2**20, *x.strides[1:])),
+            np.zeros(x.shape, x.dtype),
+            None,
+        ):
+            assert again({name: other}) is None, (name, other)
+    assert again({"dlse": _Array(SHAPE[:3], "float32", 512)}) is None
+    for choices in (
+        {"wrt": ("q", "k")},
+        {"wrt": ["q", "k", "v"]},
+        {"window": (5, -1)},
+        {"window": (-1.0, -1)},
+        {"window": 5},
+        {"causal": False},
+        {"causal": 1, "kind": int},
+        {"deterministic": False},
+    ):
+        assert again(**choices) is None, choices
+    driver.device = 1
+    assert again() is None
+    driver.device, driver.captured = 0, True
+    assert again() is None, "what it allocates is the graph's"
+    driver.captured = False
+    assert again() is not None
+
+
+def test_other_kernels_of_the_environment_are_not_missed(
+    driver: _Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = operands()
+    bound = bound_to(given, driver)
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_80")
+    backward_cache.remember(bound, given, CHOICES)
+    assert not backward_cache._known
+    monkeypatch.delenv("FLASHCORE_ARCH")
+    backward_cache.remember(bound, given, CHOICES)
+    assert backward_cache.launch_again(given, CHOICES) is not None
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_80")
+    assert backward_cache.launch_again(given, CHOICES) is None
+    monkeypatch.delenv("FLASHCORE_ARCH")
+    assert backward_cache.launch_again(given, CHOICES) is not None
+    assert launch_cache._variable_count > 0
+
+
+def test_what_is_not_remembered(driver: _Driver) -> None:
+    given = operands()
+    bound = bound_to(given, driver)
+    for changed, choices in (
+        (given | {"q": np.zeros(SHAPE, np.float16)}, CHOICES),
+        (given | {"o": _Array(SHAPE, ptr=12345 * 16)}, CHOICES),  # it was copied
+        (given, (["q", "k", "v"], *CHOICES[1:])),
+        (given, (*CHOICES[:8], SimpleNamespace(), *CHOICES[9:])),
+    ):
+        backward_cache.remember(bound, changed, choices)
+        assert not backward_cache._known
+    driver.next += 8  # an allocator of the caller's
+    backward_cache.remember(bound_to(given, driver), given, CHOICES)
+    assert not backward_cache._known
+
+
+def test_an_allocator_may_give_less_aligned_memory_later(driver: _Driver) -> None:
+    given = operands()
+    backward_cache.remember(bound_to(given, driver), given, CHOICES)
+    driver.next += 4
+    assert backward_cache.launch_again(given, CHOICES) is None and not driver.launches
+
+
+def test_calls_at_the_same_time_have_blocks_of_their_own(driver: _Driver) -> None:
+    given = operands()
+    backward_cache.remember(bound_to(given, driver), given, CHOICES)
+    launch, inner = driver.launch, []
+
+    def interrupted(*arguments: Any) -> None:
+        if not inner:
+            inner.append(True)
+            sys.modules["cupy"].cuda.driver.launchKernel = launch
+            assert backward_cache.launch_again(operands(2**34), CHOICES) is not None
+        launch(*arguments)
+
+    sys.modules["cupy"].cuda.driver.launchKernel = interrupted
+    assert backward_cache.launch_again(given, CHOICES) is not None
+    (known,) = backward_cache._known.values()
+    assert len(known.blocks) == 2
+    q = [np.frombuffer(contents, np.uint64)[0] for *_, contents in driver.launches]
+    assert len(q) == 2 * len(known.launches)
+    assert set(q[: len(known.launches)]) == {2**34 + 2**20}
+    assert set(q[len(known.launches) :]) == {2**30 + 2**20}
+
+
+def test_not_all_are_kept_for_good(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward_cache, "_LIMIT", 2)
+    given = operands()
+    bound = bound_to(given, driver)
+    for scale in (0.5, 0.25, 0.125):
+        chosen = (*CHOICES[:8], scale, float, *CHOICES[10:])
+        backward_cache.remember(bound, given, chosen)
+    assert len(backward_cache._known) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "looks"),
+    [
+        ({}, True),
+        ({"causal": True, "window": (5, -1), "softcap": 2.0, "layout": "bshd"}, True),
+        ({"wrt": ("q",), "deterministic": False, "batch_invariant": True}, True),
+        ({"out": {"dq": 1}}, False),
+        ({"accumulate": True}, False),
+        ({"accumulate": 0}, False),
+        ({"gate": "dp"}, False),
+        ({"config": {}}, False),
+        ({"stream": 7}, False),
+        ({"mystery": 7}, False),
+        *(({name: 1}, False) for name in ("alibi_slopes", "bias", "mask", "sink")),
+        *(({name: 1}, False) for name in ("score_mod", "score_mod_grad", "mask_mod", "mod_args")),
+        *(({name: 1}, False) for name in ("cu_seqlens_q", "cu_seqlens_k")),
+    ],
+)
+def test_which_calls_are_looked_for(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], looks: bool
+) -> None:
+    """All arguments key a call, or keep it from being looked for."""
+    found = Gradients(dq=1)
+    keys: list[tuple[Any, ...]] = []
+
+    def launch_again(operands: Any, choices: tuple[Any, ...]) -> Gradients:
+        assert list(operands) == ["do", "q", "k", "v", "o", "lse", "dlse"]
+        keys.append(choices)
+        return found
+
+    monkeypatch.setattr(backward_cache, "launch_again", launch_again)
+    given = {**operands(), "dlse": None}
+    try:
+        got = flashcore_cupy.attention_backward(**given, **arguments)
+    except (TypeError, ValueError):
+        got = None
+    assert (got is found) == looks == bool(keys)
+    if looks and arguments:
+        flashcore_cupy.attention_backward(**given)
+        assert keys[0] != keys[1]
+
+
+def test_an_argument_that_is_new_has_to_be_thought_of() -> None:
+    known = {*backward._KNOWN_BY, *backward._NOT_KNOWN, "wrt", "window", "accumulate"}
+    beside = {"stream", "do", "o", "lse", "dlse", "q", "k", "v"}
+    assert known == set(BACKWARD_ARGUMENTS) - beside

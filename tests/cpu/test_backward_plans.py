@@ -1,0 +1,183 @@
+"""Plans, explanations and gates of gradients on NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases_gradients import bent, operands, random
+
+import flashcore_cupy
+from flashcore_cupy import attention
+from flashcore_cupy.backward import attention_backward, explain_backward, plan_backward
+from flashcore_cupy.check import verify_backward
+from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem
+
+SIZES = {"heads": 4, "heads_kv": 2, "seqlen": 33, "seqlen_kv": 47, "batch": 2}
+
+
+def arrays(dtype: Any = np.float16, **rules: Any) -> dict[str, np.ndarray]:
+    q, k, v = operands(**SIZES, dtype=dtype)
+    o, lse = attention(q, k, v, return_lse=True, **rules)
+    return {"do": random(*o.shape, dtype=dtype, seed=5), "q": q, "k": k, "v": v, "o": o, "lse": lse}
+
+
+# --- explanations and plans -----------------------------------------------------------------------
+
+
+def test_an_explanation_says_what_a_call_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_80")
+    given = arrays()
+    said = explain_backward(**given)
+    assert said == "NumPy arrays: tiled gradients on the CPU, fp32 accumulation"
+    given["do"] = np.broadcast_to(np.float16(1), given["do"].shape)
+    lines = explain_backward(**given, kernel="bwd_sm80", wrt=("k",)).splitlines()
+    assert lines[0].startswith("bwd_sm80 on sm_80, dk, dv: 128x32 tile, 4 warps")
+    assert lines[1] == "NumPy arrays: emulated on the CPU"
+    assert lines[2].startswith("copied do: ") and len(lines) == 3
+    assert flashcore_cupy.explain_backward is explain_backward
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no o": ({"o": None}, TypeError, "o: got NoneType"),
+    "wrt": ({"wrt": "q"}, TypeError, "wrt: got 'q'"),
+    "a rule": ({"window": (1,)}, ValueError, "window: got"),
+    "a gate": ({"gate": "pv"}, ValueError, "gate: got 'pv'"),
+    "out": ({"out": {"dk": np.zeros(3, np.float16)}}, ValueError, "out.dk: got shape"),
+    "a kernel of the forward pass": ({"kernel": "mma_sm80"}, ValueError, "kernel: got 'mma_sm80'"),
+    "a kernel that cannot": (
+        {"kernel": "bwd_sm90", "mask": np.ones(47, bool)},
+        ValueError,
+        "kernel 'bwd_sm90': ",
+    ),
+    "a tile": ({"kernel": "bwd_sm80", "config": {"block_k": 3}}, ValueError, "config: unknown"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_call_refuses_is_not_explained_or_planned(name: str) -> None:
+    arguments, error, message = REFUSED[name]
+    for function in (attention_backward, explain_backward, plan_backward):
+        given = arrays() | {"kernel": "bwd_sm80"} | arguments
+        with pytest.raises(error) as raised:
+            function(**given)
+        assert str(raised.value).startswith(message)
+
+
+def test_names_of_no_argument_are_told_from_the_function() -> None:
+    for function in (explain_backward, plan_backward):
+        with pytest.raises(TypeError, match=rf"{function.__name__}\(\) has no argument 'is_caus"):
+            function(**arrays(), is_causal=True)
+    with pytest.raises(TypeError, match=r"plan_backward\(\) has no argument 'stream'"):
+        plan_backward(**arrays(), stream=None)
+
+
+def test_a_plan_on_numpy_arrays_is_of_a_kernel() -> None:
+    with pytest.raises(TypeError, match="kernel='bwd_sm80', that is emulated on NumPy arrays"):
+        plan_backward(**arrays())
+    out = {"dv": np.full((2, 2, 47, 8), np.nan, np.float16)}
+    bound = plan_backward(**arrays(), kernel="bwd_sm80", wrt=("v",), out=out, causal=True)
+    assert bound.gradients.dv is out["dv"] and bound.gradients.dq is None
+    names = [config.source for config in bound.selection.configs]
+    assert names == ["bwd_rows.cu", "bwd_sm80.cu"]
+
+
+# --- gates ----------------------------------------------------------------------------------------
+
+
+def scores_and_visible(given: dict[str, np.ndarray], *, causal: bool) -> tuple[Any, Any]:
+    k = given["k"].astype("f8").repeat(2, axis=1)
+    scores = given["q"].astype("f8") @ k.swapaxes(2, 3) / np.sqrt(8)
+    i, j = np.indices(scores.shape[2:])
+    seen = j <= i + 47 - 33 if causal else np.ones(scores.shape[2:], bool)
+    return scores, np.broadcast_to(seen, scores.shape)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dp_and_ds(causal: bool) -> None:
+    given = arrays(causal=causal) | {"dlse": random(2, 4, 33, seed=9)}
+    scores, seen = scores_and_visible(given, causal=causal)
+    dp = given["do"].astype("f8") @ given["v"].astype("f8").repeat(2, axis=1).swapaxes(2, 3)
+    got = attention_backward(**given, causal=causal, gate="dp")
+    assert got.dtype == np.float32 and got.shape == (2, 4, 33, 47)
+    np.testing.assert_allclose(got, np.where(seen, dp, 0), rtol=1e-6, atol=1e-6)
+    p = np.where(seen, np.exp(scores - given["lse"][..., None]), 0)
+    delta = (given["do"].astype("f8") * given["o"]).sum(-1) - given["dlse"]
+    got = attention_backward(**given, causal=causal, gate="ds", wrt=("k",))
+    np.testing.assert_allclose(got, p * (dp - delta[..., None]), rtol=1e-5, atol=1e-6)
+
+
+def test_ds_is_of_the_scores_before_their_rules() -> None:
+    rules = {"softcap": 1.5, "score_mod": bent}
+    given = arrays(np.float32, **rules)
+    ds = attention_backward(**given, **rules, gate="ds")
+    keys = given["k"].repeat(2, axis=1)
+    dq = attention_backward(**given, **rules, wrt=("q",)).dq
+    np.testing.assert_allclose(ds @ keys / np.sqrt(np.float32(8)), dq, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_hidden_has_no_stage() -> None:
+    """Queries without keys and keys without queries, whatever they hold."""
+    given = arrays(window=(-1, 3), causal="top-left")
+    given = {name: x.copy() for name, x in given.items()}
+    for name in ("k", "v"):
+        given[name][:, :, 40:] = np.nan
+    for gate in ("dp", "ds"):
+        got = attention_backward(**given, window=(-1, 3), causal="top-left", gate=gate)
+        assert np.isfinite(got).all() and not got[..., 40:].any() and got.any()
+
+
+# --- how they are checked -------------------------------------------------------------------------
+
+
+def problem(**changes: Any) -> AttentionProblem:
+    sizes = {"batch": 2, "heads": 4, "seqlen": 33, "head_dim": 8, "heads_kv": 2, "seqlen_kv": 47}
+    return contiguous_problem(**(sizes | changes))
+
+
+@pytest.mark.parametrize("gate", ["dp", "ds"])
+def test_a_stage_is_held_to_the_accuracy_of_fp32(gate: Any) -> None:
+    given, rules = arrays(causal=True), {"causal": True, "softmax_scale": None}
+    got = attention_backward(**given, causal=True, gate=gate)
+    check = verify_backward.check_stage(problem(causal=True), gate, given, got, rules)
+    assert check.ok and check.comparison.allowed_error < 1e-3 * np.abs(got).max()
+    for change in (1.001 * got, np.where(got == got.max(), got + 0.01, got)):
+        wrong = verify_backward.check_stage(problem(causal=True), gate, given, change, rules)
+        assert not wrong.ok and wrong.reason.startswith(f"{gate}: max error")
+    (hidden,) = np.argwhere(got[0, 0, 0] == 0)[:1]
+    got[0, 0, 0, hidden] = np.nan
+    wrong = verify_backward.check_stage(problem(causal=True), gate, given, got, rules)
+    assert "1 NaN or infinite values misplaced" in wrong.reason
+
+
+def test_a_sample_is_of_whole_heads() -> None:
+    asked = problem(batch=3)
+    every = [(b, h) for b in range(3) for h in range(2)]
+    assert verify_backward.sample_heads(asked) == every
+    per_head = 2 * 33 * 47
+    for count in (1, 2, 4):
+        chosen = verify_backward.sample_heads(asked, budget=per_head * count)
+        assert len(set(chosen)) == count and chosen == sorted(chosen) and chosen[0] == (0, 0)
+        assert count == 1 or chosen[-1] == (2, 1)
+    assert verify_backward.sample_heads(asked, budget=1) == [(0, 0)]
+
+
+def test_a_wrong_head_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_backward, "SCORE_BUDGET", 2 * 2 * 33 * 47)
+    given = arrays()
+    known = verify_backward.expect(problem(), given, ("q", "k", "v"))
+    assert known.heads == [(0, 0), (1, 1)]
+    got = attention_backward(**given)._asdict()
+    check = known.judge(got)
+    assert check.ok and (check.heads_checked, check.heads_total) == (2, 4)
+    wrong = {name: None if x is None else x.copy() for name, x in got.items()}
+    wrong["dq"][0, 3, 5] += 1  # of a head of k and v that is not in the sample
+    assert known.judge(wrong).ok
+    wrong["dq"][1, 3, 5, 2] += 1
+    wrong["dv"][1, 1, 40, 7] += 2
+    check = known.judge(wrong)
+    assert check.each["dq"].worst_index == (1, 3, 5, 2) and check.each["dk"].ok
+    assert check.each["dv"].worst_index == (1, 1, 40, 7)
+    assert "dq: max error" in check.reason and "at (1, 3, 5, 2)" in check.reason
+    assert check.comparison in (check.each["dq"], check.each["dv"])

@@ -1,0 +1,256 @@
+"""Functions with the signatures of torch, flash-attn and JAX, against torch's and JAX's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+from cases_gradients import random
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch is not installed"
+)
+needs_jax = pytest.mark.skipif(
+    importlib.util.find_spec("jax") is None, reason="jax is not installed"
+)
+
+
+def tensors(*shapes: tuple[int, ...], dtype: str = "float32") -> list[Any]:
+    import torch
+
+    made = (torch.as_tensor(random(*shape, seed=n)) for n, shape in enumerate(shapes))
+    return [x.to(getattr(torch, dtype)).requires_grad_() for x in made]
+
+
+def agree(ours: Any, theirs: Any, inputs: list[Any], tolerance: float = 1e-5) -> None:
+    """The output and the gradients of two calls."""
+    import torch
+
+    start = torch.as_tensor(random(*ours.shape, seed=9)).to(ours.dtype)
+    got = [ours, *torch.autograd.grad(ours, inputs, start)]
+    wanted = [theirs, *torch.autograd.grad(theirs, inputs, start)]
+    for x, y in zip(got, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@needs_torch
+class TestScaledDotProductAttention:
+    @pytest.mark.parametrize(
+        ("lead", "mask"),
+        [
+            ((2, 4), None),
+            ((2, 4), (5, 7)),
+            ((2, 4), (2, 1, 5, 7)),
+            ((4,), (4, 5, 7)),
+            ((), (5, 7)),
+            ((2, 3, 4), (3, 4, 5, 7)),
+            ((2, 3, 4), (2, 1, 1, 5, 7)),
+            ((2, 3, 4), (7,)),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("kind", ["bool", "float"])
+    def test_torchs_own_agrees(self, lead: Any, mask: Any, kind: str) -> None:
+        import torch
+
+        from flashcore_cupy.torch import scaled_dot_product_attention as ours
+
+        theirs = torch.nn.functional.scaled_dot_product_attention
+        inputs = tensors((*lead, 5, 8), (*lead, 7, 8), (*lead, 7, 6))
+        more: dict[str, Any] = {"scale": 0.3, "is_causal": mask is None}
+        if mask is not None:
+            (more["attn_mask"],) = tensors(mask)
+            if kind == "bool":
+                more["attn_mask"] = (more["attn_mask"] > -1) | (torch.arange(7) == 0)
+            else:
+                inputs.append(more["attn_mask"])
+        agree(ours(*inputs[:3], **more), theirs(*inputs[:3], **more), inputs)
+
+    def test_grouped_heads(self) -> None:
+        import torch
+
+        from flashcore_cupy.torch import scaled_dot_product_attention as ours
+
+        theirs = torch.nn.functional.scaled_dot_product_attention
+        inputs = tensors((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8))
+        agree(ours(*inputs, enable_gqa=True), theirs(*inputs, enable_gqa=True), inputs)
+        with pytest.raises(ValueError, match=r"^key: got 2 heads, and query has 4"):
+            ours(*inputs)
+
+    def test_in_a_transformer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        from flashcore_cupy.torch import scaled_dot_product_attention
+
+        torch.manual_seed(0)
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        x, parameters = torch.randn(3, 6, 16), list(layer.parameters())
+        results = []
+        for patched in (False, True):
+            if patched:
+                name = "scaled_dot_product_attention"
+                monkeypatch.setattr(torch.nn.functional, name, scaled_dot_product_attention)
+            y = layer(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), parameters)])
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+    def test_signature_and_dropout(self) -> None:
+        from flashcore_cupy import torch as ours
+
+        for function, names in (
+            (
+                ours.scaled_dot_product_attention,
+                "query key value attn_mask dropout_p is_causal scale enable_gqa",
+            ),
+            (
+                ours.flash_attn_func,
+                "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes "
+                "deterministic return_attn_probs",
+            ),
+            (
+                ours.flash_attn_varlen_func,
+                "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p "
+                "softmax_scale causal window_size softcap alibi_slopes deterministic "
+                "return_attn_probs block_table",
+            ),
+        ):
+            assert list(inspect.signature(function).parameters) == names.split()
+            q = tensors((2, 4, 5, 8))[0]
+            more = [None] * 4 if "cu_seqlens_q" in names else []
+            with pytest.raises(ValueError, match=r"^dropout_p: got 0\.1"):
+                function(q, q, q, *more, dropout_p=0.1)
+
+
+@needs_torch
+class TestFlashAttn:
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_every_argument(
+        self, packed: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import torch
+
+        from flashcore_cupy import attention
+        from flashcore_cupy import torch as ours
+        from flashcore_cupy.integrations import engine
+
+        asked: list[Any] = []
+        backward = engine._functions["attention_backward"]
+        monkeypatch.setitem(
+            engine._functions,
+            "attention_backward",
+            lambda **x: asked.append(x.get("deterministic", True)) or backward(**x),
+        )
+        lead = () if packed else (2,)
+        inputs = tensors((*lead, 9, 4, 8), (*lead, 9, 2, 8), (*lead, 9, 2, 8), (4,))
+        *qkv, slopes = inputs
+        bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+        shared: dict[str, Any] = dict(
+            softmax_scale=0.3, causal=True, softcap=2.0, alibi_slopes=slopes
+        )
+        theirs: dict[str, Any] = {"deterministic": deterministic, "window_size": (3, 0)}
+        if packed:
+            function, where = ours.flash_attn_varlen_func, (bounds, bounds, 5, 5)
+            own: dict[str, Any] = dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+        else:
+            function, where, own = ours.flash_attn_func, (), {"layout": "bshd"}
+        o = function(*qkv, *where, **shared, **theirs)
+        wanted, wanted_lse = attention(*qkv, **shared, **own, window=(3, 0), return_lse=True)
+        agree(o, wanted, inputs)
+        assert asked == [deterministic, True]
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                o, lse, probabilities = function(
+                    *qkv, *where, **shared, **theirs, return_attn_probs=True
+                )
+            assert torch.equal(o, wanted) and torch.equal(lse, wanted_lse)
+            assert probabilities is None and o.requires_grad == grad
+
+    def test_compiled(self) -> None:
+        import torch
+
+        from flashcore_cupy.torch import flash_attn_func
+
+        inputs = tensors((2, 9, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8))
+        compiled = torch.compile(flash_attn_func, backend="aot_eager", fullgraph=True)
+        agree(compiled(*inputs, causal=True), flash_attn_func(*inputs, causal=True), inputs)
+        torch.compiler.reset()
+
+    def test_there_is_no_paged_cache(self) -> None:
+        from flashcore_cupy.torch import flash_attn_varlen_func
+
+        (q,) = tensors((9, 4, 8))
+        with pytest.raises(ValueError, match=r"^block_table: "):
+            flash_attn_varlen_func(q, q, q, [0, 9], [0, 9], 9, 9, block_table=q)
+
+
+@needs_jax
+class TestDotProductAttention:
+    def test_signature(self) -> None:
+        import jax
+
+        from flashcore_cupy.jax import dot_product_attention as ours
+
+        names = list(inspect.signature(ours).parameters)
+        theirs = list(inspect.signature(jax.nn.dot_product_attention).parameters)
+        assert names[: len(theirs)] == theirs or set(theirs) <= set(names)
+
+    @pytest.mark.parametrize(
+        "rules",
+        [
+            {},
+            {"is_causal": True, "scale": 0.3},
+            {"bias": (2, 1, 7, 9), "mask": (1, 4, 7, 9)},
+            {"bias": (1, 4, 1, 9), "is_causal": True},
+            {"key_value_seq_lengths": [9, 3], "query_seq_lengths": [7, 7]},
+            {"local_window_size": 2, "is_causal": True},
+            {"local_window_size": (1, 3)},
+            {"local_window_size": (2, 0), "key_value_seq_lengths": [6, 7], "mask": (1, 1, 7, 9)},
+        ],
+        ids=str,
+    )
+    def test_jaxs_own_agrees(self, rules: dict[str, Any]) -> None:
+        import jax
+
+        from flashcore_cupy.jax import dot_product_attention as ours
+
+        q, k, v = (random(2, n, h, 8, seed=h + n) for n, h in ((7, 4), (9, 2), (9, 2)))
+        rules, inputs = dict(rules), {"query": q, "key": k, "value": v}
+        if "bias" in rules:
+            inputs["bias"] = random(*rules.pop("bias"), seed=4)
+        if "mask" in rules:
+            # Where a query sees no key, JAX has the mean of all values.
+            rules["mask"] = (random(*rules["mask"], seed=5) > 0) | (np.arange(9) % 2 == 0)
+        for name in ("query_seq_lengths", "key_value_seq_lengths"):
+            if name in rules:
+                rules[name] = np.array(rules[name], np.int32)
+
+        def gradients(function: Any) -> Any:
+            def loss(x: dict[str, Any]) -> Any:
+                o = function(**x, **rules)
+                return (o**2).sum(), o
+
+            return jax.jit(jax.grad(loss, has_aux=True))(inputs)
+
+        got, wanted = gradients(ours), gradients(jax.nn.dot_product_attention)
+        np.testing.assert_allclose(got[1], wanted[1], atol=1e-5)
+        for name, x in wanted[0].items():
+            np.testing.assert_allclose(got[0][name], x, atol=2e-5, err_msg=name)
+
+    def test_without_a_batch_and_with_the_log_sum_exp(self) -> None:
+        import jax
+
+        from flashcore_cupy.jax import dot_product_attention as ours
+
+        q, k, v = (random(7, 4, 8, seed=n) for n in range(3))
+        for call in (ours, jax.jit(ours, static_argnames="return_residual")):
+            o, lse = call(q, k, v, return_residual=True)
+            wanted = jax.nn.dot_product_attention(q, k, v)
+            np.testing.assert_allclose(o, wanted, atol=1e-5)
+            scores = np.einsum("ind,jnd->inj", q, k) / 8**0.5
+            np.testing.assert_allclose(lse, np.log(np.exp(scores).sum(-1)), rtol=1e-5)
+        assert isinstance(ours(q, k, v), jax.Array)

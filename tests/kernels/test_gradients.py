@@ -1,0 +1,265 @@
+"""Gradients by kernels, on a GPU or emulated: against float64, at tails, with every rule."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+from cases_gradients import FLOAT32, Rules, asked, operands, random
+from helpers import one_at_a_time
+from places import Place, each, unchecked_boundaries
+
+from flashcore_cupy import attention
+from flashcore_cupy.backward import attention_backward
+from flashcore_cupy.check import verify_gradients
+from flashcore_cupy.check.selftest.case import Mod
+from flashcore_cupy.cpu.emulator import backward as emulated
+from flashcore_cupy.cpu.emulator.plan import poisoned
+from flashcore_cupy.cuda.targets import HOPPER
+from flashcore_cupy.problem.gradients import BackwardRequest, Gradients
+from flashcore_cupy.problem.request import Request
+from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
+
+HALF, SINGLE, BRAIN = "float16", "float32", "bfloat16"
+BENT = Mod(
+    "q_idx > kv_idx ? tanhf(score) : 0.5f * score",
+    lambda score, b, h, i, j: np.where(i > j, np.tanh(score), score * np.float32(0.5)),
+)
+THIRDS = Mod("(q_idx + 2 * kv_idx + h) % 3 != 0", lambda b, h, i, j: (i + 2 * j + h) % 3 != 0)
+HEADS = 4
+
+
+def runs(on: Place, kernel: str) -> None:
+    if on.kind == "gpu":
+        from flashcore_cupy.jit import compiler
+
+        if kernel == "bwd_sm90" and compiler.device_arch() != HOPPER:
+            pytest.skip(f"{kernel} is for another GPU")
+
+
+def by_kernel(rules: Rules, *, on_kernel: bool) -> Rules:
+    """Mods as expressions, or as functions."""
+    return {
+        name: (x.cuda if on_kernel else x.python) if isinstance(x, Mod) else x
+        for name, x in rules.items()
+    }
+
+
+def gradients(
+    on: Place, kernel: str, given: dict[str, Any], wrt: Any, rules: Rules, **more: Any
+) -> Gradients:
+    """``attention_backward`` by a kernel; emulated, each call has another schedule."""
+    rules = by_kernel(rules, on_kernel=True)
+    if on.kind == "gpu":
+        placed = {n: None if x is None else on.xp.asarray(x) for n, x in given.items()}
+        on_gpu = {
+            n: on.xp.asarray(x) if isinstance(x, np.ndarray) and "cu_seq" not in n else x
+            for n, x in rules.items()
+        }
+        got = attention_backward(**placed, wrt=wrt, kernel=kernel, **on_gpu, **more)
+        return Gradients(*(None if x is None else x.get() for x in got))
+    request = BackwardRequest.of(
+        Request.of({"kernel": kernel, **rules}), wrt=wrt,
+        deterministic=more.get("deterministic", True),
+        accumulate=more.get("accumulate", False), score_mod_grad=more.get("score_mod_grad"),
+        out=more.get("out"),
+    )  # fmt: skip
+    call = request.call(
+        given, more.get("out") or {}, on_gpu=False, empty=lambda s, d: poisoned(s, np.dtype(d))
+    )
+    bound = emulated.bind(call, HOPPER)
+    configs = repr([step.config for step in bound.steps])
+    with one_at_a_time(hashlib.sha256(configs.encode()).hexdigest()[:16]):
+        bound.build()
+    bound.launch(next(on.schedules))
+    return Gradients(**{result.name: bound.arrays[result.name] for result in bound.problem.results})
+
+
+def check(
+    on: Place,
+    kernel: str,
+    sizes: dict[str, Any],
+    rules: Rules,
+    *,
+    dlse: bool = False,
+    wrt: Any = None,
+) -> None:
+    runs(on, kernel)
+    q, k, v = operands(**{"heads": HEADS, "heads_kv": 2, "head_dim": 64, "head_dim_v": 64, **sizes})
+    plain = by_kernel(rules, on_kernel=False)
+    o, lse = attention(q, k, v, return_lse=True, **plain)
+    do = random(*o.shape, dtype=q.dtype, seed=5)
+    given: dict[str, Any] = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
+    if dlse:
+        given["dlse"] = random(*lse.shape, seed=6)
+    wrt = asked(rules) if wrt is None else wrt
+    expected = verify_gradients.expect(do, q, k, v, dlse=given["dlse"], wrt=wrt, **plain)
+    got = gradients(on, kernel, given, wrt, rules)
+    again = gradients(on, kernel, given, wrt, rules)
+    faults = expected.faults(got)
+    assert not faults, faults
+    for x, y in zip(got, again, strict=True):
+        assert x is None or x.tobytes() == y.tobytes(), "another run gives other bits"
+
+
+DIMS = [(row.kernel, row.dims, row.dtypes[0]) for row in ROWS if row.dims not in [(512, 512)]]
+FEW = [
+    ("bwd_sm90", (64, 64), HALF), ("bwd_sm90", (128, 128), BRAIN), ("bwd_sm80", (192, 128), HALF),
+    ("bwd_sm80", (256, 256), BRAIN), ("bwd_sm80", (128, 128), SINGLE), ("bwd_sm80", (40, 72), HALF),
+]  # fmt: skip
+
+
+@each("kernel, dims, dtype", [*DIMS, ("bwd_sm80", (40, 72), HALF)], emulated=FEW)
+def test_head_dims(on: Place, kernel: str, dims: tuple[int, int], dtype: str) -> None:
+    sizes = {"seqlen": 150, "seqlen_kv": 200, "dtype": dtype_of(dtype)}
+    check(on, kernel, sizes | {"head_dim": dims[0], "head_dim_v": dims[1]}, {"causal": True})
+
+
+def dtype_of(name: str) -> Any:
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16 if name == BRAIN else np.dtype(name)
+
+
+LENGTHS = [
+    (1, 1), (1, 63), (64, 64), (65, 63), (63, 65), (127, 129), (129, 127), (192, 64), (1, 200),
+    (200, 1), (0, 5), (5, 0),
+]  # fmt: skip
+
+
+@each("kernel", BACKWARD_KERNELS)
+@each("lengths", LENGTHS)
+@each("causal", [False, True, "top-left"])
+def test_lengths(on: Place, kernel: str, lengths: tuple[int, int], causal: Any) -> None:
+    sizes = {"seqlen": lengths[0], "seqlen_kv": lengths[1], "dtype": np.dtype(HALF), "batch": 2}
+    check(on, kernel, sizes, {"causal": causal} if causal else {}, dlse=True)
+
+
+S, T = 90, 130
+EXTRAS: dict[str, Rules] = {
+    "none": {},
+    "window": {"window": (20, 9)},
+    "window and causal": {"window": (30, -1), "causal": True},
+    "softcap": {"softcap": 1.5},
+    "slopes": {"alibi_slopes": random(HEADS, seed=8) * FLOAT32.type(0.1), "causal": True},
+    "slopes of batches": {"alibi_slopes": random(2, HEADS, seed=8) * FLOAT32.type(0.1)},
+    "bias": {"bias": random(2, HEADS, S, T, seed=9, dtype=HALF)},
+    "bias of all batches": {"bias": random(1, HEADS, S, T, seed=9), "causal": True},
+    "bias of keys": {"bias": random(HEADS, 1, T, seed=9), "softcap": 2.0},
+    "bias of queries": {"bias": random(2, 1, S, 1, seed=9, dtype=HALF)},
+    "one bias": {"bias": random(1, seed=9)},
+    "sink": {"sink": random(HEADS, seed=10), "causal": True},
+    "score_mod": {"score_mod": BENT},
+    "score_mod and bias": {"score_mod": BENT, "bias": random(S, T, seed=9)},
+    "mask": {"mask": np.random.default_rng(7).random((2, HEADS, S, T)) > 0.4},
+    "mask_mod": {"mask_mod": THIRDS, "window": (60, -1)},
+    "all": {
+        "softcap": 2.0, "alibi_slopes": random(HEADS, seed=8) * FLOAT32.type(0.1),
+        "bias": random(S, T, seed=9), "sink": random(HEADS, seed=10), "score_mod": BENT,
+        "mask": np.random.default_rng(7).random((S, T)) > 0.4, "mask_mod": THIRDS, "causal": True,
+    },
+}  # fmt: skip
+NOT_ON_HOPPER = ("mask", "mask_mod", "all")
+
+
+@each("kernel", BACKWARD_KERNELS)
+@each("name", EXTRAS)
+def test_rules(on: Place, kernel: str, name: str) -> None:
+    if kernel == "bwd_sm90" and name in NOT_ON_HOPPER:
+        kernel = "bwd_sm80"
+    sizes = {"seqlen": S, "seqlen_kv": T, "dtype": np.dtype(HALF), "batch": 2, "head_dim": 32}
+    check(on, kernel, sizes | {"head_dim_v": 32}, EXTRAS[name])
+
+
+@each("dtype", [HALF, SINGLE])
+@each("causal", [False, True, "top-left"])
+def test_packed_batches(on: Place, dtype: str, causal: Any) -> None:
+    lengths = ((0, 5), (33, 0), (40, 70), (1, 1), (0, 0), (20, 90))
+    starts_q, starts_k = (np.cumsum([0, *x]).astype(np.int32) for x in zip(*lengths, strict=True))
+    rules = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "causal": causal}
+    q = random(starts_q[-1], HEADS, 40, dtype=dtype, seed=1)
+    k, v = (random(starts_k[-1], 2, 40, dtype=dtype, seed=n) for n in (2, 3))
+    o, lse = attention(q, k, v, return_lse=True, **rules)
+    do = random(*o.shape, dtype=dtype, seed=5)
+    given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
+    expected = verify_gradients.expect(do, q, k, v, **rules)
+    got = gradients(on, "bwd_sm80", given, ("q", "k", "v"), rules)
+    faults = expected.faults(got)
+    assert not faults, faults
+
+
+def test_rows_of_no_sequence_get_zeros(on: Place) -> None:
+    starts = np.array([3, 40, 40, 90], np.int32)
+    q, k, v = (random(100, 2, 32, dtype=HALF, seed=n) for n in range(3))
+    rules = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    inside = slice(3, 90)
+    whole = {name: x - 3 for name, x in rules.items()}
+    o, lse = np.zeros_like(q), np.full((2, 100), -np.inf, np.float32)
+    o[inside], lse[:, inside] = attention(q[inside], k[inside], v[inside], return_lse=True, **whole)
+    do = random(*o.shape, dtype=HALF, seed=5)
+    given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
+    with unchecked_boundaries():
+        got = gradients(on, "bwd_sm80", given, ("q", "k", "v"), rules)
+    expected = attention_backward(
+        *(given[name][inside] for name in ("do", "q", "k", "v", "o")), lse[:, inside], **whole
+    )
+    for x, y in zip(got[:3], expected[:3], strict=True):
+        assert not x[:3].any() and not x[90:].any()
+        np.testing.assert_allclose(x[inside].astype("f4"), y.astype("f4"), atol=4e-3)
+
+
+@each("kernel", BACKWARD_KERNELS)
+@each("accumulate", [False, True])
+def test_float32_results(on: Place, kernel: str, accumulate: bool) -> None:
+    runs(on, kernel)
+    q, k, v = operands(HEADS, 2, 90, 130, 64, 64, dtype=np.dtype(HALF))
+    o, lse = attention(q, k, v, return_lse=True)
+    do = random(*o.shape, dtype=HALF, seed=5)
+    given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
+    plain = gradients(on, kernel, given, ("q", "k", "v"), {})
+    before = {f"d{n}": random(*x.shape, seed=7) for n, x in (("q", q), ("k", k), ("v", v))}
+    out = {n: on.xp.asarray(x.copy()) for n, x in before.items()}
+    got = gradients(on, kernel, given, ("q", "k", "v"), {}, out=out, accumulate=accumulate)
+    for name, start in before.items():
+        change = getattr(got, name) - (start if accumulate else 0)
+        np.testing.assert_allclose(change, getattr(plain, name).astype("f4"), rtol=2e-3, atol=2e-3)
+
+
+@each("head_dim", [64, 128])
+@each("rules", [{}, {"causal": True}, {"window": (30, 20), "softcap": 2.0}])
+def test_sums_in_any_order(on: Place, head_dim: int, rules: Rules) -> None:
+    """Where bits may differ, one kernel computes dq, too."""
+    runs(on, "bwd_sm90")
+    q, k, v = operands(HEADS, 2, 150, 200, head_dim, head_dim, 2, np.dtype(HALF))
+    o, lse = attention(q, k, v, return_lse=True, **rules)
+    do = random(*o.shape, dtype=HALF, seed=5)
+    given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
+    expected = verify_gradients.expect(do, q, k, v, **rules)
+    got = gradients(on, "bwd_sm90", given, ("q", "k", "v"), rules, deterministic=False)
+    faults = expected.faults(got)
+    assert not faults, faults
+
+
+@each("dtype", [HALF, SINGLE])
+def test_what_nobody_sees_may_hold_nan(on: Place, dtype: str) -> None:
+    """Hidden keys, queries that see none, and rows behind the last that counts."""
+    q, k, v = operands(2, 1, 70, 90, 32, 32, dtype=np.dtype(dtype))
+    mask = np.random.default_rng(3).random((1, 2, 70, 90)) > 0.3
+    mask[..., 20:25], mask[..., 7, :] = False, False
+    rules = {"mask": mask, "window": (-1, 10)}
+    o, lse = attention(q, k, v, return_lse=True, **rules)
+    do = random(*o.shape, dtype=dtype, seed=5)
+    clean = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
+    dirty = {name: x if x is None else x.copy() for name, x in clean.items()}
+    for name in ("k", "v"):
+        dirty[name][:, :, 20:25] = np.nan
+    for name in ("q", "do"):
+        dirty[name][:, :, 7] = np.nan
+    for x, y in zip(
+        gradients(on, "bwd_sm80", clean, ("q", "k", "v"), rules)[:3],
+        gradients(on, "bwd_sm80", dirty, ("q", "k", "v"), rules)[:3],
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
