@@ -14,10 +14,13 @@ import pytest
 
 from flashcore_cupy import attention
 from flashcore_cupy.attention import plan
+from flashcore_cupy.backward import attention_backward, plan_backward
+from flashcore_cupy.check import verify_gradients
 from flashcore_cupy.cpu.reference import compare, make_inputs, naive, oracle
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.launch import workspace
 from flashcore_cupy.problem import varlen
+from flashcore_cupy.problem.gradients import Gradients
 
 MODES = ("Global", "ThreadLocal", "Relaxed")
 # A call whose blocks ask a counter for work, and one whose parts of the keys meet in memory.
@@ -189,6 +192,67 @@ def test_other_allocators(name: str, sizes: Any) -> None:
         gc.collect()
         workspace._areas.clear()
         cupy.cuda.Device().synchronize()
+
+
+def check_gradients(got: Gradients, host: dict[str, np.ndarray], **rules: Any) -> None:
+    operands = (host[name] for name in ("do", "q", "k", "v"))
+    on_host = Gradients(*(None if x is None else x.get() for x in got))
+    faults = verify_gradients.expect(*operands, **rules).faults(on_host)
+    assert not faults, faults
+
+
+def gradient_inputs(seed: int) -> dict[str, np.ndarray]:
+    host = dict(zip("qkv", inputs((2, 4, 90, 130), seed), strict=True))
+    o, lse = attention(*host.values(), causal=True, return_lse=True)
+    do = np.random.default_rng((seed, 5)).standard_normal(o.shape).astype(o.dtype)
+    return host | {"do": do, "o": o, "lse": lse}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("planned", [False, True])
+def test_gradients_are_captured(mode: str, planned: bool) -> None:
+    """A call with all that it allocates, and a plan, which allocates nothing when launched."""
+    import cupy
+
+    first, second = gradient_inputs(0), gradient_inputs(1)
+    arrays = {name: cupy.asarray(x) for name, x in first.items()}
+    bound = plan_backward(**arrays, causal=True) if planned else None
+    pool = cupy.get_default_memory_pool()
+    with captured(mode) as result:
+        before = pool.used_bytes()
+        if bound is not None:
+            bound.launch()
+            got = bound.gradients
+            assert pool.used_bytes() == before
+        else:
+            got = attention_backward(**arrays, causal=True)
+    assert nodes(result) == 3
+    for host in (first, second, first):
+        for name, array in arrays.items():
+            array.set(host[name])
+        replay(result)
+        check_gradients(got, host, causal=True)
+
+
+@pytest.mark.parametrize("name", ["async", "async pool", "own"])
+def test_what_graphs_owned_is_freed_during_the_next_capture(name: str) -> None:
+    import cupy
+
+    host = inputs(SIZES["split"], 0)
+    arrays = [cupy.asarray(x) for x in host]
+    with cupy.cuda.using_allocator(allocators()[name]), captured() as result:
+        attention(*arrays)
+    del result
+    gc.collect()
+    end = time.monotonic() + 10  # the driver tells it from a thread of its own
+    while not captures._gone and time.monotonic() < end:
+        time.sleep(0.01)
+    assert captures._gone
+    with captured("Global") as result:
+        o = attention(*arrays)
+        assert not captures._gone
+    replay(result)
+    check(o, host)
 
 
 def test_lists_and_boundaries_of_the_host_are_captured() -> None:

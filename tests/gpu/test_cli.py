@@ -21,6 +21,10 @@ def test_explain_is_the_librarys_own() -> None:
     options = ("--layout", "bshd", "--causal", "--window", "99", "0")
     shown = invoke("explain", *options).stdout
     assert " ".join(shown.split()) == " ".join(said.split())
+    o, lse = flashcore_cupy.attention(q, k, v, layout="bshd", causal=True, return_lse=True)
+    said = flashcore_cupy.explain_backward(q, q, k, v, o, lse, layout="bshd", causal=True)
+    shown = invoke("explain", "--backward", "--layout", "bshd", "--causal").stdout
+    assert " ".join(shown.split()) == " ".join(said.split())
 
 
 # --- on a GPU ----------------------------------------------------------------------------------
@@ -36,6 +40,17 @@ def test_commands_on_a_gpu(tmp_path: Path) -> None:
     assert data["rungs"][0]["speedup"] == 1
     assert json_of("selftest", "--quick", "--output", str(results))["failed"] == 0
     assert json.loads(results.read_text())["emulated"] is False
+
+
+def test_the_backward_pass_on_a_gpu() -> None:
+    data = json_of("run", "--backward", "--causal", "--iters", "5")
+    assert data["ok"] and data["graph"]["median_us"] < data["call"]["median_us"] * 2
+    assert data["tflops"] > 0 and data["builds"][0]["source"] == "bwd_rows.cu"
+    for name in ("q", "k"):
+        assert json_of("run", "--backward", "--gate", "ds", "--wrt", name, "--iters", "2")["ok"]
+    data = json_of("ladder", "--backward", "--S", "300", "--Dv", "32", "--iters", "5")
+    able = [rung for rung in data["rungs"] if not rung["refused"]]
+    assert able and all(rung["correct"] and rung["latency_us"] > 0 for rung in able)
 
 
 def test_the_ladder_runs_rules_on_a_gpu() -> None:

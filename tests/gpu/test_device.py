@@ -255,3 +255,35 @@ def test_a_long_batch_beyond_2_to_31_elements() -> None:
     _, expected = reference.oracle(*few, causal=True)
     np.testing.assert_allclose(cupy.asnumpy(lse[places]), expected, atol=1e-3)
     assert not o[1].any() and not o[batch - 2].any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])  # with tensor maps in the backward, and without
+def test_calls_in_a_thread_where_nothing_has_asked_the_runtime(head_dim: int) -> None:
+    """The driver has no context there, and memory comes from pools, which ask for none."""
+    import cupy
+
+    shape = {"batch": 1, "heads": 2, "seqlen": 100, "head_dim": head_dim}
+    q, k, v = (cupy.asarray(x) for x in reference.make_inputs("normal", seed=0, **shape))
+
+    def calls() -> list[Any]:
+        o, lse = flashcore_cupy.attention(q, k, v, causal=True, return_lse=True)
+        return [o, *flashcore_cupy.attention_backward(o, q, k, v, o, lse, causal=True)[:3]]
+
+    def both() -> list[Any]:
+        return calls() + calls()  # the second time from the launch cache
+
+    want = both()
+    both()  # the pools have what comes now
+    bound = plan(q, k, v, causal=True)
+    bound.launch()
+    cupy.cuda.Device().synchronize()
+    found: list[list[Any]] = []
+    for run in (both, both, lambda: (bound.launch(), calls())[1]):
+        thread = threading.Thread(target=lambda run=run: found.append(run()))
+        thread.start()
+        thread.join()
+        found[-1] = [x.get() for x in found[-1]]
+    assert len(found) == 3
+    for got in found:
+        for x, y in zip(got, want, strict=False):
+            assert (x == y.get()).all()

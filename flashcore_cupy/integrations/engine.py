@@ -1,0 +1,223 @@
+"""What torch's operators and JAX's handlers compute, on NumPy or CuPy arrays.
+
+Both hand over arrays by their names and the other arguments as text, for that is what their graphs
+can hold. Where something is mapped over, all arrays have the mapped axes in front.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from flashcore_cupy.problem import interop
+from flashcore_cupy.problem.gradients import INPUTS, Gradients
+from flashcore_cupy.problem.rules import RULES
+from flashcore_cupy.select.backward import BACKWARD_KERNELS
+
+Arrays = dict[str, Any]
+Shape = tuple[int, ...]
+Options = str | Mapping[str, Any]
+"""What a call has besides arrays, by name; as text where a graph is to hold it."""
+
+#: Numbers per head, which are taken as float32, and all that may be arrays besides q, k, v.
+PER_HEAD = tuple(rule.name for rule in RULES if rule.takes == "numbers per head")
+OTHERS = (
+    *(rule.name for rule in RULES if rule.takes in ("array", "numbers per head")),
+    *("cu_seqlens_q", "cu_seqlens_k"),
+)
+_MOD_ARG = "mod_args."
+#: What neither a gradient nor a trace can have.
+_REFUSED = {
+    "out": "it is written in place, which has no gradient; leave it out, use the result",
+    "stream": "work is ordered by who differentiates or traces; leave it out",
+    "gate": "what a gate returns has no gradient; leave it out",
+}
+#: How many axes an array has, a batch's before them, where these are not four.
+_AXES = {name: 2 for name in PER_HEAD} | {"lse": 3, "dlse": 3}
+
+_functions: dict[str, Callable[..., Any]] = {}
+_kept_functions: list[Callable[..., Any]] = []
+
+
+def connect(attention: Callable[..., Any], attention_backward: Callable[..., Gradients]) -> None:
+    """Say which functions compute, which are of the layer above."""
+    _functions.update(attention=attention, attention_backward=attention_backward)
+
+
+def split(arguments: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+    """A call's arguments besides q, k and v: those that may be arrays, and the others.
+
+    Raises ``ValueError`` for what means nothing here, ``TypeError`` for mod_args without names.
+    """
+    given = {name: x for name, x in arguments.items() if x is not None}
+    for name, why in _REFUSED.items():
+        if name in given:
+            raise ValueError(f"{name}: {why}")
+    arrays = {name: given.pop(name) for name in OTHERS if name in given}
+    mod_args = given.pop("mod_args", {})
+    if not isinstance(mod_args, Mapping):
+        raise TypeError(f"mod_args: got {type(mod_args).__name__}; use a dict of names and arrays")
+    arrays |= {f"{_MOD_ARG}{name}": x for name, x in mod_args.items()}
+    return arrays, given
+
+
+def label(name: str) -> str:
+    """How a message calls an array."""
+    mod_arg = name.removeprefix(_MOD_ARG)
+    return name if mod_arg == name else f"mod_args[{mod_arg!r}]"
+
+
+def has_gradient(name: str) -> bool:
+    """Whether an array has one."""
+    return name in INPUTS
+
+
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with numbers for arrays of one; ``TypeError`` for one that has a gradient."""
+    return {name: interop.plain_number(name, x) for name, x in options.items()}
+
+
+def encode(options: Mapping[str, Any], *, keep_functions: bool = False) -> str:
+    """Options as text; ``TypeError`` if one cannot be written.
+
+    Functions can where they are kept, as long as the process lives.
+    """
+    functions = {name: x for name, x in options.items() if callable(x) and keep_functions}
+    kept = {name: {"function": _kept(x)} for name, x in functions.items()}
+    return json.dumps({**options, **kept}, default=_plain)
+
+
+def _kept(function: Any) -> int:
+    """The number of a function."""
+    if function not in _kept_functions:
+        _kept_functions.append(function)
+    return _kept_functions.index(function)
+
+
+def attention(*args: Any, **arguments: Any) -> Any:
+    """The function itself."""
+    return _functions["attention"](*args, **arguments)
+
+
+def output_shapes(q: Shape, v: Shape, names: Iterable[str], options: Options) -> list[Shape]:
+    """The shapes of the output and of the log-sum-exp."""
+    rows = q[:-1]
+    if "cu_seqlens_q" in names or _decoded(options).get("layout") == "bshd":
+        rows = (*q[:-3], q[-2], q[-3])
+    return [(*q[:-1], v[-1]), rows]
+
+
+def forward(options: Options, arrays: Arrays, out: Any = None) -> tuple[Any, Any]:
+    """The output, in ``out`` if that is given and nothing is mapped over, and the log-sum-exp."""
+    given = _decoded(options)
+    given.pop("deterministic", None)
+
+    def call(arrays: Arrays, out: Any = None) -> tuple[Any, Any]:
+        o, lse = _functions["attention"](**keywords(arrays), **given, return_lse=True, out=out)
+        return o, lse
+
+    if not (axes := _mapped_axes(arrays)):
+        return call(arrays, out)
+    shapes = output_shapes(arrays["q"].shape, arrays["v"].shape, arrays, options)
+    o, lse = _mapped(call, arrays, axes, shapes, given)
+    return o, lse
+
+
+def backward(
+    options: Options, wrt: tuple[str, ...], arrays: Arrays, out: Any = None
+) -> tuple[Any, ...]:
+    """The gradients of ``wrt``, in ``out`` if that is given and nothing is mapped over."""
+    given = _decoded(options)
+    # The names of kernels are the forward's, and so are the fields of their rows.
+    kernel, _ = given.pop("kernel", "auto"), given.pop("config", None)
+    if kernel != "auto" and isinstance(arrays["q"], np.ndarray):
+        *_, given["kernel"] = BACKWARD_KERNELS  # emulated as well, by the one for all problems
+
+    def call(arrays: Arrays, out: Any = None) -> tuple[Any, ...]:
+        found = _functions["attention_backward"](**keywords(arrays), **given, wrt=wrt, out=out)
+        return tuple(getattr(found, f"d{name}") for name in wrt)
+
+    if not (axes := _mapped_axes(arrays)):
+        return call(arrays, out)
+    return _mapped(call, arrays, axes, [arrays[name].shape for name in wrt], given)
+
+
+def _mapped_axes(arrays: Arrays) -> int:
+    return max(0, int(arrays["q"].ndim) - (3 if "cu_seqlens_q" in arrays else 4))
+
+
+def _mapped(
+    call: Callable[[Arrays], tuple[Any, ...]],
+    arrays: Arrays,
+    axes: int,
+    shapes: list[Shape],
+    options: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """A call over the leading axes: they become a part of the batch; or one after the other."""
+    sizes = arrays["q"].shape[:axes]
+    count = math.prod(sizes)
+    flat = {name: x.reshape(count, *x.shape[axes:]) for name, x in arrays.items()}
+    folded = _folded(flat, options)
+    if folded is not None:
+        results = call(folded)
+    else:
+        each = [call({name: x[n] for name, x in flat.items()}) for n in range(count)]
+        xp = np if isinstance(arrays["q"], np.ndarray) else _cupy()
+        results = tuple(xp.stack(x) for x in zip(*each, strict=True))
+    return tuple(x.reshape(shape) for x, shape in zip(results, shapes, strict=True))
+
+
+def _folded(flat: Arrays, options: Mapping[str, Any]) -> Arrays | None:
+    """Arrays (N, B, ...) as (N * B, ...); None where that would be another problem.
+
+    As for rules that know a batch by its number, and for arrays that all of a batch share.
+    """
+    if "sink" in flat or "cu_seqlens_q" in flat or {"score_mod", "mask_mod"} & options.keys():
+        return None
+    folded = {}
+    batch = flat["q"].shape[1]
+    for name, x in flat.items():
+        count, *shape = x.shape
+        shape = [*(1,) * (_AXES.get(name, 4) - len(shape)), *shape]
+        if shape[0] != batch:
+            return None
+        folded[name] = x.reshape(count * batch, *shape[1:])
+    return folded
+
+
+def keywords(arrays: Arrays) -> Arrays:
+    """Arrays as arguments: with mod_args."""
+    mod_args = {n.removeprefix(_MOD_ARG): x for n, x in arrays.items() if n.startswith(_MOD_ARG)}
+    others = {name: x for name, x in arrays.items() if not name.startswith(_MOD_ARG)}
+    return others | {"mod_args": mod_args} if mod_args else others
+
+
+def _decoded(options: Options) -> dict[str, Any]:
+    return dict(_read(options) if isinstance(options, str) else options)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(text: str) -> dict[str, Any]:
+    options: dict[str, Any] = json.loads(text)
+    for name, x in options.items():
+        if isinstance(x, dict) and "function" in x:
+            options[name] = _kept_functions[x["function"]]
+    return options | ({"window": tuple(options["window"])} if "window" in options else {})
+
+
+def _plain(x: Any) -> Any:
+    """NumPy's numbers and truths as Python's."""
+    if isinstance(x, np.generic):
+        return x.item()
+    raise TypeError(f"{type(x).__name__} cannot be written as text")
+
+
+def _cupy() -> Any:
+    import cupy
+
+    return cupy
