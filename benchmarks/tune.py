@@ -65,7 +65,7 @@ from flashcore_cupy.cli.tables import clean, console, kib, progress, significant
 from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
-from flashcore_cupy.measure.job import problem_json, to_gpu
+from flashcore_cupy.measure.problems import problem_json, to_gpu
 from flashcore_cupy.problem.attention_problem import DTYPES, AttentionProblem, contiguous_problem
 from flashcore_cupy.select import selector
 from flashcore_cupy.select.config import KernelConfig, Tile

@@ -418,5 +418,5 @@ def compile_ahead(calls: Iterable[Call], on_done: builds.OnDone | None = None) -
     for call in calls:
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             chosen = selector.select(problem_of(call), arch, kernel=call.kernel)
-            wanted |= dict.fromkeys(selector.configs_of(chosen))
+            wanted |= dict.fromkeys(chosen.configs)
     builds.build_each([(config, arch) for config in wanted], on_done)

@@ -34,12 +34,12 @@ from flashcore_cupy.cli.options import (
 )
 from flashcore_cupy.cli.output import json_text, report
 from flashcore_cupy.cli.progress import Steps, orderly_end
+from flashcore_cupy.cli.run_page import run_table
 from flashcore_cupy.cpu.emulator import build
 from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import cache, compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure import job, ladder
-from flashcore_cupy.select import registry
 
 #: A call of more operations takes NumPy seconds, at the least; and a kernel, emulated.
 _LONG_FLOPS, _LONG_EMULATED = 5e10, 5e9
@@ -95,20 +95,20 @@ def run_command(
 ) -> None:
     """Run one kernel on random inputs, check it against float64, and time it.
 
-    Without a GPU, the kernel is emulated and not timed; without a C++ compiler, too, NumPy runs in
-    its place. "ran" in the JSON says which of them did. Exit code 1: the check failed, or the
-    kernel does not compile. 2: bad input.
+    With --backward, the kernels of the gradients of q, k and v. Without a GPU, kernels are emulated
+    and not timed; without a C++ compiler, too, NumPy runs in their place. "ran" in the JSON says
+    which of them did. Exit code 1: the check failed, or a kernel does not compile. 2: bad input.
     """
     target = target_of(arch)
     options = job.Options(kernel, overrides_of(changes), seed, warmup, iters, graph, emulate)
     with bad_input():
-        problem = job.problem_of(**asked)
-        selection = job.choose(problem, target, options)
-        job.check_memory(problem)
-    _note_what_runs(emulate, "the job runs on NumPy arrays", problem.flops)
+        wanted = job.pass_of(**asked)
+        choice = job.choose(wanted, target, options)
+        wanted.check_memory()
+    _note_what_runs(emulate, "the job runs on NumPy arrays", wanted.flops)
     with Steps() as steps:
-        result = job.run(problem, selection, target, options, steps.phase)
-    report(as_json, result.to_json(), lambda _: tables.run_table(result))
+        result = job.run(wanted, choice, target, options, steps.phase)
+    report(as_json, result.to_json(), lambda _: run_table(result))
     if not result.check.ok:
         raise click.exceptions.Exit(1)
 
@@ -132,16 +132,16 @@ def explain_command(
     target = target_of(arch, gpu_decides=arch is None)
     options = job.Options(kernel, overrides_of(changes))
     with bad_input():
-        problem = job.problem_of(**asked)
-        selection = job.choose(problem, target, options)
+        wanted = job.pass_of(**asked)
+        choice = job.choose(wanted, target, options)
     data = {
-        "problem": job.problem_json(problem),
+        "problem": wanted.to_json(),
         "arch": target,
-        "kernel": selection.kernel.name,
-        "config": selection.config.describe(),
-        "passed_over": dict(selection.passed_over),
+        "kernel": choice.name,
+        "config": choice.describe(),
+        "passed_over": dict(choice.passed_over),
     }
-    report(as_json, data, lambda _: tables.explanation(selection, target))
+    report(as_json, data, lambda _: tables.explanation(choice, target))
 
 
 @main.command("ladder")
@@ -213,15 +213,15 @@ def _climb(
     emulate = asked.pop("emulate")
     target = target_of(arch)
     with bad_input():
-        problem = job.problem_of(**asked)
+        wanted = job.pass_of(**asked)
         if compiler.no_gpu_reason() is None or emulate:  # else no array is made
-            job.check_memory(problem)
+            wanted.check_memory()
     if compiler.no_gpu_reason() is not None:
-        flops = problem.flops * len(registry.KERNELS) if emulate else 0
+        flops = wanted.flops * len(wanted.ladder) if emulate else 0
         _note_what_runs(emulate, "kernels are compiled, not run", flops)
     with orderly_end(), Steps() as steps:
         return ladder.climb(
-            problem,
+            wanted,
             target,
             baselines=baselines,
             emulate=emulate and build.why_not() is None,
@@ -252,7 +252,7 @@ def _read_ladder(source: Path, baselines: tuple[ladder.Baseline, ...]) -> ladder
 def selftest_command(quick: bool, output: Path | None, as_json: bool) -> None:
     """Check every kernel: dtypes, head dims, shapes, views, gates, rules.
 
-    Without a GPU kernels are emulated. On 2 cores that takes about 10 minutes with --quick and an
+    Without a GPU kernels are emulated. On 2 cores that takes about 6 minutes with --quick and an
     hour without, and a quarter of it once all is in the cache. Exit code 1: a case failed, or there
     is neither a GPU nor a C++ compiler.
     """
@@ -291,7 +291,7 @@ class _Warmup(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         counts = (
-            f"{len(list(builds.table_configs(registry.KERNELS, arch)))} for {arch}"
+            f"{len(list(builds.table_configs(builds.KERNELS, arch)))} for {arch}"
             for arch in targets.TARGETS
         )
         formatter.write_paragraph()
@@ -314,7 +314,7 @@ class _Warmup(click.Command):
 @click.option(
     "--kernel",
     "kernels",
-    type=click.Choice(tuple(registry.KERNELS)),
+    type=click.Choice(builds.KERNELS),
     multiple=True,
     help="Only this kernel; may be repeated.",
 )
@@ -328,7 +328,7 @@ def warmup_command(
     """
     every = targets.TARGETS if everything else (target_of(None),)
     chosen = tuple(dict.fromkeys(archs or every))
-    names = tuple(dict.fromkeys(kernels or registry.KERNELS))
+    names = tuple(dict.fromkeys(kernels or builds.KERNELS))
     for arch in chosen:
         check_arch(arch)
     wanted = [(c, arch) for arch in chosen for c in builds.table_configs(names, arch)]

@@ -23,6 +23,7 @@ from flashcore_cupy.cli.options import (
 from flashcore_cupy.cli.output import report
 from flashcore_cupy.cli.plots import describe_problem
 from flashcore_cupy.cli.progress import Steps
+from flashcore_cupy.cli.run_page import check_text
 from flashcore_cupy.cuda import targets
 from flashcore_cupy.measure import emulation, job
 
@@ -77,12 +78,12 @@ def emulate_command(
     check_arch(target)
     options = job.Options(kernel, overrides_of(changes), seed)
     with bad_input():
-        problem = job.problem_of(**asked)
-        job.choose(problem, target, options)
-        job.check_memory(problem)
+        wanted = job.pass_of(**asked)
+        job.choose(wanted, target, options)
+        wanted.check_memory()
     with Steps() as steps:
         result = emulation.emulate(
-            problem,
+            wanted,
             target,
             options,
             schedules=schedules,
@@ -97,7 +98,7 @@ def emulate_command(
 def _page(result: emulation.Emulation) -> Group:
     table: Table = tables.grid()
     table.add_row("kernel", f"{result.kernel} for {result.machine.arch}: {result.config}")
-    problem = job.problem_json(result.problem)
+    problem = result.wanted.to_json()
     gate = f", gate {problem['gate']}" if problem["gate"] else ""
     table.add_row("problem", f"{describe_problem(problem)}{gate}, seed {result.seed}")
     last = result.seed + result.schedules - 1
@@ -108,5 +109,5 @@ def _page(result: emulation.Emulation) -> Group:
     if result.failure is not None:
         table.add_row("failed", Text(f"schedule of seed {last}\n{result.failure}", style="red"))
     if result.check is not None:
-        table.add_row("check", tables.check_text(result.check))
+        table.add_row("check", check_text(result.check))
     return Group(table)

@@ -16,15 +16,19 @@ from click.core import ParameterSource
 from flashcore_cupy.cuda import targets
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
+from flashcore_cupy.measure.backward import INPUTS
 from flashcore_cupy.problem.attention_problem import (
     DTYPES,
+    GATES,
     LAYOUTS,
     MAX_HEAD_DIM,
     MAX_SEQLEN,
     Causal,
 )
+from flashcore_cupy.problem.gradients import BACKWARD_GATES
 from flashcore_cupy.problem.values import shown
 from flashcore_cupy.select import registry
+from flashcore_cupy.select.backward import BACKWARD_KERNELS
 from flashcore_cupy.select.config import Tile
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -98,7 +102,7 @@ def _size(name: str, variable: str, help_text: str, **more: Any) -> Callable[[An
 
 
 def problem_options(command: Command) -> Command:
-    """Add what describes a problem: sizes, dtype, rules."""
+    """Add what describes a problem: sizes, dtype, rules, and which pass."""
     with_default: dict[str, Any] = {"show_default": True}
     options = (
         _size("--B", "batch", "Batch.", default=1, **with_default),
@@ -135,6 +139,19 @@ def problem_options(command: Command) -> Command:
             help="Order of the axes: (B, H, S, D) or (B, S, H, D).",
             **with_default,
         ),
+        click.option("--backward", is_flag=True, help="The gradients instead of the output."),
+        click.option(
+            "--wrt",
+            type=click.Choice(INPUTS),
+            multiple=True,
+            help="With --backward: only the gradient of this input; may be repeated. [q, k, v]",
+        ),
+        click.option(
+            "--deterministic/--no-deterministic",
+            default=True,
+            help="With --backward: the same bits each time, or sums in any order.",
+            **with_default,
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -143,15 +160,16 @@ def problem_options(command: Command) -> Command:
 
 def selection_options(command: Command) -> Command:
     """Add what chooses the kernel and its tile."""
-    names = ("auto", *registry.KERNELS)
+    names = ("auto", *registry.KERNELS, *BACKWARD_KERNELS)
     kernel = click.option("--kernel", type=click.Choice(names), default="auto", show_default=True)
     gate = click.option(
         "--gate",
-        type=click.Choice(("none", "qk", "softmax", "pv")),
+        type=click.Choice(("none", *filter(None, (*GATES, *BACKWARD_GATES)))),
         default="none",
         show_default=True,
         callback=lambda ctx, param, value: None if value == "none" else value,
-        help="Stop after a stage: scores, probabilities, or P V with uniform P.",
+        help="Stop after a stage: scores, probabilities, P V with uniform P; with --backward "
+        "after dP or dS, as the first of --wrt needs it.",
     )
     changes = click.option(
         "--set",

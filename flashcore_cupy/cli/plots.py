@@ -77,6 +77,10 @@ def describe_problem(problem: Any) -> str:
         parts.append(f"softcap {rules['softcap']:g}")
     if rules["layout"] != "bhsd":
         parts.append(str(rules["layout"]))
+    if "wrt" in problem:
+        named = "" if problem["wrt"] == ["q", "k", "v"] else f" for {', '.join(problem['wrt'])}"
+        order = "" if problem.get("deterministic", True) else ", sums in any order"
+        parts.append(f"backward{named}{order}")
     return " ".join(parts)
 
 

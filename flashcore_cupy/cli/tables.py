@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any, TextIO, cast
 
 from rich import box
@@ -21,16 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flashcore_cupy.check.doctor import Report
-from flashcore_cupy.check.verify import Check
 from flashcore_cupy.cli.plots import describe_problem
 from flashcore_cupy.cli.terminal import PIPE_COLUMNS, Output, columns_of
 from flashcore_cupy.jit.cache import CacheEntry
 from flashcore_cupy.launch.builds import Build
-from flashcore_cupy.measure.job import Result, problem_json
 from flashcore_cupy.measure.ladder import Ladder, Rung
-from flashcore_cupy.measure.timing import Timing
-from flashcore_cupy.select.registry import KERNELS
-from flashcore_cupy.select.selector import Selection
+from flashcore_cupy.measure.passes import Choice
+from flashcore_cupy.problem.attention_problem import DTYPES
 
 #: Columns in which every page of the command line has room for its figures.
 FEWEST_COLUMNS = 60
@@ -89,36 +87,6 @@ def clean(value: Any) -> Any:
     return value
 
 
-def run_table(result: Result) -> Group:
-    """What `run` prints."""
-    table = grid()
-    table.add_row("device", _device(result))
-    problem = problem_json(result.problem)
-    gate = f", gate {problem['gate']}" if problem["gate"] else ""
-    table.add_row("problem", f"{describe_problem(problem)}{gate}, seed {result.seed}")
-    table.add_row("kernel", _kernel(result))
-    for build in result.builds:
-        table.add_row("compiled", _compiled(build))
-    for build in result.builds:
-        for line in _resources(build):
-            table.add_row("resources", line)
-    if result.not_built is not None:
-        table.add_row("compiled", Text(f"nothing: {result.not_built}", style="yellow"))
-    table.add_row("check", check_text(result.check))
-    if result.graph is not None:
-        what = "kernel in a replayed CUDA graph, inputs warm in L2"
-        table.add_row("latency", _timing(result.graph, what))
-    if result.call is not None:
-        where = "per call from Python" if result.no_gpu is None else "per call, NumPy on the CPU"
-        table.add_row("latency", _timing(result.call, where))
-    if result.emulated_seconds is not None:
-        seconds = f"{significant(result.emulated_seconds)} s on the CPU"
-        table.add_row("emulated", f"in {seconds}, which tells nothing of its time on a GPU")
-    if result.tflops is not None:
-        table.add_row("rate", _rate(result))
-    return Group(table)
-
-
 def _table(words: Sequence[str], figures: Sequence[str], columns: int = PIPE_COLUMNS) -> Table:
     """A table of columns of words, and of figures, which are not cut."""
     padding = (0, 1, 0, 0) if columns >= _WIDE else 0
@@ -136,82 +104,6 @@ def grid() -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _device(result: Result) -> str:
-    machine = result.machine
-    versions = [f"CuPy {machine.cupy}" if machine.cupy else "", f"NVRTC {machine.nvrtc}"]
-    known = ", ".join(filter(None, versions if machine.nvrtc else versions[:1]))
-    if machine.gpu is None:
-        by = "emulated" if result.not_emulated is None else "NumPy arrays"
-        return f"CPU, {by}: {result.no_gpu}" + (f" ({known})" if known else "")
-    return f"{machine.gpu}, {machine.arch}, driver {machine.driver}, {known}"
-
-
-def _kernel(result: Result) -> str:
-    name = f"{result.kernel}: {result.config}"
-    if result.not_emulated is None or result.not_built:
-        return name
-    return f"{name} (built for {result.machine.arch}, not run)"
-
-
-def _compiled(build: Build) -> str:
-    seconds = f"{build.compile_seconds:.2f} s"
-    how = f"from the cache ({seconds} when it was compiled)" if build.from_cache else seconds
-    return f"{build.source} for {build.arch}: {how}"
-
-
-def _resources(build: Build) -> Iterable[Text]:
-    for name, entry in build.entries.items():
-        shared = build.dynamic_shared_bytes + entry.shared_bytes
-        text = (
-            f"{name}: {entry.registers} registers, {kib(shared)} KiB shared memory, "
-            f"{entry.spill_bytes} bytes spilled, {entry.local_bytes} bytes of stack"
-        )
-        yield Text(text, style="" if entry.spill_bytes + entry.local_bytes == 0 else "yellow")
-
-
-def check_text(check: Check) -> Text:
-    """Whether a result is right, and how far off it is."""
-    result = check.comparison
-    text = Text("ok" if check.ok else "FAILED", style="bold green" if check.ok else "bold red")
-    figures = (
-        f"  max error {result.max_error:.3g}, mean {result.mean_error:.3g}, "
-        f"allowed {result.allowed_error:.3g}, against float64"
-    )
-    if check.quantization_error is not None:
-        figures += f" on the quantised inputs; quantisation error {check.quantization_error:.3g}"
-    text.append(f"{figures}\n{check.rows_checked} of {check.rows_total} query rows of each head")
-    if not check.ok:
-        text.append(f"\n{check.reason}\n", style="red")
-        text.append(f"worst element: {_place(check)}", style="red")
-    return text
-
-
-def _place(check: Check) -> str:
-    worst = check.comparison.worst_index
-    if worst is None:
-        return "none"
-    b, h, row, column = worst
-    got, expected = check.comparison.worst_got, check.comparison.worst_expected
-    return f"b={b} h={h} query={row} column={column}: got {got:.6g}, expected {expected:.6g}"
-
-
-def _timing(timing: Timing, what: str) -> str:
-    if timing.samples == 1:
-        return f"{significant(timing.median_us)} us (1 x {timing.per_sample} calls): {what}"
-    p10, p90 = timing.p10_us, timing.p90_us
-    spread = f"p10 {significant(p10)}, p90 {significant(p90)}"
-    count = f"{timing.samples} x {timing.per_sample}"
-    return f"{significant(timing.median_us)} us median ({spread}; {count} calls): {what}"
-
-
-def _rate(result: Result) -> str:
-    rate = f"{result.tflops:.3g} TFLOP/s"
-    if result.share_of_peak is None or result.peak is None:
-        return rate if result.no_gpu is None else f"{rate} on the CPU"
-    share = f"{100 * result.share_of_peak:.3g} % of {result.peak.tflops:.0f}"
-    return f"{rate}, {share}, the peak computed from {result.peak.formula}"
 
 
 def ladder_table(ladder: Ladder, columns: int) -> Group:
@@ -265,7 +157,12 @@ def _ladder_notes(ladder: Ladder) -> Iterable[tuple[str, str]]:
         yield f"{baseline.name}: {significant(baseline.us)} us", ""
     if ladder.rows_checked is not None:
         rows = f"{ladder.rows_checked} of {ladder.problem['S']} query rows of each head"
-        yield f"error: max |o - float64 reference| over {rows}", "dim"
+        what = f"max |o - float64 reference| over {rows}"
+        if ladder.heads_checked is not None:
+            heads = ladder.problem["B"] * ladder.problem["Hkv"]
+            of = f"{ladder.heads_checked} of {heads} heads of k and v"
+            what = f"max |x - float64 reference| of the gradient nearest to its limit, over {of}"
+        yield f"error: {what}", "dim"
         if not ladder.emulated:
             yield "us: median in a replayed CUDA graph, inputs warm in L2", "dim"
 
@@ -294,8 +191,8 @@ def kib(count: int) -> str:
 def selftest_table(report: Mapping[str, Any]) -> Group:
     """What `selftest` prints: cases per kernel and dtype, then every failure."""
     table = _table(("kernel", "dtype"), ("passed", "failed", "worst error / allowed"))
-    order = [(name, dtype) for name, kernel in KERNELS.items() for dtype in kernel.dtypes]
-    for kernel, dtype in order:
+    kernels = dict.fromkeys(row["kernel"] for row in report["rows"])
+    for kernel, dtype in product(kernels, DTYPES):
         rows = [r for r in report["rows"] if (r["kernel"], r["dtype"]) == (kernel, dtype)]
         if not rows:
             continue
@@ -359,9 +256,9 @@ def _group_cells(group: Sequence[Build]) -> list[str]:
     ]
 
 
-def explanation(selection: Selection, arch: str) -> Group:
+def explanation(choice: Choice, arch: str) -> Group:
     """What `explain` prints: as ``flashcore_cupy.explain`` says it of arrays on a GPU."""
-    return Group(*map(Text, selection.explained(arch)))
+    return Group(*map(Text, choice.explained(arch)))
 
 
 def cache_table(folder: str, entries: list[CacheEntry]) -> Group:

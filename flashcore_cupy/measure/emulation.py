@@ -7,12 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flashcore_cupy.check import verify
-from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.machine import Machine, machine
 from flashcore_cupy.cpu.emulator.run import KernelError, Schedule
-from flashcore_cupy.measure.job import Options, emulated, problem_json
-from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.measure.job import Options
+from flashcore_cupy.measure.passes import Checked, Choice, Pass
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Emulation:
     """Everything that `emulate` shows."""
 
     machine: Machine
-    problem: AttentionProblem
+    wanted: Pass
     kernel: str
     config: str
     checking: bool
@@ -31,7 +29,7 @@ class Emulation:
     """Those that the kernel ran to the end, or until it failed."""
     failure: str | None
     """What the kernel did wrong; None if it came to its end each time."""
-    check: verify.Check | None
+    check: Checked | None
     """Of the last schedule; None if the kernel failed."""
     seconds: float
 
@@ -45,7 +43,7 @@ class Emulation:
         return {
             "ok": self.ok,
             "machine": self.machine.to_json(),
-            "problem": problem_json(self.problem),
+            "problem": self.wanted.to_json(),
             "kernel": self.kernel,
             "config": self.config,
             "checking": self.checking,
@@ -58,7 +56,7 @@ class Emulation:
 
 
 def emulate(
-    problem: AttentionProblem,
+    wanted: Pass,
     arch: str,
     options: Options,
     *,
@@ -71,28 +69,27 @@ def emulate(
     Raises ``jit.CompileError`` if it does not compile, ``RuntimeError`` without a C++ compiler.
     """
     on_phase("making inputs")
-    host = inputs(problem, options.seed)
-    bound = emulated(problem, host, arch, kernel=options.kernel, config=options.overrides)
+    trial = wanted.trial(options.seed)
+    bound = trial.emulated(arch, options.kernel, options.overrides)
+    choice: Choice = bound.selection
     on_phase("compiling the kernel for the CPU")
     bound.build(checking=checking)
     on_phase("what it should give, in float64")
-    known = None
-    if not bound.selection.kernel.quantizes:
-        known = verify.expect(problem, *host, tile=bound.selection.config.tile.block_m)
+    trial.expect(choice)
     check, failure, done, start = None, None, 0, time.perf_counter()
     while done < schedules and failure is None and (check is None or check.ok):
         seed, done = options.seed + done, done + 1
         on_phase(f"emulating, schedule {done} of {schedules}")
         try:
             bound.launch(Schedule.seeded(seed), checking=checking)
-            check = verify.check_plan(bound, *host, known=known)
+            check = trial.check(bound)
         except KernelError as error:
             check, failure = None, str(error)
     return Emulation(
         machine=machine(arch),
-        problem=problem,
-        kernel=bound.selection.kernel.name,
-        config=bound.selection.config.describe(),
+        wanted=wanted,
+        kernel=choice.name,
+        config=choice.describe(),
         checking=checking,
         seed=options.seed,
         schedules=done,

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from flashcore_cupy.attention import plan
-from flashcore_cupy.check import verify
-from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.machine import machine
 from flashcore_cupy.cpu.emulator.build import Source, build_libraries
 from flashcore_cupy.cpu.emulator.run import KernelError
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.launch import builds
-from flashcore_cupy.measure.job import arguments_of, emulated, in_layout, problem_json, to_gpu
+from flashcore_cupy.measure.passes import Checked, Choice, Pass, Trial
 from flashcore_cupy.measure.timing import Timing, time_graph
-from flashcore_cupy.problem.attention_problem import AttentionProblem
-from flashcore_cupy.problem.blocks import Array
-from flashcore_cupy.select import registry, selector
 
 #: What JSON has for the types of a rung's fields.
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -80,6 +73,8 @@ class Ladder:
     """Query rows of each head that were checked, of ``problem["S"]``."""
     emulated: bool = False
     """Whether the kernels ran on a CPU, which tells nothing of their latency."""
+    heads_checked: int | None = None
+    """Of gradients: heads of k and v, of all batches together, of which all rows were checked."""
 
     @property
     def ok(self) -> bool:
@@ -100,7 +95,8 @@ class Ladder:
                 data["problem"][name]  # what a page cannot do without
             data["machine"]["arch"]
             rows, is_emulated = data["rows_checked"], bool(data.get("emulated"))
-            return cls(data["problem"], data["machine"], rungs, baselines, rows, is_emulated)
+            heads = data.get("heads_checked")
+            return cls(data["problem"], data["machine"], rungs, baselines, rows, is_emulated, heads)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
 
@@ -117,7 +113,7 @@ def _rung_of(data: Mapping[str, Any]) -> Rung:
 
 
 def climb(
-    problem: AttentionProblem,
+    wanted: Pass,
     arch: str,
     *,
     iters: int = 100,
@@ -135,62 +131,63 @@ def climb(
     """
     announce = on_start or (lambda steps, words: None)
     step = on_step or (lambda words: None)
-    chosen = {name: _choose(problem, arch, kernel) for name, kernel in registry.KERNELS.items()}
-    rungs = _build(chosen, arch, announce, step)
+    chosen = {name: _choose(wanted, arch, name) for name in wanted.ladder}
+    rungs = _build(wanted, chosen, arch, announce, step)
     on_gpu = compiler.no_gpu_reason() is None
     emulate = emulate and not on_gpu
-    rows: int | None = None
+    extent: Mapping[str, int] = {}
     if on_gpu or emulate:
         announce(0, "making inputs and what they should give, in float64")
-        course = _Course.prepare(problem, seed)
-        rows = len(course.known.rows)
+        trial = wanted.trial(seed)
+        trial.expect()
+        extent = trial.extent
     if on_gpu:
         announce(len(rungs), "checking and timing")
-        rungs = [_measured(rung, course, iters, warmup, step) for rung in rungs]
+        rungs = [_measured(rung, trial, iters, warmup, step) for rung in rungs]
         rungs = _with_speedup(rungs)
     elif emulate:
-        rungs = _emulated(rungs, chosen, course, arch, announce, step)
+        rungs = _emulated(rungs, chosen, trial, arch, announce, step)
     return Ladder(
-        problem_json(problem) | {"seed": seed},
+        wanted.to_json() | {"seed": seed},
         machine(arch).to_json(),
         tuple(rungs),
         tuple(baselines),
-        rows,
-        emulate,
+        emulated=emulate,
+        **extent,
     )
 
 
-def _choose(
-    problem: AttentionProblem, arch: str, kernel: registry.Kernel
-) -> selector.Selection | ValueError:
+def _choose(wanted: Pass, arch: str, kernel: str) -> Choice | str:
+    """Its choice, or why it has none."""
     try:
-        return selector.Selection(kernel, selector.configure(problem, kernel, arch))
+        return wanted.choose(arch, kernel)
     except ValueError as error:
-        return error
+        return str(error).removeprefix(f"kernel {kernel!r}: ")
 
 
 def _build(
-    chosen: Mapping[str, selector.Selection | ValueError],
+    wanted: Pass,
+    chosen: Mapping[str, Choice | str],
     arch: str,
     announce: Callable[[int, str], None],
     step: Callable[[str], None],
 ) -> list[Rung]:
-    wanted = [
+    pairs = [
         (config, arch)
         for choice in chosen.values()
-        if isinstance(choice, selector.Selection)
-        for config in selector.configs_of(choice)
+        if not isinstance(choice, str)
+        for config in choice.configs
     ]
-    announce(len(wanted), "compiling")
-    made = iter(builds.build_each(wanted, lambda done: step(builds.what(done))))
+    announce(len(pairs), "compiling")
+    made = iter(builds.build_each(pairs, lambda done: step(builds.what(done))))
     rungs = []
     for name, choice in chosen.items():
-        rung = Rung(name, registry.KERNELS[name].idea)
-        if isinstance(choice, selector.Selection):
-            parts = [next(made) for _ in selector.configs_of(choice)]
-            rungs.append(_built(replace(rung, config=choice.config.describe()), parts))
+        rung = Rung(name, wanted.ladder[name])
+        if isinstance(choice, str):
+            rungs.append(replace(rung, refused=choice))
         else:
-            rungs.append(replace(rung, refused=str(choice)))
+            parts = [next(made) for _ in choice.configs]
+            rungs.append(_built(replace(rung, config=choice.describe()), parts))
     return rungs
 
 
@@ -208,28 +205,10 @@ def _built(rung: Rung, parts: Sequence[builds.Build | nvrtc.CompileError]) -> Ru
     )
 
 
-@dataclass(frozen=True)
-class _Course:
-    """The problem's arrays, and what they should give."""
-
-    host: tuple[Array, Array, Array]
-    problem: AttentionProblem
-    known: verify.Expectation
-
-    @classmethod
-    def prepare(cls, problem: AttentionProblem, seed: int) -> _Course:
-        host = inputs(problem, seed)
-        return cls(host, problem, verify.expect(problem, *host))
-
-    @functools.cached_property
-    def gpu(self) -> list[Any]:
-        return to_gpu(*in_layout(self.problem, *self.host))
-
-
 def _emulated(
     rungs: Sequence[Rung],
-    chosen: Mapping[str, selector.Selection | ValueError],
-    course: _Course,
+    chosen: Mapping[str, Choice | str],
+    trial: Trial,
     arch: str,
     announce: Callable[[int, str], None],
     step: Callable[[str], None],
@@ -238,8 +217,8 @@ def _emulated(
     wanted = [
         Source.of(config, arch)
         for choice in chosen.values()
-        if isinstance(choice, selector.Selection)
-        for config in selector.configs_of(choice)
+        if not isinstance(choice, str)
+        for config in choice.configs
     ]
     announce(len(wanted), "compiling for the CPU")
     build_libraries(wanted, step)
@@ -247,45 +226,44 @@ def _emulated(
     checked = []
     for rung in rungs:
         if not rung.refused:
-            rung = _launched_on_cpu(rung, course, arch)
+            rung = _launched_on_cpu(rung, trial, arch)
         checked.append(rung)
         step(rung.kernel)
     return checked
 
 
-def _launched_on_cpu(rung: Rung, course: _Course, arch: str) -> Rung:
-    bound = emulated(course.problem, course.host, arch, kernel=rung.kernel)
+def _launched_on_cpu(rung: Rung, trial: Trial, arch: str) -> Rung:
+    bound = trial.emulated(arch, rung.kernel)
     try:
         bound.launch()
     except (nvrtc.CompileError, KernelError) as error:
         return replace(rung, launches=False, failure=rung.failure or str(error))
-    return _judged(rung, verify.check_plan(bound, *course.host, known=course.known))
+    return _judged(rung, trial.check(bound))
 
 
 def _measured(
-    rung: Rung, course: _Course, iters: int, warmup: int, step: Callable[[str], None]
+    rung: Rung, trial: Trial, iters: int, warmup: int, step: Callable[[str], None]
 ) -> Rung:
     if rung.builds:
-        rung = _launched(rung, course, iters, warmup)
+        rung = _launched(rung, trial, iters, warmup)
     step(rung.kernel)
     return rung
 
 
-def _launched(rung: Rung, course: _Course, iters: int, warmup: int) -> Rung:
+def _launched(rung: Rung, trial: Trial, iters: int, warmup: int) -> Rung:
     import cupy
 
     try:
-        rules = arguments_of(course.problem)
-        bound = plan(*course.gpu, kernel=rung.kernel, return_lse=True, **rules)
+        bound = trial.on_gpu(rung.kernel)
         bound.launch()
         cupy.cuda.get_current_stream().synchronize()
     except (cupy.cuda.runtime.CUDARuntimeError, MemoryError) as error:
         return replace(rung, launches=False, failure=str(error))
-    rung = _judged(rung, verify.check_plan(bound, *course.host, known=course.known))
+    rung = _judged(rung, trial.check(bound))
     return _timed(rung, time_graph(bound, iters=iters, warmup=warmup))
 
 
-def _judged(rung: Rung, check: verify.Check) -> Rung:
+def _judged(rung: Rung, check: Checked) -> Rung:
     return replace(
         rung,
         launches=True,

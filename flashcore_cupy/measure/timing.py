@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from flashcore_cupy.select.backward_plan import BackwardPlan
     from flashcore_cupy.select.plan import Plan
 
 #: A timed sample is at least this long, so that the clock's resolution does not show.
@@ -110,7 +111,7 @@ def _sample(measure: Callable[[], float], iters: int, warmup: int, once_us: floa
     return samples
 
 
-def time_graph(plan: Plan, *, iters: int = 100, warmup: int = 10) -> Timing:
+def time_graph(plan: Plan | BackwardPlan, *, iters: int = 100, warmup: int = 10) -> Timing:
     """Time ``plan.launch()`` on the GPU: a CUDA graph of many launches, replayed.
 
     No Python and no launch call stands between the launches. The inputs stay the same, so that what

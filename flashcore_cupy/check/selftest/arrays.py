@@ -177,7 +177,7 @@ def described(case: Case) -> AttentionProblem:
         *specs,
         softmax_scale=case.softmax_scale,
         causal=case.causal,
-        gate=case.gate,
+        gate=case.gate,  # type: ignore[arg-type]
         layout=case.layout,
         sequences=len(case.lengths) or None,
         batch_invariant=case.batch_invariant,

@@ -22,7 +22,9 @@ from flashcore_cupy.problem.attention_problem import (
     contiguous_problem,
 )
 from flashcore_cupy.problem.blocks import Array
+from flashcore_cupy.problem.gradients import INPUTS, BackwardGate
 from flashcore_cupy.problem.rules import NO_RULES, RULES, Rules
+from flashcore_cupy.select.backward import BACKWARD_KERNELS
 
 View = Literal["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]
 
@@ -119,7 +121,7 @@ class Case:
 
     group: str
     kernel: str
-    """A name from the ladder, or "auto"."""
+    """A name from the ladder, or "auto"; or a kernel of the backward pass."""
     dtype: str = "float16"
     batch: int = 1
     heads: int = 2
@@ -129,7 +131,7 @@ class Case:
     head_dim: int = 64
     head_dim_v: int = 64
     causal: Causal = False
-    gate: Gate | None = None
+    gate: Gate | BackwardGate | None = None
     kind: InputKind = "normal"
     layout: Layout = "bhsd"
     view: View = "contiguous"
@@ -158,6 +160,26 @@ class Case:
     boundaries: Literal["host", "device"] = "host"
     """Where cu_seqlens lie."""
     batch_invariant: bool = False
+    only: str = ""
+    """Of a backward pass: the one input whose gradient is computed; "" for all that have one."""
+    deterministic: bool = True
+    """Of a backward pass: other launches give the same bits."""
+    dlse: bool = False
+    """The log-sum-exp has a gradient, too."""
+    stored: Literal["", "fp32", "added"] = ""
+    """Gradients are stored in their inputs' dtypes, or in float32, or added to what is there."""
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether it is one of the backward pass."""
+        return self.kernel in BACKWARD_KERNELS
+
+    @property
+    def wrt(self) -> tuple[str, ...]:
+        """The inputs whose gradients are computed."""
+        given = {"q", "k", "v", *(name for name in ("bias", "sink") if getattr(self, name))}
+        given |= {"alibi_slopes"} if self.alibi else set()
+        return (self.only,) if self.only else tuple(name for name in INPUTS if name in given)
 
     @property
     def name(self) -> str:
@@ -191,7 +213,10 @@ class Case:
             "mask_mod": self.mask_mod,
         }
         words = [f"{name} {value}" for name, value in given.items() if value]
-        return words + ["sink"] * self.sink + ["batch-invariant"] * self.batch_invariant
+        words += ["sink"] * self.sink + ["batch-invariant"] * self.batch_invariant
+        words += [f"d{self.only} alone"] * bool(self.only) + ["dlse"] * self.dlse
+        words += ["sums in any order"] * (not self.deterministic)
+        return [*words, {"fp32": "stored in fp32", "added": "added"}.get(self.stored, "")]
 
     @property
     def uneven(self) -> bool:
@@ -219,7 +244,7 @@ class Case:
             head_dim_v=self.head_dim_v,
             dtype=self.dtype,
             causal=self.causal,
-            gate=self.gate,
+            gate=None if self.is_backward else self.gate,  # type: ignore[arg-type]
         )
         scale = self.softmax_scale
         return replace(
@@ -235,6 +260,13 @@ class Case:
         columns = self.head_dim if name in "qk" else self.head_dim_v
         middle = (heads, rows) if self.layout == "bhsd" else (rows, heads)
         return self.batch, *middle, columns
+
+    def as_called(self, canonical: Array) -> Array:
+        """An array (B, H, S, D) in the case's layout, or of its packed batch."""
+        if self.layout == "bhsd":
+            return canonical
+        turned = np.ascontiguousarray(canonical.transpose(0, 2, 1, 3))
+        return turned[0] if self.lengths else turned
 
     def rule_arrays(self) -> dict[str, Array]:
         """Arrays of the rules and of the mods, and the boundaries of packed sequences, by name."""

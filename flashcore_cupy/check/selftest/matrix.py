@@ -2,6 +2,7 @@
 
 Every case puts its inputs into larger buffers full of NaN, starts its outputs as NaN, launches
 twice, and wants the same bits, an untouched surrounding, and the result that `verify` expects.
+`gradients` does so for cases of the backward pass.
 """
 
 from __future__ import annotations
@@ -16,63 +17,34 @@ import numpy as np
 from flashcore_cupy.attention import plan
 from flashcore_cupy.check import verify
 from flashcore_cupy.check.machine import machine
+from flashcore_cupy.check.selftest import gradients
 from flashcore_cupy.check.selftest.arrays import Placed, Setup, described, set_up
+from flashcore_cupy.check.selftest.backward_cases import backward_cases
 from flashcore_cupy.check.selftest.cases import Case, cases
+from flashcore_cupy.check.selftest.outcome import CaseResult, Emulated, failures
 from flashcore_cupy.cpu.emulator.build import Source, build_libraries
 from flashcore_cupy.cpu.emulator.plan import EmulatedPlan, emulated_plan
-from flashcore_cupy.cpu.emulator.run import KernelError, Schedule, stop_all
+from flashcore_cupy.cpu.emulator.run import Schedule, stop_all
 from flashcore_cupy.cuda.targets import target_without_gpu
-from flashcore_cupy.jit import compiler, nvrtc
+from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.select import selector
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.plan import Plan
 
-__all__ = ["Case", "CaseResult", "cases", "run_all", "run_case"]
+__all__ = ["Case", "CaseResult", "Emulated", "cases", "every_case", "run_all", "run_case"]
 
 _THREADS = 8
 _QUICK = 7  # no multiple of the 2 and 3 by which choices rotate
 
 
-@dataclass(frozen=True)
-class CaseResult:
-    """How a case went. Errors are absolute; None where it did not get that far."""
-
-    case: Case
-    ok: bool
-    max_error: float | None
-    allowed_error: float | None
-    reason: str
-    """Why it is not ok; empty if it is."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a row of the report."""
-        return {
-            "kernel": self.case.kernel,
-            "dtype": self.case.dtype,
-            "head_dim": self.case.head_dim,
-            "case": self.case.name,
-            "ok": self.ok,
-            "max_error": self.max_error,
-            "allowed_error": self.allowed_error,
-            "reason": self.reason,
-        }
-
-
 def case_config(case: Case, arch: str) -> tuple[KernelConfig, ...]:
     """What a case compiles; ``ValueError`` if the kernel refuses it on this target."""
+    if case.is_backward:
+        return gradients.configs_of(case, arch)
     selection = selector.select(described(case), arch, kernel=case.kernel)
-    return selector.configs_of(selection)
-
-
-@dataclass(frozen=True)
-class Emulated:
-    """How a case runs on the CPU; each launch has another schedule."""
-
-    arch: str
-    seed: int = 0
-    checking: bool = False
+    return selection.configs
 
 
 def run_case(case: Case, emulated: Emulated | None = None) -> CaseResult:
@@ -80,22 +52,19 @@ def run_case(case: Case, emulated: Emulated | None = None) -> CaseResult:
 
     A kernel that fails gives a result that is not ok.
     """
-    setup = set_up(case)
-    failures: tuple[type[Exception], ...] = (ValueError, nvrtc.CompileError, *_failures(emulated))
     try:
+        if case.is_backward:
+            return gradients.run_case(case, emulated)
+        setup = set_up(case)
         launched = _launch(case, setup, emulated)
-    except failures as error:
+    except failures(emulated) as error:
         return CaseResult(case, False, None, None, str(error).splitlines()[0])
     return judge(case, setup.host, launched)
 
 
-def _failures(emulated: Emulated | None) -> tuple[type[Exception], ...]:
-    """What a launch raises."""
-    if emulated is not None:
-        return (KernelError,)
-    import cupy
-
-    return cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError
+def every_case() -> list[Case]:
+    """Those of both passes."""
+    return [*cases(), *backward_cases()]
 
 
 @dataclass(frozen=True)
@@ -228,7 +197,7 @@ def run_all(
     on_gpu = compiler.no_gpu_reason() is None
     arch = compiler.device_arch() if on_gpu else target_without_gpu()
     emulated = None if on_gpu else Emulated(arch)
-    chosen = runnable(cases(), arch)
+    chosen = runnable(every_case(), arch)
     chosen = chosen[::_QUICK] if quick else chosen
     wanted = list(dict.fromkeys(c for case in chosen for c in case_config(case, arch)))
     announce(len(wanted), "compiling")

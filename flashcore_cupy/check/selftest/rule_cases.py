@@ -30,7 +30,7 @@ from flashcore_cupy.select.units import round_up
 #: Of q and k, and of v: between the table's rows, and apart from each other.
 _MORE_DIMS = ((33, 33), (40, 40), (64, 256), (192, 128))
 
-_POSITIONS: tuple[Choice, ...] = (
+POSITIONS: tuple[Choice, ...] = (
     {},
     {"causal": True},
     {"causal": "top-left"},
@@ -40,7 +40,7 @@ _POSITIONS: tuple[Choice, ...] = (
     {"causal": True, "window": (50, -1)},
     {"causal": "top-left", "window": (20, 5)},
 )
-_SCALES: tuple[Choice, ...] = ({}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0})
+SCALES: tuple[Choice, ...] = ({}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0})
 _MEMORY: tuple[Choice, ...] = tuple(
     {"view": view, "layout": layout} for view in get_args(View) for layout in ("bhsd", "bshd")
 )
@@ -68,7 +68,7 @@ _GRIDS: tuple[tuple[Choice, ...], ...] = (
         for size in (_size(3, 4, 2, 77, 200), _size(2, 2, 1, 5, 300))
     ),
 )
-_UNPACKED = {rule.name for rule in RULES if rule.when_packed}
+UNPACKED = {rule.name for rule in RULES if rule.when_packed}
 #: So many more keys, up to a multiple of the second number. How many there are decides how a bias
 #: and a mask are loaded: in pairs, key by key, 16 at a time.
 _MORE_KEYS = ((0, 1), (1, 1), (0, 16))
@@ -101,18 +101,18 @@ def _pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
             "dtype": [{"dtype": dtype} for dtype in dtypes],
             "dims": _dims(kernel),
             "grid": _GRIDS,
-            "position": _POSITIONS,
+            "position": POSITIONS,
             "score": _taken(kernel, SCORES),
             "hide": _taken(kernel, HIDES),
             "sink": SINKS,
-            "scale": _SCALES,
+            "scale": SCALES,
             "memory": _taken(kernel, _MEMORY),
             "more keys": _MORE_KEYS,
         }
     )
     for row in chosen:
         sizes, (more, multiple) = row.pop("grid"), row.pop("more keys")
-        rest = _in_dtype_taken(kernel, _merged(row.values()))
+        rest = _in_dtype_taken(kernel, merged(row.values()))
         for size in sizes:
             keys = {"seqlen_kv": round_up(size["seqlen_kv"] + more, multiple)}
             yield Case("rules", kernel, **_whole_masks(kernel, rest | size | keys), seed=8)
@@ -125,9 +125,9 @@ def _packed_pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
             "dtype": [{"dtype": dtype} for dtype in dtypes],
             "dims": [dim for dim in _dims(kernel) if dim["head_dim"] in (33, 64, 128, 192)],
             "lengths": _PACKED,
-            "position": _POSITIONS,
-            "score": [choice for choice in _taken(kernel, SCORES) if _UNPACKED.isdisjoint(choice)],
-            "hide": [choice for choice in _taken(kernel, HIDES) if _UNPACKED.isdisjoint(choice)],
+            "position": POSITIONS,
+            "score": [choice for choice in _taken(kernel, SCORES) if UNPACKED.isdisjoint(choice)],
+            "hide": [choice for choice in _taken(kernel, HIDES) if UNPACKED.isdisjoint(choice)],
             "sink": SINKS,
             "view": _taken(
                 kernel,
@@ -138,7 +138,7 @@ def _packed_pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
     )
     for row in chosen:
         heads, lengths = row.pop("lengths")
-        rest = _in_dtype_taken(kernel, _merged(row.values()))
+        rest = _in_dtype_taken(kernel, merged(row.values()))
         yield packed(Case("packed", kernel, **rest | heads, seed=9), lengths)
 
 
@@ -154,7 +154,7 @@ def _gates(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
         }
     )
     for row in chosen:
-        yield Case("rules gate", kernel, **_whole_masks(kernel, _merged(row.values())), seed=10)
+        yield Case("rules gate", kernel, **_whole_masks(kernel, merged(row.values())), seed=10)
 
 
 def _decode(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
@@ -239,7 +239,8 @@ def _whole_masks(kernel: str, choice: Choice) -> Choice:
     return choice | {"view": "contiguous", "seqlen_kv": round_up(choice["seqlen_kv"], keys)}
 
 
-def _merged(choices: Any) -> Choice:
+def merged(choices: Any) -> Choice:
+    """All fields of some choices."""
     fields: Choice = {}
     for choice in choices:
         fields |= choice
