@@ -29,6 +29,7 @@ myst_enable_extensions = ["colon_fence"]
 
 # The docstrings say in words what an argument may be.
 autodoc_typehints = "none"
+autodoc_mock_imports = ["torch", "jax"]
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_use_rtype = False
