@@ -53,9 +53,7 @@ __forceinline__ void block_sync() { emulator::sync_block(); }
 // A barrier counts arrivals. The one that makes the count full ends the round: all who wait go on,
 // and the next round begins. Threads that arrive without waiting (ptx/mbarrier.cuh) are counted,
 // too, so the same thread may be in two rounds.
-__forceinline__ void named_barrier_sync(int id, int threads) {
-    emulator::sync_named(id, threads);
-}
+__forceinline__ void named_barrier_sync(int id, int threads) { emulator::sync_named(id, threads); }
 
 __forceinline__ int warp_count(bool condition) {
     struct Operand {
