@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for folder, (what, skip_reason) in NEEDS.items():
         inside = [item for item in items if ROOT / "tests" / folder in item.path.parents]
         reason = skip_reason() if inside else None
@@ -78,6 +78,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=f"needs {what}: {reason}"))
+    _tell_once(config, items)
+
+
+def _tell_once(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test that is skipped, one case says why; its other parameters are deselected."""
+    told: set[str] = set()
+    kept, dropped = [], []
+    for item in items:
+        is_skipped = any(item.iter_markers("skip")) or any(
+            mark.args and mark.args[0] is True for mark in item.iter_markers("skipif")
+        )
+        test = item.nodeid.partition("[")[0]
+        (dropped if is_skipped and test in told else kept).append(item)
+        if is_skipped:
+            told.add(test)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
