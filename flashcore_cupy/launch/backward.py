@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashcore_cupy.cuda import captures
-from flashcore_cupy.cuda.driver import enter_context
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import tensor_map
 from flashcore_cupy.launch.bind import place_of
-from flashcore_cupy.launch.plan import LoadedKernel, Place, Step, load_kernel, step_of
+from flashcore_cupy.launch.plan import LoadedKernel, Place, Step, launch_steps, load_kernel, step_of
 from flashcore_cupy.problem import varlen
 from flashcore_cupy.problem.gradients import BackwardCall, BackwardProblem
 from flashcore_cupy.select import gates
@@ -57,14 +55,7 @@ class GpuBackward(BackwardPlan):
 
         A graph that the stream is captured into keeps the arrays, too.
         """
-        import cupy
-
-        enter_context()
-        stream = cupy.cuda.get_current_stream().ptr
-        for step in self.steps:
-            step.launch(stream)
-        if captures.is_capturing(stream) and not captures.is_active():
-            captures.keep(stream, self.arrays)
+        launch_steps(self.steps, self.arrays)
 
 
 def bind_backward(call: BackwardCall) -> GpuBackward:

@@ -82,6 +82,18 @@ class Step:
         )
 
 
+def launch_steps(steps: tuple[Step, ...], arrays: dict[str, Any]) -> None:
+    """Enqueue launches on the current stream; a graph that it is captured into keeps the arrays."""
+    import cupy
+
+    enter_context()
+    stream = cupy.cuda.get_current_stream().ptr
+    for step in steps:
+        step.launch(stream)
+    if captures.is_capturing(stream) and not captures.is_active():
+        captures.keep(stream, arrays)
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A problem and its kernels, without any arrays."""
@@ -115,14 +127,7 @@ class GpuPlan(Plan):
 
         A graph that the stream is captured into keeps the arrays, too.
         """
-        import cupy
-
-        enter_context()
-        stream = cupy.cuda.get_current_stream().ptr
-        for step in self.steps:
-            step.launch(stream)
-        if captures.is_capturing(stream) and not captures.is_active():
-            captures.keep(stream, self.arrays)
+        launch_steps(self.steps, self.arrays)
 
     @property
     def array_module(self) -> Any:

@@ -116,9 +116,9 @@ class Sm80Backward(KernelConfig):
     sums_distances: bool = False
     """Rows of queries sum up what the gradient of ALiBi's slopes needs."""
     adds_dq: bool = False
-    """A thread block that owns keys adds to dq, too, in any order..."""
+    """A thread block that owns keys adds to dq, too."""
     ordered: bool = False
-    """... or when it is its turn."""
+    """Thread blocks add to dq by turns, so that it has the same bits each time."""
     score_mod_grad: str | None = None
     """The user's derivative of score_mod; by default it is found by dual numbers."""
 

@@ -111,17 +111,12 @@ class Sm90Backward(Sm80Backward):
             view_of(attention.q, dtype, self.head_dim, _BOX_ROWS, queries),
             view_of(attention.k, dtype, self.head_dim, _BOX_ROWS, keys),
             view_of(attention.v, dtype, self.head_dim_v, _BOX_ROWS, keys),
-            replace_name(view_of(problem.do, dtype, self.head_dim_v, _BOX_ROWS, queries)),
+            view_of(problem.do, dtype, self.head_dim_v, _BOX_ROWS, queries)._replace(name="dout"),
         )
 
     def describe_units(self) -> list[str]:
         """Who loads."""
         return ["TMA"]
-
-
-def replace_name(view: View) -> View:
-    """The view of dO, as the kernel's struct calls it."""
-    return view._replace(name="dout")
 
 
 def _queries_met(problem: AttentionProblem) -> tuple[int, int]:
