@@ -1,24 +1,26 @@
 // fwd_sm90_cluster.cu - forward attention for Hopper where there are few queries and few keys: all
-// that a block of rows needs is asked for at once, and a cluster shares out its keys.
+// that a block of rows needs is asked for at once, and its keys are split over a cluster.
 //
 //   O = softmax(rules(softmax_scale * Q K^T)) V,  LSE = log sum exp
 //
 // A cluster of one CTA, or of two, owns 64 rows of one head, and each of its warpgroups every
 // SPLITS-th tile of the keys. There is no producer and no scheduler: one warp of each warpgroup
-// starts its copies in its first instructions, and what NUM_STAGES tiles hold is on its way before
-// anybody waits. What a warpgroup does with a tile, in two halves of its keys:
+// starts its copies in its first instructions, so that NUM_STAGES tiles are in flight before
+// anybody waits. All that comes before that overlaps with the launch before, where that one allows
+// it. What a warpgroup does with a tile, in two halves of its keys:
 //
 //   tensor cores   | S_0 | S_1 |                          | P_0 V_0 | P_1 V_1 |
 //   the warpgroup  |     | max of S_0 | of S_1 | exp of S_0 | exp of S_1 |
 //
-// The warpgroups of a CTA are at different points of this, so one's softmax meets another's
-// products. In the end they combine what they have found (sm90_cluster/combine.cuh), as flash
-// decoding does with splits of keys (Dao et al. 2023), but on the chip.
+// The warpgroups of a CTA are at different points of this, so the softmax of one runs during the
+// products of another. In the end they combine their partials (sm90_cluster/combine.cuh), as flash
+// decoding does (Dao et al. 2023), but on the chip.
 //
 // Shared memory (SharedStorage in sm90_cluster/traits.cuh):
 //   | sQ | sK, NUM_STAGES tiles each | sV, NUM_STAGES tiles each | what others give | barriers |
 #include <config.cuh>
 #include <flashcore/ptx/cluster.cuh>
+#include <flashcore/ptx/launches.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
@@ -42,11 +44,12 @@ __device__ __forceinline__ void Warpgroup::attend_tile(int nth) {
     Bits visible[2];
     const SeenExtent extent = look_up_keys(tile, visible);
 
-    wait_full(smem.full_k[index], nth);
     if (nth == 0) mbarrier_wait(&smem.full_q, 0);
 #pragma unroll
-    for (int half = 0; half < HALVES; ++half)
+    for (int half = 0; half < HALVES; ++half) {
+        wait_full(smem.full_k[index][stage][half], nth);
         wgmma_qk<LayoutQ, LayoutK>(rS[half], smem.sQ, sK + LayoutK::step(0, half * KEYS, 0));
+    }
 
     const float scale = exponent_scale<RULES>(params);
     float max[2], shift[2];
@@ -61,8 +64,11 @@ __device__ __forceinline__ void Warpgroup::attend_tile(int nth) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) rO[4 * n + 2 * r + e] *= factor;
     }
+    // A warp gives its maxima as soon as they are final; not yet if it computes rows again.
+    const bool is_final = !has(nth + 1) && !has_far_rows();
+    if (is_final) give_maxima();
     exponentiate(tile, 0, shift);
-    wait_full(smem.full_v[index], nth);
+    wait_full(smem.full_v[index][stage], nth);
     if (!extent.all) {
         smem.seen[index].template clear_unseen<LayoutV>(sV, thread() / WARP_SIZE);
         fence_proxy_async();  // wgmma sees this thread's zeros
@@ -73,6 +79,7 @@ __device__ __forceinline__ void Warpgroup::attend_tile(int nth) {
         exponentiate(tile, 1, shift);
         wgmma_pv<LayoutV>(rO, rP[1], sV + LayoutV::step(0, KEYS, 0));
     }
+    if (is_final) settle();  // while the tensor cores work
     wgmma_wait<0>();
     fence_registers(rO);
 }
@@ -91,7 +98,10 @@ __device__ __forceinline__ void Warpgroup::attend() {
             }
         }
     }
+    if (is_settled) return;
     if (has_far_rows()) attend_exactly();
+    give_maxima();
+    settle();
 }
 
 // ---- the first copies --------------------------------------------------------------------------
@@ -102,34 +112,41 @@ __device__ __forceinline__ void make_barriers(SharedStorage& smem, int index) {
         if (index == 0) mbarrier_init(&smem.full_q, 1);
 #pragma unroll
         for (int stage = 0; stage < NUM_STAGES; ++stage) {
-            mbarrier_init(&smem.full_k[index][stage], 1);
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half)
+                mbarrier_init(&smem.full_k[index][stage][half], 1);
             mbarrier_init(&smem.full_v[index][stage], 1);
         }
-        if (CLUSTER > 1 && index == 0) mbarrier_init(&smem.full_peer, 1);
+        if (SPLITS > 1) {
+            mbarrier_init(&smem.full_max[index], GIVING_ARRIVALS);
+            mbarrier_init(&smem.full_o[index], GIVING_ARRIVALS);
+        }
         fence_mbarrier_init();  // TMA and the peer see the new barriers
     }
-    warp_sync();
 }
 
 // Starts the warpgroup's first copies. The same warp does this.
 __device__ __forceinline__ void Warpgroup::begin_loads() const {
-    if (index == 0)
+    if (index == 0 && has(0))  // the first warpgroup has the first tile of the CTA
         load_tile_tma<LayoutQ, BLOCK_M>(
             smem.sQ, &smem.full_q, TileBox{&params.q_map, work.first_row, work.head, work.batch},
             EVICT_FIRST);
     if (has(0)) load_k(0);
-    if (CLUSTER > 1 && index == 0 && elect_one())
-        mbarrier_arrive_expect_tx(&smem.full_peer, sizeof(smem.peer));
 #pragma unroll 1
     for (int nth = 0; nth < NUM_STAGES && has(nth); ++nth) {
         if (nth > 0) load_k(nth);
         load_v(nth);
     }
+    if (CLUSTER > 1 && elect_one()) {
+        mbarrier_arrive_expect_tx(&smem.full_max[index], PEER_MAX_BYTES);
+        mbarrier_arrive_expect_tx(&smem.full_o[index], PEER_O_BYTES);
+    }
 }
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     fwd_sm90_cluster(const __grid_constant__ HopperParams params) {
-    char* const smem_raw = dynamic_shared<1>();
+    griddepcontrol_launch_dependents();  // a launch behind this one need not wait to set itself up
+    char* const smem_raw = dynamic_shared<1>();  // aligned to 1024, as in fwd_sm90.cu
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
         smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
     const int warp = shfl(int(thread_index() / WARP_SIZE), 0);
@@ -139,15 +156,16 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS, MIN_BLOCK
     find_work<BOUNDED_RIGHT, VARLEN, PACK_GQA>(params, BLOCK_M, work, BlockSplit{block, rank});
     Warpgroup group = {params, smem, work, rank, warp / WARPGROUP_WARPS};
     group.tiles = visible_tiles<BLOCK_N, PACK_GQA>(work, group.mask(), 0, BLOCK_M, 1);
+    griddepcontrol_wait();  // what earlier launches write is there, and what they read is free
     if (warp % WARPGROUP_WARPS == 0) group.begin_loads();
     block_sync();  // all warps see the barriers
-    // Only the peer's barrier has to be there when it is needed, and its init is fenced already.
+    // Only the peer's barriers have to be there when they are needed; their init is fenced already.
     if (CLUSTER > 1) cluster_arrive_relaxed();
     group.find_output();
+    if (CLUSTER > 1) cluster_wait();
     group.attend();
-    float o[COLS / 2], own[OWN_COLS / 2];
-    group.combine_in_cta(o);
-    group.combine_in_cluster(o, own);
+    float own[OWN_COLS / 2];
+    group.exchange(own);
     group.finish(own);
 }
 

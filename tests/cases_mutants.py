@@ -214,8 +214,10 @@ TRIALS = (
 _LIVE: dict[str, tuple[str, ...]] = {
     # Barriers.
     "unnecessary: something else orders the same": (
-        "fwd_sm90_cluster.cu: warp_sync()",
         "ladder/wmma_tile.cuh: warp_sync() #2",
+    ),
+    "for launches that overlap, which those of the emulator do not": (
+        "fwd_sm90_cluster.cu: griddepcontrol_wait()",
     ),
     "a pace, no order: how far ahead a CTA claims blocks": (
         "flashcore/scheduler/tile_scheduler.cuh: "
@@ -303,14 +305,15 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "flashcore/output/split_combine.cuh: "
         "for (int first = 0; first < params.splits; first += AT_A_TIME) [<= for <]",
         "fwd_sm90.cu: takes_turns = all.end - all.begin > SHORT_BLOCK; [>= for >]",
+        "fwd_sm90_cluster.cu: const bool is_final = !has(nth + 1) && !has_far_rows(); "
+        "[0 for 1 in + 1]",
         "ladder/fp8_quantize.cu: for (int64 i = thread_index(); i < pieces; i += NUM_THREADS) { "
         "[<= for <]",
         "ladder/fp8_quantize.cu: const bool scaled = max > SMALLEST_MAX; [>= for >]",
     ),
     "both sides are never equal, or nobody asks for the result": (
-        "sm90_cluster/combine.cuh: Given& given = smem.given[w][index - (index > w)]; [>= for >]",
-        "sm90_cluster/combine.cuh: smem.given[w][index - (index > w)].state[thread() / QUAD] = "
-        "both_states(state); [>= for >]",
+        "sm90_cluster/combine.cuh: __device__ __forceinline__ int giver(int split, int to) "
+        "{ return split - (split > to); } [>= for >]",
         "cluster_sm90, flashcore/scheduler/work.cuh: "
         "return m_block >= 0 && w.first_row < w.seqlen_q * w.group; [> for >=]",
         "wmma_cp_async, ladder/block_wide.cuh: if (d >= TILES_D) break; [> for >=]",

@@ -27,7 +27,7 @@ from flashcore_cupy.select.tensor_view import View
 FOLDER = ROOT / "tests" / "probes"
 #: Of a GPU that runs a probe; those of Hopper's instructions run on that generation alone.
 CAPABILITY = {"thread": 75, "warp": 75, "global": 75, "key_bits": 75}
-HOPPERS = ("cluster", "mbarrier", "tma", "wgmma")
+HOPPERS = ("cluster", "launches", "mbarrier", "tma", "wgmma")
 needs_emulator = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 SCHEDULES = (Schedule(0, 0), Schedule(1, 30), Schedule(2, 100))
 #: Probes of what orders threads, in which a checking build finds no race.

@@ -55,6 +55,7 @@ class _KnownCall:
         self.output_shape, self.dtype = problem.output_shape, plan.arrays["o"].dtype
         self.lse_shape = problem.lse_shape
         self.geometry = (step.function, step.grid, 1, 1, step.block, 1, 1, step.smem_bytes)
+        self.overlapping = step.overlapping
         self.params = step.params
         # First byte of q, k, v, o and the one after the last, relative to the address.
         spans = [span_of(plan.arrays[name], 0) for name in "qkvo"]
@@ -161,7 +162,10 @@ def launch_again(
         area = workspace(*known.workspace_bytes)
         _WORKSPACE.pack_into(bound.block.words, _WORKSPACE_OFFSET, area.partials, area.counters)
     _set_device(device)  # as enter_context() does, for a new thread
-    _launch_kernel(*known.geometry, stream, bound.block.address, 0)
+    if known.overlapping is None:
+        _launch_kernel(*known.geometry, stream, bound.block.address, 0)
+    else:
+        known.overlapping(stream, bound.block.address)
     known.blocks.append(bound)
     return out if lse is None else (out, lse)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashcore_cupy.cuda import captures
-from flashcore_cupy.cuda.driver import enter_context
+from flashcore_cupy.cuda.driver import OverlappingLaunch, can_overlap_launches, enter_context
 from flashcore_cupy.cuda.targets import smem_limit
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import tensor_map
@@ -71,11 +71,16 @@ class Step:
     block: int
     smem_bytes: int
     params: ParameterBlock
+    overlapping: OverlappingLaunch | None = None
+    """How it is launched, if it may begin before the launch before it has ended."""
 
     def launch(self, stream: int) -> None:
         """Enqueue on a stream, by its handle; returns without waiting."""
         import cupy
 
+        if self.overlapping is not None:
+            self.overlapping(stream, self.params.address)
+            return
         cupy.cuda.driver.launchKernel(
             *(self.function, self.grid, 1, 1, self.block, 1, 1, self.smem_bytes, stream),
             *(self.params.address, 0),
@@ -217,5 +222,8 @@ def _resident(kernel: LoadedKernel, place: Place) -> int:
 def step_of(kernel: LoadedKernel, launch: Launch) -> Step:
     """Make a launch of a loaded kernel ready."""
     config, function = kernel.config, kernel.entries[launch.entry].ptr
-    block = ParameterBlock(launch.params)
-    return Step(function, launch.grid, config.threads, config.smem_bytes, block)
+    geometry = (function, launch.grid, config.threads, config.smem_bytes)
+    overlapping = None
+    if config.overlaps_launches and can_overlap_launches():
+        overlapping = OverlappingLaunch(*geometry)
+    return Step(*geometry, ParameterBlock(launch.params), overlapping)

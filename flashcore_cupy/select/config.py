@@ -102,6 +102,8 @@ class KernelConfig(ABC):
     """Windows, score rules, masks, sinks, packed batches; the others are causal or not."""
     takes_packed: ClassVar[bool] = False
     """Batches of sequences of any lengths, side by side."""
+    overlaps_launches: ClassVar[bool] = False
+    """Waits for the launch before it by itself, so that it may begin before that one has ended."""
     quantizes: ClassVar[bool] = False
     """Rounds its inputs to fp8 first, so ``auto`` never takes it."""
     row_align: ClassVar[int] = 1

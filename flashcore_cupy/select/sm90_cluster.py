@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashcore_cupy.problem.attention_problem import AttentionProblem
+from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.select.sm90 import ROWS_OF_WARPGROUP, Sm90
-from flashcore_cupy.select.tensor_view import MAX_BOX
+from flashcore_cupy.select.tensor_view import MAX_BOX, View
 from flashcore_cupy.select.units import MAX_GRID, MMA, WARP_SIZE, WARPGROUP_WARPS, round_up
 
 _KIB = 1024
@@ -28,6 +28,7 @@ class Sm90Cluster(Sm90):
     source = "fwd_sm90_cluster.cu"
     entries = ("fwd_sm90_cluster",)
     takes_packed = False
+    overlaps_launches = True
 
     # --- which problems ---------------------------------------------------------------------------
 
@@ -97,22 +98,34 @@ class Sm90Cluster(Sm90):
     def smem_bytes(self) -> int:
         """Q; K and V of every warpgroup; what warpgroups give each other; the barriers."""
         t, groups = self.tile, self.tile.warps_n
-        columns = self.head_dim_v // groups
-        loaded = self._q_bytes
-        loaded += groups * t.num_stages * self._size * t.block_n * (self.head_dim + self.head_dim_v)
-        given = groups * max(1, groups - 1) * _partials(columns if groups > 1 else _COLUMN_GROUP)
-        peer = groups * _partials(columns // t.cluster if t.cluster > 1 else _COLUMN_GROUP)
-        total = loaded + given + peer + _BARRIER_BYTES * (2 + 2 * groups * t.num_stages)
+        total = self._q_bytes
+        total += groups * t.num_stages * self._size * t.block_n * (self.head_dim + self.head_dim_v)
+        total += groups * self._inbox_bytes
+        total += _BARRIER_BYTES * (1 + groups * (t.num_stages * (self._halves + 1) + 2))
         # Which keys each warp sees: a bit per key and lane of four; else an empty struct each.
         words = -(-t.block_n // 128)
-        total += groups * (
-            WARPGROUP_WARPS * 4 * 4 * words
-            if "mask" in self.rules or "mask_mod" in self.rules
-            else 1
-        )
+        total += groups * (WARPGROUP_WARPS * 4 * 4 * words if self.hides_keys else 1)
         return round_up(total, _KIB) + _KIB
 
+    @property
+    def _halves(self) -> int:
+        """Parts of a tile of K, which arrive one by one: ``HALVES`` in ``traits.cuh``."""
+        return 1 if self.hides_keys or self.tile.block_n % (2 * MMA) else 2
+
+    @property
+    def _inbox_bytes(self) -> int:
+        """``Inbox`` in ``traits.cuh``: columns of O, m and l from each of the others."""
+        parts = self.tile.warps_n * self.tile.cluster
+        threads, columns = WARPGROUP_WARPS * WARP_SIZE, self.head_dim_v // parts
+        groups = columns // _COLUMN_GROUP if parts > 1 else 1
+        return max(1, parts - 1) * 16 * (groups * threads + 2 * threads // 4)
+
     # --- launches ---------------------------------------------------------------------------------
+
+    def views(self, problem: AttentionProblem, output: Operand) -> tuple[View, ...]:
+        """K arrives in halves of a tile."""
+        q, k, v = super().views(problem, output)
+        return q, k._replace(box=(k.box[0], self.tile.block_n // self._halves, 1)), v
 
     def splits(self, problem: AttentionProblem, resident: int) -> int:
         """A part for each thread block of a cluster."""
@@ -136,9 +149,3 @@ class Sm90Cluster(Sm90):
         """Who multiplies."""
         groups = self.tile.warps_n
         return f"{groups} warpgroup{'s' * (groups > 1)} along the keys"
-
-
-def _partials(columns: int) -> int:
-    """``Partials`` in ``traits.cuh``: columns of a warpgroup's rows, and m and l of these."""
-    threads = WARPGROUP_WARPS * WARP_SIZE
-    return columns // _COLUMN_GROUP * threads * 16 + threads // 4 * 16

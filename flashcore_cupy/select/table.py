@@ -290,12 +290,14 @@ _SM90_ROWS = (
 
 _cluster = partial(_line, "cluster_sm90")
 _CLUSTER = Tile(64, 128, warps_m=4)
+# Pairs of thread blocks leave half of the multiprocessors to a launch that overlaps.
+_HALF = 17
 # 64 queries' pairs of thread blocks find a place each.
 _PAIRS = 33
 
 
 def _keys(most: int, tile: Tile, **limits: Any) -> _Choice:
-    """For so many keys at most, where each warpgroup has one tile of them or two."""
+    """For so many keys at most, where each warpgroup has one tile of them or a few."""
     return _choice(tile, max_keys=most, **limits)
 
 
@@ -305,25 +307,30 @@ _TWO_GROUPS = replace(_CLUSTER, warps_n=2)
 _TWO_BLOCKS = replace(_CLUSTER, cluster=2)
 _FOUR_GROUPS = replace(_CLUSTER, warps_n=2, cluster=2)
 
-# One H100, 8 heads, float16, a replayed graph; in brackets the faster of wgmma_sm90 and mma_sm80.
+# One H100, 8 heads, float16, a replayed graph; in brackets the faster of wgmma_sm90 and mma_sm80,
+# whose launches do not overlap.
 _CLUSTER_ROWS = (
     *_cluster(
         64,
-        _HALF_TILE,  # S=64 2.7 us (3.8)
-        _ONE_TILE,  # S=128 3.1 us (3.9)
-        _keys(256, _TWO_BLOCKS, max_blocks=_PAIRS),  # S=256 3.7 us (5.0)
-        _keys(256, _TWO_GROUPS),  # 16 heads, S=256 3.9 us (5.0)
-        _keys(512, _FOUR_GROUPS, max_blocks=_PAIRS),  # S=512 5.1 us (6.5)
-        _keys(512, replace(_TWO_GROUPS, num_stages=2)),  # 16 heads, S=512 6.2 us (6.8)
-        _choice(_FOUR_GROUPS),  # S=1024 8.8 us (10.1)
+        _HALF_TILE,  # S=64 2.1 us (3.8)
+        _ONE_TILE,  # S=128 2.4 us (3.9); in halves, by two blocks 2.8, by two warpgroups 3.0
+        _keys(256, _TWO_BLOCKS, max_blocks=_HALF),  # S=256 3.4 us (5.0), _TWO_GROUPS 3.6
+        _keys(256, _TWO_GROUPS),  # 16 heads, S=256 3.8 us (5.0), _TWO_BLOCKS 4.3
+        _keys(512, _FOUR_GROUPS, max_blocks=_PAIRS),  # S=512 4.0 us (6.5), _TWO_GROUPS 5.1
+        _keys(512, replace(_TWO_GROUPS, num_stages=2)),  # 16 heads, S=512 (6.8)
+        _choice(_FOUR_GROUPS, max_blocks=_PAIRS),
+        _choice(replace(_TWO_GROUPS, num_stages=3)),  # S=1024 8.3 us (10.1), _FOUR_GROUPS 11.5
     ),
     *_cluster(
         128,
         _HALF_TILE,
-        _ONE_TILE,  # S=128 4.3 us (5.6)
-        _keys(256, _TWO_BLOCKS),  # S=256 5.5 us (6.2)
-        _keys(512, _FOUR_GROUPS, max_blocks=_PAIRS),  # S=512 6.3 us (8.1)
-        _choice(_TWO_GROUPS),  # 16 heads, S=512 8.8 us (8.8), causal 8.3 us (9.6)
+        _ONE_TILE,  # S=128 2.8 us (5.6); in halves, by two blocks 3.4, by two warpgroups 3.7
+        # S=256 4.1 us (6.2), _TWO_GROUPS 4.3, _TWO_BLOCKS 4.6
+        _keys(256, replace(_FOUR_GROUPS, block_n=64), max_blocks=_HALF),
+        _keys(256, _TWO_GROUPS, max_blocks=_PAIRS),  # 16 heads, S=256 4.5 us, _TWO_BLOCKS 5.4
+        _keys(256, _TWO_BLOCKS),
+        _keys(512, _FOUR_GROUPS, max_blocks=_PAIRS),  # S=512 5.3 us (8.1), of 64 keys 6.0
+        _choice(_TWO_GROUPS),  # 16 heads, S=512 (8.8), causal (9.6)
     ),
 )
 

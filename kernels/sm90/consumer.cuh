@@ -139,6 +139,8 @@ struct Consumer {
     __device__ __forceinline__ void attend_exactly();
 
     // epilogue.cuh
+    __device__ __forceinline__ float finish(RowState& row, const QueryRow& q,
+                                            bool writes_lse) const;
     __device__ __forceinline__ T* output_row(const QueryRow& q) const;
     __device__ __forceinline__ void finish_rows(float (&factor)[2]) const;
     __device__ __forceinline__ void store(const float (&factor)[2]);

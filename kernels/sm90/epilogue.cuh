@@ -15,6 +15,11 @@
 
 namespace flashcore {
 
+// The end of a row: see finish_row.cuh. Returns the factor for O.
+__device__ __forceinline__ float Consumer::finish(RowState& row, const QueryRow& q,
+                                                  bool writes_lse) const {
+    return finish_row<RULES>(params, work_tile(), q, gate_row(q), row, writes_lse);
+}
 __device__ __forceinline__ T* Consumer::output_row(const QueryRow& q) const {
     const Work& w = work_tile();
     return const_cast<T*>(
@@ -28,9 +33,7 @@ __device__ __forceinline__ void Consumer::finish_rows(float (&factor)[2]) const 
     for (int half = 0; half < 2; ++half) {
         RowState end = state[half];
         end.sum = group_sum<QUAD>(end.sum);
-        const QueryRow q = query(half);
-        factor[half] =
-            finish_row<RULES>(params, work_tile(), q, gate_row(q), end, lane() % QUAD == 0);
+        factor[half] = finish(end, query(half), lane() % QUAD == 0);
     }
 }
 
@@ -78,7 +81,7 @@ __device__ __forceinline__ void Consumer::finish_split() {
     const int rows = min(rows_of(work_tile()) - work_tile().first_row, BLOCK_M);
     const auto use = [&](int row, int col, RowState& all, float4 o) {
         const QueryRow q = query_row<PACK_GQA>(work_tile(), row);
-        const float factor = finish_row<RULES>(params, work_tile(), q, gate_row(q), all, col == 0);
+        const float factor = finish(all, q, col == 0);
         if constexpr (WRITES_OUTPUT<GATE>)
             store_four<ALIGN_BYTES>(output_row(q) + col, DIM_V - col, o, factor);
     };

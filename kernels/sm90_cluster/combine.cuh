@@ -1,10 +1,17 @@
-// combine.cuh - how the warpgroups of a cluster combine what they have found for the same rows.
+// combine.cuh - how the warpgroups of a cluster combine their partials of the same rows.
 //
 // Each of them has m, l and all columns of O, over its own keys. In the end each stores its own
-// part of the columns. So it gives away the others' columns and is given its own ones: first within
-// the CTA, through shared memory; then, half of those, to its fellow in the peer CTA, which writes
-// nothing but waits for bytes on an mbarrier. (Stores to the peer and a cluster barrier, which
-// orders them, take three times as long.)
+// columns, so it gives the others theirs, and is given its own by all of them:
+//
+//   tensor cores   |              | P V of the last tile        |
+//   the warpgroup  | give m | exponentials | take m | give l    | give O | take l and O | store
+//
+// All scale l and O to the common maximum before they give them. So what they are given has only to
+// be added up.
+//
+// Within the CTA a warp stores what it gives, and arrives at the taker's mbarrier. To the peer CTA
+// go asynchronous stores, whose bytes count on the mbarrier there. (Plain stores to the peer,
+// ordered by a cluster barrier, take three times as long.)
 #pragma once
 #include <config.cuh>
 #include <flashcore/output/epilogue.cuh>
@@ -18,97 +25,108 @@
 
 namespace flashcore {
 
-// Combines two partials of a thread's rows. o(n): 8-column group n of this thread, of the first
-// row's two columns and of the second row's.
-template <int COLUMNS, typename Group>
-__device__ __forceinline__ void combine(RowState (&state)[2], const Partials<COLUMNS>& other,
-                                        float scale, Group o) {
-    const int thread = thread_index() % WARPGROUP_THREADS;
-    const float4 theirs = other.state[thread / QUAD];
-    const CombineFactors first(state[0].max, theirs.x, scale);
-    const CombineFactors second(state[1].max, theirs.z, scale);
-    state[0] = {first.max, state[0].sum * first.a + theirs.y * first.b};
-    state[1] = {second.max, state[1].sum * second.a + theirs.w * second.b};
-#pragma unroll
-    for (int n = 0; n < COLUMNS / 8; ++n) {
-        const float4 x = other.o[n][thread];
-        float* const mine = o(n);
-        mine[0] = mine[0] * first.a + x.x * first.b;
-        mine[1] = mine[1] * first.a + x.y * first.b;
-        mine[2] = mine[2] * second.a + x.z * second.b;
-        mine[3] = mine[3] * second.a + x.w * second.b;
+// Stores x at a place of warpgroup `to` of the cluster; all shared memory is named as this CTA's.
+// What goes to the peer counts on `full`.
+__device__ __forceinline__ void Warpgroup::give(int to, float4& place, const float4& x,
+                                                uint64& full) {
+    const int cta = to / WARPGROUPS;
+    if (CLUSTER == 1 || cta == rank) {
+        place = x;
+    } else {
+        store_peer_async(peer_address(shared_address(&place), cta), x,
+                         peer_address(shared_address(&full), cta));
     }
 }
 
-__device__ __forceinline__ float4 both_states(const RowState (&state)[2]) {
-    return {state[0].max, state[0].sum, state[1].max, state[1].sum};
-}
-
-// Sets o to this warpgroup's columns, over all keys of the CTA.
-__device__ __forceinline__ void Warpgroup::combine_in_cta(float (&o)[COLS / 2]) {
-#pragma unroll
-    for (int w = 0; w < WARPGROUPS; ++w) {
-        const float* const theirs = rO + w * (COLS / 2);
-        if (w == index) {
-#pragma unroll
-            for (int e = 0; e < COLS / 2; ++e) o[e] = theirs[e];
-            continue;
-        }
-        Given& given = smem.given[w][index - (index > w)];
-#pragma unroll
-        for (int n = 0; n < COLS / 8; ++n)
-            given.o[n][thread()] = {theirs[4 * n], theirs[4 * n + 1], theirs[4 * n + 2],
-                                    theirs[4 * n + 3]};
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) state[r].sum = group_sum<QUAD>(state[r].sum);
+// The warp has given all to the others of the CTA that they wait for.
+__device__ __forceinline__ void Warpgroup::arrive(uint64 (&full)[WARPGROUPS]) {
+    if (WARPGROUPS == 1) return;
+    warp_sync();  // all lanes have stored
+    if (lane() > 0) return;
 #pragma unroll
     for (int w = 0; w < WARPGROUPS; ++w)
-        if (w != index && lane() % QUAD == 0)
-            smem.given[w][index - (index > w)].state[thread() / QUAD] = both_states(state);
-    if (WARPGROUPS == 1) return;
-    block_sync();  // all warpgroups have given
-#pragma unroll
-    for (int other = 0; other < WARPGROUPS - 1; ++other)
-        combine(state, smem.given[index][other], exponent_scale<RULES>(params),
-                [&](int n) { return o + 4 * n; });
+        if (w != index) mbarrier_arrive(&full[w]);
 }
 
-// Sets `own` to those of the columns that this warpgroup stores, over all keys.
-__device__ __forceinline__ void Warpgroup::combine_in_cluster(float (&o)[COLS / 2],
-                                                              float (&own)[OWN_COLS / 2]) {
-    if constexpr (CLUSTER == 1) {
+// Which of those that give to warpgroup `to` this one is.
+__device__ __forceinline__ int giver(int split, int to) { return split - (split > to); }
+
+__device__ __forceinline__ void Warpgroup::give_maxima() {
 #pragma unroll
-        for (int e = 0; e < OWN_COLS / 2; ++e) own[e] = o[e];
-        return;
+    for (int to = 0; to < SPLITS; ++to) {
+        if (to == split() || lane() % QUAD > 0) continue;
+        const int w = to % WARPGROUPS;
+        give(to, smem.inbox[w].max[giver(split(), to)][thread() / QUAD],
+             {state[0].max, state[1].max, 0, 0}, smem.full_max[w]);
     }
-    cluster_wait();  // the peer has made its barrier
-    const int peer = rank ^ 1;
-    const uint32 barrier = peer_address(shared_address(&smem.full_peer), peer);
+    arrive(smem.full_max);
+}
+
+// Takes the others' maxima, and gives l at the common one.
+__device__ __forceinline__ void Warpgroup::settle() {
+    is_settled = true;
 #pragma unroll
-    for (int n = 0; n < OWN_COLS / 8; ++n) {
-        float give[4];
+    for (int r = 0; r < 2; ++r) state[r].sum = group_sum<QUAD>(state[r].sum);
+    const Inbox& inbox = smem.inbox[index];
+    float max[2] = {state[0].max, state[1].max};
+    if (SPLITS > 1) mbarrier_wait(&smem.full_max[index], 0);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {  // no array is indexed by the rank: it would leave registers
-            const float low = o[4 * n + e], high = o[OWN_COLS / 2 + 4 * n + e];
-            give[e] = rank == 0 ? high : low;
-            own[4 * n + e] = rank == 0 ? low : high;
+    for (int g = 0; g < SPLITS - 1; ++g) {
+        const float4 theirs = inbox.max[g][thread() / QUAD];
+        max[0] = fmaxf(max[0], theirs.x);
+        max[1] = fmaxf(max[1], theirs.y);
+    }
+#pragma unroll
+    for (int r = 0; SPLITS > 1 && r < 2; ++r) {
+        to_common[r] = rescale_to(state[r].max, max[r], exponent_scale<RULES>(params));
+        state[r] = {max[r], state[r].sum * to_common[r]};
+    }
+#pragma unroll
+    for (int to = 0; to < SPLITS; ++to) {
+        if (to == split() || lane() % QUAD > 0) continue;
+        const int w = to % WARPGROUPS;
+        give(to, smem.inbox[w].sum[giver(split(), to)][thread() / QUAD],
+             {state[0].sum, state[1].sum, 0, 0}, smem.full_o[w]);
+    }
+}
+
+// Gives O, and sets l and `own` to those of all keys: the columns that this warpgroup stores.
+__device__ __forceinline__ void Warpgroup::exchange(float (&own)[OWN_COLS / 2]) {
+#pragma unroll
+    for (int e = 0; SPLITS > 1 && e < HEAD_DIM_V / 2; ++e) rO[e] *= to_common[e / 2 % 2];
+#pragma unroll
+    for (int to = 0; to < SPLITS; ++to) {
+        const float* const theirs = rO + to * (OWN_COLS / 2);
+        if (to == split()) {
+#pragma unroll
+            for (int e = 0; e < OWN_COLS / 2; ++e) own[e] = theirs[e];
+            continue;
         }
-        store_peer_async(peer_address(shared_address(&smem.peer[index].o[n][thread()]), peer),
-                         {give[0], give[1], give[2], give[3]}, barrier);
+        const int w = to % WARPGROUPS;
+        auto& place = smem.inbox[w].o[giver(split(), to)];
+#pragma unroll
+        for (int n = 0; n < OWN_COLS / 8; ++n)
+            give(to, place[n][thread()],
+                 {theirs[4 * n], theirs[4 * n + 1], theirs[4 * n + 2], theirs[4 * n + 3]},
+                 smem.full_o[w]);
     }
-    if (lane() % QUAD == 0)
-        store_peer_async(
-            peer_address(shared_address(&smem.peer[index].state[thread() / QUAD]), peer),
-            both_states(state), barrier);
-    mbarrier_wait(&smem.full_peer, 0);
-    combine(state, smem.peer[index], exponent_scale<RULES>(params),
-            [&](int n) { return own + 4 * n; });
-}
-
-// The columns that this warpgroup stores.
-__device__ __forceinline__ int first_own_col(int index, int rank) {
-    return index * COLS + rank * OWN_COLS;
+    arrive(smem.full_o);
+    const Inbox& inbox = smem.inbox[index];
+    if (SPLITS > 1) mbarrier_wait(&smem.full_o[index], 0);
+#pragma unroll
+    for (int g = 0; g < SPLITS - 1; ++g) {
+        const float4 sums = inbox.sum[g][thread() / QUAD];
+        state[0].sum += sums.x;
+        state[1].sum += sums.y;
+#pragma unroll
+        for (int n = 0; n < OWN_COLS / 8; ++n) {
+            const float4 x = inbox.o[g][n][thread()];
+            own[4 * n] += x.x;
+            own[4 * n + 1] += x.y;
+            own[4 * n + 2] += x.z;
+            own[4 * n + 3] += x.w;
+        }
+    }
 }
 
 __device__ __forceinline__ void Warpgroup::find_output() {
@@ -117,14 +135,14 @@ __device__ __forceinline__ void Warpgroup::find_output() {
         const QueryRow q = query(r);
         output[r] =
             const_cast<T*>(head_row<T>(params.o, params.o_strides, work.batch, q.head, q.query)) +
-            first_own_col(index, rank);
+            split() * OWN_COLS;
         keep_register(output[r]);
     }
 }
 
 // Writes this warpgroup's columns of O, normalised, and then both rows' LSE, which take longer.
 __device__ __forceinline__ void Warpgroup::finish(const float (&own)[OWN_COLS / 2]) {
-    const int valid_cols = DIM_V - first_own_col(index, rank);
+    const int valid_cols = DIM_V - split() * OWN_COLS;
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r)

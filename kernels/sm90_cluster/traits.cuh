@@ -19,12 +19,11 @@ using LayoutV = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
 using Positions = PositionMask<BOUNDED_RIGHT, BOUNDED_LEFT>;
 
 constexpr int WARPGROUPS = WARPS_N;            // of a CTA; each has tiles of keys of its own
-constexpr int SPLITS = WARPGROUPS * CLUSTER;   // of the keys
-constexpr int COLS = HEAD_DIM_V / WARPGROUPS;  // of O that a warpgroup combines
-constexpr int OWN_COLS = COLS / CLUSTER;       // and of these, those that it stores
+constexpr int SPLITS = WARPGROUPS * CLUSTER;   // of the keys: the cluster's warpgroups
+constexpr int OWN_COLS = HEAD_DIM_V / SPLITS;  // of O that a warpgroup combines and stores
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
-// A tile's keys in two halves: the tensor cores work on one while the softmax works on the other.
-// With masks the whole tile is looked up first.
+// A tile's keys in two halves: the tensor cores work on one while the other is on its way, or while
+// the softmax works on it. With masks the whole tile is looked up first.
 constexpr int HALVES = HIDES_KEYS || BLOCK_N % 32 != 0 ? 1 : 2;
 constexpr int KEYS = BLOCK_N / HALVES;
 constexpr int PAIRS = KEYS / 8;   // 8-key column groups of S
@@ -46,26 +45,30 @@ static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels
 static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,
               "masks that are read key by key are faster in fwd_sm80");
 
-// Numbers that every thread of a warpgroup has for its own two rows, in the layout of O's
-// accumulators. A thread of another warpgroup that has the same rows finds them at the same place.
-template <int COLUMNS>
-struct Partials {
-    float4 o[COLUMNS / 8][WARPGROUP_THREADS];  // 8-column group n: both rows' two columns
-    float4 state[WARPGROUP_THREADS / QUAD];    // m and l of both rows, of four lanes
+// What the other warpgroups of the cluster give to one: its own columns of O, over their keys, in
+// the accumulators' layout, and m and l. A thread finds what a thread with the same rows has given.
+constexpr int GIVERS = SPLITS > 1 ? SPLITS - 1 : 1;  // a lone warpgroup is given nothing
+constexpr int GROUPS = SPLITS > 1 ? OWN_COLS / 8 : 1;
+struct Inbox {
+    float4 o[GIVERS][GROUPS][WARPGROUP_THREADS];   // 8 columns: both rows' two
+    float4 max[GIVERS][WARPGROUP_THREADS / QUAD];  // both rows' m, for four lanes
+    float4 sum[GIVERS][WARPGROUP_THREADS / QUAD];  // both rows' l, at the common m
 };
 
-using Given = Partials<(WARPGROUPS > 1 ? COLS : 8)>;  // a lone warpgroup is given nothing
-using FromPeer = Partials<(CLUSTER > 1 ? OWN_COLS : 8)>;
+// Who arrives at full_max and at full_o: the CTA's other warps, and who expects the peer's bytes.
+constexpr int GIVING_ARRIVALS = (WARPGROUPS - 1) * WARPGROUP_WARPS + (CLUSTER - 1);
+constexpr int PEER_MAX_BYTES = (CLUSTER - 1) * WARPGROUPS * int(sizeof(Inbox::max[0]));
+constexpr int PEER_O_BYTES =
+    (CLUSTER - 1) * WARPGROUPS * int(sizeof(Inbox::o[0]) + sizeof(Inbox::sum[0]));
 
 struct alignas(1024) SharedStorage {
     T sQ[LayoutQ::SIZE];                          // BLOCK_M x HEAD_DIM
     T sK[WARPGROUPS][NUM_STAGES][LayoutK::SIZE];  // BLOCK_N x HEAD_DIM each
     T sV[WARPGROUPS][NUM_STAGES][LayoutV::SIZE];  // BLOCK_N x HEAD_DIM_V each
-    // What warpgroup w is given: by the CTA's other warpgroups, and by its fellow of the peer CTA.
-    Given given[WARPGROUPS][WARPGROUPS > 1 ? WARPGROUPS - 1 : 1];
-    FromPeer peer[WARPGROUPS];
-    uint64 full_q, full_peer;
-    uint64 full_k[WARPGROUPS][NUM_STAGES], full_v[WARPGROUPS][NUM_STAGES];
+    Inbox inbox[WARPGROUPS];
+    uint64 full_q;
+    uint64 full_k[WARPGROUPS][NUM_STAGES][HALVES], full_v[WARPGROUPS][NUM_STAGES];
+    uint64 full_max[WARPGROUPS], full_o[WARPGROUPS];  // of the inboxes: m; l and O
     SeenKeys<HIDES_KEYS, WARPGROUP_WARPS, BLOCK_N> seen[WARPGROUPS];
 };
 static_assert(sizeof(SharedStorage) + 1024 == SMEM_BYTES,

@@ -1,6 +1,6 @@
-// warpgroup.cuh - one of the warpgroups of fwd_sm90_cluster.cu: what it has in registers, where its
-// rows and keys are, how its tiles are loaded. What else it does is defined in the entry file, in
-// softmax and in combine.
+// warpgroup.cuh - one of the warpgroups of fwd_sm90_cluster.cu: what it has in registers, which
+// rows and keys are its own, how its tiles are loaded. Its other methods are defined in the entry
+// file, in softmax and in combine.
 #pragma once
 #include <config.cuh>
 #include <flashcore/debug.cuh>
@@ -23,7 +23,9 @@ struct Warpgroup {
     TileRange tiles;  // that some row of the block sees
     // Where the rows' own columns of O go. Found while the first copies are on their way.
     T* output[2];
-    RowState state[2];  // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
+    RowState state[2];        // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
+    bool is_settled = false;  // m and l are over all keys
+    float to_common[2];       // then: the factors that O still needs
     // Element 4 n + 2 r + e is of row r: of S key 8 n + 2 (lane % 4) + e, of O that column.
     float rS[HALVES][KEYS / 2];
     uint32 rP[HALVES][STEPS][4];  // P as T, pair by pair: the A operand of 16 keys each
@@ -54,7 +56,8 @@ struct Warpgroup {
 
     // ---- its tiles -----------------------------------------------------------------------------
 
-    // The warpgroups of the cluster take tiles in turn, so that a mask leaves all of them the same.
+    // The warpgroups of the cluster have every SPLITS-th tile, so that under a mask all have as
+    // much to do.
     __device__ __forceinline__ int split() const { return rank * WARPGROUPS + index; }
     __device__ __forceinline__ int tile(int nth) const {
         return tiles.begin + split() + nth * SPLITS;
@@ -64,7 +67,7 @@ struct Warpgroup {
     __device__ __forceinline__ static int first_key(int tile, int half) {
         return tile * BLOCK_N + half * KEYS + lane() % QUAD * 2;
     }
-    // Whether some row misses some key of the tile by its position.
+    // Whether positions hide some key of the tile from some row.
     __device__ __forceinline__ bool needs_mask(int tile) const {
         return mask().needs_mask(query_of<false>(work, 0), last_query_of<false>(work, BLOCK_M),
                                  tile * BLOCK_N, (tile + 1) * BLOCK_N);
@@ -72,9 +75,15 @@ struct Warpgroup {
 
     // Starts the copies of the n-th tile, K before V. One warp does this.
     __device__ __forceinline__ void load_k(int nth) const {
-        const TileBox box = {&params.k_map, tile(nth) * BLOCK_N, work.head_kv, work.batch};
-        load_tile_tma<LayoutK, BLOCK_N>(smem.sK[index][nth % NUM_STAGES],
-                                        &smem.full_k[index][nth % NUM_STAGES], box, EVICT_LAST);
+        T* const sK = smem.sK[index][nth % NUM_STAGES];
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) {
+            const int first = tile(nth) * BLOCK_N + half * KEYS;
+            const TileBox box = {&params.k_map, first, work.head_kv, work.batch};
+            load_tile_tma<LayoutK, KEYS, KEYS>(sK + LayoutK::step(0, half * KEYS, 0),
+                                               &smem.full_k[index][nth % NUM_STAGES][half], box,
+                                               EVICT_LAST);
+        }
     }
     __device__ __forceinline__ void load_v(int nth) const {
         const int first = tile(nth) * BLOCK_N - mask().row_begin(0);  // the map's first key
@@ -82,8 +91,9 @@ struct Warpgroup {
         load_tile_tma<LayoutV, BLOCK_N>(smem.sV[index][nth % NUM_STAGES],
                                         &smem.full_v[index][nth % NUM_STAGES], box, EVICT_LAST);
     }
-    __device__ __forceinline__ static void wait_full(uint64 (&full)[NUM_STAGES], int nth) {
-        mbarrier_wait(&full[nth % NUM_STAGES], nth / NUM_STAGES % 2);
+    // Waits for a part of the n-th tile by the barrier of that part in its stage.
+    __device__ __forceinline__ static void wait_full(uint64& full, int nth) {
+        mbarrier_wait(&full, nth / NUM_STAGES % 2);
     }
 
     // fwd_sm90_cluster.cu
@@ -104,9 +114,11 @@ struct Warpgroup {
 
     // combine.cuh
     __device__ __forceinline__ void find_output();
-    __device__ __forceinline__ void combine_in_cta(float (&o)[COLS / 2]);
-    __device__ __forceinline__ void combine_in_cluster(float (&o)[COLS / 2],
-                                                       float (&own)[OWN_COLS / 2]);
+    __device__ __forceinline__ void give(int to, float4& place, const float4& x, uint64& full);
+    __device__ __forceinline__ void arrive(uint64 (&full)[WARPGROUPS]);
+    __device__ __forceinline__ void give_maxima();
+    __device__ __forceinline__ void settle();
+    __device__ __forceinline__ void exchange(float (&own)[OWN_COLS / 2]);
     __device__ __forceinline__ void finish(const float (&own)[OWN_COLS / 2]);
 };
 

@@ -19,7 +19,7 @@ REPORT = re.compile(
 """A line of a compiler's report that has nothing to object."""
 
 
-@pytest.mark.parametrize("name", ["cluster", "mbarrier", "tma", "wgmma"])
+@pytest.mark.parametrize("name", ["cluster", "launches", "mbarrier", "tma", "wgmma"])
 def test_the_compiler_has_nothing_to_object(probe_folder: object, name: str) -> None:
     """Such as wgmma serialized for want of a fence, setmaxnreg ignored, or spills."""
     compiled = compiler.compile_kernel(f"probe_{name}.cu", {}, "sm_90a")

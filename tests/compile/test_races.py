@@ -191,6 +191,10 @@ KERNELS = {
     "clusters": ("sm_90a", small("wgmma_sm90", heads=8, seqlen_q=2, seqlen_kv=3000)),
     "packed": ("sm_90a", packed(small("wgmma_sm90", heads=4), ((77, 100), (33, 0), (0, 5)))),
     "peers": ("sm_90a", small("cluster_sm90", heads=8, seqlen_q=2, seqlen_kv=300)),
+    "warpgroups": (
+        "sm_90a",
+        small("cluster_sm90", batch=5, heads=8, seqlen_q=3, seqlen_kv=1000, causal=True),
+    ),
     "ladder": ("sm_80", small("wmma_warp_softmax", causal=True)),
     "three kernels": ("sm_80", small("wmma_unfused")),
 }

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 import flashcore_cupy
 from flashcore_cupy.cuda import captures
+from flashcore_cupy.cuda.driver import OverlappingLaunch
 from flashcore_cupy.launch import launch_cache, workspace
 from flashcore_cupy.launch.parameter_block import ParameterBlock
 from flashcore_cupy.launch.plan import LoadedKernel, Step
@@ -539,6 +540,44 @@ def test_addresses_are_looked_at_only_where_they_are_new(
     assert call(0, 512, 4096, 1536, device_of_v=1) is None
     assert len(launched) == 5
     assert call(*here) is not None
+
+
+def test_a_repeated_call_overlaps_if_its_kernel_does(launched: list[tuple[Any, ...]]) -> None:
+    plan, choices = plan_of(*[np.empty((1, 2, 3, 8), np.float16)] * 4), choices_of()
+    enqueued: list[tuple[int, int]] = []
+    overlapping: Any = lambda stream, address: enqueued.append((stream, address))  # noqa: E731
+    plan.steps = tuple(replace(step, overlapping=overlapping) for step in plan.steps)
+    launch_cache.remember(plan, choices, out_given=False)
+    q, k, v = (plan.arrays[name] for name in "qkv")
+    assert launch_cache.launch_again(q, k, v, None, False, choices) is not None
+    assert [stream for stream, _ in enqueued] == [7] and not launched
+
+
+def test_an_overlapping_launch_has_one_configuration_per_stream() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    launch, seen, answer = OverlappingLaunch(0x1000, 24, 256, 65536), [], [0]
+    launch._launch = lambda config, *rest: seen.append((config, *rest)) or tuple(answer)
+    for stream in (7, 0, 7):
+        launch(stream, 4096)
+    configs = [config for config, *_ in seen]
+    assert configs[0] is configs[2] is not configs[1]
+    assert [int(config.hStream) for config in configs] == [7, 0, 7]
+    assert {int(function) for _, function, *_ in seen} == {0x1000}
+    assert {(params, extra) for *_, params, extra in seen} == {(4096, 0)}
+    config = configs[0]
+    sizes = ("gridDim", "blockDim")
+    shape = [getattr(config, size + axis) for size in sizes for axis in "XYZ"]
+    assert [*shape, config.sharedMemBytes] == [24, 1, 1, 256, 1, 1, 65536]
+    (attribute,) = config.attrs
+    ids = driver.CUlaunchAttributeID
+    assert attribute.id == ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert attribute.value.programmaticStreamSerializationAllowed == 1
+    for stream in range(100):
+        launch(stream, 4096)
+    assert len(launch._configs) <= 64
+    answer[0] = driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(RuntimeError, match=r"a launch: the driver answers .*INVALID_VALUE"):
+        launch(7, 4096)
 
 
 @repeatable

@@ -71,6 +71,43 @@ def test_blocks_are_as_large_as_the_grid_is(sizes: tuple[int, int, int, int], bl
         assert found.kernel.name == KERNEL and found.config.tile.block_m == block_m
 
 
+@pytest.mark.parametrize(
+    ("sizes", "parts", "num_stages", "block_n"),
+    [
+        # Warpgroups of a thread block, and thread blocks, that share the keys.
+        ((1, 8, 64, 64), (1, 1), 1, 64),
+        ((1, 8, 128, 64), (1, 1), 1, 128),
+        ((1, 8, 256, 64), (1, 2), 1, 128),
+        ((2, 8, 256, 64), (2, 1), 1, 128),
+        ((1, 8, 512, 64), (2, 2), 1, 128),
+        ((1, 16, 512, 64), (2, 1), 2, 128),
+        ((1, 8, 1024, 64), (2, 1), 3, 128),
+        ((1, 8, 256, 128), (2, 2), 1, 64),
+        ((1, 16, 256, 128), (2, 1), 1, 128),
+        ((1, 8, 512, 128), (2, 2), 1, 128),
+    ],
+)
+def test_few_queries_share_out_their_keys(
+    sizes: tuple[int, int, int, int], parts: tuple[int, int], num_stages: int, block_n: int
+) -> None:
+    found = selector.select(contiguous_problem(*sizes), HOPPER)
+    tile = found.config.tile
+    assert found.kernel.name == "cluster_sm90" and found.config.overlaps_launches
+    assert (tile.warps_n, tile.cluster) == parts
+    assert (tile.num_stages, tile.block_n) == (num_stages, block_n)
+
+
+@pytest.mark.parametrize(("mask", "block_n", "rows"), [(False, 128, 64), (True, 128, 128)])
+def test_tiles_of_k_arrive_in_halves_but_with_masks(mask: bool, block_n: int, rows: int) -> None:
+    problem = contiguous_problem(1, 8, 512, 64)
+    if mask:
+        problem = ruled(problem, mask=spec_of(np.ones((512, 512), bool)))
+    config = selector.configure(problem, registry.KERNELS["cluster_sm90"], HOPPER)
+    assert config.tile.block_n == block_n
+    boxes = [view.box[1] for view in config.views(problem, problem.q)]
+    assert boxes == [64, rows, block_n]
+
+
 def cost(row: Row, problem: AttentionProblem) -> float:
     assert row.round_cost is not None
     blocks = problem.batch * problem.heads_q * -(-problem.seqlen_q // row.tile.block_m)

@@ -115,6 +115,9 @@ CASES = {
         wide("wgmma_sm90", head_dim=192, head_dim_v=128, dtype="bfloat16", window=(33, 7)),
         packed(small("wgmma_sm90", heads=4), LENGTHS),
         small("wgmma_sm90", gate="qk", alibi="bh"),
+        small("cluster_sm90", heads=8, heads_kv=8, seqlen_q=130, seqlen_kv=500, causal=True),
+        small("cluster_sm90", batch=5, heads=8, seqlen_q=3, seqlen_kv=1000, sink=True),
+        small("cluster_sm90", seqlen_q=70, seqlen_kv=250, dtype="bfloat16", alibi="h"),
     ],
 }
 EVERY = [(arch, case) for arch, cases in CASES.items() for case in cases]

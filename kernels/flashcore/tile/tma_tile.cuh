@@ -13,16 +13,17 @@ struct TileBox {
     int row, head, batch;
 };
 
-// Starts the copies of a whole tile, panel by panel, in boxes of BOX_ROWS rows. One warp does this.
-template <typename Layout, int BOX_ROWS, typename T>
+// Starts the copies of a whole tile, panel by panel, in boxes of BOX_ROWS rows; or of those ROWS of
+// its rows that begin at sTile. One warp does this.
+template <typename Layout, int BOX_ROWS, int ROWS = Layout::ROWS, typename T>
 __device__ __forceinline__ void load_tile_tma(T* sTile, uint64* full, const TileBox& box,
                                               uint64 policy) {
     if (!elect_one()) return;
-    mbarrier_arrive_expect_tx(full, Layout::SIZE * sizeof(T));
+    mbarrier_arrive_expect_tx(full, ROWS * Layout::COLS * sizeof(T));
 #pragma unroll
     for (int panel = 0; panel < Layout::COLS / Layout::PANEL; ++panel)
 #pragma unroll
-        for (int r = 0; r < Layout::ROWS; r += BOX_ROWS)
+        for (int r = 0; r < ROWS; r += BOX_ROWS)
             tma_load_4d(sTile + Layout::step(0, r, panel * Layout::PANEL), box.map, full,
                         panel * Layout::PANEL, box.row + r, box.head, box.batch, policy);
 }
