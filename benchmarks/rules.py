@@ -69,6 +69,7 @@ def arguments(shape: tuple[int, int, int, int], causal: bool) -> dict[str, dict[
     rows: dict[str, dict[str, Any]] = {
         "plain": {},
         "softcap": {"softcap": 30.0},
+        "dropout": {"dropout_p": 0.1, "rng": (1, 0)},
         "alibi": {"alibi_slopes": cupy.linspace(0.01, 0.5, heads, dtype=cupy.float32)},
         "sink": {"sink": cupy.zeros(heads, cupy.float32)},
         "bias, shared": {"bias": bias(shared, "float16")},

@@ -10,6 +10,7 @@ from flashcore_cupy._version import __version__
 from flashcore_cupy.attention import attention, explain
 from flashcore_cupy.backward import attention_backward, explain_backward
 from flashcore_cupy.problem.gradients import Gradients
+from flashcore_cupy.problem.rng import dropout_mask
 from flashcore_cupy.select.registry import KERNELS
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backward",
+    "dropout_mask",
     "explain",
     "explain_backward",
 ]

@@ -39,6 +39,8 @@ def attention(
     bias: Any = None,
     mask: Any = None,
     sink: Any = None,
+    dropout_p: float = 0.0,
+    rng: Any = None,
     score_mod: Mod | None = None,
     mask_mod: Mod | None = None,
     mod_args: Mapping[str, Any] | None = None,
@@ -65,7 +67,8 @@ def attention(
     map it. There are no second derivatives and no forward-mode ones.
 
     A score goes through scale, softcap, ALiBi, bias, score_mod, in this order; then causal, window,
-    mask and mask_mod hide keys. off is Skv - Sq, or 0 with causal="top-left".
+    mask and mask_mod hide keys; dropout comes after the softmax. off is Skv - Sq, or 0 with
+    causal="top-left".
 
     Parameters
     ----------
@@ -94,6 +97,14 @@ def attention(
     sink : array or list, (Hq,)
         A logit per query head that joins the softmax's denominator, and so the LSE, without a value
         (gpt-oss). Real numbers, taken as float32.
+    dropout_p : float
+        Each probability is 0 with this chance, from 0 up to, but not, 1, and else divided by
+        1 - dropout_p (Srivastava et al. 2014). Rounded to a multiple of 2**-16.
+    rng : (seed, offset), or array, (2,), uint64 or int64
+        Which ones dropout takes; asked for where dropout_p is not 0. Two integers from 0 to
+        2**64 - 1; another offset is another draw. An array on the GPU is read by the kernel, so a
+        captured graph draws with what it holds by then; it may be (4,), uint32 or int32, too, the
+        low words first. ``dropout_mask`` shows the draw.
     score_mod, mask_mod : str, or on NumPy arrays without a kernel's name a callable
         CUDA expressions of ``b, h, q_idx, kv_idx`` and, for score_mod, ``score``, evaluated per
         element inside the kernel: ``score_mod="score + 0.1f * (kv_idx - q_idx)"``,
@@ -123,7 +134,8 @@ def attention(
     gate : None, "qk", "softmax" or "pv"
         Stop after a stage and return it: the scores after all rules (-inf where masked) or the
         probabilities, float32, (B, Hq, Sq, Skv); or, for "pv", the output with all scores taken
-        as 0, which is the mean of the v rows that the query sees.
+        as 0, which is the mean of the v rows that the query sees. Probabilities are those before
+        dropout.
     out : array, optional
         Written in place and returned; the output's shape and dtype, last axis contiguous, no
         element in common with an input. Not with the gates "qk" and "softmax".
@@ -155,13 +167,14 @@ def attention(
     plain = (
         alibi_slopes is None and bias is None and mask is None and sink is None
         and score_mod is None and mask_mod is None and mod_args is None
-        and cu_seqlens_q is None and cu_seqlens_k is None and not unknown
+        and cu_seqlens_q is None and cu_seqlens_k is None and rng is None and not unknown
         and config is None and gate is None and stream is None and return_lse.__class__ is bool
     )  # fmt: skip
     if plain:
         choices = (
             window, layout, kernel, causal, causal.__class__, softcap, softcap.__class__,
-            softmax_scale, softmax_scale.__class__, batch_invariant, batch_invariant.__class__,
+            dropout_p, dropout_p.__class__, softmax_scale, softmax_scale.__class__,
+            batch_invariant, batch_invariant.__class__,
         )  # fmt: skip
         done = launch_cache.launch_again(q, k, v, out, return_lse, choices)
         if done is not None:
@@ -170,18 +183,17 @@ def attention(
     check_names("attention", unknown, ARGUMENTS)
     arguments = dict(
         layout=layout, softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink, score_mod=score_mod,
-        mask_mod=mask_mod, mod_args=mod_args, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        batch_invariant=batch_invariant, kernel=kernel, config=config, gate=gate,
+        alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink, dropout_p=dropout_p, rng=rng,
+        score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant, kernel=kernel,
+        config=config, gate=gate,
     )  # fmt: skip
     return_lse = check_results(gate, return_lse, out)
-    known_by = choices if plain else None
     try:
-        return _attend(arguments, q, k, v, out, stream, return_lse, known_by)
+        return _attend(arguments, q, k, v, out, stream, return_lse, choices if plain else None)
     except Traced as traced:
         by = traced.by
-    arguments |= dict(return_lse=return_lse, out=out, stream=stream)
-    return _integrated(by, q, k, v, arguments)
+    return _integrated(by, q, k, v, arguments | dict(return_lse=return_lse, out=out, stream=stream))
 
 
 @untraced

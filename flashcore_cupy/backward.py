@@ -32,10 +32,10 @@ Mod = str | Callable[..., Any]
 
 _NOT_KNOWN = (
     *("alibi_slopes", "bias", "mask", "sink", "score_mod", "score_mod_grad", "mask_mod"),
-    *("mod_args", "cu_seqlens_q", "cu_seqlens_k", "config", "gate", "out"),
+    *("mod_args", "cu_seqlens_q", "cu_seqlens_k", "config", "gate", "out", "rng"),
 )
 _KNOWN_BY = (
-    *("layout", "kernel", "causal", "softcap", "softmax_scale"),
+    *("layout", "kernel", "causal", "softcap", "softmax_scale", "dropout_p"),
     *("batch_invariant", "deterministic"),
 )
 
@@ -62,6 +62,8 @@ def attention_backward(
     bias: Any = None,
     mask: Any = None,
     sink: Any = None,
+    dropout_p: float = 0.0,
+    rng: Any = None,
     score_mod: Mod | None = None,
     score_mod_grad: Mod | None = None,
     mask_mod: Mod | None = None,
@@ -88,7 +90,9 @@ def attention_backward(
         dbias = dt, dalibi_slopes = -sum(dt * abs(i + off - j))
         dsink = -sum(exp(sink - lse) * delta)
 
-    dbias is summed over the axes along which bias is broadcast.
+    dbias is summed over the axes along which bias is broadcast. With dropout, Z being
+    1 / (1 - dropout_p) where the forward pass has kept a probability and 0 elsewhere, dv is
+    (P * Z).T @ do, and do @ v.T is multiplied by Z.
 
     Parameters
     ----------
@@ -112,7 +116,7 @@ def attention_backward(
         gradients of the whole.
     layout, softmax_scale, causal, window, softcap, alibi_slopes, bias, mask, sink
         As ``attention`` had them.
-    score_mod, mask_mod, mod_args, cu_seqlens_q, cu_seqlens_k, batch_invariant
+    dropout_p, rng, score_mod, mask_mod, mod_args, cu_seqlens_q, cu_seqlens_k, batch_invariant
         As ``attention`` had them.
     score_mod_grad : str or callable, optional
         The derivative of score_mod by its score, of the same form and arguments. Without it the
@@ -149,11 +153,11 @@ def attention_backward(
     """
     arguments = dict(
         layout=layout, softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink, score_mod=score_mod,
-        mask_mod=mask_mod, mod_args=mod_args, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        batch_invariant=batch_invariant, kernel=kernel, config=config, wrt=wrt,
-        deterministic=deterministic, accumulate=accumulate, score_mod_grad=score_mod_grad, out=out,
-        gate=gate,
+        alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink, dropout_p=dropout_p, rng=rng,
+        score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant, kernel=kernel,
+        config=config, wrt=wrt, deterministic=deterministic, accumulate=accumulate,
+        score_mod_grad=score_mod_grad, out=out, gate=gate,
     )  # fmt: skip
     operands = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse}
     known_by = None if unknown or stream is not None else _choices(arguments)

@@ -38,7 +38,8 @@ def scaled_dot_product_attention(
         bool: True where a query attends. Floating, query's dtype or float32: added to the scores;
         it has a gradient.
     dropout_p : float
-        0: there is no dropout.
+        Each probability is 0 with this chance, and else divided by 1 - dropout_p. torch's generator
+        gives the seed of a call; which probabilities are dropped is not what torch would drop.
     is_causal : bool
         Query i sees key j <= i. May be given beside attn_mask.
     scale : float, optional
@@ -56,7 +57,6 @@ def scaled_dot_product_attention(
     TypeError, ValueError
         Before anything is launched; as ``attention``.
     """
-    _no_dropout(dropout_p)
     axes = max(4, query.dim())
     q, k, v = (x[(None,) * (axes - x.dim())] for x in (query, key, value))
     if q.shape[-3] != k.shape[-3] and not enable_gqa:
@@ -71,7 +71,9 @@ def scaled_dot_product_attention(
     given: dict[str, Any] = {"softmax_scale": scale, "causal": "top-left" if is_causal else False}
     if mask is not None:
         given["mask" if mask.dtype is torch.bool else "bias"] = mask
-    o = attention(q, k, v, **given)
+    o = attention(q, k, v, **given, **_drawn(dropout_p, q))
+    if dropout_p == 1:
+        o = o * 0
     return o.reshape(*query.shape[:-1], value.shape[-1])
 
 
@@ -95,7 +97,7 @@ def flash_attn_func(
     q, k, v : Tensor, (B, Sq, Hq, D), (B, Skv, H, D) and (B, Skv, H, Dv)
         float16, bfloat16 or float32.
     dropout_p : float
-        0: there is no dropout.
+        As for ``scaled_dot_product_attention``.
     softmax_scale : float, optional
         Multiplies the scores; 1/sqrt(D) by default.
     causal : bool
@@ -121,12 +123,11 @@ def flash_attn_func(
     TypeError, ValueError
         Before anything is launched; as ``attention``.
     """
-    _no_dropout(dropout_p)
     given: dict[str, Any] = dict(
         layout="bshd", softmax_scale=softmax_scale, causal=causal, window=window_size,
         softcap=softcap, alibi_slopes=alibi_slopes,
     )  # fmt: skip
-    return _flash(q, k, v, given, deterministic, return_attn_probs)
+    return _flash(q, k, v, given, dropout_p, deterministic, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -173,28 +174,43 @@ def flash_attn_varlen_func(
     TypeError, ValueError
         Before anything is launched; as ``attention``.
     """
-    _no_dropout(dropout_p)
     if block_table is not None:
         raise ValueError("block_table: there is no paged cache; pass k and v packed")
     given: dict[str, Any] = dict(
         softmax_scale=softmax_scale, causal=causal, window=window_size, softcap=softcap,
         alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
-    return _flash(q, k, v, given, deterministic, return_attn_probs)
+    return _flash(q, k, v, given, dropout_p, deterministic, return_attn_probs)
 
 
 def _flash(
-    q: Any, k: Any, v: Any, given: dict[str, Any], deterministic: bool, return_lse: bool
+    q: Any,
+    k: Any,
+    v: Any,
+    given: dict[str, Any],
+    dropout_p: float,
+    deterministic: bool,
+    return_lse: bool,
 ) -> Any:
+    given |= _drawn(dropout_p, q)
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if differentiated and not deterministic:
         given |= {"deterministic": False, "return_lse": True}
         o, lse = torch_attention.attend(q, k, v, given)
     else:
         o, lse = attention(q, k, v, **given, return_lse=True)
+    if dropout_p == 1:
+        o = o * 0
     return (o, lse, None) if return_lse else o
 
 
-def _no_dropout(dropout_p: float) -> None:
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p: got {dropout_p}; there is no dropout, use 0")
+def _drawn(dropout_p: float, q: Any) -> dict[str, Any]:
+    """Dropout as ``attention`` takes it, with a seed and an offset of torch's generator.
+
+    Nothing is drawn where that would not matter: with 0, and with 1, which leaves zeros.
+    """
+    if dropout_p in (0, 1):
+        return {}
+    low, high = -(2**63), 2**63 - 1
+    rng = torch.randint(low, high, (2,), dtype=torch.int64, device=q.device)
+    return {"dropout_p": dropout_p, "rng": rng}

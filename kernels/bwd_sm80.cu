@@ -72,9 +72,10 @@ __device__ __forceinline__ void attend_tile(const Context& c, Gradients& rows, c
 template <bool MASKED, typename StatisticsOf>
 __device__ __forceinline__ void differentiate_step(const Context& c, Gradients& rows,
                                                    const WalkedTile& at, int step,
-                                                   const Visible& visible, const Scores& rS,
-                                                   const Scores& rdP, StatisticsOf statistics,
-                                                   Probabilities& rP, Probabilities& rdS) {
+                                                   const Visible& visible, const AllKept& kept,
+                                                   const Scores& rS, const Scores& rdP,
+                                                   StatisticsOf statistics, Probabilities& rP,
+                                                   Probabilities& rdS) {
 #pragma unroll
     for (int i = 0; i < STEP_TILES; ++i) {
         const int n = step * STEP_TILES + i;
@@ -88,8 +89,8 @@ __device__ __forceinline__ void differentiate_step(const Context& c, Gradients& 
                 const auto added = [&](const Meeting& x, float dt) {
                     if (SUMS_DISTANCES) rows.distances[m][half] += dt * c.distance(x);
                 };
-                const PairOfGradients pair =
-                    differentiate<MASKED>(c, at, m, half, n, visible[m][half], s, dp, of, added);
+                const PairOfGradients pair = differentiate<MASKED>(
+                    c, at, m, half, n, visible[m][half], kept[m][half], s, dp, of, added);
                 rP.set_pair(m, i, half, pair.p[0], pair.p[1]);
                 rdS.set_pair(m, i, half, pair.ds[0], pair.ds[1]);
             }
@@ -105,10 +106,12 @@ __device__ __forceinline__ void add_gradients(const Context& c, Gradients& rows,
     Visible visible;
     look_up_keys<MASKED>(c, at, visible);
     const Bits seen = rows_seen(visible);
+    AllKept kept;
+    look_up_kept(c, at, kept);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         Probabilities rP, rdS;
-        differentiate_step<MASKED>(c, rows, at, step, visible, rS, rdP, statistics, rP, rdS);
+        differentiate_step<MASKED>(c, rows, at, step, visible, kept, rS, rdP, statistics, rP, rdS);
         if (OWNS_KEYS && c.has_columns(HEAD_DIM_V))
             ProductsVO::output(rows.rVO, rP, ProductsVO::lane_v(c.smem.sVO[stage], 0, c.first_col),
                                step, seen);

@@ -61,6 +61,8 @@ __device__ __forceinline__ void differentiate_tile(const Context& c, BiasTile& r
                                                    const Statistics (&of)[FRAGMENTS_M][2]) {
     Visible visible;
     look_up_keys<MASKED>(c, at, visible);
+    AllKept kept;
+    look_up_kept(c, at, kept);
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
 #pragma unroll
@@ -74,7 +76,8 @@ __device__ __forceinline__ void differentiate_tile(const Context& c, BiasTile& r
                 const auto added = [&](const Meeting&, float dt) {
                     rdT.x[m][n][2 * half + e++] += dt;
                 };
-                differentiate<MASKED>(c, at, m, half, n, visible[m][half], s, dp, both, added);
+                differentiate<MASKED>(c, at, m, half, n, visible[m][half], kept[m][half], s, dp,
+                                      both, added);
             }
         }
     }

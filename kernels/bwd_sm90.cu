@@ -1,6 +1,5 @@
 // bwd_sm90.cu - backward attention for Hopper: dK and dV of blocks of keys, which add to dQ; or dQ
-// of blocks of queries. TMA brings the tiles, wgmma multiplies them. Nothing of size Sq x Skv is
-// stored.
+// of blocks of queries. TMA brings the tiles, wgmma multiplies. Nothing of size Sq x Skv is stored.
 //
 //   S = scale Q K^T, P = exp(rules(S) - LSE), dP = dO V^T, D = rowsum(dO * O) - dLSE
 //   dV = P^T dO,  dS = P (dP - D) rules'(S),  dK = scale dS^T Q,  dQ = scale dS K
@@ -71,6 +70,8 @@ struct Consumer : WarpContext {
         state.wait_full(smem.vo);
         wgmma_qk<LayoutOwnVO, LayoutVO>(rdP, smem.sOwnVO + LayoutOwnVO::step(0, first, 0),
                                         smem.sVO[stage]);
+        Kept kept[1][2];
+        look_up_kept(*this, at, kept);
         const bool masked = needs_mask(*this, at.tile);
         if constexpr (SPLITS_STEP) {
             // The exponentials run during the product dP, what follows during dV.
@@ -86,19 +87,19 @@ struct Consumer : WarpContext {
             fence_registers(rS);
             fence_registers(rdP);
             if (masked) {
-                differentiate_tile<true>(at, rS, rdP);
+                differentiate_tile<true>(at, kept, rS, rdP);
             } else {
-                differentiate_tile<false>(at, rS, rdP);
+                differentiate_tile<false>(at, kept, rS, rdP);
             }
         }
-        if constexpr (OWNS_KEYS) multiply_dv(stage, rS, rP);
+        if constexpr (OWNS_KEYS) multiply_dv(stage, kept[0], rS, rP);
         if constexpr (SPLITS_STEP) {
             wgmma_wait<OWNS_KEYS ? 1 : 0>();
             fence_registers(rdP);
             if (masked) {
-                multiply_p<true>(rS, rdP);
+                multiply_p<true>(kept[0], rS, rdP);
             } else {
-                multiply_p<false>(rS, rdP);
+                multiply_p<false>(kept[0], rS, rdP);
             }
         }
         pack_p<T>(rdS, rdP);
@@ -133,10 +134,14 @@ struct Consumer : WarpContext {
         state.release(smem.qk);
     }
 
-    // dV += P^T dO starts.
-    __device__ __forceinline__ void multiply_dv(int stage, const float (&rS)[BLOCK_N / 2],
+    // dV += P^T dO starts, of the P that dropout has kept.
+    __device__ __forceinline__ void multiply_dv(int stage, const Kept (&kept)[2],
+                                                const float (&rS)[BLOCK_N / 2],
                                                 uint32 (&rP)[STEPS][4]) {
         pack_p<T>(rP, rS);
+#pragma unroll
+        for (int i = 0; SPLITS_STEP && i < STEPS * 4; ++i)
+            rP[i / 4][i % 4] = kept[i % 2].select(i / 2, rP[i / 4][i % 4]);
         wgmma_pv<LayoutVO>(rVO, rP, smem.sVO[stage]);
     }
 
@@ -153,18 +158,22 @@ struct Consumer : WarpContext {
 
     // dS takes the place of dP.
     template <bool MASKED>
-    __device__ __forceinline__ void multiply_p(const float (&rP)[BLOCK_N / 2],
+    __device__ __forceinline__ void multiply_p(const Kept (&kept)[2],
+                                               const float (&rP)[BLOCK_N / 2],
                                                float (&rdP)[BLOCK_N / 2]) {
         each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e)
-                rdP[i + e] = score_gradient<MASKED>(rP[i + e], rdP[i + e], of[e].delta);
+            for (int e = 0; e < 2; ++e) {
+                const float dp = kept[half].select(n, e, rdP[i + e] * keep_scale<RULES>(p));
+                rdP[i + e] = score_gradient<MASKED>(rP[i + e], dp, of[e].delta);
+            }
         });
     }
 
     // Both, with a rule's derivative.
     template <bool MASKED>
     __device__ __forceinline__ void differentiate_tile(const WalkedTile& at,
+                                                       const Kept (&kept)[1][2],
                                                        float (&rS)[BLOCK_N / 2],
                                                        float (&rdP)[BLOCK_N / 2]) {
         const Bits all;
@@ -174,7 +183,7 @@ struct Consumer : WarpContext {
                 if (SUMS_DISTANCES) distances[half] += dt * distance(x);
             };
             const PairOfGradients pair =
-                differentiate<MASKED>(*this, at, 0, half, n, all, s, dp, of, added);
+                differentiate<MASKED>(*this, at, 0, half, n, all, kept[0][half], s, dp, of, added);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 rS[i + e] = pair.p[e];
@@ -287,7 +296,7 @@ struct Consumer : WarpContext {
             }
         }
         if constexpr (OWNS_KEYS) {
-            if (p.dv != nullptr) store<2, DIM_V>(rVO, 1.0f, p.dv, p.dv_strides);
+            if (p.dv != nullptr) store<2, DIM_V>(rVO, keep_scale<RULES>(p), p.dv, p.dv_strides);
         }
         void* const gradient = OWNS_KEYS ? p.dk : p.dq;
         if (gradient != nullptr)

@@ -53,11 +53,12 @@ __device__ __forceinline__ void skip_tile(const Context& c, Walk& walk, const Ti
                                           int tile);
 __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
                                                 int tile, const float (&shift)[FRAGMENTS_M][2],
-                                                const Bits& seen, uint32 p, uint32 v);
+                                                const Bits& seen, const Kept& kept, uint32 p,
+                                                uint32 v);
 
 __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& walk,
-                                            const Operands& kept, int tile) {
-    const Operands first = KEEPS_OPERANDS ? kept : Operands(c);
+                                            const Operands& operands, int tile) {
+    const Operands first = KEEPS_OPERANDS ? operands : Operands(c);
     const TileStage at = walk.stage_of(tile);
     const bool has_v = EARLY_V && tile == walk.all.begin;
     if (!KV_TOGETHER && !has_v) fill_v(c, walk, tile);
@@ -72,6 +73,9 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     }
     const Bits seen = seen_keys(c, visible);
     if (SKIPS_TILES && !seen.any_in_warp()) return skip_tile(c, walk, at, tile);
+
+    Kept kept;
+    look_up_kept(c, tile, kept);
 
     Scores rS;
     wait_full(c, at, at.barriers_k);
@@ -93,7 +97,8 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     // The next copy is asked for this late because slower warps still read the stage that it
     // overwrites. Right after S the kernel would be up to 8 % slower.
     if (tile + 1 < walk.all.end) fill_tile(c, walk, tile + 1);
-    multiply_values(c, rows, rS, tile, shift, seen, first.p, first.v + at.stage * LayoutV::BYTES);
+    multiply_values(c, rows, rS, tile, shift, seen, kept, first.p,
+                    first.v + at.stage * LayoutV::BYTES);
     release(c, at.barriers_v);  // V, and K with it where they share barriers
 }
 
@@ -101,12 +106,13 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
 // multiply the step before. Warps that share rows first exchange P through shared memory.
 __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
                                                 int tile, const float (&shift)[FRAGMENTS_M][2],
-                                                const Bits& seen, uint32 p, uint32 v) {
+                                                const Bits& seen, const Kept& kept, uint32 p,
+                                                uint32 v) {
     const int first_pair = Sharing::first_pair(c.first_row(), c.warp_d * KEYS_PER_WARP);
 #pragma unroll
     for (int step = 0; step < Products::STEPS; ++step) {
         Probabilities rP;
-        exponentiate(c, rows, rS, rP, tile, step, shift);
+        exponentiate(c, rows, rS, rP, tile, step, shift, kept);
         if constexpr (SHARES_ROWS) {
             c.smem.store_p(rP, first_pair, step);
         } else {

@@ -58,6 +58,7 @@ __device__ __forceinline__ void Consumer::attend_tiles(const TileRange& tiles) {
     float factor[2];
     start_qk();
     pass_turn();
+    look_up_kept(tiles.end - 1);
     wait_qk<0>();
     softmax_of(tiles.end - 1, factor);
     pack_p<T>(rP, rS);
@@ -68,6 +69,7 @@ __device__ __forceinline__ void Consumer::attend_tiles(const TileRange& tiles) {
         start_qk();
         start_pv(previous, tile + 1);
         pass_turn();
+        look_up_kept(tile);
         wait_qk<1>();  // P V may still run
         softmax_of(tile, factor);
         wait_pv(previous);  // P V has read rP and written rO

@@ -88,6 +88,7 @@ def extras(batch: int, heads: int, seqlen: int, seqlen_kv: int) -> dict[str, Rul
             }.items()
         },
         "sink": {"sink": sink},
+        "dropout": {"dropout_p": 0.3, "rng": (5, 2)},
         "score_mod": {"score_mod": bent},
         "score_mod of an array": {"score_mod": looked_up, "mod_args": {"table": table}},
         "mask": {"mask": mask},
@@ -101,6 +102,7 @@ def extras(batch: int, heads: int, seqlen: int, seqlen_kv: int) -> dict[str, Rul
         "slopes, score_mod, mask_mod": alone["slopes"] | alone["score_mod"] | alone["mask_mod"],
         "all": {
             **alone["softcap"], **alone["slopes"], **alone["bias"], **alone["sink"],
+            **alone["dropout"],
             **alone["score_mod"], **alone["mask"], **alone["mask_mod"], "causal": True,
             "window": (6, -1),
         },

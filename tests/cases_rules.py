@@ -25,4 +25,5 @@ ASKED: dict[str, dict[str, Any]] = {
     "mask": {"mask": array("?", 64, 64)},
     "mask_mod": {"mask_mod": "kv_idx != 3"},
     "sink": {"sink": array("f4", 1)},
+    "dropout": {"dropout_p": 0.1},
 }

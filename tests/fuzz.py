@@ -107,6 +107,7 @@ def configuration(seed: int) -> Case:
         # The first decides how a bias and a mask are loaded.
         seqlen_kv=rng.choice([2, 3, 16]) + rng.choice(key_steps(grid, packs)),
         softmax_scale=-0.2 if rng.random() < 0.15 else None,
+        dropout_p=sometimes(0.15, 0.1, 0.5),
         # What comes last leaves the other draws as they are.
     )
     return at_smallest(case, packs)

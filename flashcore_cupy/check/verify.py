@@ -32,6 +32,8 @@ Given = Mapping[str, Any] | None
 
 #: Scores that the float64 oracle evaluates at most; beyond, it takes a sample of the query rows.
 SCORE_BUDGET = 2**25
+#: Seed and offset of a problem with dropout whose call does not say them.
+RNG = 0, 0
 _FEWEST_ROWS = 16
 _E4M3_MAX = np.float32(448)
 _SMALLEST_MAX = np.float32(1e-30)  # fp8_quantize.cu leaves a head below as it is
@@ -341,6 +343,7 @@ def _rules(problem: AttentionProblem, given: Mapping[str, Any] | None = None) ->
         "softmax_scale": problem.softmax_scale,
         "causal": problem.causal,
         **problem.rules.values,
+        "rng": RNG,
         **(given or {}),
     }
     missing = [name for name in problem.rules.names if name not in rules]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from flashcore_cupy.check import verify_gradients
-from flashcore_cupy.check.verify import score_error, with_limit
+from flashcore_cupy.check.verify import RNG, score_error, with_limit
 from flashcore_cupy.check.verify_gradients import ExpectedGradients
 from flashcore_cupy.cpu import reference, reference_gradients
 from flashcore_cupy.cpu.reference import Comparison
@@ -82,9 +82,11 @@ class BackwardExpectation:
         """Judge gradients (B, H, S, D) by the names in ``Gradients``."""
         each = {}
         for name, one in self.expected.each.items():
-            found = one.judge(_of_heads(got[name], self.heads, self.problem.heads_kv))
-            group = got[name].shape[1] // self.problem.heads_kv
-            each[name] = _at_real_head(found, self.heads, group)
+            found = one.judge(_of_heads(got[name], self.heads, self.problem))
+            if not self.problem.rules.dropout_p:
+                group = got[name].shape[1] // self.problem.heads_kv
+                found = _at_real_head(found, self.heads, group)
+            each[name] = found
         return GradientsCheck(each, len(self.heads), self.problem.batch * self.problem.heads_kv)
 
 
@@ -96,10 +98,11 @@ def expect(
     ``operands``: do, q, k and v, canonical (B, H, S, D). All rules of the problem are values.
     """
     heads = sample_heads(problem)
-    chosen = (_of_heads(operands[n], heads, problem.heads_kv) for n in ("do", "q", "k", "v"))
+    chosen = (_of_heads(operands[n], heads, problem) for n in ("do", "q", "k", "v"))
     do, q, k, v = chosen
     rules: dict[str, Any] = {"softmax_scale": problem.softmax_scale, "causal": problem.causal}
-    expected = verify_gradients.expect(do, q, k, v, wrt=wrt, **rules, **problem.rules.values)
+    rules |= {"rng": RNG, **problem.rules.values}
+    expected = verify_gradients.expect(do, q, k, v, wrt=wrt, **rules)
     return BackwardExpectation(problem, heads, expected)
 
 
@@ -133,7 +136,7 @@ def sample_heads(problem: AttentionProblem, *, budget: int | None = None) -> lis
     """All heads of k and v, or so many that their scores stay within ``budget``, but one.
 
     The default is ``SCORE_BUDGET``. A sample has the first, the last if there are two, and others
-    at random.
+    at random; with dropout, which knows heads by their number, the first ones.
     """
     every = [(b, h) for b in range(problem.batch) for h in range(problem.heads_kv)]
     group = problem.heads_q // problem.heads_kv
@@ -141,15 +144,20 @@ def sample_heads(problem: AttentionProblem, *, budget: int | None = None) -> lis
     count = max(1, (SCORE_BUDGET if budget is None else budget) // scores)
     if count >= len(every):
         return every
+    if problem.rules.dropout_p:
+        return every[: min(count, problem.heads_kv)]
     chosen = [0, len(every) - 1][:count]
     others = np.setdiff1d(np.arange(len(every)), chosen)
     drawn = np.random.default_rng(0).choice(others, count - len(chosen), replace=False)
     return [every[n] for n in sorted([*chosen, *map(int, drawn)])]
 
 
-def _of_heads(x: Array, heads: Sequence[Head], heads_kv: int) -> Array:
-    """(B, H, ...) to (heads, H / Hkv, ...)."""
-    group = x.shape[1] // heads_kv
+def _of_heads(x: Array, heads: Sequence[Head], problem: AttentionProblem) -> Array:
+    """(B, H, ...) to (heads, H / Hkv, ...); with dropout, to the first of each axis."""
+    group = x.shape[1] // problem.heads_kv
+    if problem.rules.dropout_p:
+        batch, head = heads[-1]
+        return x[: batch + 1, : (head + 1) * group]
     return np.stack([x[b, h * group : (h + 1) * group] for b, h in heads])
 
 

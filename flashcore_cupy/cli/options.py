@@ -101,6 +101,10 @@ def _size(name: str, variable: str, help_text: str, **more: Any) -> Callable[[An
     return click.option(name, variable, type=Whole(1, limit), metavar="N", help=help_text, **more)
 
 
+def _number(name: str, metavar: str, help_text: str) -> Callable[[Any], Any]:
+    return click.option(name, type=float, metavar=metavar, default=0.0, help=help_text)
+
+
 def problem_options(command: Command) -> Command:
     """Add what describes a problem: sizes, dtype, rules, and which pass."""
     with_default: dict[str, Any] = {"show_default": True}
@@ -129,9 +133,8 @@ def problem_options(command: Command) -> Command:
             help="Query i sees LEFT keys to the left and RIGHT to the right of key i + Skv - S "
             "(of key i with --causal top-left); -1: no bound.",
         ),
-        click.option(
-            "--softcap", type=float, metavar="CAP", default=0.0, help="s becomes CAP tanh(s / CAP)."
-        ),
+        _number("--softcap", "CAP", "s becomes CAP tanh(s / CAP)."),
+        _number("--dropout-p", "P", "Drop probabilities with this chance; of seed 0 and offset 0."),
         click.option(
             "--layout",
             type=click.Choice(LAYOUTS),

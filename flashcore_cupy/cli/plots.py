@@ -64,8 +64,8 @@ def describe_problem(problem: Any) -> str:
     if problem["Skv"] != problem["S"]:
         parts.append(f"Skv={problem['Skv']}")
     parts.append(f"D={problem['D']}")
-    plain = {"Dv": problem["D"], "window": [-1, -1], "softcap": 0, "layout": "bhsd"}
-    rules = {**plain, **problem}
+    plain = {"Dv": problem["D"], "window": [-1, -1], "softcap": 0, "dropout_p": 0}
+    rules = {**plain, "layout": "bhsd", **problem}
     if rules["Dv"] != problem["D"]:
         parts.append(f"Dv={rules['Dv']}")
     parts.append(str(problem["dtype"]))
@@ -75,6 +75,8 @@ def describe_problem(problem: Any) -> str:
         parts.append("window " + ",".join(map(str, rules["window"])))
     if rules["softcap"]:
         parts.append(f"softcap {rules['softcap']:g}")
+    if rules["dropout_p"]:
+        parts.append(f"dropout {rules['dropout_p']:g}")
     if rules["layout"] != "bhsd":
         parts.append(str(rules["layout"]))
     if "wrt" in problem:

@@ -60,7 +60,9 @@ def _ds(given: Mapping[str, Array], rules: NumpyRules, at: Block) -> Array:
     p = np.exp(p - np.where(np.isneginf(lse), 0, lse)[:, None])
     # A query without keys has o = 0, and then do does not matter, NaN or not.
     delta = np.where(o != 0, do * o, 0).sum(axis=1) - given["dlse"]
-    d = np.where(p != 0, p * (_dp(given, rules, at) - delta[:, None]), 0)
+    dp = _dp(given, rules, at) * rules.keep_scale
+    rules.drop(dp, at)
+    d = np.where(p != 0, p * (dp - delta[:, None]), 0)
     rules.pull_back(d, slopes, {}, at)
     return d
 

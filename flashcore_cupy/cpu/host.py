@@ -90,7 +90,8 @@ def rules_of(call: Call) -> dict[str, Any]:
     """Every rule of the call, with its data."""
     problem = call.problem
     arrays = {rule.name: call.arrays[rule.name] for rule in RULES if rule.name in call.arrays}
-    found = {"softmax_scale": problem.softmax_scale, "causal": problem.causal}
+    found: dict[str, Any] = {"softmax_scale": problem.softmax_scale, "causal": problem.causal}
+    found["rng"] = call.arrays.get("rng", call.rng)
     return {**found, **problem.rules.values, **arrays, **call.formulas, "mod_args": call.mod_args}
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from flashcore_cupy.problem.attention_problem import Causal
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray, ScoreShape
 from flashcore_cupy.problem.mods import check_mods
+from flashcore_cupy.problem.philox import Dropout
+from flashcore_cupy.problem.rng import missing_rng
 from flashcore_cupy.problem.rule import Rows, Rule
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.problem.values import check_names
@@ -75,10 +77,10 @@ class NumpyRules:
     """The rules of one attention of these sizes.
 
     Takes ``attention``'s arguments of the same names, as NumPy arrays and callables: softmax_scale,
-    causal, mod_args, and every rule of ``problem.rules.RULES``; and the derivative of a score_mod,
-    if its user gives it. ``sequence``: of a packed batch, the number of the sequence that the
-    operands, with B = 1, are: the b of alibi_slopes (B, Hq), score_mod and mask_mod; None for a
-    batch that is not packed.
+    causal, rng, mod_args, and every rule of ``problem.rules.RULES``; and the derivative of a
+    score_mod, if its user gives it. ``sequence``: of a packed batch, the number of the sequence
+    that the operands, with B = 1, are: the b of alibi_slopes (B, Hq), score_mod, mask_mod and
+    dropout; None for a batch that is not packed.
 
     Raises TypeError or ValueError where an argument does not fit the sizes.
     """
@@ -92,6 +94,7 @@ class NumpyRules:
         mod_args: Mapping[str, Any] | None = None,
         score_mod_grad: Callable[..., Any] | None = None,
         sequence: int | None = None,
+        rng: Any = None,
         **rules: Any,
     ) -> None:
         causal_offset(causal, sizes.seqlen_q, sizes.seqlen_kv)  # refuses what it does not know
@@ -107,6 +110,7 @@ class NumpyRules:
             rule.name: self._checked(rule, rules.get(rule.name, rule.default)) for rule in RULES
         }
         self._window, self._sink = values["window"], values["sink"]
+        self.keep_scale, self._dropout = _dropout_of(values["dropout_p"], rng)
         self._given = [(rule, values[rule.name]) for rule in RULES if values[rule.name] is not None]
         check_mods(rules.get("score_mod"), rules.get("mask_mod"), mod_args)
 
@@ -144,6 +148,16 @@ class NumpyRules:
     def sink_of(self, head: int) -> float:
         """Return the sink of a query head; -inf, which adds nothing, if there is none."""
         return -math.inf if self._sink is None else float(self._sink[head])
+
+    def drop(self, x: Array, at: Block) -> None:
+        """Set a block (M, N) to 0 where dropout drops its probabilities, in place.
+
+        What is left is to be multiplied by ``keep_scale``.
+        """
+        if self._dropout is not None:
+            batch = self.number(at.batch)
+            kept = self._dropout.kept(batch, at.head, at.queries, at.keys)
+            np.copyto(x, 0, where=~kept)
 
     @cached_property
     def scores(self) -> ScoreShape:
@@ -222,3 +236,12 @@ class NumpyRules:
     def number(self, batch: int) -> int:
         """Return the b of a batch, or of a sequence of a packed batch."""
         return batch if self.sequence is None else self.sequence
+
+
+def _dropout_of(dropout_p: float, rng: Any) -> tuple[float, Dropout | None]:
+    """The factor of what is kept, and what is dropped; None where nothing is."""
+    if not dropout_p:
+        return 1.0, None
+    if rng is None:
+        raise missing_rng(dropout_p)
+    return 1 / (1 - dropout_p), Dropout.of(dropout_p, rng)

@@ -60,6 +60,7 @@ def oracle(
     with np.errstate(all="ignore"):
         for part in task.parts():
             p, lse[part.out] = task.softmax(task.scores(part, np.float64), part)
+            p = task.dropped(p, part)
             o[part.out] = weighted_sum(p, part.visible, v[part.head_kv].astype(np.float64))
     return o, lse
 
@@ -76,7 +77,7 @@ def naive(q: Array, k: Array, v: Array, *, rows: Array | None = None, **rules: A
     with np.errstate(all="ignore"):
         for part in task.parts():
             p, _ = task.softmax(task.scores(part, np.float32), part)
-            rounded = p.astype(q.dtype).astype(np.float32)
+            rounded = task.dropped(p, part).astype(q.dtype).astype(np.float32)
             o[part.out] = weighted_sum(rounded, part.visible, v[part.head_kv].astype(np.float32))
     return o
 
@@ -136,7 +137,8 @@ def gate_probabilities(
 ) -> Float64Array:
     """What gate "softmax" gives: P, 0 where hidden, (B, Hq, Sq, Skv), float64.
 
-    With a sink the probabilities of a row sum to less than 1.
+    With a sink the probabilities of a row sum to less than 1. Dropout, which comes after the
+    softmax, does not show.
     """
     task = Task.of(q, k, v, rows, rules)
     out = np.empty(task.shape(k.shape[2]))
@@ -152,13 +154,15 @@ def gate_uniform(
 ) -> Float64Array:
     """What gate "pv" gives: the mean of the v rows that a query sees, (B, Hq, Sq, Dv), float64.
 
-    All scores count as 0, whatever the score rules, and there is no sink.
+    All scores count as 0, whatever the score rules, and there is no sink. With dropout: the sum of
+    those that are kept, as it changes the mean.
     """
     task = Task.of(q, k, v, rows, rules)
     out = np.zeros(task.shape(v.shape[3]))
     with np.errstate(all="ignore"):
         for part in task.parts():
             p, _ = softmax(np.zeros(part.visible.shape), part.visible, -math.inf)
+            p = task.dropped(p, part)
             out[part.out] = weighted_sum(p, part.visible, v[part.head_kv].astype(np.float64))
     return out
 
@@ -213,6 +217,12 @@ class Task:
     def softmax(self, scores: Array, part: Part) -> tuple[Array, Array]:
         """`softmax` of what the queries see, and their head's sink."""
         return softmax(scores, part.visible, self.rules.sink_of(part.at.head))
+
+    def dropped(self, x: Array, part: Part) -> Array:
+        """What dropout makes of a part's probabilities, (queries, Skv). A row of NaN stays one."""
+        kept = x * x.dtype.type(self.rules.keep_scale)
+        self.rules.drop(kept, part.at)
+        return np.where(np.isnan(x), x, kept)
 
 
 def _queries(seqlen_q: int, rows: Array | None) -> IntArray:

@@ -8,6 +8,9 @@ query and a key, t that score after its rules, P = softmax(t) and o = P v:
     dS = dT * dt/ds                 dsink = -sum over i of exp(sink - lse_i) delta_i
     dq = scale dS k                 dk = scale dS^T q                 dv = P^T do
 
+With dropout, Z being 1 / (1 - p) where a probability is kept and 0 elsewhere, o = (P Z) v, and so
+dT = P * (Z * do v^T - delta) and dv = (P Z)^T do.
+
 What a query does not see gets nothing from it, and gives it nothing, NaN or not. Where P is 0, dT
 is. The functions return a dict of those asked for, by their inputs' names: "q", "k", "v", and the
 rules' arrays; each has its input's shape.
@@ -128,6 +131,7 @@ def _ds(
 ) -> tuple[Array, Array]:
     """From dP, and how large its terms are, to dS and how large those of that are."""
     q, k, o, dlse = others
+    dp, size = (task.dropped(x, part) for x in (dp, size))
     scores = q @ k.T
     derivatives = task.rules.linearize(scores, part.at)
     p = np.where(part.visible, np.exp(scores - lse.astype(np.float64)[:, None]), 0)
@@ -236,17 +240,18 @@ def _add_part(way: _Way, task: Task, part: Part, inputs: list[Array], found: Gra
     derivatives = task.rules.linearize(scores, part.at)
     p, lse = task.softmax(scores, part)
     p = np.where(seen, p, 0)
-    o = way.rounded(weighted_sum(way.rounded(p), seen, v))
+    o = way.rounded(weighted_sum(way.rounded(task.dropped(p, part)), seen, v))
     do, dlse, q, k, v, o = (way.term(x) for x in (do, dlse, q, k, v, o))
     terms = np.where(seen.any(axis=1, keepdims=True), do * o, 0)
     delta = terms.sum(axis=1) + way.minus * dlse
     weight = way.weight(lse)
     p *= weight[:, None]
-    d = np.where(p != 0, p * (do @ v.T + way.minus * delta[:, None]), 0)
+    d = task.dropped(do @ v.T, part) + way.minus * delta[:, None]
+    d = np.where(p != 0, p * d, 0)
     task.rules.add_row_gradients(found, Rows(part.at.head, lse, delta * weight))
     slopes = [None if x is None else way.term(x) for x in derivatives]
     task.rules.pull_back(d, slopes, found, part.at)
     d = way.rounded(d)
     found["q"][part.out] += weighted_sum(d, seen, k)
     found["k"][part.head_kv] += weighted_sum(d.T, seen.T, q)
-    found["v"][part.head_kv] += weighted_sum(way.rounded(p).T, seen.T, do)
+    found["v"][part.head_kv] += weighted_sum(way.rounded(task.dropped(p, part)).T, seen.T, do)

@@ -197,6 +197,7 @@ def _attend(
         at = at._replace(keys=slice(blocks.start * block, end))
         masked = _finish_scores(scores, rules, at)
         rescale = state.exponentiate(scores)
+        rules.drop(scores[:, : end - at.keys.start], at)
         state.acc *= rescale[:, None]
         if masked and not keys.v_finite:
             seen = rules.visible(at)
@@ -204,7 +205,7 @@ def _attend(
             state.acc += product_of_visible(scores[:, : seen.shape[1]], values, seen)
         else:
             state.acc += np.matmul(by_block, v).sum(axis=0)
-    return state.finish(keys.v_unit)
+    return state.finish(keys.v_unit * np.float32(rules.keep_scale))
 
 
 def _finish_scores(scores: Float32Array, rules: NumpyRules, at: Block) -> bool:
@@ -255,8 +256,8 @@ class _RowState:
         self.row_sum = self.row_sum * rescale + scores.sum(axis=1)
         return rescale
 
-    def finish(self, v_unit: np.float32) -> tuple[Float32Array, Float32Array]:
-        """Return the normalised output (M, Dv) and the log-sum-exp (M,)."""
+    def finish(self, unit: np.float32) -> tuple[Float32Array, Float32Array]:
+        """Return the normalised output (M, Dv), times ``unit``, and the log-sum-exp (M,)."""
         total: Float32Array = np.where(self.row_sum == 0, np.float32(1), self.row_sum)
-        total /= v_unit
+        total /= unit
         return self.acc / total[:, None], self.row_max + np.log(self.row_sum)

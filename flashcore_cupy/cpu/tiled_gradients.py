@@ -105,7 +105,8 @@ def _run_head(problem: _Problem, batch: int, head_kv: int) -> None:
             at = Block(batch, head, np.arange(row, end), row, end - 1, keys)
             _Tile(problem, side_q, side_k, blocks, at).add()
         problem.store("q", place, side_q.dq * scale)
-    for name, gradient in (("k", side_k.dk * scale), ("v", side_k.dv)):
+    keep_scale = np.float32(rules.keep_scale)
+    for name, gradient in (("k", side_k.dk * scale), ("v", side_k.dv * keep_scale)):
         by_key = gradient.reshape(-1, gradient.shape[2])[: sizes.seqlen_kv]
         problem.store(name, (batch, head_kv), by_key)
 
@@ -164,10 +165,12 @@ class _Tile:
         derivatives = rules.linearize(p[:, :columns], self.at)
         hides = self._exponentiate(p)
         d = self._products(self.side_q.do, self.side_k.keys.v)
-        d *= self.side_k.keys.v_unit
+        d *= self.side_k.keys.v_unit * np.float32(rules.keep_scale)
+        rules.drop(d[:, :columns], self.at)
         d -= self.side_q.delta[:, None]
         d *= p
         np.copyto(d, 0, where=p == 0)
+        rules.drop(p[:, :columns], self.at)  # dV alone takes it from here on
         rules.pull_back(d[:, :columns], derivatives, self.problem.into, self.at)
         if hides and not (self.side_q.is_finite and self.side_k.is_finite):
             self._add_visible(p[:, :columns], d[:, :columns])

@@ -28,7 +28,7 @@ Options = str | Mapping[str, Any]
 PER_HEAD = tuple(rule.name for rule in RULES if rule.takes == "numbers per head")
 OTHERS = (
     *(rule.name for rule in RULES if rule.takes in ("array", "numbers per head")),
-    *("cu_seqlens_q", "cu_seqlens_k"),
+    *("cu_seqlens_q", "cu_seqlens_k", "rng"),
 )
 _MOD_ARG = "mod_args."
 #: What neither a gradient nor a trace can have.
@@ -59,6 +59,8 @@ def split(arguments: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
         if name in given:
             raise ValueError(f"{name}: {why}")
     arrays = {name: given.pop(name) for name in OTHERS if name in given}
+    if isinstance(arrays.get("rng"), tuple | list):  # two integers
+        given["rng"] = arrays.pop("rng")
     mod_args = given.pop("mod_args", {})
     if not isinstance(mod_args, Mapping):
         raise TypeError(f"mod_args: got {type(mod_args).__name__}; use a dict of names and arrays")
@@ -177,7 +179,9 @@ def _folded(flat: Arrays, options: Mapping[str, Any]) -> Arrays | None:
 
     As for rules that know a batch by its number, and for arrays that all of a batch share.
     """
-    if "sink" in flat or "cu_seqlens_q" in flat or {"score_mod", "mask_mod"} & options.keys():
+    if {"sink", "cu_seqlens_q", "rng"} & flat.keys():
+        return None
+    if {"score_mod", "mask_mod"} & options.keys() or options.get("dropout_p"):
         return None
     folded = {}
     batch = flat["q"].shape[1]

@@ -131,6 +131,8 @@ def _array(name: str, x: Any) -> Any:
     """An argument as JAX has it; numbers per head in float32, boundaries in int32."""
     if not isinstance(x, jax.Array | list | tuple):
         x, _ = interop.taken(name, x)  # refuses what is no array
+        if name == "rng" and x.dtype in (np.int64, np.uint64):  # JAX may have no 64 bits
+            x = x.astype(np.uint64).view(np.uint32)
     x = jax.numpy.asarray(x)
     if name.startswith("cu_seqlens") and jax.numpy.issubdtype(x.dtype, np.integer):
         return x.astype(np.int32)

@@ -75,6 +75,7 @@ def bind_backward(call: BackwardCall) -> GpuBackward:
     mod_args = tuple(forward.mod_args.values())
     pointers = [array.data.ptr for array in mod_args]
     params = prepared.params.copy()
+    params["rng_key"] = forward.rng_key
     launches = tuple(
         backward_launches(
             problem, prepared.selection, params, addresses, pointers, tensor_map.encode

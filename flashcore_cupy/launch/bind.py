@@ -34,6 +34,7 @@ def bind(call: Call, *, want_lse: bool, own_workspace: bool) -> GpuPlan:
         prepared,
         {"q": q, "k": k, "v": v, "o": out, **rules},
         tuple(call.mod_args.values()),
+        rng_key=call.rng_key,
         want_lse=want_lse,
         own_workspace=own_workspace,
     )

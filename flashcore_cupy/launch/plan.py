@@ -160,14 +160,15 @@ def make_plan(
     arrays: Mapping[str, Any],
     mod_args: Sequence[Any] = (),
     *,
+    rng_key: int = 0,
     want_lse: bool,
     own_workspace: bool = True,
 ) -> GpuPlan:
     """Bind a prepared problem to its arrays, and allocate what the kernel needs beside them.
 
     ``arrays``: q, k, v, o and those of the rules, by their names in ``AttentionParams``;
-    ``mod_args``: the mods'. ``own_workspace``: for a plan that is launched more than once, on
-    whatever stream.
+    ``mod_args``: the mods'. ``rng_key``: ``Call.rng_key``. ``own_workspace``: for a plan
+    that is launched more than once, on whatever stream.
     """
     import cupy
 
@@ -179,6 +180,7 @@ def make_plan(
         return plan
     plan.add_scratch(cupy.empty)
     params = prepared.params.copy()
+    params["rng_key"] = rng_key
     for name, words in tensor_map.maps_of(plan.views, plan.arrays).items():
         params[f"{name}_map"] = words
     work = plan.work(params, prepared.multiprocessors)

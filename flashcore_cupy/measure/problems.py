@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flashcore_cupy.check.verify import RNG
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem
 from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.problem.rules import NO_RULES, describe_rules
@@ -55,7 +56,8 @@ def elements_of(problem: AttentionProblem) -> tuple[int, int, int, int]:
 
 def rules_of(problem: AttentionProblem) -> dict[str, Any]:
     """The arguments, of either pass, that make this problem of arrays ``in_layout``."""
-    return {"layout": problem.layout, "causal": problem.causal, **problem.rules.values}
+    given = {"layout": problem.layout, "causal": problem.causal, **problem.rules.values}
+    return given | ({"rng": RNG} if problem.rules.dropout_p else {})
 
 
 def in_layout(problem: AttentionProblem, *canonical: Array) -> list[Array]:

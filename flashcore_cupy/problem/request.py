@@ -31,6 +31,7 @@ from flashcore_cupy.problem.attention_problem import (
     describe,
 )
 from flashcore_cupy.problem.mods import check_mod_args, check_mods
+from flashcore_cupy.problem.rng import check_rng, integer_key, missing_rng
 from flashcore_cupy.problem.rule_arrays import few_numbers, rule_array
 from flashcore_cupy.problem.rules import RULES, Rules, describe_rules
 from flashcore_cupy.problem.values import check_flag
@@ -47,8 +48,15 @@ class Call:
     mod_args: Mapping[str, Any]
     formulas: Mapping[str, Any]
     """On the CPU: score_mod and mask_mod."""
+    rng: tuple[int, int] | None
+    """Seed and offset, if they are not in an array of ``arrays``."""
     kernel: str
     config: Mapping[str, object] | None
+
+    @property
+    def rng_key(self) -> int:
+        """What kernels take of ``rng``; 0 where they read it from an array."""
+        return integer_key(self.rng)
 
     @property
     def copied(self) -> dict[str, str]:
@@ -69,6 +77,8 @@ class Call:
             for rule in RULES
             if rule.pointer is not None and rule.name in arrays
         }
+        if "rng" in arrays:
+            found["rng"] = arrays["rng"]
         for name, argument in (("cu_seqlens_q", "cu_seqlens_q"), ("cu_seqlens_kv", "cu_seqlens_k")):
             if argument in arrays:
                 found[name] = boundaries(arrays[argument])
@@ -86,6 +96,7 @@ class Request:
     """Those of ``RULES`` that are given, and mod_args."""
     cu_seqlens_q: Any = None
     cu_seqlens_k: Any = None
+    rng: Any = None
     batch_invariant: bool = False
     kernel: str = "auto"
     config: Mapping[str, object] | None = None
@@ -122,6 +133,11 @@ class Request:
         given = {"q": q, "k": k, "v": v, **arrays}
         if sequences is not None:
             given |= zip(("cu_seqlens_q", "cu_seqlens_k"), sequences, strict=True)
+        rng = check_rng(self.rng, on_gpu=on_gpu)
+        if described.dropout_p and rng is None:
+            raise missing_rng(described.dropout_p)
+        if described.dropout_p and not isinstance(rng, tuple):
+            given["rng"], rng = rng, None
         if out is not None:
             check_out(problem, out, {name: given[name] for name in "qkv"})
             named = {f"mod_args[{name!r}]": x for name, x in mod_args.items()}
@@ -129,7 +145,7 @@ class Request:
             given["out"] = out
         formulas = {name: self.rules.get(name) for name in _FORMULAS if not in_kernel}
         formulas = {name: x for name, x in formulas.items() if x is not None}
-        return Call(problem, given, mod_args, formulas, self.kernel, self.config)
+        return Call(problem, given, mod_args, formulas, rng, self.kernel, self.config)
 
     def _plain(self) -> Request:
         """The same with plain flags and numbers."""

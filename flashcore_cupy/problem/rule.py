@@ -56,9 +56,9 @@ class Rule:
     name: ClassVar[str]
     default: ClassVar[Any] = None
     takes: ClassVar[Literal["value", "array", "numbers per head", "formula"]] = "array"
-    acts_on: ClassVar[Literal["scores", "keys", "positions", "sum"]] = "scores"
+    acts_on: ClassVar[Literal["scores", "keys", "positions", "sum", "probabilities"]] = "scores"
     """It changes scores; or it hides keys, one by one or all that are too far; or it joins the sum
-    of a row's exponentials."""
+    of a row's exponentials; or it changes what the softmax gives."""
     codes: ClassVar[Mapping[str, int]] = {}
     """Its bits in ``FC_RULES``, by name; ``score.cuh`` has the same."""
     load_codes: ClassVar[Mapping[str, int]] = {}
@@ -93,7 +93,7 @@ class Rule:
         return {}
 
     def differs_by_head(self, described: Any) -> bool:
-        """Whether it may hide a key from one query head and not from another."""
+        """Whether it may hide a key, or drop it, from one query head and not from another."""
         return False
 
     def check(self, value: Any, scores: ScoreShape) -> None:

@@ -9,9 +9,9 @@ batch, the query head, the query and the key:
     s = s + bias[b, h, i, j]                    bias
     s = score_mod(s, b, h, i, j)                score_mod
 
-and then query i sees key j where causal, window, mask and mask_mod all let it. To add a rule: its
-record here with a field of ``Rules``, its lines in ``score.cuh``, its inputs in the selftest; all
-of it stands in CONTRIBUTING.md.
+and then query i sees key j where causal, window, mask and mask_mod all let it. What the softmax
+gives goes through dropout. To add a rule: its record here with a field of ``Rules``, its lines in
+``score.cuh``, its inputs in the selftest; all of it stands in CONTRIBUTING.md.
 
 Nothing here needs a GPU or CuPy: an array is looked at through ``shape``, ``dtype``, ``strides``,
 and an ``address``.
@@ -28,6 +28,7 @@ import numpy as np
 
 from flashcore_cupy.problem import blocks
 from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, ScoreShape
+from flashcore_cupy.problem.dropout import DropoutP
 from flashcore_cupy.problem.mods import (
     Mods,
     apply_score_mod,
@@ -69,6 +70,7 @@ class Rules:
     bias: Broadcast | None = None
     mask: Broadcast | None = None
     sink: bool = False
+    dropout_p: float = 0.0
     mods: Mods | None = None
 
     @property
@@ -355,7 +357,7 @@ class Sink(PerHeadRule):
 #: In the order in which they apply.
 RULES: tuple[Rule, ...] = (
     *(Window(), Softcap(), AlibiSlopes(), Bias(), ScoreMod()),
-    *(Mask(), MaskMod(), Sink()),
+    *(Mask(), MaskMod(), Sink(), DropoutP()),
 )
 NO_RULES = Rules()
 
@@ -370,9 +372,9 @@ RULE_BITS: Mapping[str, int] = {
 def describe_rules(scores: ScoreShape, dtype: str, *, packed: bool = False, **given: Any) -> Rules:
     """Check every rule of a call and describe it.
 
-    ``given``: the rules' arguments and ``mod_args``. Arrays come as ``ArraySpec`` or anything with
-    shape, strides, dtype and address; ``dtype`` is q's. Raises ``TypeError`` or ``ValueError``
-    naming the argument, what it got and what works.
+    ``given``: the rules' arguments and ``mod_args``; ``rng`` is not looked at. Arrays come as
+    ``ArraySpec`` or anything with shape, strides, dtype and address; ``dtype`` is q's. Raises
+    ``TypeError`` or ``ValueError`` naming the argument, what it got and what works.
     """
     for rule in RULES:
         if packed and rule.when_packed and given.get(rule.name) is not None:
@@ -380,7 +382,7 @@ def describe_rules(scores: ScoreShape, dtype: str, *, packed: bool = False, **gi
                 f"{rule.name}: not with cu_seqlens, whose sequences have no common shape; "
                 f"use {rule.when_packed} with mod_args"
             )
-    wrong = set(given) - {rule.name for rule in RULES} - {"mod_args"}
+    wrong = set(given) - {rule.name for rule in RULES} - {"mod_args", "rng"}
     assert not wrong, f"no rules: {wrong}"
     described = {
         rule.name: rule.describe(given[rule.name], scores, dtype)

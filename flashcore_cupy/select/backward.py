@@ -19,7 +19,7 @@ from flashcore_cupy.problem.array_spec import usable
 from flashcore_cupy.problem.attention_problem import AttentionProblem, check_choice
 from flashcore_cupy.problem.gradients import BackwardCall, BackwardProblem
 from flashcore_cupy.select import grids
-from flashcore_cupy.select.config import KernelConfig, Tile, check_overrides
+from flashcore_cupy.select.config import KernelConfig, Tile, check_overrides, rules_of
 from flashcore_cupy.select.parameters import fixed_params
 from flashcore_cupy.select.plan import Launch, Params
 from flashcore_cupy.select.sm80_backward import (
@@ -63,6 +63,17 @@ class BackwardRow:
     """Columns of v where they differ from those of q and k."""
     score_rules: bool = True
     """False: only where no rule changes scores, for with one the compiler spills."""
+    spills_with: tuple[str, ...] = ()
+    """As ``Row`` has it."""
+
+    def check(self, problem: AttentionProblem) -> None:
+        """Raise ``ValueError`` for rules that its tiles do not hold."""
+        changes_scores = any(rule.acts_on == "scores" for rule, _ in problem.rules.given)
+        if changes_scores and not self.score_rules:
+            raise ValueError("has tiles that hold no rule that changes scores")
+        for together in self.spills_with:
+            if set(together.split("+")) <= set(rules_of(problem)):
+                raise ValueError(f"has tiles that do not hold {together.replace('+', ' and ')}")
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -80,6 +91,7 @@ def _tma(own: int, other: int, stages: int = 2) -> Tile:
 
 _sm80, _sm90 = partial(BackwardRow, "bwd_sm80"), partial(BackwardRow, "bwd_sm90")
 _FLOAT32 = ("float32",)
+_BIAS_AND_DROPOUT = ("bias+dropout", "bias_fp32+dropout")
 # For a head dim between two lines add one; nothing else. The tiles are as large as registers allow;
 # of two lines with the same dims the second is for rules that change scores, or for targets with
 # less shared memory.
@@ -87,7 +99,7 @@ ROWS = (
     _sm90(64, keys=_tma(128, 64), queries=_tma(128, 64)),
     _sm90(96, keys=_tma(128, 64), queries=_tma(128, 64)),
     _sm90(128, keys=_tma(128, 64), queries=_tma(128, 64), score_rules=False),
-    _sm90(128, keys=_tma(64, 64), queries=_tma(128, 64)),
+    _sm90(128, keys=_tma(64, 64), queries=_tma(128, 64), spills_with=_BIAS_AND_DROPOUT),
     _sm80(32, keys=_tile(128, 32, 4), queries=_tile(128, 32, 4)),
     _sm80(64, keys=_tile(64, 64, 4), queries=_tile(128, 32, 4)),
     _sm80(96, keys=_tile(64, 32, 4), queries=_tile(64, 64, 4)),
@@ -211,8 +223,7 @@ def _configure_row(
     row: BackwardRow, problem: BackwardProblem, arch: str, changes: Mapping[str, object]
 ) -> BackwardSelection:
     name, attention = row.kernel, problem.attention
-    if not row.score_rules and any(rule.acts_on == "scores" for rule, _ in attention.rules.given):
-        raise ValueError("has tiles that hold no rule that changes scores")
+    row.check(attention)
     asked = {result.name: result for result in problem.results}
     stored = [problem.do, problem.o]
     stored += [r.operand for r in problem.results if r.operand and r.dtype == attention.dtype]

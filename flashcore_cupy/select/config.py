@@ -195,7 +195,7 @@ class KernelConfig(ABC):
         """Raise ``ValueError`` if the tile cannot hold a problem's heads side by side."""
         if self.tile.pack_gqa and problem.rules.differ_by_head:
             raise ValueError(
-                "config: pack_gqa with a rule that hides keys from some heads of a group"
+                "config: pack_gqa with a rule that hides or drops keys of some heads of a group"
             )
 
     # --- what is compiled -------------------------------------------------------------------------

@@ -24,7 +24,7 @@ _POINTERS = [
     *("q_scale", "k_scale", "v_scale"),
     *(rule.pointer for rule in RULES if rule.pointer is not None),
 ]
-_MORE_POINTERS = ["cu_seqlens_q", "cu_seqlens_kv", "split_partials", "counters"]
+_MORE_POINTERS = ["cu_seqlens_q", "cu_seqlens_kv", "split_partials", "counters", "rng"]
 _INTEGERS = [
     *("batch", "heads_q", "heads_kv", "group", "seqlen_q", "seqlen_kv", "causal_offset"),
     *("window_left", "window_right", "top_left", "m_blocks", "splits", "section"),
@@ -37,6 +37,7 @@ ATTENTION_PARAMS = np.dtype(
         *((name, "u8") for name in _POINTERS),
         ("mod_args", "u8", (MAX_MOD_ARGS,)),
         *((name, "u8") for name in _MORE_POINTERS),
+        ("rng_key", "u8"),
         *((f"{name}_strides", STRIDES) for name in "qkvo"),
         ("lse_strides", HEAD_STRIDES),
         *((f"{rule.pointer}_strides", rule.strides) for rule in RULES if rule.strides is not None),

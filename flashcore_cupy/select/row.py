@@ -13,7 +13,12 @@ from flashcore_cupy.select.config import Tile, rules_of
 _MULTIPROCESSORS = 132
 #: What is evaluated score by score, as ``RULE_BITS`` names it.
 PER_SCORE = (
-    *(name for rule in RULES if rule.acts_on in ("scores", "keys") for name in rule.codes),
+    *(
+        name
+        for rule in RULES
+        if rule.acts_on in ("scores", "keys", "probabilities")
+        for name in rule.codes
+    ),
     "scale_first",
 )
 

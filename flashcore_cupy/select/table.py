@@ -246,6 +246,7 @@ def _rounds(tile: Tile, cost: float, **limits: Any) -> _Choice:
 _FULL_BLOCKS = _rounds(_WGMMA, 1)
 _BIAS = ("bias", "bias_fp32")
 _SOFTCAP = ("softcap", "softcap_wide")
+_BIAS_AND_DROPOUT = ("bias+dropout", "bias_fp32+dropout")
 _BOTH_MODS = "score_mod+mask_mod"
 _HEAVY_RULES = ("bias_fp32", "alibi+causal", _BOTH_MODS)
 _SMALL_BLOCKS = _rounds(_WGMMA_64, 0.75, spills_with=(*_BIAS, _BOTH_MODS))
@@ -255,14 +256,20 @@ _SM90_ROWS = (
     *_sm90(
         64,
         *_few_rows(128, num_stages=4),
-        _rounds(_WGMMA_192, 1, spills_with=(*_BIAS, *_SOFTCAP, "score_mod")),
+        _rounds(_WGMMA_192, 1, spills_with=(*_BIAS, *_SOFTCAP, "score_mod", "alibi+dropout")),
         # One tile of keys needs no second place: B=32 H=8 S=128 on an H100 7.50 us, 7.76 with two.
         _rounds(replace(_WGMMA, num_stages=1), 0.83, max_keys=128),
         _rounds(_WGMMA, 0.83),
         _rounds(_WGMMA_64, 0.6),
     ),
     *_sm90(96, *_few_rows(128, num_stages=4), _FULL_BLOCKS, _SMALL_BLOCKS),
-    *_sm90(128, *_few_rows(128, num_stages=3), _FULL_BLOCKS, _SMALL_BLOCKS),
+    *_sm90(
+        128,
+        *_few_rows(128, num_stages=3),
+        _rounds(_WGMMA, 1, spills_with=_BIAS_AND_DROPOUT),
+        _SMALL_BLOCKS,
+        _rounds(_NARROW, 1.1),  # for all rules; not yet timed
+    ),
     *_sm90(
         (192, 128),
         *_few_rows(64, num_stages=4),

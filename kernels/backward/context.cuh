@@ -12,6 +12,7 @@
 #pragma once
 #include <config.cuh>
 #include <flashcore/params_backward.cuh>
+#include <flashcore/rules/dropout.cuh>
 #include <flashcore/rules/key_bits.cuh>
 #include <flashcore/rules/position_mask.cuh>
 #include <flashcore/rules/score.cuh>
@@ -26,6 +27,7 @@ constexpr int QUAD = 4;  // lanes that share a row of S
 
 using Positions = PositionMask<BOUNDED_RIGHT, BOUNDED_LEFT>;
 using Bits = KeyBits<HIDES_KEYS, TILES_N>;
+using Kept = KeptBits<RULES, TILES_N>;
 
 // What belongs to a query: its LSE, in log2 units, and D = rowsum(dO * O) - dLSE.
 struct Statistics {

@@ -3,6 +3,9 @@
 //   P  = exp2(t - shift)              t: the score after its rules; shift: the query's LSE
 //   dS = P (dP - delta) dt/ds         s: the score before its rules, softmax_scale q . k
 //
+// With dropout, P as it enters dV = P^T dO is 0 where it was dropped, and so is dP in dS; both are
+// to be multiplied by keep_scale, dV at the end.
+//
 // Where P = 0, as of hidden scores, dS = 0 whatever dP is: what lies behind a mask must not matter.
 #pragma once
 #include <backward/context.cuh>
@@ -51,6 +54,24 @@ __device__ __forceinline__ Bits rows_seen(const Bits (&visible)[FRAGMENTS][2]) {
     return seen;
 }
 
+// Looks up which probabilities of the tile dropout has kept.
+template <int FRAGMENTS>
+__device__ __forceinline__ void look_up_kept(const WarpContext& c, const WalkedTile& at,
+                                             Kept (&kept)[FRAGMENTS][2]) {
+    if constexpr (DROPS<RULES>) {
+        const Dropout dropout(c.params, c.work.batch, at.head);
+#pragma unroll
+        for (int m = 0; m < FRAGMENTS; ++m) {
+            const Meeting first = c.meeting(at.tile, m, 0, 0, 0);
+            if constexpr (OWNS_KEYS) {
+                dropout.keep_columns(kept[m], first.key, first.query);
+            } else {
+                dropout.keep_rows(kept[m], first.query, first.key);
+            }
+        }
+    }
+}
+
 // 0 stays 0, whatever a rule's derivative is at a score that does not count.
 __device__ __forceinline__ float times_slope(float dt, float slope) {
     return dt == 0.0f ? 0.0f : dt * slope;
@@ -82,7 +103,7 @@ __device__ __forceinline__ float score_gradient(float p, float dp, float delta) 
     return (MASKED || HIDES_KEYS) && p == 0.0f ? 0.0f : dt;
 }
 
-// P and dS of two neighbouring columns of a row.
+// P, without what was dropped, and dS of two neighbouring columns of a row.
 struct PairOfGradients {
     float p[2], ds[2];
 };
@@ -93,8 +114,8 @@ struct PairOfGradients {
 template <bool MASKED, typename Added>
 __device__ __forceinline__ PairOfGradients differentiate(const WarpContext& c, const WalkedTile& at,
                                                          int m, int half, int n,
-                                                         const Bits& visible, const float (&s)[2],
-                                                         const float (&dp)[2],
+                                                         const Bits& visible, const Kept& kept,
+                                                         const float (&s)[2], const float (&dp)[2],
                                                          const Statistics (&of)[2], Added added) {
     PairOfGradients pair;
 #pragma unroll
@@ -104,8 +125,10 @@ __device__ __forceinline__ PairOfGradients differentiate(const WarpContext& c, c
         ScoreSlopes slopes = {1.0f, 1.0f};
         if constexpr (RowRules<T, RULES>::CHANGES_SCORES)
             slopes = c.rules_for(at.head, x.query).template change_with_slopes<MASKED>(t, x.key);
-        pair.p[e] = probability<MASKED>(c, at, m, half, n, e, visible, t, of[e].shift);
-        const float dt = score_gradient<MASKED>(pair.p[e], dp[e], of[e].delta);
+        const float p = probability<MASKED>(c, at, m, half, n, e, visible, t, of[e].shift);
+        const float dp_kept = kept.select(n, e, dp[e] * keep_scale<RULES>(c.params));
+        const float dt = score_gradient<MASKED>(p, dp_kept, of[e].delta);
+        pair.p[e] = kept.select(n, e, p);
         pair.ds[e] = RowRules<T, RULES>::CHANGES_SCORES ? times_slope(dt, slopes.score) : dt;
         added(x, RowRules<T, RULES>::CHANGES_SCORES ? times_slope(dt, slopes.added) : dt);
         if (GATE != GATE_NONE && counts<MASKED>(c, at, m, half, n, e, visible)) {

@@ -51,6 +51,8 @@ struct AttentionParams {
     // 0 between launches. fwd_sm80: for each block of rows, how many of its splits have arrived.
     // fwd_sm90: WorkCounters.
     int* counters;
+    const uint64* rng;  // dropout: seed and offset, or null; then
+    uint64 rng_key;     // is made of them already (rules/dropout.cuh)
     Strides q_strides, k_strides, v_strides, o_strides;
     HeadStrides lse_strides, alibi_strides;
     BroadcastStrides bias_strides, mask_strides;
@@ -74,6 +76,8 @@ struct AttentionParams {
     float softmax_scale;
     float scale_log2;  // softmax_scale * log2(e): exp(x) = exp2(x * log2(e))
     float softcap, inverse_softcap;
+    float dropout_p;   // a multiple of 2^-16
+    float keep_scale;  // 1 / (1 - dropout_p)
 };
 
 __device__ __forceinline__ int kv_head(const AttentionParams& p, int head) {

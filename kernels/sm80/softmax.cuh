@@ -41,6 +41,13 @@ __device__ __forceinline__ Bits seen_keys(const Context& c, const Visible& visib
     return seen;
 }
 
+// Looks up which probabilities of a tile dropout keeps.
+__device__ __forceinline__ void look_up_kept(const Context& c, int tile, Kept& kept) {
+#pragma unroll
+    for (int m = 0; m < FRAGMENTS_M; ++m)
+        look_up_kept<RULES>(c.params, c.work, c.query(m, 0), c.first_key(tile), kept[m]);
+}
+
 // Applies the rules, sets hidden scores to -inf, and finds the rows' new maxima over the keys that
 // this warp has.
 template <bool MASKED>
@@ -84,12 +91,14 @@ __device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int t
     }
 }
 
-// Computes the probabilities of step `step` of P V, and adds them to l.
+// Computes the probabilities of step `step` of P V, adds them to l, and drops some.
 __device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const Scores& rS,
                                              Probabilities& rP, int tile, int step,
-                                             const float (&shift)[FRAGMENTS_M][2]) {
+                                             const float (&shift)[FRAGMENTS_M][2],
+                                             const Kept& kept) {
 #pragma unroll
     for (int i = 0; i < Products::STEP_TILES; ++i) {
+        const int n = step * Products::STEP_TILES + i;
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m) {
 #pragma unroll
@@ -97,11 +106,12 @@ __device__ __forceinline__ void exponentiate(const Context& c, Rows& rows, const
                 const auto row = [&](int n, int e) { return rS.x[m][n][2 * half + e]; };
                 float p[2];
                 exponentiate_pair<T>(
-                    row, step * Products::STEP_TILES + i, exponent_scale<RULES>(c.params),
-                    shift[m][half], c.gate_row(c.query(m, half)), [&] { return c.first_key(tile); },
+                    row, n, exponent_scale<RULES>(c.params), shift[m][half],
+                    c.gate_row(c.query(m, half)), [&] { return c.first_key(tile); },
                     [&](int e, float x) { p[e] = x; });
                 rows.state[m][half].sum += p[0] + p[1];
-                rP.set_pair(m, i, half, p[0], p[1]);
+                const KeptBits<RULES, TILES_N>& drawn = kept[m][half];
+                rP.set_pair(m, i, half, drawn.select(n, 0, p[0]), drawn.select(n, 1, p[1]));
             }
         }
     }

@@ -5,6 +5,7 @@
 #include <flashcore/pipeline/mbarrier_pipeline.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/dropout.cuh>
 #include <flashcore/rules/key_bits.cuh>
 #include <flashcore/rules/position_mask.cuh>
 #include <flashcore/rules/score.cuh>
@@ -62,9 +63,11 @@ using Rows = WarpRows<FRAGMENTS_M, TILES_D>;
 using Sharing = RowSharing<T, WARPS_D, BLOCK_M, BLOCK_N>;
 using Bits = KeyBits<HIDES_KEYS, TILES_N>;
 using Visible = Bits[FRAGMENTS_M][2];  // with masks: which of its keys each of a lane's rows sees
+using Kept = KeptBits<RULES, TILES_N>[FRAGMENTS_M][2];  // with dropout: which probabilities
 // Warps that share rows need all of V, but each looks up its own keys alone: they exchange them.
 using Seen = SeenKeys<HIDES_KEYS && SHARES_ROWS, WARPS_M * WARPS_D, KEYS_PER_WARP>;
 
+static_assert(!DROPS<RULES> || !PACK_GQA, "with dropout, a lane's rows are of one head");
 static_assert(BLOCK_M % (16 * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
 static_assert(BLOCK_N % (16 * WARPS_N * WARPS_D) == 0, "warps own whole 16-key steps of the tile");
 static_assert(HEAD_DIM % 16 == 0 && COLS_PER_WARP % 16 == 0, "the head dims are whole steps");

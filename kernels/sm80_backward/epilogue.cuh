@@ -95,7 +95,8 @@ __device__ __forceinline__ void store_gradients(const Context& c, const Gradient
     const BackwardParams& p = c.params;
     if (SUMS_DISTANCES && c.first_col == 0) store_distances(c, rows);
     if (OWNS_KEYS && p.dv != nullptr && c.has_columns(HEAD_DIM_V))
-        store<2, LayoutOwnVO, DIM_V>(c, c.smem.sOwnVO, rows.rVO, 1.0f, p.dv, p.dv_strides);
+        store<2, LayoutOwnVO, DIM_V>(c, c.smem.sOwnVO, rows.rVO, keep_scale<RULES>(p), p.dv,
+                                     p.dv_strides);
     void* const gradient = OWNS_KEYS ? p.dk : p.dq;
     if (gradient != nullptr && c.has_columns(HEAD_DIM))
         store<1, LayoutOwnQK, DIM_QK>(c, c.smem.sOwnQK, rows.rQK, p.softmax_scale, gradient,

@@ -20,6 +20,7 @@ using LayoutVO = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
 constexpr int ROWS_PER_WARP = BLOCK_M / WARPS_M;
 constexpr int FRAGMENTS_M = ROWS_PER_WARP / 16;
 using Visible = Bits[FRAGMENTS_M][2];  // with masks: which of its pairs each of a lane's rows sees
+using AllKept = Kept[FRAGMENTS_M][2];  // with dropout: which of them are kept
 
 static_assert(BLOCK_M % (16 * WARPS_M) == 0, "warps own whole 16-row fragments");
 static_assert(BLOCK_N % 16 == 0 && HEAD_DIM % 16 == 0 && HEAD_DIM_V % 16 == 0, "steps of 16");

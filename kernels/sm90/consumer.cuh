@@ -8,6 +8,7 @@
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
 #include <flashcore/ptx/wgmma.cuh>
+#include <flashcore/rules/dropout.cuh>
 #include <flashcore/rules/score.cuh>
 #include <flashcore/scheduler/tile_scheduler.cuh>
 #include <flashcore/softmax/online_softmax.cuh>
@@ -24,10 +25,11 @@ struct Consumer {
     StateKV kv;  // the next stage of K and V
     StateQ q;
     WorkState work;
-    bool takes_turns;   // in this block: see HAS_TURNS
-    Bits visible[2];    // with masks: which of its keys of the tile each of the lane's rows sees
-    Bits seen;          // which of these keys some row of the warp sees
-    int tiles_synced;   // how often sync_seen_keys was called; chooses its buffer
+    bool takes_turns;  // in this block: see HAS_TURNS
+    Bits visible[2];   // with masks: which of its keys of the tile each of the lane's rows sees
+    Bits seen;         // which of these keys some row of the warp sees
+    KeptBits<RULES, TILES_N> kept[2];  // with dropout: which of its rows' probabilities are kept
+    int tiles_synced;                  // how often sync_seen_keys was called; chooses its buffer
     RowState state[2];  // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
     // Of S and O, element 4 n + 2 half + e is of the lane's row `half` (0 or 1) and of column
     // 8 n + 2 (lane % 4) + e; the columns of S are keys.
@@ -129,6 +131,7 @@ struct Consumer {
     __device__ __forceinline__ void clear_unseen_together();
 
     // softmax.cuh
+    __device__ __forceinline__ void look_up_kept(int tile);
     __device__ __forceinline__ void softmax_of(int tile, float (&factor)[2]);
     template <bool MASKED>
     __device__ __forceinline__ void find_maxima(int tile, float (&max)[2]);

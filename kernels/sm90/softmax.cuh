@@ -12,6 +12,11 @@
 
 namespace flashcore {
 
+// Looks up which probabilities of a tile dropout keeps, while the products that are in flight run.
+__device__ __forceinline__ void Consumer::look_up_kept(int tile) {
+    flashcore::look_up_kept<RULES>(params, work_tile(), query(0), first_key(tile), kept);
+}
+
 // Applies the rules, sets hidden scores to -inf, and finds both rows' new maxima.
 template <bool MASKED>
 __device__ __forceinline__ void Consumer::find_maxima(int tile, float (&max)[2]) {
@@ -27,8 +32,8 @@ __device__ __forceinline__ void Consumer::find_maxima(int tile, float (&max)[2])
     }
 }
 
-// Turns scores into probabilities, in place, given the new maxima. Sets factor to what O has to be
-// multiplied by.
+// Turns scores into probabilities, in place, given the new maxima, and drops some. Sets factor to
+// what O has to be multiplied by.
 __device__ __forceinline__ void Consumer::exponentiate(int tile, const float (&max)[2],
                                                        float (&factor)[2]) {
     const float scale = exponent_scale<RULES>(params);
@@ -45,7 +50,7 @@ __device__ __forceinline__ void Consumer::exponentiate(int tile, const float (&m
             exponentiate_pair<T>(
                 row, n, scale, shift, gate, [&] { return first_key(tile); },
                 [&](int e, float p) {
-                    row(n, e) = p;
+                    row(n, e) = kept[half].select(n, e, p);
                     sum[e] += p;
                 });
         }

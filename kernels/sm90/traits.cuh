@@ -6,6 +6,7 @@
 #include <flashcore/pipeline/mbarrier_pipeline.cuh>
 #include <flashcore/ptx/tma.cuh>
 #include <flashcore/ptx/wgmma.cuh>
+#include <flashcore/rules/dropout.cuh>
 #include <flashcore/rules/key_bits.cuh>
 #include <flashcore/rules/position_mask.cuh>
 #include <flashcore/rules/score.cuh>
@@ -65,6 +66,7 @@ static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == CONSUMER_WARPS, "64 rows
 static_assert(WARPS_N == 1 && WARPS_D == 1, "warps do not share rows");
 static_assert(STAGED_COLS == 0 || !(VARLEN || PACK_GQA) && ALIGN_BYTES == 16 && WRITES_OUTPUT<GATE>,
               "boxes of O are rows side by side, of one head and sequence");
+static_assert(!DROPS<RULES> || !PACK_GQA, "with dropout, a lane's rows are of one head");
 static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for few rows: one consumer has them all");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
 static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,

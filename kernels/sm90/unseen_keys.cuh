@@ -86,6 +86,7 @@ __device__ __forceinline__ void Consumer::attend_seen_tiles(const TileRange& til
             if (tile > tiles.begin) look_up_keys_of(tile - 1);
         } else {
             start_qk();
+            look_up_kept(tile);
             wait_qk<0>();
             softmax_of(tile, factor);
             pack_p<T>(rP, rS);

@@ -80,10 +80,12 @@ __device__ __forceinline__ void Warpgroup::find_maxima(int tile, const Bits (&vi
     for (int r = 0; r < 2; ++r) max[r] = group_max<QUAD>(max[r]);
 }
 
-// Turns a half's scores into probabilities, adds them to l, and packs them for P V.
+// Turns a half's scores into probabilities, adds them to l, drops some, and packs them for P V.
 __device__ __forceinline__ void Warpgroup::exponentiate(int tile, int half,
                                                         const float (&shift)[2]) {
     const float scale = exponent_scale<RULES>(params);
+    KeptBits<RULES, PAIRS> kept[2];
+    look_up_kept<RULES>(params, work, query(0), first_key(tile, half), kept);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const GateRow<GATE> gate = gate_row(query(r));
@@ -94,7 +96,7 @@ __device__ __forceinline__ void Warpgroup::exponentiate(int tile, int half,
             exponentiate_pair<T>(
                 row, n, scale, shift[r], gate, [&] { return first_key(tile, half); },
                 [&](int e, float p) {
-                    row(n, e) = p;
+                    row(n, e) = kept[r].select(n, e, p);
                     sum[e] += p;
                 });
         }

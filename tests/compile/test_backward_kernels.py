@@ -35,6 +35,7 @@ RULES: tuple[dict[str, Any], ...] = (
     {"bias": array("f4", LENGTH, LENGTH)},
     {"score_mod": "tanhf(score) + x[kv_idx]", "mod_args": {"x": array("f2", LENGTH)}},
     {"mask": array("?", LENGTH, LENGTH), "sink": array("f4", 1)},
+    {"dropout_p": 0.1},
 )
 ROWS = [(number, row) for number, row in enumerate(backward.ROWS)]
 

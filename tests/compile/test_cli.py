@@ -64,8 +64,8 @@ def test_run_as_json() -> None:
     assert data["check"]["max_error"] <= data["check"]["allowed_error"]
     assert data["problem"] == {
         "B": 1, "H": 2, "Hkv": 1, "S": 40, "Skv": 50, "D": 32, "Dv": 32, "dtype": "float16",
-        "layout": "bhsd", "causal": True, "window": [-1, -1], "softcap": 0.0, "gate": None,
-        "seed": 7,
+        "layout": "bhsd", "causal": True, "window": [-1, -1], "softcap": 0.0, "dropout_p": 0.0,
+        "gate": None, "seed": 7,
     }  # fmt: skip
     assert data["ran"] == (data["kernel"] if ON_GPU else "numpy")
     (build,) = data["builds"]
@@ -140,6 +140,7 @@ RULES = {
     ),
     "window": (("--window", "7", "-1"), "window 7,-1", {"window": [7, -1]}),
     "softcap": (("--softcap", "2.5"), "softcap 2.5", {"softcap": 2.5}),
+    "dropout": (("--dropout-p", "0.25"), "dropout 0.25", {"dropout_p": 0.25}),
     "layout": (("--layout", "bshd"), "bshd", {"layout": "bshd"}),
     "Dv": (("--Dv", "64"), "D=32 Dv=64 float16", {"Dv": 64}),
     "together": (

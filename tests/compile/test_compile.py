@@ -53,6 +53,9 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     },
     {"softcap": 30.0, "window": (20, 0), "packed": True, "mask_mod": "kv_idx % 3 != b"},
     {"alibi_slopes": array("f4", 1), "mask": PAIRS},
+    {"dropout_p": 0.1},
+    {"dropout_p": 0.1, "alibi_slopes": array("f4", 1), "sink": array("f4", 1)},
+    {"dropout_p": 0.1, "bias": array("f4", LENGTH, LENGTH)},
 )
 # A rule that is in none of them is built alone.
 ALONE = (

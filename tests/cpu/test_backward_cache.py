@@ -28,7 +28,7 @@ from flashcore_cupy.select.backward import (
 SHAPE = (1, 2, 100, 64)
 CHOICES = (
     *(("q", "k", "v"), (-1, -1), "bhsd", "auto", True, bool, 0.0, float),
-    *(None, type(None), False, bool, True, bool),
+    *(None, type(None), 0.0, float, False, bool, True, bool),
 )
 
 
@@ -169,7 +169,7 @@ def test_what_a_call_is_known_by(driver: _Driver) -> None:
     backward_cache.remember(bound_to(given, driver), given, CHOICES)
 
     def again(changed: dict[str, Any] | None = None, **choices: Any) -> Any:
-        at = {"wrt": 0, "window": 1, "causal": 4, "kind": 5, "deterministic": 12}
+        at = {"wrt": 0, "window": 1, "causal": 4, "kind": 5, "dropout_p": 10, "deterministic": 14}
         chosen = list(CHOICES)
         for name, x in choices.items():
             chosen[at[name]] = x
@@ -198,6 +198,7 @@ def test_what_a_call_is_known_by(driver: _Driver) -> None:
         {"window": 5},
         {"causal": False},
         {"causal": 1, "kind": int},
+        {"dropout_p": 0.1},
         {"deterministic": False},
     ):
         assert again(**choices) is None, choices
@@ -288,6 +289,8 @@ def test_not_all_are_kept_for_good(driver: _Driver, monkeypatch: pytest.MonkeyPa
         ({}, True),
         ({"causal": True, "window": (5, -1), "softcap": 2.0, "layout": "bshd"}, True),
         ({"wrt": ("q",), "deterministic": False, "batch_invariant": True}, True),
+        ({"dropout_p": 0.1}, True),
+        ({"dropout_p": 0.1, "rng": (1, 2)}, False),
         ({"out": {"dq": 1}}, False),
         ({"accumulate": True}, False),
         ({"accumulate": 0}, False),

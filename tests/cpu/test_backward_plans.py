@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from cases_gradients import bent, operands, random
 import flashcore_cupy
 from flashcore_cupy import attention
 from flashcore_cupy.backward import attention_backward, explain_backward, plan_backward
-from flashcore_cupy.check import verify_backward
+from flashcore_cupy.check import verify, verify_backward
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem
+from flashcore_cupy.problem.rules import describe_rules
 
 SIZES = {"heads": 4, "heads_kv": 2, "seqlen": 33, "seqlen_kv": 47, "batch": 2}
 
@@ -137,9 +139,11 @@ def problem(**changes: Any) -> AttentionProblem:
 
 
 @pytest.mark.parametrize("gate", ["dp", "ds"])
-def test_a_stage_is_held_to_the_accuracy_of_fp32(gate: Any) -> None:
-    given, rules = arrays(causal=True), {"causal": True, "softmax_scale": None}
-    got = attention_backward(**given, causal=True, gate=gate)
+@pytest.mark.parametrize("drop", [{}, {"dropout_p": 0.3, "rng": (5, 2)}])
+def test_a_stage_is_held_to_the_accuracy_of_fp32(gate: Any, drop: dict[str, Any]) -> None:
+    given = arrays(causal=True, **drop)
+    rules = {"causal": True, "softmax_scale": None, **drop}
+    got = attention_backward(**given, causal=True, gate=gate, **drop)
     check = verify_backward.check_stage(problem(causal=True), gate, given, got, rules)
     assert check.ok and check.comparison.allowed_error < 1e-3 * np.abs(got).max()
     for change in (1.001 * got, np.where(got == got.max(), got + 0.01, got)):
@@ -161,6 +165,23 @@ def test_a_sample_is_of_whole_heads() -> None:
         assert len(set(chosen)) == count and chosen == sorted(chosen) and chosen[0] == (0, 0)
         assert count == 1 or chosen[-1] == (2, 1)
     assert verify_backward.sample_heads(asked, budget=1) == [(0, 0)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_a_sample_with_dropout(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads keep their numbers, which a mask depends on."""
+    monkeypatch.setattr(verify_backward, "SCORE_BUDGET", count * 2 * 33 * 47)
+    asked = problem()
+    asked = replace(asked, rules=describe_rules(asked.scores, asked.dtype, dropout_p=0.3))
+    rules = {"dropout_p": 0.3, "rng": verify.RNG}
+    given = arrays(**rules)
+    known = verify_backward.expect(asked, given, ("q", "k", "v"))
+    assert known.heads == [(0, 0), (0, 1), (1, 0), (1, 1)][: min(count, 4)]
+    got = attention_backward(**given, **rules)._asdict()
+    assert known.judge(got).ok
+    got["dv"][known.heads[-1]][3, 5] += 1
+    check = known.judge(got)
+    assert not check.ok and check.each["dv"].worst_index == (*known.heads[-1], 3, 5)
 
 
 def test_a_wrong_head_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

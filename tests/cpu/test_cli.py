@@ -67,6 +67,7 @@ BAD_INPUT = HUGE | {
     "half a window": (("run", "--window", "3"), "--window"),
     "a window to the wrong side": (("run", "--window", "3", "-2"), "--window"),
     "softcap": (("run", "--softcap", "nan"), "softcap"),
+    "dropout": (("run", "--dropout-p", "1"), "dropout_p: got 1.0"),
     "negative softcap": (("ladder", "--softcap", "-1"), "softcap"),
     "layout": (("run", "--layout", "sbhd"), "bshd"),
     "rule of a kernel": (("run", "--kernel", "scalar", "--window", "3", "3"), "no window"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ class TestScaledDotProductAttention:
         for got, wanted in zip(*results, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
-    def test_signature_and_dropout(self) -> None:
+    def test_signature(self) -> None:
         from flashcore_cupy import torch as ours
 
         for function, names in (
@@ -119,10 +120,98 @@ class TestScaledDotProductAttention:
             ),
         ):
             assert list(inspect.signature(function).parameters) == names.split()
-            q = tensors((2, 4, 5, 8))[0]
-            more = [None] * 4 if "cu_seqlens_q" in names else []
-            with pytest.raises(ValueError, match=r"^dropout_p: got 0\.1"):
-                function(q, q, q, *more, dropout_p=0.1)
+
+
+@needs_torch
+class TestDropout:
+    """The three functions of tensors (B, S, H, D)."""
+
+    BOUNDS = (0, 6, 16)
+
+    def each(self) -> dict[str, Any]:
+        import torch
+
+        from flashcore_cupy import torch as ours
+
+        bounds = torch.tensor(self.BOUNDS, dtype=torch.int32)
+
+        def sdpa(q: Any, k: Any, v: Any, p: float) -> Any:
+            turned = (x.transpose(1, 2) for x in (q, k, v))
+            return ours.scaled_dot_product_attention(*turned, dropout_p=p).transpose(1, 2)
+
+        def packed(q: Any, k: Any, v: Any, p: float) -> Any:
+            o = ours.flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, 10, 10, p)
+            return o[None]
+
+        def any_order(q: Any, k: Any, v: Any, p: float) -> Any:
+            return ours.flash_attn_func(q, k, v, p)
+
+        def ordered(q: Any, k: Any, v: Any, p: float) -> Any:
+            return ours.flash_attn_func(q, k, v, p, deterministic=True)
+
+        return {"sdpa": sdpa, "packed": packed, "any order": any_order, "ordered": ordered}
+
+    def expected(self, name: str, inputs: list[Any], p: float) -> Any:
+        """The formula, with the mask of what torch's generator gives now."""
+        import torch
+
+        from flashcore_cupy import dropout_mask
+
+        rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
+        bounds = self.BOUNDS if name == "packed" else (0, 16)
+        parts = []
+        for n, (first, end) in enumerate(itertools.pairwise(bounds)):
+            q, k, v = (x[:, first:end].transpose(1, 2) for x in inputs)
+            softmax = torch.softmax(q @ k.mT / 8**0.5, -1)
+            kept = dropout_mask((n + softmax.shape[0], 4, end - first, end - first), p, rng)[n:]
+            rounded = round(p * 2**16) / 2**16
+            parts.append(softmax * kept / (1 - rounded) @ v)
+        return torch.cat(parts, 2).transpose(1, 2)
+
+    @pytest.mark.parametrize("name", ["sdpa", "packed", "any order", "ordered"])
+    @pytest.mark.parametrize("p", [0.3, 0.8])
+    def test_a_mask_for_both_directions(self, name: str, p: float) -> None:
+        import torch
+
+        batch = 1 if name == "packed" else 2
+        inputs = tensors(*[(batch, 16, 4, 8)] * 3)
+        torch.manual_seed(5)
+        o = self.each()[name](*inputs, p)
+        torch.manual_seed(5)
+        agree(o, self.expected(name, inputs, p), inputs)
+        assert not torch.equal(self.each()[name](*inputs, p), o), "a draw of its own"
+
+    @pytest.mark.parametrize("name", ["sdpa", "packed", "any order"])
+    def test_nothing_is_drawn_for_nothing(self, name: str) -> None:
+        import torch
+
+        inputs = tensors(*[(1, 16, 4, 8)] * 3)
+        state = torch.get_rng_state()
+        function = self.each()[name]
+        plain = function(*inputs, 0.0)
+        assert torch.equal(plain, function(*inputs, 0)) and plain.any()
+        zeros = function(*inputs, 1.0)
+        assert not zeros.any() and zeros.shape == plain.shape
+        assert not any(x.any() for x in torch.autograd.grad(zeros.sum(), inputs))
+        assert torch.equal(torch.get_rng_state(), state)
+        for p in (1.5, -0.1, float("nan")):
+            with pytest.raises(ValueError, match=r"^dropout_p: got "):
+                function(*inputs, p)
+
+    @pytest.mark.parametrize("name", ["sdpa", "packed", "any order"])
+    def test_compiled_and_in_a_checkpoint(self, name: str) -> None:
+        """What is computed again draws the same."""
+        import torch
+        from torch.utils.checkpoint import checkpoint
+
+        function, inputs = self.each()[name], tensors(*[(1, 16, 4, 8)] * 3)
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        for call in (compiled, lambda *x: checkpoint(function, *x, use_reentrant=False)):
+            torch.manual_seed(5)
+            o = call(*inputs, 0.3)
+            torch.manual_seed(5)
+            agree(o, function(*inputs, 0.3), inputs)
+        torch.compiler.reset()
 
 
 @needs_torch

@@ -32,6 +32,7 @@ def arrays(lead: tuple[int, ...], batch: int, more: dict[str, tuple[int, ...]]) 
         ({"alibi_slopes": (3,)}, {}, (1,)),
         ({"alibi_slopes": (2, 3)}, {}, (2,)),
         ({"sink": (3,)}, {}, ()),
+        ({}, {"dropout_p": 0.3, "rng": (5, 2)}, ()),
         ({"mod_args.x": (5,)}, {"score_mod": lambda s, b, h, i, j, x: s * x[b]}, ()),
     ],
     ids=lambda x: str(x)[:30],
@@ -64,6 +65,26 @@ def test_mapped_axes(
         for name, x in zip(wrt, found, strict=True):
             assert x.shape == given[name].shape
             np.testing.assert_array_equal(x[at], getattr(of, f"d{name}"))
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_draws_of_mapped_calls(as_text: bool) -> None:
+    """Each has its own, and both directions the same."""
+    given = arrays((4,), 2, {})
+    given["rng"] = np.arange(8, dtype=np.uint64).reshape(4, 2) + np.uint64(2**63)
+    options: Any = {"dropout_p": 0.3, "causal": True}
+    text = engine.encode(options) if as_text else options
+    o, lse = engine.forward(text, given)
+    do = random(*o.shape, seed=9)
+    dq, dv = engine.backward(text, ("q", "v"), given | {"o": o, "lse": lse, "do": do})
+    for n in range(4):
+        one = {name: x[n] for name, x in given.items() if name != "rng"}
+        one |= options | {"rng": tuple(map(int, given["rng"][n]))}
+        wanted = attention(**one, return_lse=True)
+        np.testing.assert_array_equal(o[n], wanted[0])
+        of = attention_backward(do[n], o=wanted[0], lse=wanted[1], **one)
+        np.testing.assert_array_equal(dq[n], of.dq)
+        np.testing.assert_array_equal(dv[n], of.dv)
 
 
 def test_results_that_are_there_already() -> None:
@@ -101,6 +122,11 @@ def test_what_is_split() -> None:
     found, options = engine.split({"bias": bias, "mask": None, "causal": True, **mods})
     assert list(found) == ["bias", "mod_args.x"] and found["mod_args.x"] is x
     assert options == {"causal": True, "score_mod": "score"}
+    draw = np.array([1, 2])
+    for rng, is_array in ((draw, True), ((1, 2), False), ([1, 2], False)):
+        found, options = engine.split({"dropout_p": 0.1, "rng": rng})
+        assert (found.get("rng") is rng, options.get("rng") is rng) == (is_array, not is_array)
+    assert not engine.has_gradient("rng")
     assert engine.label("mod_args.x") == "mod_args['x']" and engine.label("bias") == "bias"
     for name in ("out", "gate", "stream"):
         with pytest.raises(ValueError, match=f"^{name}: "):

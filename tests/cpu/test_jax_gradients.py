@@ -85,6 +85,36 @@ class TestValues:
         for name, gradient in got.items():
             equal(gradient, getattr(wanted, f"d{name}"))
 
+    @pytest.mark.parametrize("kind", ["uint32", "int32", "numpy", "numpy, negative", "traced"])
+    def test_a_draw_from_an_array(self, kind: str) -> None:
+        import jax
+
+        draw, given = (2**40 + 5, 7), three()
+        if kind == "numpy, negative":
+            draw = (2**64 - 3, 7)
+        words = np.array(draw, np.uint64).view(np.uint32)
+        rng: Any = jax.numpy.asarray(words.view(np.int32) if kind == "int32" else words)
+        if kind.startswith("numpy"):
+            rng = np.array(draw, np.uint64).view(np.int64)
+        rules: dict[str, Any] = {"causal": True, "dropout_p": 0.3}
+        do = random(B, H, SQ, DV, seed=5)
+
+        def call(x: dict[str, Any]) -> Any:
+            return attention(**x, **rules, rng=rng)
+
+        if kind == "traced":
+
+            def drawn(rng: Any) -> Any:
+                return jax.vjp(lambda x: attention(**x, **rules, rng=rng), on_device(given))[1](do)
+
+            (got,) = jax.jit(drawn)(rng)
+        else:
+            o, got = pulled(call, given, do)
+            equal(o, attention(**given, **rules, rng=draw))
+        wanted = run(**given, do=do, **rules, rng=draw)
+        for name, gradient in got.items():
+            equal(gradient, getattr(wanted, f"d{name}"))
+
     def test_packed(self) -> None:
         import jax
 
@@ -171,6 +201,7 @@ class TestTransforms:
             ({"bias": (3, 1, H, SQ, SKV)}, {"bias": 0}),
             ({"bias": (H, SQ, SKV, 3)}, {"bias": 3}),
             ({"alibi_slopes": (H,), "sink": (3, H)}, {"sink": 0}),
+            ({"dropout_p": 0.3, "rng": (5, 2)}, {}),
         ],
         ids=str,
     )

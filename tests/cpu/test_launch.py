@@ -52,6 +52,7 @@ NUMPY_TYPES = {
     "int": np.dtype("i4"),
     "float": np.dtype("f4"),
     "int64": np.dtype("i8"),
+    "uint64": np.dtype("u8"),
     "Strides": params.STRIDES,
     "HeadStrides": HEAD_STRIDES,
     "BroadcastStrides": BROADCAST_STRIDES,

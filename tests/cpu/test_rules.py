@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from cases_dropout import UNIT
+from cases_dropout import number as number_at
 from cases_reference import CAUSAL, DTYPES, judge, largest_score, normal, repeatable, tiles
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +51,8 @@ class Dense:
         self.lse = np.empty(full[:3])
         self.o, self.uniform = (np.zeros((*full[:3], v.shape[3])) for _ in range(2))
         sink = rules.pop("sink", None)
+        drop, rng = rules.pop("dropout_p", 0.0), rules.pop("rng", None)
+        sequence = rules.get("sequence")
         for at in np.ndindex(*full):
             b, h, i, j = at
             product = float(np.dot(q[b, h, i], k[b, h // group, j]))
@@ -61,8 +65,12 @@ class Dense:
             self.lse[b, h, i] = max(logits) + math.log(total) if total else -math.inf
             for j in np.flatnonzero(scores > -math.inf):
                 self.p[b, h, i, j] = weights[j] / total
-                self.o[b, h, i] += self.p[b, h, i, j] * values[j]
-                self.uniform[b, h, i] += values[j] / np.sum(scores > -math.inf)
+                place = (b if sequence is None else sequence, h, i, int(j))
+                if drop and number_at(rng, *place) < round(drop * UNIT):
+                    continue
+                value = values[j] / (1 - round(drop * UNIT) / UNIT)
+                self.o[b, h, i] += self.p[b, h, i, j] * value
+                self.uniform[b, h, i] += value / np.sum(scores > -math.inf)
 
 
 def one_score(
@@ -169,6 +177,7 @@ RULES: dict[str, dict[str, Any]] = {
     "mask of keys": {"mask": random(B, 1, 1, SKV) > -0.5},
     "mask of queries": {"mask": random(SQ, 1) > 0},
     "sink": {"sink": 2 * random(HQ)},
+    "dropout": {"dropout_p": 0.4, "rng": (3, 1)},
     "score_mod": {"score_mod": drift},
     "mask_mod": {"mask_mod": sparse},
     "mask_mod by key": {"mask_mod": lambda b, h, q_idx, kv_idx: kv_idx % 2 == b},
@@ -186,7 +195,9 @@ def test_each_rule_is_the_formula(name: str, causal: Any) -> None:
     rules = RULES[name]
     dense = check(*operands(), causal=causal, **rules)
     if rules:  # and it does something
-        assert not np.allclose(dense.lse, Dense(*operands(), causal=causal).lse)
+        plain = Dense(*operands(), causal=causal)
+        shown = (dense.o, plain.o) if name == "dropout" else (dense.lse, plain.lse)
+        assert not np.allclose(*shown)
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
@@ -205,6 +216,8 @@ def test_all_rules_together_are_the_formula(causal: Any, seqlen: int, seqlen_kv:
         sink=random(HQ, seed=5),
         score_mod=drift,
         mask_mod=sparse,
+        dropout_p=0.3,
+        rng=(5, 1),
     )
 
 
@@ -620,9 +633,11 @@ def problems(draw: Any) -> tuple[Any, dict[str, Any]]:
         "score_mod": lambda score, b, h, q_idx, kv_idx: score + 0.01 * (kv_idx - q_idx + h - b),
         "mask_mod": lambda b, h, q_idx, kv_idx: (kv_idx + q_idx + h) % 4 != b,
         "softmax_scale": draw(st.sampled_from((0.1, -0.3))),
+        "dropout_p": draw(st.sampled_from((0.1, 0.7))),
     }
     chosen = draw(st.sets(st.sampled_from(sorted(every))))
     rules = {name: every[name] for name in sorted(chosen)}
+    rules["rng"] = (seed, 7)
     return operands, rules | {"causal": draw(st.sampled_from(CAUSAL))}
 
 
@@ -734,6 +749,8 @@ def test_packed_batch_is_its_sequences_one_by_one(causal: Any, by_batch: bool) -
         "sink": random(4) if by_batch else None,
         "score_mod": drift,
         "mask_mod": sparse,
+        "dropout_p": 0.3,
+        "rng": (5, 1),
     }
     o, lse = oracle_varlen(q, k, v, cu_q, cu_k, **rules)
     plain = naive_varlen(q, k, v, cu_q, cu_k, **rules)

@@ -49,6 +49,7 @@ def test_every_choice_meets_every_kernel(kernel: str) -> None:
         "alibi": {"", "h", "bh"},
         "bias": {"", "1h1k", "bhqk", "qk", "b1q1", "1hqk"},
         "sink": {False, True},
+        "dropout_p": {0.0, 0.2, 0.3, 0.6},
         "score_mod": {"", *SCORE_MODS},
         "mask": {"", *(("bhqk", "b11k", "qk") if takes_masks else ())},
         "mask_mod": {"", *(MASK_MODS if takes_masks else ())},

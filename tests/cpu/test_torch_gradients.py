@@ -258,6 +258,33 @@ class TestAutograd:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             o.sum().backward()
 
+    @pytest.mark.parametrize("kind", ["int64", "uint64", "numpy", "compiled", "compiled, integers"])
+    def test_a_draw_from_an_array(self, kind: str) -> None:
+        import torch
+
+        draw = (2**63 + 5, 7) if kind == "uint64" else (5, 7)
+        rng: Any = np.array(draw, np.uint64)
+        if kind in ("int64", "compiled"):
+            rng = torch.tensor(draw)
+        elif kind == "uint64":
+            rng = torch.tensor(draw, dtype=torch.uint64)
+        elif kind == "compiled, integers":
+            rng = draw
+
+        def call(q: Any, k: Any, v: Any) -> Any:
+            return attention(q, k, v, causal=True, dropout_p=0.3, rng=rng)
+
+        if "compiled" in kind:
+            call = torch.compile(call, backend="aot_eager", fullgraph=True)
+        given = numbers()
+        del given["dlse"]
+        wanted = run(**given, causal=True, dropout_p=0.3, rng=draw)
+        do = given.pop("do")
+        got = gradients(call, {name: tensor(x) for name, x in given.items()}, do)
+        for name, gradient in got.items():
+            equal(gradient, getattr(wanted, f"d{name}"))
+        torch.compiler.reset()
+
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_checkpoint(self, use_reentrant: bool) -> None:
         import torch
@@ -372,6 +399,7 @@ class TestFunc:
             ({"bias": (H, SQ, SKV, 3)}, {"bias": 3}),
             ({"bias": (3, 2, 1, 1, SKV)}, {"bias": 0}),
             ({"alibi_slopes": (H,), "sink": (3, H)}, {"sink": 0}),
+            ({"dropout_p": 0.3, "rng": (5, 2)}, {}),
             ({"score_mod": "by batch"}, {}),
             ({"score_mod": "table", "table": (3, 4)}, {"table": 0}),
         ],

@@ -302,6 +302,78 @@ def test_captured_with_a_step(torch: Any) -> None:
         equal(got, expected)
 
 
+def drawn(torch: Any) -> Any:
+    """What a drop-in draws next."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_of_a_drop_in(torch: Any, dtype: str) -> None:
+    from flashcore_cupy.torch import flash_attn_func
+
+    given = arrays(dtype)
+    inputs, do = tensors(torch, given)
+    torch.manual_seed(5)
+    o = flash_attn_func(*inputs, 0.3, causal=True, deterministic=True)
+    found = torch.autograd.grad(o, inputs, do)
+    torch.manual_seed(5)
+    rng = interop.taken("rng", drawn(torch))[0]
+    expected = wanted(given, causal=True, dropout_p=0.3, rng=rng)
+    for got, x in zip((o.detach(), *found), expected, strict=True):
+        equal(got, x)
+    other = flash_attn_func(*inputs, 0.3, causal=True, deterministic=True)
+    assert not torch.equal(o, other)
+
+
+def test_a_captured_step_draws_anew(torch: Any) -> None:
+    from flashcore_cupy.torch import flash_attn_func
+
+    given = arrays()
+    inputs, do = tensors(torch, given)
+
+    def step() -> Any:
+        o = flash_attn_func(*inputs, 0.3, causal=True, deterministic=True)
+        return o, *torch.autograd.grad(o, inputs, do)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    seen = []
+    for seed in (5, 6, None, 5):
+        if seed is not None:
+            torch.manual_seed(seed)
+        graph.replay()
+        torch.cuda.synchronize()
+        seen.append([x.detach().clone() for x in found])
+    assert all(torch.equal(x, y) for x, y in zip(seen[0], seen[3], strict=True))
+    for n in (1, 2):
+        assert not torch.equal(seen[n][0], seen[n - 1][0])
+    torch.manual_seed(5)
+    for got, expected in zip(seen[0], step(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_known_call_has_no_dropout(torch: Any) -> None:
+    """Calls that are remembered are not those that drop."""
+    given = arrays()
+    drop: dict[str, Any] = {"dropout_p": 0.3, "rng": (5, 2)}
+    first = [x.copy() for x in wanted(given, **drop)]
+    plain = [x.copy() for x in wanted(given)]
+    for rules, expected in (({}, plain), (drop, first), ({}, plain), (drop, first)):
+        for got, x in zip(wanted(given, **rules), expected, strict=True):
+            equal(got, x)
+    assert all((x != y).any() for x, y in zip(first, plain, strict=True))
+    q, k, v, do = given.values()
+    o, lse = attention(q, k, v, layout="bshd", return_lse=True)
+    with pytest.raises(ValueError, match=r"^rng: got none with"):
+        attention_backward(do, q, k, v, o, lse, layout="bshd", dropout_p=0.3)
+
+
 def test_torch_func(torch: Any) -> None:
     """The gradients of each of a batch, by vmap of grad."""
     given = arrays(batch=3)

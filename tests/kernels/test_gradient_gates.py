@@ -22,6 +22,7 @@ RULES: tuple[dict[str, Any], ...] = (
     {"window": (33, 7), "softcap": 5.0},
     {"alibi": "bh", "bias": "1hqk"},
     {"mask": "bhqk", "score_mod": "table"},
+    {"dropout_p": 0.3, "causal": True},
 )
 
 

@@ -112,9 +112,11 @@ FEW = [
 
 
 @each("kernel, dims, dtype", [*DIMS, ("bwd_sm80", (40, 72), HALF)], emulated=FEW)
-def test_head_dims(on: Place, kernel: str, dims: tuple[int, int], dtype: str) -> None:
+@each("drop", [{}, {"dropout_p": 0.2, "rng": (1, 2)}])
+def test_head_dims(on: Place, kernel: str, dims: tuple[int, int], dtype: str, drop: Rules) -> None:
     sizes = {"seqlen": 150, "seqlen_kv": 200, "dtype": dtype_of(dtype)}
-    check(on, kernel, sizes | {"head_dim": dims[0], "head_dim_v": dims[1]}, {"causal": True})
+    sizes |= {"head_dim": dims[0], "head_dim_v": dims[1]}
+    check(on, kernel, sizes, {"causal": True, **drop})
 
 
 def dtype_of(name: str) -> Any:
@@ -138,6 +140,7 @@ def test_lengths(on: Place, kernel: str, lengths: tuple[int, int], causal: Any) 
 
 
 S, T = 90, 130
+DROP: Rules = {"dropout_p": 0.3, "rng": (2**63 + 5, 9)}
 EXTRAS: dict[str, Rules] = {
     "none": {},
     "window": {"window": (20, 9)},
@@ -154,11 +157,17 @@ EXTRAS: dict[str, Rules] = {
     "score_mod": {"score_mod": BENT},
     "score_mod and bias": {"score_mod": BENT, "bias": random(S, T, seed=9)},
     "mask": {"mask": np.random.default_rng(7).random((2, HEADS, S, T)) > 0.4},
+    "dropout": DROP,
+    "dropout from an array": {"dropout_p": 0.6, "rng": np.array((7, 2**40), np.uint64)},
+    "dropout, causal": DROP | {"causal": True, "sink": random(HEADS, seed=10)},
+    "dropout, softcap, bias": DROP | {"softcap": 1.5, "bias": random(S, T, seed=9)},
+    "dropout, slopes": DROP | {"alibi_slopes": random(HEADS, seed=8) * FLOAT32.type(0.1)},
     "mask_mod": {"mask_mod": THIRDS, "window": (60, -1)},
     "all": {
         "softcap": 2.0, "alibi_slopes": random(HEADS, seed=8) * FLOAT32.type(0.1),
         "bias": random(S, T, seed=9), "sink": random(HEADS, seed=10), "score_mod": BENT,
         "mask": np.random.default_rng(7).random((S, T)) > 0.4, "mask_mod": THIRDS, "causal": True,
+        **DROP,
     },
 }  # fmt: skip
 NOT_ON_HOPPER = ("mask", "mask_mod", "all")
@@ -175,10 +184,11 @@ def test_rules(on: Place, kernel: str, name: str) -> None:
 
 @each("dtype", [HALF, SINGLE])
 @each("causal", [False, True, "top-left"])
-def test_packed_batches(on: Place, dtype: str, causal: Any) -> None:
+@each("drop", [{}, DROP])
+def test_packed_batches(on: Place, dtype: str, causal: Any, drop: Rules) -> None:
     lengths = ((0, 5), (33, 0), (40, 70), (1, 1), (0, 0), (20, 90))
     starts_q, starts_k = (np.cumsum([0, *x]).astype(np.int32) for x in zip(*lengths, strict=True))
-    rules = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "causal": causal}
+    rules = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "causal": causal, **drop}
     q = random(starts_q[-1], HEADS, 40, dtype=dtype, seed=1)
     k, v = (random(starts_k[-1], 2, 40, dtype=dtype, seed=n) for n in (2, 3))
     o, lse = attention(q, k, v, return_lse=True, **rules)
@@ -228,7 +238,7 @@ def test_float32_results(on: Place, kernel: str, accumulate: bool) -> None:
 
 
 @each("head_dim", [64, 128])
-@each("rules", [{}, {"causal": True}, {"window": (30, 20), "softcap": 2.0}])
+@each("rules", [{}, {"causal": True}, {"window": (30, 20), "softcap": 2.0}, DROP])
 def test_sums_in_any_order(on: Place, head_dim: int, rules: Rules) -> None:
     """Where bits may differ, one kernel computes dq, too."""
     runs(on, "bwd_sm90")

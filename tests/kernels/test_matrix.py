@@ -106,6 +106,7 @@ CASES = {
             small("mma_sm80", heads=4, view="misaligned"), ((0, 5), (77, 100), (130, 64), (0, 0))
         ),
         small("mma_sm80", gate="softmax", bias="bhqk", bias_fp32=True, softcap=5.0),
+        small("mma_sm80", dropout_p=0.3, causal=True, sink=True, alibi="bh"),
     ],
     "sm_90a": [
         wide("wgmma_sm90", causal=True),
@@ -118,6 +119,7 @@ CASES = {
         small("cluster_sm90", heads=8, heads_kv=8, seqlen_q=130, seqlen_kv=500, causal=True),
         small("cluster_sm90", batch=5, heads=8, seqlen_q=3, seqlen_kv=1000, sink=True),
         small("cluster_sm90", seqlen_q=70, seqlen_kv=250, dtype="bfloat16", alibi="h"),
+        wide("wgmma_sm90", dropout_p=0.2, sink=True),
     ],
 }
 EVERY = [(arch, case) for arch, cases in CASES.items() for case in cases]

@@ -100,7 +100,12 @@ HIDES: tuple[Choice, ...] = (
     {"mask_mod": "blocks"},
     {"mask_mod": "allowed"},
 )
-SINKS: tuple[Choice, ...] = ({}, {"sink": True})
+SINKS: tuple[Choice, ...] = (
+    {},
+    {"sink": True},
+    {"dropout_p": 0.2},
+    {"sink": True, "dropout_p": 0.6},
+)
 GATE_RULES: tuple[Choice, ...] = (
     {"window": (70, -1)},
     {"causal": True, "window": (50, -1)},
@@ -112,6 +117,7 @@ GATE_RULES: tuple[Choice, ...] = (
     {"mask": "bhqk"},
     {"mask_mod": "thirds"},
     {"sink": True},
+    {"dropout_p": 0.3},
 )
 
 
@@ -150,6 +156,7 @@ class Case:
     mask: str = ""
     """Axes of the mask."""
     sink: bool = False
+    dropout_p: float = 0.0
     score_mod: str = ""
     """A name in SCORE_MODS."""
     mask_mod: str = ""
@@ -211,6 +218,7 @@ class Case:
             "mask": self.mask,
             "score_mod": self.score_mod,
             "mask_mod": self.mask_mod,
+            "dropout": f"{self.dropout_p:g}" if self.dropout_p else "",
         }
         words = [f"{name} {value}" for name, value in given.items() if value]
         words += ["sink"] * self.sink + ["batch-invariant"] * self.batch_invariant
@@ -313,6 +321,8 @@ class Case:
         rules = self._values | {
             rule.name: arrays[rule.name] for rule in RULES if rule.name in arrays
         }
+        if self.dropout_p:
+            rules["rng"] = (self.seed, 2**40)
         rules |= {name: mod.cuda if cuda else mod.python for name, mod in self.mods.items()}
         names = [name for mod in self.mods.values() for name in mod.args]
         return rules | ({"mod_args": {name: arrays[name] for name in names}} if names else {})

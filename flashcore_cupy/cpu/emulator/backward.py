@@ -85,6 +85,7 @@ def bind(call: BackwardCall, arch: str) -> EmulatedBackward:
     arrays |= gates.allocate_backward(problem, np)
     addresses = {name: array.ctypes.data for name, array in arrays.items()}
     params = backward_params(problem, selection)
+    params["rng_key"] = forward.rng_key
     pointers = [x.ctypes.data for x in mods.values()]
     launches = backward_launches(
         problem, selection, params, addresses, pointers, lambda at, view: tensor_map(view, at)

@@ -107,13 +107,16 @@ def bind(
     plan.add_results(want_lse=want_lse, empty=poisoned)
     if not plan.is_empty:
         plan.add_scratch(poisoned)
-        _add_steps(plan, tuple(call.mod_args.values()), multiprocessors)
+        _add_steps(plan, tuple(call.mod_args.values()), call.rng_key, multiprocessors)
     return plan
 
 
-def _add_steps(plan: EmulatedPlan, mod_args: tuple[Array, ...], multiprocessors: int) -> None:
+def _add_steps(
+    plan: EmulatedPlan, mod_args: tuple[Array, ...], rng_key: int, multiprocessors: int
+) -> None:
     config = plan.selection.config
     params = fixed_params(plan.problem, config, plan.output, _RESIDENT, multiprocessors)
+    params["rng_key"] = rng_key
     for view in plan.views:
         params[f"{view.name}_map"] = tensor_map(view, plan.arrays[view.name].ctypes.data)
     work = plan.work(params, multiprocessors)

@@ -25,6 +25,7 @@ constexpr int RULE_MASK_PAIRS = 512;     // the same of the mask
 constexpr int RULE_SCALE_FIRST = 1024;   // scale before the maximum, for a scale below 2^-126
 constexpr int RULE_MASK_CHUNKS = 2048;   // 16 neighbouring keys of the mask in one aligned load
 constexpr int RULE_SOFTCAP_WIDE = 4096;  // a cap that most scores are far below
+constexpr int RULE_DROPOUT = 8192;       // after the softmax, see dropout.cuh
 
 // Rules that change a score, rather than hide a key.
 constexpr int CAPPING_RULES = RULE_SOFTCAP | RULE_SOFTCAP_WIDE;

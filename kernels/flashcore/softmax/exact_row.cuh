@@ -7,6 +7,7 @@
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/dropout.cuh>
 #include <flashcore/rules/score.cuh>
 #include <flashcore/scheduler/work.cuh>
 #include <flashcore/softmax/finish_row.cuh>
@@ -88,6 +89,8 @@ struct ExactRow {
                 gate.probability(key + e, p);
                 if (!seen[e]) continue;  // what the key's row of V holds must not matter
                 if (quad == 0 && sums(key)) row.sum += p;  // in one lane: the quad is summed later
+                if constexpr (DROPS<RULES>)
+                    if (!Dropout(params, work.batch, q.head).keeps_at(q.query, key + e)) continue;
                 const T* const gV = key_row(params.v, params.v_strides, key + e) + first_col;
 #pragma unroll
                 for (int n = 0; n < COLS / 8; ++n)

@@ -3,6 +3,7 @@
 #pragma once
 #include <flashcore/debug.cuh>
 #include <flashcore/params.cuh>
+#include <flashcore/rules/dropout.cuh>
 #include <flashcore/rules/score.cuh>
 #include <flashcore/scheduler/work.cuh>
 #include <flashcore/softmax/online_softmax.cuh>
@@ -25,10 +26,10 @@ __device__ __forceinline__ float natural_scale(const AttentionParams& p) {
 template <int RULES, int GATE>
 __device__ __forceinline__ float finish_state(const AttentionParams& p, const Work& w,
                                               const QueryRow& q, RowState& row) {
-    float factor = 1.0f;
+    float factor = keep_scale<RULES>(p);
     row.max *= natural_scale<RULES>(p);
     if constexpr (RULES & RULE_SINK && GATE != GATE_PV)
-        if (q.valid && w.batch != NO_SEQUENCE) factor = add_sink(row, p.sink[q.head]);
+        if (q.valid && w.batch != NO_SEQUENCE) factor *= add_sink(row, p.sink[q.head]);
     return factor;
 }
 

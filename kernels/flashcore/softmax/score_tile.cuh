@@ -9,6 +9,7 @@
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/warp.cuh>
+#include <flashcore/rules/dropout.cuh>
 #include <flashcore/rules/position_mask.cuh>
 #include <flashcore/rules/score.cuh>
 #include <flashcore/scheduler/work.cuh>
@@ -29,6 +30,18 @@ __device__ __forceinline__ GateRow<GATE> gate_of(const AttentionParams& params, 
                                                  const QueryRow& q) {
     const int64 row = (int64(w.batch) * params.heads_q + q.head) * w.seqlen_q + q.query;
     return {params, row, q.valid, RULES & SCORE_RULES ? 1.0f : params.softmax_scale};
+}
+
+// Looks up which probabilities of a lane's two rows dropout keeps, of PAIRS pairs of keys from
+// first_key on. low: the first of the rows; the other is 8 further, and of the same head.
+template <int RULES, int PAIRS>
+__device__ __forceinline__ void look_up_kept(const AttentionParams& params, const Work& w,
+                                             const QueryRow& low, int first_key,
+                                             KeptBits<RULES, PAIRS> (&kept)[2]) {
+    if constexpr (DROPS<RULES>) {
+        kept[0] = kept[1] = KeptBits<RULES, PAIRS>();
+        Dropout(params, w.batch, low.head).keep_rows(kept, low.query, first_key);
+    }
 }
 
 // Applies the rules to the lane's PAIRS pairs of keys, and sets the scores of hidden keys to -inf:
