@@ -170,7 +170,7 @@ __device__ __forceinline__ void Consumer::run() {
 
 // ---- roles -------------------------------------------------------------------------------------
 
-extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(CTA_THREADS, 1)
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(CTA_THREADS, MIN_BLOCKS)
     fwd_sm90(const __grid_constant__ HopperParams params) {
     // The swizzle of TMA and wgmma depends on the address modulo 1024, so tiles begin on multiples
     // of that. A launch promises less; SMEM_BYTES has 1 KiB to spare for it.

@@ -135,6 +135,13 @@ _GATED = _LARGE | {"seqlen_q": 40, "seqlen_kv": 75, "is_checked": False}
 _LENGTHS = ((0, 5), (33, 0), (40, 70), (1, 1), (0, 0), (20, 90))
 _PACKED = {"lengths": _LENGTHS, "causal": "top-left", "alibi": "bh", "multiprocessors": 1}
 _UNSEEN = {"unseen": (slice(0, 5), slice(45, 75), slice(96, 166))}
+#: Boxes of the first sequence's keys reach into the second's, of which no query sees these.
+_FIRST_ROWS = {
+    "lengths": ((5, 3), (7, 90), (40, 33)),
+    "causal": "top-left",
+    "multiprocessors": 1,
+    "unseen": (slice(10, 93),),
+}
 _WINDOW = {"window": (33, 7), "seqlen_q": 40, "seqlen_kv": 130, "unseen": (slice(57),)}
 _NO_KEYS = {"window": (33, 7), "causal": "top-left", "seqlen_q": 150, "seqlen_kv": 64}
 _MASKS = {"mask": "qk", "mask_mod": "blocks", "window": (100, -1)}
@@ -183,6 +190,7 @@ TRIALS = (
     _sm90("broadcast mask", _ONE, **_BROADCAST),
     _sm90("128 keys", _ONE | {"block_n": 128}, mask_mod="thirds", **_HEAD),
     _sm90("packed, two consumers", _TWO, **_PACKED, **_UNSEEN),
+    _sm90("packed, first rows", _ONE, **_FIRST_ROWS, **_HEAD),
     # fwd_sm90_cluster.cu
     _cluster("two CTAs", _PAIR, causal=True, seqlen_kv=300, **_HEAD, head_dim=64, head_dim_v=72),
     _cluster("masks", _GROUP, seqlen_kv=304, **_MASKS, **_HEAD),
@@ -270,8 +278,7 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "tile * BLOCK_N, [0 for 1 in - 1]",
     ),
     "work for rows that do not exist, whose result nobody takes": (
-        "flashcore/scheduler/work.cuh: "
-        "return m_block >= 0 && w.first_row < w.seqlen_q * w.group; [<= for <]",
+        "flashcore/scheduler/work.cuh: return w.first_row < w.seqlen_q * w.group; [<= for <]",
         "flashcore/softmax/warp_rows.cuh: if (m * 16 + half * 8 >= end) continue; [> for >=]",
         "sm90/traits.cuh: if (w.first_row + first_row >= rows_of(w)) return {0, 0}; [> for >=]",
         "ladder/wmma_unfused.cu: if (first_key >= keys_read(params, first_query)) return; "
@@ -314,8 +321,6 @@ _LIVE: dict[str, tuple[str, ...]] = {
     "both sides are never equal, or nobody asks for the result": (
         "sm90_cluster/combine.cuh: __device__ __forceinline__ int giver(int split, int to) "
         "{ return split - (split > to); } [>= for >]",
-        "cluster_sm90, flashcore/scheduler/work.cuh: "
-        "return m_block >= 0 && w.first_row < w.seqlen_q * w.group; [> for >=]",
         "wmma_cp_async, ladder/block_wide.cuh: if (d >= TILES_D) break; [> for >=]",
     ),
     "columns of padding": (

@@ -51,7 +51,8 @@ class Maps:
         fields: Mapping[str, Any] = params.fields or {}
         # Their first words, in words of 8 bytes.
         self._first_words = tuple(fields[f"{name}_map"][1] // 8 for name in "qkvo")
-        self._offset_k, self._offset_v = views[1].offset, views[2].offset
+        offsets = [view.offset for view in views]
+        self._offsets = (*offsets, *[0] * (4 - len(offsets)))
         places = [_address(addresses[view.name], addresses["q"]) for view in views]
         self.movable = all(map(movable, places, views))
 
@@ -59,10 +60,11 @@ class Maps:
         """Write the maps of arrays at these addresses where the parameters have others."""
         if self.movable:
             words, (q_map, k_map, v_map, o_map) = block.words, self._first_words
-            words[q_map] = q
-            words[k_map] = (k or q) + self._offset_k  # as _address has it
-            words[v_map] = (v or q) + self._offset_v
-            words[o_map] = o  # which a kernel that stores directly does not look at
+            offset_q, offset_k, offset_v, offset_o = self._offsets
+            words[q_map] = q + offset_q
+            words[k_map] = (k or q) + offset_k  # as _address has it
+            words[v_map] = (v or q) + offset_v
+            words[o_map] = o + offset_o  # which a kernel that stores directly does not look at
         else:
             addresses = (q, _address(k, q), _address(v, q), o)
             each = zip(self._views, self._first_words, addresses, strict=False)

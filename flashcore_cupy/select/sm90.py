@@ -23,6 +23,7 @@ from flashcore_cupy.select.tensor_view import (
     TMA_ALIGN,
     View,
     check_layout,
+    clipped_view,
     is_addressable,
     view_of,
 )
@@ -171,7 +172,7 @@ class Sm90(KernelConfig):
         t = self.tile
         # A box of 16 rows is one of the array only where rows are queries of one sequence; and O of
         # split keys is combined in memory first.
-        is_box = not (self.packed or t.pack_gqa or t.split_kv)
+        is_box = not (t.pack_gqa or t.split_kv)
         has_output = self.gate not in ("qk", "softmax")
         if not (self.tma_stores and self.align_bytes == TMA_ALIGN and is_box and has_output):
             return 0
@@ -217,7 +218,10 @@ class Sm90(KernelConfig):
 
         As many as have their K and V in L2 together, or, of heads with many blocks, as make up
         several rounds: there a few blocks of every head run at a time and share what they read.
+        Packed batches: how many keys of a head L2 has room for; see ``packed_section``.
         """
+        if problem.packed:
+            return _L2_BYTES // (2 * (self.head_dim + self.head_dim_v))
         blocks = blocks_per_head(problem, self)
         head_bytes = 2 * problem.visible_kv * (self.head_dim + self.head_dim_v)
         room = _L2_BYTES // 2 if blocks <= 4 else _L2_BYTES
@@ -231,8 +235,8 @@ class Sm90(KernelConfig):
         return min(size, query_blocks(problem, self) // max(1, blocks))
 
     def most_blocks(self, multiprocessors: int) -> int:
-        """One per multiprocessor, which stays; clusters have one block of rows and end."""
-        return MAX_GRID if self.tile.cluster > 1 else multiprocessors
+        """Those that fit, which stay; clusters have one block of rows and end."""
+        return MAX_GRID if self.tile.cluster > 1 else multiprocessors * self.tile.min_blocks
 
     def workspace_bytes(self, blocks: int, splits: int, most_blocks: int) -> tuple[int, int]:
         """``SplitRows`` in ``split_combine.cuh``, which a cluster has in shared memory.
@@ -262,6 +266,12 @@ class Sm90(KernelConfig):
         ]
         if self.staged_cols:
             views.append(view_of(output, dtype, self.staged_cols, ROWS_OF_WARP, queries))
+        if self.packed:
+            whole = {"q"} if self.tile.pack_gqa else set()
+            views = [
+                view if view.name in whole else clipped_view(view, stored=view.name == "o")
+                for view in views
+            ]
         return tuple(views)
 
     # --- for people -------------------------------------------------------------------------------

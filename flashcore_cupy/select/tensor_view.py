@@ -59,6 +59,30 @@ def view_of(
     return View(operand.name, dtype, dims, strides, box, first * row_step)
 
 
+def clipped_view(view: View, *, stored: bool) -> View:
+    """A packed array, for boxes that end where a sequence does.
+
+    Batch b of the map are as many rows of the array as a box has, from row b on: a box of d rows is
+    the last d rows of a batch. Boxes of sequences that end in the first rows would need batches
+    that begin before the array. They reach behind their sequence instead; where they are stored,
+    which must not be, the map begins so many rows before the array. (No row is stored there. Loads
+    are different: TMA needs memory at the address of a map that it loads by.)
+    """
+    columns, total, heads, _ = view.dims
+    row, head, _ = view.strides
+    if total == 1:  # then the stride leads nowhere, and may be anything
+        row = round_up(columns * ITEMSIZE[view.dtype], TMA_ALIGN)
+    rows = view.box[1]
+    if not stored:
+        dims = (columns, min(rows, total), heads, total)
+        return view._replace(dims=dims, strides=(row, head, row))
+    return view._replace(
+        dims=(columns, rows, heads, total + 1),
+        strides=(row, head, row),
+        offset=view.offset - rows * row,
+    )
+
+
 def check_layout(problem: AttentionProblem) -> None:
     """Raise ``ValueError`` if TMA cannot address q, k or v; it names which."""
     operands = (problem.q, problem.k, problem.v)

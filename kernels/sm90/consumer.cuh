@@ -146,6 +146,7 @@ struct Consumer {
                                             bool writes_lse) const;
     __device__ __forceinline__ T* output_row(const QueryRow& q) const;
     __device__ __forceinline__ void finish_rows(float (&factor)[2]) const;
+    __device__ __forceinline__ auto output_box() const;
     __device__ __forceinline__ void store(const float (&factor)[2]);
     __device__ __forceinline__ void finish_split();
 };

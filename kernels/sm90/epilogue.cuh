@@ -37,6 +37,17 @@ __device__ __forceinline__ void Consumer::finish_rows(float (&factor)[2]) const 
     }
 }
 
+// The box of the warp's rows of O.
+__device__ __forceinline__ auto Consumer::output_box() const {
+    const Work& w = work_tile();
+    const int row = w.start_q + w.first_row + warp() * 16;
+    if constexpr (VARLEN) {
+        return SequenceBox{&params.o_map, row, w.start_q + w.seqlen_q, w.head, 16, -16};
+    } else {
+        return TileBox{&params.o_map, row, w.head, w.batch};
+    }
+}
+
 // Normalises and writes O.
 __device__ __forceinline__ void Consumer::store(const float (&factor)[2]) {
     const auto pair = [&](int n, int half) {
@@ -53,12 +64,10 @@ __device__ __forceinline__ void Consumer::store(const float (&factor)[2]) {
         }
     }
     if constexpr (STAGED_COLS > 0) {
-        const Work& w = work_tile();
         T* const tile = smem.sO[warp()];
         await_stored();  // TMA has read the rows of the block before
         put_rows<LayoutO>(shared_address(tile), pair);
-        const TileBox box = {&params.o_map, w.first_row + warp() * 16, w.head, w.batch};
-        store_tile_tma<LayoutO>(tile, box, EVICT_FIRST);
+        store_tile_tma<LayoutO>(tile, output_box(), EVICT_FIRST);
     }
 }
 

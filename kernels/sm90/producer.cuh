@@ -13,26 +13,34 @@ namespace flashcore {
 struct Boxes {
     const HopperParams& p;
     const WorkTile& w;
-    int batch, v_map_begin;  // the key that is row 0 of v_map
+    int v_map_begin;  // the key that is row 0 of v_map; packed batches have none
 
     __device__ __forceinline__ Boxes(const HopperParams& p, const WorkTile& w)
-        : p(p),
-          w(w),
-          batch(VARLEN ? 0 : w.batch),
-          v_map_begin(VARLEN ? 0 : mask_of(p, w).row_begin(0)) {}
-    __device__ __forceinline__ TileBox q() const {
+        : p(p), w(w), v_map_begin(VARLEN ? 0 : mask_of(p, w).row_begin(0)) {}
+    __device__ __forceinline__ auto keys(const TensorMap* map, int tile, int map_begin) const {
+        const int key = w.start_kv + tile * BLOCK_N;
+        if constexpr (VARLEN) {
+            const int end = w.start_kv + seen_end(p, w);
+            return SequenceBox{map, key, end, w.head_kv, min(BLOCK_N, p.seqlen_kv), 0};
+        } else {
+            return TileBox{map, key - map_begin, w.head_kv, w.batch};
+        }
+    }
+    __device__ __forceinline__ auto q() const {
         const int query = w.start_q + w.first_query;
         // Of a packed group q_map has heads before queries: a query's rows come one after the
         // other.
-        if (PACK_GQA) return {&p.q_map, w.head * w.group, query, batch};
-        return {&p.q_map, query, w.head, batch};
+        if constexpr (PACK_GQA) {
+            return TileBox{&p.q_map, w.head * w.group, query, VARLEN ? 0 : w.batch};
+        } else if constexpr (VARLEN) {
+            const int end = w.start_q + w.seqlen_q;
+            return SequenceBox{&p.q_map, query, end, w.head, min(ROWS, p.seqlen_q), 0};
+        } else {
+            return TileBox{&p.q_map, query, w.head, w.batch};
+        }
     }
-    __device__ __forceinline__ TileBox k(int tile) const {
-        return {&p.k_map, w.start_kv + tile * BLOCK_N, w.head_kv, batch};
-    }
-    __device__ __forceinline__ TileBox v(int tile) const {
-        return {&p.v_map, w.start_kv + tile * BLOCK_N - v_map_begin, w.head_kv, batch};
-    }
+    __device__ __forceinline__ auto k(int tile) const { return keys(&p.k_map, tile, 0); }
+    __device__ __forceinline__ auto v(int tile) const { return keys(&p.v_map, tile, v_map_begin); }
 };
 
 // Starts all copies of a work tile.

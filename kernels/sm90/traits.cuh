@@ -41,10 +41,15 @@ enum NamedBarrier : int {
 };
 
 // A multiprocessor has 64K registers, and setmaxnreg moves what the producer does not need to the
-// consumers. With one consumer, every thread starts with 255 anyway, the most that it can have.
-constexpr bool MOVES_REGISTERS = CONSUMERS > 1;
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+// consumers. With one consumer and CTA, every thread starts with 255 anyway, the most that it can
+// have.
+constexpr bool MOVES_REGISTERS = CONSUMERS > 1 || MIN_BLOCKS > 1;
+constexpr int LAUNCH_REGISTERS = 65536 / (MIN_BLOCKS * CTA_THREADS) / 8 * 8;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 || MIN_BLOCKS > 1 ? 32 : VARLEN ? 40 : 24;
+constexpr int SHARE_REGISTERS =
+    (LAUNCH_REGISTERS * CTA_THREADS - PRODUCER_REGISTERS * WARPGROUP_THREADS) / CONSUMER_THREADS /
+    8 * 8;
+constexpr int CONSUMER_REGISTERS = SHARE_REGISTERS < 240 ? SHARE_REGISTERS : 240;
 constexpr bool HIDES_KEYS = (RULES & HIDING_RULES) != 0;
 // How many steps of 16 keys are looked up in masks at a time: all of them where registers allow.
 [[maybe_unused]] constexpr int LOOKUPS =
@@ -64,7 +69,7 @@ constexpr int SHORT_BLOCK = BOUNDED_RIGHT && CONSUMERS == 3 ? 4 : 0;
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == CONSUMER_WARPS, "64 rows per consumer");
 static_assert(WARPS_N == 1 && WARPS_D == 1, "warps do not share rows");
-static_assert(STAGED_COLS == 0 || !(VARLEN || PACK_GQA) && ALIGN_BYTES == 16 && WRITES_OUTPUT<GATE>,
+static_assert(STAGED_COLS == 0 || !PACK_GQA && ALIGN_BYTES == 16 && WRITES_OUTPUT<GATE>,
               "boxes of O are rows side by side, of one head and sequence");
 static_assert(!DROPS<RULES> || !PACK_GQA, "with dropout, a lane's rows are of one head");
 static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for few rows: one consumer has them all");
@@ -105,6 +110,11 @@ static_assert(sizeof(HopperParams) == PARAMS_BYTES, "flashcore_cupy/select packs
 
 __device__ __forceinline__ Positions mask_of(const AttentionParams& p, const Work& w) {
     return {p, w.seqlen_kv, w.diagonal};
+}
+
+// One past the last key that some query of the sequence sees.
+__device__ __forceinline__ int seen_end(const AttentionParams& p, const Work& w) {
+    return mask_of(p, w).row_end(w.seqlen_q - 1);
 }
 
 __device__ __forceinline__ int rows_of(const Work& w) {

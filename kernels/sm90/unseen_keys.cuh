@@ -35,19 +35,24 @@ __device__ __forceinline__ void Consumer::look_up_keys_of(int tile) {
     }
 }
 
-// Packed batches: overwrites rows of V that lie outside the sequence. TMA leaves out what lies
-// outside the array, but the box of a sequence's last keys reaches into the next sequence. Every
-// consumer does this for itself, and all write the same zeros. (For keys that masks hide, all
-// consumers work together: attend_seen_tiles.)
+// Packed batches: overwrites rows of V that no query sees, as far as the tile has any: those before
+// the first key that one sees, and those behind the last of a sequence that ends in the array's first
+// rows, which boxes reach behind. (All else TMA leaves out.) Every consumer does this for itself, and
+// all write the same zeros. (For keys that masks hide, all consumers work together:
+// attend_seen_tiles.)
 __device__ __forceinline__ void Consumer::clear_unseen(int tile, int stage) {
     if constexpr (!VARLEN) return;
-    const int begin = mask().row_begin(0) - tile * BLOCK_N;
-    const int end = mask().row_end(work_tile().seqlen_q - 1) - tile * BLOCK_N;
+    const int begin = BOUNDED_LEFT ? mask().row_begin(0) - tile * BLOCK_N : 0;
+    const int last = seen_end(params, work_tile());
+    const int end = work_tile().start_kv + last < BLOCK_N ? last - tile * BLOCK_N : BLOCK_N;
     if (begin <= 0 && end >= BLOCK_N) return;
-    for (int key = warp() % WARPGROUP_WARPS; key < BLOCK_N; key += WARPGROUP_WARPS) {
+    constexpr int CHUNKS = HEAD_DIM_V / LayoutV::CHUNK;
+    for (int i = thread_index_volatile() % WARPGROUP_THREADS; i < BLOCK_N * CHUNKS;
+         i += WARPGROUP_THREADS) {
+        const int key = i / CHUNKS;
         if (key >= begin && key < end) continue;
-        for (int d = lane() * 2; d < HEAD_DIM_V; d += 2 * WARP_SIZE)
-            *reinterpret_cast<uint32*>(smem.sV[stage] + LayoutV::element(key, d)) = 0;
+        T* const chunk = smem.sV[stage] + LayoutV::element(key, i % CHUNKS * LayoutV::CHUNK);
+        *reinterpret_cast<Vector<16>*>(chunk) = Vector<16>();
     }
     fence_proxy_async();  // wgmma sees this thread's zeros
     // All four warps have written their zeros.

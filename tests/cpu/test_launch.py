@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import OrderedDict
 from dataclasses import replace
+from itertools import count, takewhile
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -219,6 +220,9 @@ class PackedBatch:
     def first_block(self, piece: int) -> int:
         return self.start(piece) * self.rows_per_query // self.block_m + piece
 
+    def blocks(self, piece: int) -> int:
+        return -(-self.length(piece) * self.rows_per_query // self.block_m)
+
     def find(self, block: int) -> int:
         first, count = 0, self.sequences + 2
         while count > 1:
@@ -232,22 +236,64 @@ class PackedBatch:
             count = min(step, count - chosen * step)
         return first
 
-    def rows(self, block: int) -> range | None:
-        """Rows of q that a block works on, heads of a group apart; None if it has no work."""
-        piece = self.find(block)
-        first = (block - self.first_block(piece)) * self.block_m
-        rows = self.length(piece) * self.rows_per_query
-        if first < 0 or first >= rows:
+    def place(self, block: int, heads: int) -> tuple[int, int]:
+        """``find_work``: the piece of a block, and its number among the piece's, of all heads."""
+        piece = self.find(block // heads)
+        return piece, block - self.first_block(piece) * heads
+
+    def rows(self, place: tuple[int, int], heads: int) -> tuple[int, range] | None:
+        """Head, and rows of q (heads of a group apart) of a place; None if it has no work."""
+        piece, index = place
+        blocks = self.blocks(piece)
+        if not 0 <= index < blocks * heads:
             return None
-        start = self.start(piece) * self.rows_per_query
-        return range(start + first, start + min(first + self.block_m, rows))
+        head, nth = divmod(index, blocks)
+        first, start = nth * self.block_m, self.start(piece) * self.rows_per_query
+        rows = self.length(piece) * self.rows_per_query
+        return head, range(start + first, start + min(first + self.block_m, rows))
+
+
+class PackedOrder:
+    """``PackedOrder`` of packed_batch.cuh."""
+
+    def __init__(self, q: PackedBatch, kv: PackedBatch, heads: int, most: int, block_n: int):
+        self.q, self.kv, self.heads, self.most, self.block_n = q, kv, heads, most, block_n
+        self.level, self.next_level, self.group, self.before = 32, -2, 0, 0
+
+    def level_of(self, piece: int) -> int:
+        if piece >= self.q.sequences + 2 or self.q.length(piece) == 0:
+            return -2
+        is_sequence = 0 < piece <= self.q.sequences
+        keys = self.kv.length(piece) if is_sequence else 0
+        bits = 4 if self.q.sequences + 2 > 2048 else 1
+        return -(-(-(-keys // self.block_n)).bit_length() // bits) - 1
+
+    def find(self, index: int) -> tuple[int, int] | None:
+        while self.level > -2:
+            levels = [self.level_of(self.group + lane) for lane in range(32)]
+            self.next_level = max([self.next_level, *(x for x in levels if x < self.level)])
+            ends, end = [], self.before
+            for lane, level in enumerate(levels):
+                if level == self.level:
+                    end = min(end + self.q.blocks(self.group + lane) * self.heads, self.most)
+                ends.append(end)
+            found = sum(end <= index for end in ends)
+            if found < 32:
+                begin = ends[found - 1] if found else self.before
+                return self.group + found, index - begin
+            self.before = end
+            self.group += 32
+            if self.group < self.q.sequences + 2:
+                continue
+            self.group, self.level, self.next_level = 0, self.next_level, -2
+        return None
 
 
 def lengths(seed: int) -> list[int]:
     """Many short ones, or few long ones; some empty."""
     random = rnd.Random(seed)
     longest = random.choice((1, 3, 40, 700))
-    many = random.choice((1, 2, 31, 32, 33, 200, 1100))
+    many = random.choice((1, 2, 31, 32, 33, 200, 2100))
     return [random.choice((0, 1, random.randint(0, longest))) for _ in range(many)]
 
 
@@ -274,33 +320,51 @@ def test_every_row_of_a_packed_batch_has_one_block(seed: int, block_m: int) -> N
             if piece + 1 < len(pieces):
                 assert enough <= batch.first_block(piece + 1), "the next piece starts behind"
             assert enough <= blocks
-        worked = [batch.rows(block) for block in range(blocks)]
-        covered = [row for rows in worked if rows is not None for row in rows]
-        assert sorted(covered) == list(range(total * group))
+        q_heads = heads[0] // group
+        every = sorted((head, row) for head in range(q_heads) for row in range(total * group))
+        worked = [batch.rows(batch.place(n, q_heads), q_heads) for n in range(blocks * q_heads)]
+        assert covered(worked) == every
         assert blocks <= total * group // block_m + len(pieces)
+        keys = PackedBatch([5 * n for n in cu_seqlens], 5 * total, 1, 1)
+        order = PackedOrder(batch, keys, q_heads, blocks * q_heads, 128)
+        places = list(takewhile(bool, map(order.find, count())))
+        assert covered([batch.rows(place, q_heads) for place in places]) == every
+        assert order.before == len(places), "no block is empty"
+        levels = [order.level_of(piece) for piece, _ in places]
+        assert levels == sorted(levels, reverse=True), "those with the most keys come first"
+
+
+def covered(worked: list[tuple[int, range] | None]) -> list[tuple[int, int]]:
+    """All rows of all heads that blocks work on."""
+    return sorted((work[0], row) for work in worked if work is not None for row in work[1])
 
 
 @pytest.mark.parametrize("total", [0, 1, 50])
 def test_rows_of_a_packed_batch_without_sequences_have_a_block(total: int) -> None:
     batch = PackedBatch([0], total, 4, 16)
-    worked = [batch.rows(block) for block in range(total * 4 // 16 + 2)]
-    covered = [row for rows in worked if rows is not None for row in rows]
-    assert sorted(covered) == list(range(total * 4))
+    worked = [batch.rows(batch.place(n, 2), 2) for n in range((total * 4 // 16 + 2) * 2)]
+    assert covered(worked) == [(head, row) for head in (0, 1) for row in range(total * 4)]
 
 
 @repeatable
 @given(st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 60), min_size=2, max_size=70))
 def test_no_boundary_leads_outside(cu_seqlens: list[int]) -> None:
     """On a GPU nobody checks them; what is computed then means nothing, but stays inside."""
-    total, group, block_m = 50, 4, 16
+    total, group, block_m, heads = 50, 4, 16, 2
     batch = PackedBatch(cu_seqlens, total, group, block_m)
-    for block in range(total * group // block_m + len(cu_seqlens) + 1):
-        rows = batch.rows(block)
-        assert rows is None or 0 <= rows.start < rows.stop <= total * group
+    most = (total * group // block_m + len(cu_seqlens) + 1) * heads
+    order = PackedOrder(batch, batch, heads, most, 8)
+    for block in range(most + 3):
+        for place in (batch.place(block, heads), order.find(block)):
+            work = None if place is None else batch.rows(place, heads)
+            assert work is None or 0 <= work[1].start < work[1].stop <= total * group
+    assert order.find(most) is None and order.before <= most, "and every launch ends"
 
 
 def test_the_header_has_this_arithmetic() -> None:
-    text = " ".join((KERNELS / "flashcore" / "scheduler" / "work.cuh").read_text().split())
+    folder = KERNELS / "flashcore" / "scheduler"
+    text = "".join((folder / name).read_text() for name in ("packed_batch.cuh", "work.cuh"))
+    text = " ".join(text.split())
     for line in (
         "int pieces() const { return sequences + 2; }",
         "return piece > 0 && piece <= sequences;",
@@ -308,14 +372,26 @@ def test_the_header_has_this_arithmetic() -> None:
         "return piece == 0 ? 0 : boundary(piece - 1);",
         "return max((piece > sequences ? total : boundary(piece)) - start(piece), 0);",
         "return int(int64(start(piece)) * rows_per_query / block_m) + piece;",
+        "return div_up(length(piece) * rows_per_query, block_m);",
         "int first = 0, count = pieces();",
         "const int step = div_up(count, WARP_SIZE);",
         "lane * step < count && first_block(first + lane * step) <= block;",
         "const int chosen = max(warp_count(candidate), 1) - 1;",
         "first += chosen * step;",
         "count = min(step, count - chosen * step);",
-        "w.first_row = m_block * block_m;",
-        "return m_block >= 0 && w.first_row < w.seqlen_q * w.group;",
+        "const int piece = q.find(which.block / heads);",
+        "which.block - q.first_block(piece) * heads}",
+        "if (place.index < 0 || place.index >= blocks * heads) return false;",
+        "w.head = place.index / blocks; nth_block = place.index - w.head * blocks;",
+        "w.first_row = nth_block * block_m;",
+        "if (piece >= q.pieces() || q.length(piece) == 0) return NO_PIECE;",
+        "const int bits = q.pieces() > MANY ? 4 : 1;",
+        "tiles >>= bits) ++level;",
+        "if (own < level) next_level = max(next_level, own);",
+        "if (lane >= step) sum = min(sum + got, uint32(most));",
+        "const int found = warp_count(end <= index);",
+        "const int begin = found == 0 ? before : shfl(end, max(found - 1, 0));",
+        "place = {group + found, index - begin};",
     ):
         assert line in text
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from cases_launch import HOPPER, KERNEL, array_at, config_of, fixed, moved, output_of, ruled, views
 from cases_reference import repeatable
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -164,13 +165,54 @@ def test_rows_of_v_are_those_that_are_seen(
         assert (first, rows) == (seen[0], seen[-1] + 1 - seen[0])
 
 
-def test_packed_batches_are_one_sequence_to_the_maps() -> None:
+def test_boxes_of_packed_batches_end_where_their_sequence_does() -> None:
+    """Batch b of a map are as many rows of the array as a box has, o's those before row b."""
     q, k = np.empty((500, 8, 64), np.float16), np.empty((900, 2, 64), np.float16)
     problem = describe(q, k, k, sequences=7, causal=True)
     found = views(ruled(problem, window=(3, -1)))
-    assert found["q"].dims == (64, 500, 8, 1) and found["v"].dims == (64, 900, 2, 1)
-    assert found["q"].strides[:2] == (8 * 128, 128)
-    assert found["v"].offset == 0, "each sequence has a first key of its own"
+    for name, total, heads in (("q", 500, 8), ("k", 900, 2), ("v", 900, 2), ("o", 500, 8)):
+        view, row = found[name], heads * 128
+        rows = view.box[1]
+        stored = name == "o"
+        assert view.dims == (64, rows, heads, total + stored)
+        assert view.strides == (row, 128, row)
+        assert view.offset == (-rows * row if stored else 0), "TMA loads by a mapped address"
+    assert found["o"].box[1] == 16
+
+
+def test_a_packed_batch_of_one_row_may_have_any_stride() -> None:
+    q = np.empty((2, 8, 64), np.float16)[::-1][:1]  # a stride that would lead backwards
+    found = views(describe(q, q, q, sequences=1))
+    for name in "kv":
+        assert found[name].strides == (128, 128, 128)
+        assert found[name].dims == (64, 1, 8, 1), "no row that is not there"
+
+
+@pytest.mark.parametrize(("total", "box"), [(100, 16), (10, 16), (1, 16), (300, 128)])
+def test_the_header_places_boxes_as_the_maps_have_them(total: int, box: int) -> None:
+    text = " ".join((ROOT / "kernels" / "flashcore" / "tile" / "tma_tile.cuh").read_text().split())
+    for line in (
+        "first = row + r - map_begin, inside = min(end - (row + r), map_rows);",
+        "const int skipped = min(map_rows - inside, first);",
+        "return {skipped, first - skipped};",
+    ):
+        assert line in text
+    for map_begin in (0, -box):  # of what is loaded, and of what is stored
+        map_rows, batches = (box, total + 1) if map_begin else (min(box, total), total)
+        for row in range(total):
+            for end in range(max(row - 2 * box, 0), total + 1):
+                first, inside = row - map_begin, min(end - row, map_rows)
+                skipped = min(map_rows - inside, first)
+                batch = first - skipped
+                # What the box has inside of the map, as rows of the array by their place in it.
+                there = range(skipped, min(skipped + box, map_rows)) if batch < batches else ()
+                reached = [map_begin + batch + r for r in there]
+                assert batch >= 0
+                wanted = list(range(row, min(row + box, end)))
+                assert reached[: len(wanted)] == wanted
+                if map_begin or end >= map_rows:
+                    assert reached == wanted, "no row behind the sequence"
+                assert all(0 <= r < total for r in reached)
 
 
 def test_a_map_has_a_row_though_nothing_is_there() -> None:
@@ -437,7 +479,7 @@ def test_as_many_columns_as_there_is_room_for_are_staged(
     assert chosen.describe().endswith(f"stores {' and '.join(ways)}")
 
 
-def test_boxes_of_the_output_are_of_one_head_and_sequence() -> None:
+def test_boxes_of_the_output_are_of_one_head() -> None:
     problem = contiguous_problem(2, 8, 300, 64, heads_kv=2)
     assert config_of(problem).staged_cols == 64
     assert config_of(replace(problem, gate="pv")).staged_cols == 64
@@ -446,7 +488,7 @@ def test_boxes_of_the_output_are_of_one_head_and_sequence() -> None:
     assert config_of(decode).tile.pack_gqa and config_of(decode).staged_cols == 0
     x = np.empty((600, 8, 64), np.float16)
     packed = describe(x, x, x, sequences=2)
-    assert config_of(packed).staged_cols == 0, "another sequence's rows follow without a gap"
+    assert config_of(packed).staged_cols == 64
 
 
 def test_outputs_that_tma_cannot_address_are_stored_directly() -> None:

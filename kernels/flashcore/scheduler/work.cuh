@@ -7,13 +7,10 @@
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/thread.cuh>
-#include <flashcore/ptx/warp.cuh>
 #include <flashcore/rules/position_mask.cuh>
+#include <flashcore/scheduler/packed_batch.cuh>
 
 namespace flashcore {
-
-// Work::batch of rows of a packed batch that belong to none of its sequences.
-constexpr int NO_SEQUENCE = -1;
 
 struct Work {
     int batch;
@@ -54,60 +51,15 @@ __device__ __forceinline__ QueryRow query_row(const Work& w, int row) {
     return {query, w.head * w.group + (i - query * w.group), query < w.seqlen_q};
 }
 
-// A packed batch in pieces: the rows before the first boundary, the sequences, and the rows behind
-// the last boundary. The first and the last piece, usually empty, belong to no sequence and have no
-// keys. Boundaries outside the array are clamped: the host cannot check them without waiting for
-// the GPU.
-//
-// Pieces are cut into blocks of block_m rows. Piece n starts at block floor(its first row /
-// block_m) + n. That gives it all the blocks that it needs, wherever it starts, and at most one too
-// many; so a block finds its piece from cu_seqlens alone.
-struct PackedBatch {
-    const int* cu_seqlens;
-    int sequences, total, rows_per_query, block_m;
-
-    __device__ __forceinline__ int pieces() const { return sequences + 2; }
-    __device__ __forceinline__ bool is_sequence(int piece) const {
-        return piece > 0 && piece <= sequences;
-    }
-    __device__ __forceinline__ int boundary(int n) const {
-        return min(max(cu_seqlens[n], 0), total);
-    }
-    __device__ __forceinline__ int start(int piece) const {
-        return piece == 0 ? 0 : boundary(piece - 1);
-    }
-    __device__ __forceinline__ int length(int piece) const {
-        return max((piece > sequences ? total : boundary(piece)) - start(piece), 0);
-    }
-    __device__ __forceinline__ int first_block(int piece) const {
-        return int(int64(start(piece)) * rows_per_query / block_m) + piece;
-    }
-
-    // Returns the last piece that starts at `block` or before it. A search by the whole warp: each
-    // lane tries one of 32 evenly spaced pieces, and the next round searches between two of them.
-    __device__ __forceinline__ int find(int block) const {
-        const int lane = thread_index() % WARP_SIZE;
-        int first = 0, count = pieces();
-        while (count > 1) {
-            const int step = div_up(count, WARP_SIZE);
-            const bool candidate = lane * step < count && first_block(first + lane * step) <= block;
-            const int chosen = max(warp_count(candidate), 1) - 1;
-            first += chosen * step;
-            count = min(step, count - chosen * step);
-        }
-        return first;
-    }
-};
-
-// Puts blocks into another order: first the longest blocks of all heads of a section, then their
-// second longest ones, and so on, so that the blocks at the end are short. A section is not all
-// heads at once, so that its K and V stay in L2; select/sm90.py chooses it.
-template <bool VARLEN>
-__device__ __forceinline__ void interleave_section(const AttentionParams& p, int heads, int index,
+// Puts the blocks of some heads into another order: first the longest blocks of all heads of a
+// section, then their second longest ones, and so on, so that the blocks at the end are short. A
+// section is not all heads at once, so that its K and V stay in L2; select/sm90.py chooses it.
+// `blocks`: of each head.
+__device__ __forceinline__ void interleave_section(int section, int blocks, int heads, int index,
                                                    int& head_index, int& nth_block) {
-    const int section = index / (p.section * p.m_blocks), first = section * p.section;
-    const int count = min(p.section, (VARLEN ? 1 : p.batch) * heads - first);
-    index -= first * p.m_blocks;
+    const int first = index / (section * blocks) * section;
+    const int count = min(section, heads - first);
+    index -= first * blocks;
     nth_block = index / count;
     head_index = first + index - nth_block * count;
 }
@@ -155,46 +107,88 @@ __device__ __forceinline__ BlockSplit block_split(int index, int blocks) {
     return {index - split * blocks, split};
 }
 
+// Of a packed batch, the queries as pieces of block_m rows, and their keys.
+__device__ __forceinline__ PackedBatch packed_queries(const AttentionParams& p, int group,
+                                                      int block_m) {
+    return {p.cu_seqlens_q, p.batch, p.seqlen_q, group, block_m};
+}
+__device__ __forceinline__ PackedBatch packed_keys(const AttentionParams& p) {
+    return {p.cu_seqlens_kv, p.batch, p.seqlen_kv, 1, 1};
+}
+
+// How many heads of a packed sequence are interleaved: p.section is how many keys of a head there
+// may be in L2. Of long sequences a few blocks of every head run at a time, and share what they
+// read.
+__device__ __forceinline__ int packed_section(const AttentionParams& p, int heads, int blocks,
+                                              int seqlen_kv) {
+    int section = p.section / max(seqlen_kv, 1);
+    if (p.section > 1 && blocks >= 40) section = max(section, div_up(8 * int(grid_size()), blocks));
+    return min(max(section, 1), heads);
+}
+
+// Finds the work at a place of a packed batch, whose sequences follow each other with all of their
+// heads. Returns false, with w as it was, if there is no such block.
+template <bool LAST_FIRST, bool PACK_GQA>
+__device__ __forceinline__ bool find_packed_work(const AttentionParams& p, int block_m, Work& w,
+                                                 int split, const PackedPlace& place) {
+    const int group = PACK_GQA ? p.group : 1, heads = PACK_GQA ? p.heads_kv : p.heads_q;
+    const PackedBatch q = packed_queries(p, group, block_m), kv = packed_keys(p);
+    const int blocks = q.blocks(place.piece);
+    if (place.index < 0 || place.index >= blocks * heads) return false;
+    w.split = split;
+    w.group = group;
+    const bool is_sequence = q.is_sequence(place.piece);
+    w.batch = is_sequence ? place.piece - 1 : NO_SEQUENCE;
+    w.start_q = q.start(place.piece);
+    w.seqlen_q = q.length(place.piece);
+    w.start_kv = is_sequence ? kv.start(place.piece) : 0;
+    w.seqlen_kv = is_sequence ? kv.length(place.piece) : 0;
+    w.diagonal = p.top_left ? 0 : w.seqlen_kv - w.seqlen_q;
+    int nth_block;
+    if (LAST_FIRST) {
+        const int section = packed_section(p, heads, blocks, w.seqlen_kv);
+        interleave_section(section, blocks, heads, place.index, w.head, nth_block);
+        nth_block = blocks - 1 - nth_block;
+    } else {
+        w.head = place.index / blocks;
+        nth_block = place.index - w.head * blocks;
+    }
+    w.head_kv = PACK_GQA || p.group == 1 ? w.head : kv_head(p, w.head);
+    w.first_row = nth_block * block_m;
+    return true;
+}
+
 // Finds the work that a split of a block of rows is. LAST_FIRST: a head's last block comes first.
 // Returns false if the block has no rows, which only happens in packed batches.
 template <bool LAST_FIRST, bool VARLEN, bool PACK_GQA>
 __device__ __forceinline__ bool find_work(const AttentionParams& p, int block_m, Work& w,
                                           BlockSplit which) {
-    w.split = which.split;
     const int heads = PACK_GQA ? p.heads_kv : p.heads_q;
+    if constexpr (VARLEN) {
+        const PackedBatch q = packed_queries(p, PACK_GQA ? p.group : 1, block_m);
+        const int piece = q.find(which.block / heads);
+        const PackedPlace place = {piece, which.block - q.first_block(piece) * heads};
+        return find_packed_work<LAST_FIRST, PACK_GQA>(p, block_m, w, which.split, place);
+    }
+    w.split = which.split;
     // Divisions are left out where possible: each takes a tenth of a microsecond, which a short
     // call feels.
     int head_index = p.m_blocks == 1 ? which.block : which.block / p.m_blocks;
     int nth_block = which.block - head_index * p.m_blocks;
     if (LAST_FIRST && p.section > 1)
-        interleave_section<VARLEN>(p, heads, which.block, head_index, nth_block);
-    int m_block = LAST_FIRST ? p.m_blocks - 1 - nth_block : nth_block;
+        interleave_section(p.section, p.m_blocks, p.batch * heads, which.block, head_index,
+                           nth_block);
+    const int m_block = LAST_FIRST ? p.m_blocks - 1 - nth_block : nth_block;
     w.group = PACK_GQA ? p.group : 1;
-    w.batch = VARLEN || p.batch == 1 ? 0 : head_index / heads;
+    w.batch = p.batch == 1 ? 0 : head_index / heads;
     w.head = head_index - w.batch * heads;
     w.head_kv = PACK_GQA || p.group == 1 ? w.head : kv_head(p, w.head);
-    if constexpr (VARLEN) {
-        const PackedBatch q = {p.cu_seqlens_q, p.batch, p.seqlen_q, w.group, block_m};
-        const PackedBatch kv = {p.cu_seqlens_kv, p.batch, p.seqlen_kv, 1, 1};
-        const int piece = q.find(m_block);
-        m_block -= q.first_block(piece);
-        w.batch = q.is_sequence(piece) ? piece - 1 : NO_SEQUENCE;
-        w.start_q = q.start(piece);
-        w.seqlen_q = q.length(piece);
-        w.start_kv = w.seqlen_kv = 0;
-        if (q.is_sequence(piece)) {
-            w.start_kv = kv.start(piece);
-            w.seqlen_kv = kv.length(piece);
-        }
-        w.diagonal = p.top_left ? 0 : w.seqlen_kv - w.seqlen_q;
-    } else {
-        w.start_q = w.start_kv = 0;
-        w.seqlen_q = p.seqlen_q;
-        w.seqlen_kv = p.seqlen_kv;
-        w.diagonal = p.causal_offset;
-    }
+    w.start_q = w.start_kv = 0;
+    w.seqlen_q = p.seqlen_q;
+    w.seqlen_kv = p.seqlen_kv;
+    w.diagonal = p.causal_offset;
     w.first_row = m_block * block_m;
-    return m_block >= 0 && w.first_row < w.seqlen_q * w.group;
+    return w.first_row < w.seqlen_q * w.group;
 }
 
 }  // namespace flashcore
