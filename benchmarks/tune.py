@@ -288,7 +288,7 @@ class Arena:
 
         self._search = search
         largest = max(search.cells.values(), key=lambda problem: problem.batch * problem.seqlen_q)
-        self._inputs = [x.ravel() for x in to_gpu(*inputs.inputs(largest, seed=0))]
+        self._inputs = [x.ravel() for x in to_gpu(inputs.inputs(largest, seed=0))]
         self._flushed = cupy.empty(FLUSH_BYTES, cupy.int8)
 
     def check(self, step: Step) -> None:
@@ -302,11 +302,11 @@ class Arena:
                 causal=causal,
             )
             host = inputs.inputs(problem, seed=0)
-            known, arrays = verify.expect(problem, *host), to_gpu(*host)
+            known, arrays = verify.expect(problem, *host), to_gpu(host)
             blank = np.full(problem.output_shape, np.nan, host[0].dtype)
             for candidate in self._search.alive:
                 step(f"checking {candidate.name}")
-                (out,) = to_gpu(blank)
+                (out,) = to_gpu([blank])
                 try:
                     bound = plan(*arrays, out=out, return_lse=True, **candidate.arguments(causal))
                     bound.arrays["lse"].fill(np.nan)

@@ -221,9 +221,7 @@ TRIALS = (
 #: What nothing finds, and why. After a kernel's name: in that kernel alone.
 _LIVE: dict[str, tuple[str, ...]] = {
     # Barriers.
-    "unnecessary: something else orders the same": (
-        "ladder/wmma_tile.cuh: warp_sync() #2",
-    ),
+    "unnecessary: something else orders the same": ("ladder/wmma_tile.cuh: warp_sync() #2",),
     "for launches that overlap, which those of the emulator do not": (
         "fwd_sm90_cluster.cu: griddepcontrol_wait()",
     ),

@@ -36,9 +36,9 @@ __device__ __forceinline__ void Consumer::look_up_keys_of(int tile) {
 }
 
 // Packed batches: overwrites rows of V that no query sees, as far as the tile has any: those before
-// the first key that one sees, and those behind the last of a sequence that ends in the array's first
-// rows, which boxes reach behind. (All else TMA leaves out.) Every consumer does this for itself, and
-// all write the same zeros. (For keys that masks hide, all consumers work together:
+// the first key that one sees, and those behind the last of a sequence that ends in the array's
+// first rows, which boxes reach behind. (All else TMA leaves out.) Every consumer does this for
+// itself, and all write the same zeros. (For keys that masks hide, all consumers work together:
 // attend_seen_tiles.)
 __device__ __forceinline__ void Consumer::clear_unseen(int tile, int stage) {
     if constexpr (!VARLEN) return;

@@ -174,7 +174,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     fake = FakeGpu()
     monkeypatch.setitem(sys.modules, "cupy", fake)  # type: ignore[arg-type]
     monkeypatch.setattr(tune, "plan", fake.plan)
-    monkeypatch.setattr(tune, "to_gpu", lambda *arrays: [x.copy() for x in arrays])
+    monkeypatch.setattr(tune, "to_gpu", lambda arrays: [x.copy() for x in arrays])
     sizes = {"TOKENS": 4096, "COLUMNS": 128, "CHECKED": (1, 2, 67)}  # small arrays, many blocks
     for name, value in {**sizes, "FLUSH_BYTES": 16, "_PATIENCE_S": 0.05}.items():
         monkeypatch.setattr(tune, name, value)

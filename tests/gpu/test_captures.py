@@ -55,6 +55,10 @@ def captured(mode: str = "Relaxed") -> Iterator[SimpleNamespace]:
 
 
 def replay(result: SimpleNamespace) -> None:
+    """Replay when the arrays have what was set last: a copy may end after its call returns."""
+    import cupy
+
+    cupy.cuda.Device().synchronize()
     result.graph.launch(result.stream)
     result.stream.synchronize()
 

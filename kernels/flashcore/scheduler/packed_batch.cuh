@@ -1,7 +1,7 @@
 // packed_batch.cuh - a packed batch as blocks of rows, and the orders in which they are worked on.
 //
-// All heads of a sequence follow each other, whatever the order of the sequences: a query's heads lie
-// side by side in memory, which reads few bytes here and there at half its rate.
+// All heads of a sequence follow each other, whatever the order of the sequences: a query's heads
+// lie side by side in memory, which reads few bytes here and there at half its rate.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/thread.cuh>
@@ -67,10 +67,10 @@ struct PackedPlace {
     int piece, index;
 };
 
-// All blocks of a packed batch, without gaps, and the sequences with the most keys first, so that no
-// long block runs alone at the end: those of at least 2^n tiles of keys before those of fewer. One
-// warp asks for places, in rising order, and goes over the sequences once for each n that occurs,
-// and once before. Of many sequences only every fourth n counts: a pass takes long then.
+// All blocks of a packed batch, without gaps, and the sequences with the most keys first, so that
+// no long block runs alone at the end: those of at least 2^n tiles of keys before those of fewer.
+// One warp asks for places, in rising order, and goes over the sequences once for each n that
+// occurs, and once before. Of many sequences only every fourth n counts: a pass takes long then.
 struct PackedOrder {
     static constexpr int NO_PIECE = -2, MANY = 2048;
 
