@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from flashcore_cupy.backward import attention_backward
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.integrations import dynamo, engine
-from flashcore_cupy.launch import launch_cache
+from flashcore_cupy.launch import launch_cache, tensors
 from flashcore_cupy.launch.bind import bind
 from flashcore_cupy.launch.bind import explain as explain_on_gpu
 from flashcore_cupy.problem import interop
@@ -273,6 +273,8 @@ def _attend(
     known_by: tuple[Any, ...] | None,
 ) -> Any:
     """Describe a call, and compute it where q lies."""
+    if known_by is not None and tensors.differentiates(q, k, v):  # as would be found out below
+        raise Traced("q", "torch", "requires a gradient")
     request = Request.of(arguments)
     gpu = interop.gpu_of("q", q)
     q, k, v = interop.in_autocast(q, k, v)
@@ -342,6 +344,7 @@ def _on_gpu(
     """Launch a call; ``known_by`` says what the launch cache is to know it by, if it may."""
     stream = interop.stream_of(q) if stream is None else stream
     with entered(gpu, stream), captures.captured_call():
+        given = (q, k, v)
         q, k, v, kind = interop.taken_together(q, k, v)
         target, out_kind = (None, kind) if out is None else interop.taken_out(out)
         call = request.call(q, k, v, target, on_gpu=True)
@@ -350,7 +353,7 @@ def _on_gpu(
         if request.gate in ("qk", "softmax"):
             return interop.returned(bound.gate_output(), kind)
         if known_by is not None:
-            launch_cache.remember(bound, known_by, out_given=out is not None)
+            launch_cache.remember(bound, known_by, out_given=out is not None, given=given)
         o = interop.returned(bound.arrays["o"], out_kind, out)
         return (o, interop.returned(bound.arrays["lse"], kind)) if return_lse else o
 

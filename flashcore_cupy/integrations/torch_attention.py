@@ -123,7 +123,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: str, options: Options, *arrays: Any) -> Any:
         """Compute, and keep what the gradients take."""
-        output = _forward(arrays, names, options)
+        output = _forward_of_tensors(arrays, names, options)
         _keep(ctx, names, options, arrays, output)
         return output
 
@@ -183,7 +183,7 @@ def _gradients(ctx: Any, do: Any, dlse: Any) -> Any:
     elif torch.is_grad_enabled() or _is_recorded(arrays):
         results = Gradients.apply(names, _text(ctx.options), wrt, *arrays)
     else:
-        results = _backward(arrays, names, ctx.options, wrt)
+        results = _backward_of_tensors(arrays, names, ctx.options, wrt)
     found = iter(results)
     return None, None, *(next(found) if is_wanted else None for is_wanted in wanted)
 
@@ -213,6 +213,21 @@ class Gradients(torch.autograd.Function):
         mapped = _mapped(info.batch_size, in_dims[3:], arrays)
         found = Gradients.apply(names, options, wrt, *mapped)
         return found, (0,) * len(found)
+
+
+def _forward_of_tensors(tensors: Any, names: str, options: Options) -> Any:
+    """As ``_forward``; on a GPU by ``attention`` itself, whose launch cache knows tensors."""
+    if not tensors[0].is_cuda:
+        return _forward(tensors, names, options)
+    return engine.forward(options, dict(zip(names.split(), tensors, strict=True)))
+
+
+def _backward_of_tensors(tensors: Any, names: str, options: Options, wrt: str) -> Any:
+    """As ``_backward``; on a GPU by ``attention_backward`` itself."""
+    if not tensors[0].is_cuda:
+        return _backward(tensors, names, options, wrt)
+    arrays = dict(zip(names.split(), tensors, strict=True))
+    return engine.backward(options, tuple(wrt.split()), arrays)
 
 
 def _forward(tensors: Any, names: str, options: Options) -> Any:

@@ -1,7 +1,7 @@
 """The launch cache of the backward pass: a repeated call allocates, writes addresses, and launches.
 
-As ``launch_cache``, for gradients of plain calls that go to new arrays. All else, and whatever is
-to be refused, takes the long way.
+As ``launch_cache``, for gradients of plain calls that go to new arrays, or tensors. All else, and
+whatever is to be refused, takes the long way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.launch import launch_cache, tensor_map
+from flashcore_cupy.launch import launch_cache, tensor_map, tensors
 from flashcore_cupy.launch.backward import GpuBackward
 from flashcore_cupy.launch.parameter_block import ParameterBlock
 from flashcore_cupy.launch.plan import Step
@@ -22,6 +22,7 @@ from flashcore_cupy.select.plan import Params
 from flashcore_cupy.select.tensor_view import View
 
 _LIMIT = 4096  # problems remembered; beyond, all are forgotten
+_Q = 1  # the place of q among a call's operands
 _known: dict[Any, _KnownCall] = {}
 
 
@@ -91,14 +92,17 @@ def remember(bound: GpuBackward, operands: Mapping[str, Any], choices: tuple[Any
     import cupy
 
     given = {name: x for name, x in operands.items() if x is not None}
-    if any(x.__class__ is not cupy.ndarray for x in given.values()):
+    of_torch = tensors.connect(given.values())
+    if not of_torch and any(x.__class__ is not cupy.ndarray for x in given.values()):
         return
-    if any(bound.arrays[pointer_of(name)].data.ptr != x.data.ptr for name, x in given.items()):
+    addresses = [x.data_ptr() if of_torch else x.data.ptr for x in given.values()]
+    if addresses != [bound.arrays[pointer_of(name)].data.ptr for name in given]:
         return  # copied
     settled = launch_cache.are_settled((*choices[0], *choices[1], *choices[2:]))
     if not settled or launch_cache.is_overridden() or _misaligned(bound.gradients):
         return
-    key = _key(tuple(operands.values()), cupy.cuda.runtime.getDevice(), choices)
+    key_of = _tensor_key if of_torch else _key
+    key = key_of(tuple(operands.values()), cupy.cuda.runtime.getDevice(), choices)
     try:
         hash(key)
     except TypeError:  # a list is legal, but keys nothing
@@ -119,6 +123,8 @@ def launch_again(operands: Mapping[str, Any], choices: tuple[Any, ...]) -> Gradi
     import cupy
 
     given = tuple(operands.values())
+    if given[0].__class__ is not cupy.ndarray:
+        return _launch_tensors(given, choices)
     ndarray, device = cupy.ndarray, cupy.cuda.runtime.getDevice()
     for x in given:
         if x is not None and (x.__class__ is not ndarray or x.data.device_id != device):
@@ -138,7 +144,36 @@ def launch_again(operands: Mapping[str, Any], choices: tuple[Any, ...]) -> Gradi
         return None
     scratch = [empty(*kind) for kind in known.scratch]
     arrays = (*given, *results, *scratch)
-    addresses = [x.data.ptr for x in arrays if x is not None]
+    return _launch(known, [x.data.ptr for x in arrays if x is not None], device, stream, results)
+
+
+def _launch_tensors(given: tuple[Any, ...], choices: tuple[Any, ...]) -> Gradients | None:
+    """``launch_again`` for tensors; the gradients are, too."""
+    place = tensors.place(given)
+    if place is None:
+        return None
+    device, stream = place
+    try:
+        known = _known.get(_tensor_key(given, device, choices))
+    except TypeError:  # what is wrong, or cannot be hashed: for the long way
+        return None
+    if known is None or launch_cache.is_other_environment():
+        return None
+    q = given[_Q]
+    # Of plain calls: of the dtype of q, k and v, which is one.
+    results = [tensors.empty(q, shape) for shape, _ in known.results.values()]
+    if tensors.is_misaligned(results):
+        return None
+    scratch = [tensors.empty(q, *kind) for kind in known.scratch]
+    arrays = (*given, *results, *scratch)
+    return _launch(known, [x.data_ptr() for x in arrays if x is not None], device, stream, results)
+
+
+def _launch(
+    known: _KnownCall, addresses: list[int], device: int, stream: int, results: list[Any]
+) -> Gradients:
+    import cupy
+
     blocks = known.blocks.pop() if known.blocks else [x.params.copy() for x in known.launches]
     launch_kernel = cupy.cuda.driver.launchKernel
     cupy.cuda.runtime.setDevice(device)  # as enter_context() does, for a new thread
@@ -164,5 +199,13 @@ def _key(given: tuple[Any, ...], device: int, choices: tuple[Any, ...]) -> tuple
             )
             for x in given
         ],
+        device, choices, tuple(map(type, choices[1])),
+    )  # fmt: skip
+
+
+def _tensor_key(given: tuple[Any, ...], device: int, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same of tensors."""
+    return (
+        *[x if x is None else (*tensors.form(x), x.data_ptr() % MAX_ALIGN) for x in given],
         device, choices, tuple(map(type, choices[1])),
     )  # fmt: skip

@@ -3,6 +3,8 @@
 What a first call finds out (problem, kernel, grid, parameters) depends on the arrays' shapes,
 strides, dtypes and alignment and on the other arguments alone. They key a dict; a hit costs a few
 microseconds, most of them the driver's. Everything else takes the long way, which explains.
+
+Arrays are CuPy's, or tensors of torch's, whose results are torch's memory.
 """
 
 from __future__ import annotations
@@ -14,13 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from flashcore_cupy.launch import tensors
 from flashcore_cupy.launch.parameter_block import ParameterBlock
 from flashcore_cupy.launch.plan import GpuPlan
 from flashcore_cupy.launch.tensor_map import Maps
 from flashcore_cupy.launch.workspace import workspace
+from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.array_spec import span_of
 from flashcore_cupy.problem.attention_problem import MAX_ALIGN
 from flashcore_cupy.problem.rules import NO_WINDOW
+from flashcore_cupy.problem.stream import entered
 from flashcore_cupy.select.params import ATTENTION_PARAMS
 from flashcore_cupy.settings import arch_override, kernels_override
 
@@ -97,8 +102,11 @@ class _BoundBlock:
         self.addresses = addresses
 
 
-def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool) -> None:
-    """Keep what was found out for a call without rule arrays, if one launch is all that it is."""
+def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool, given: Any = ()) -> None:
+    """Keep what was found out for a call without rule arrays, if one launch is all that it is.
+
+    ``given``: q, k and v as the caller gave them.
+    """
     global _ndarray, _empty, _float32, _launch_kernel, _variable_count
     global _current_device, _set_device, _current_stream, _is_captured
     if len(plan.steps) != 1 or plan.problem.gate is not None or is_overridden():
@@ -125,7 +133,11 @@ def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool) -> Non
     if len(_known) >= _LIMIT:
         _known.clear()
     _variable_count = len(os.environ)
-    _known[key] = _KnownCall(plan)
+    _known[key] = known = _KnownCall(plan)
+    if not out_given and tensors.connect(given):
+        places = [x.data_ptr() for x in given]
+        if places == [x.data.ptr for x in (q, k, v)]:  # none was copied
+            _known[_tensor_key(given, addresses, lse, q.data.device_id, choices)] = known
 
 
 def launch_again(
@@ -133,7 +145,7 @@ def launch_again(
 ) -> Any:
     """Launch a call that is remembered and return its result; None if it is not."""
     if not (q.__class__ is k.__class__ is v.__class__ is _ndarray):
-        return None
+        return None if out is not None else _launch_tensors(q, k, v, return_lse, choices)
     if out is not None and out.__class__ is not _ndarray:
         return None
     pq, pk, pv, po = q.data.ptr, k.data.ptr, v.data.ptr, 0 if out is None else out.data.ptr
@@ -158,6 +170,39 @@ def launch_again(
             known.blocks.append(bound)
             return None  # the long way looks closer, or says what is wrong
         bound.move(addresses, known.maps)
+    _launch(known, bound, device, stream)
+    return out if lse is None else (out, lse)
+
+
+def _launch_tensors(q: Any, k: Any, v: Any, return_lse: bool, choices: tuple[Any, ...]) -> Any:
+    """``launch_again`` for tensors; the results are, too."""
+    place = tensors.place((q, k, v))
+    if place is None or tensors.is_cast(q.dtype):
+        return None
+    device, stream = place
+    pq, pk, pv = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    try:
+        known = _known.get(_tensor_key((q, k, v), pq | pk | pv, return_lse, device, choices))
+    except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
+        return None
+    if known is None or (len(os.environ) != _variable_count and _environment_changed()):
+        return None
+    out = tensors.empty(q, known.output_shape)
+    lse = tensors.empty(q, known.lse_shape, _float32) if return_lse else None
+    addresses = (pq, pk, pv, out.data_ptr(), 0 if lse is None else lse.data_ptr())
+    bound = known.blocks.pop() if known.blocks else _BoundBlock(known.params.copy())
+    if bound.addresses != addresses:
+        bound.move(addresses, known.maps)
+    if known.workspace_bytes is None or _current_stream().ptr == stream:
+        _launch(known, bound, device, stream)
+    else:  # a workspace is CuPy's, and its current stream's
+        with entered(device, interop.stream_of(q)):
+            _launch(known, bound, device, stream)
+    return out if lse is None else (out, lse)
+
+
+def _launch(known: _KnownCall, bound: _BoundBlock, device: int, stream: int) -> None:
+    """Hand a call to the driver, and put its block back."""
     if known.workspace_bytes is not None:
         area = workspace(*known.workspace_bytes)
         _WORKSPACE.pack_into(bound.block.words, _WORKSPACE_OFFSET, area.partials, area.counters)
@@ -167,7 +212,6 @@ def launch_again(
     else:
         known.overlapping(stream, bound.block.address)
     known.blocks.append(bound)
-    return out if lse is None else (out, lse)
 
 
 def _all_on(device: int, *arrays: Any) -> bool:
@@ -198,6 +242,22 @@ def _key(
         v.shape, v._c_contiguous or v.strides, v.dtype,
         None if out is None else (out.shape, out._c_contiguous or out.strides, out.dtype),
         # The least aligned of them decides how wide loads and stores are.
+        addresses % MAX_ALIGN, return_lse, device, choices,
+        None if choices[0] is NO_WINDOW else tuple(map(type, choices[0])),
+    )  # fmt: skip
+
+
+def _tensor_key(
+    given: tuple[Any, Any, Any],
+    addresses: int,
+    return_lse: bool,
+    device: int,
+    choices: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """The same of tensors q, k and v, which have no output yet."""
+    q, k, v = given
+    return (
+        *tensors.form(q), *tensors.form(k), *tensors.form(v),
         addresses % MAX_ALIGN, return_lse, device, choices,
         None if choices[0] is NO_WINDOW else tuple(map(type, choices[0])),
     )  # fmt: skip
