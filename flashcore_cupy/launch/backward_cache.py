@@ -6,6 +6,8 @@ whatever is to be refused, takes the long way.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ from flashcore_cupy.problem.gradients import Gradients
 from flashcore_cupy.select.backward import pointer_of
 from flashcore_cupy.select.plan import Params
 from flashcore_cupy.select.tensor_view import View
+from flashcore_cupy.select.units import round_up
 
 _LIMIT = 4096  # problems remembered; beyond, all are forgotten
 _Q = 1  # the place of q among a call's operands
@@ -34,7 +37,9 @@ class _KnownCall:
         results = {result.name: bound.arrays[result.name] for result in problem.results}
         self.results = {name: (x.shape, x.dtype) for name, x in results.items()}
         scratch = bound.selection.scratch(problem.attention)
-        self.scratch = [(shape, np.dtype(np.float32)) for shape in scratch.values()]
+        # One allocation for all, in floats: where each begins in it, and the end of the last.
+        sizes = [round_up(math.prod(shape), MAX_ALIGN) for shape in scratch.values()]
+        *self.scratch, self.scratch_size = itertools.accumulate(sizes, initial=0)
         # In the order of the addresses of each call.
         names = [*map(pointer_of, given), *results, *scratch]
         addresses = [bound.arrays[name].data.ptr for name in names]
@@ -142,9 +147,9 @@ def launch_again(operands: Mapping[str, Any], choices: tuple[Any, ...]) -> Gradi
     results = [empty(*kind) for kind in known.results.values()]
     if _misaligned(results):
         return None
-    scratch = [empty(*kind) for kind in known.scratch]
-    arrays = (*given, *results, *scratch)
-    return _launch(known, [x.data.ptr for x in arrays if x is not None], device, stream, results)
+    scratch = empty(known.scratch_size, np.float32)
+    addresses = [x.data.ptr for x in (*given, *results) if x is not None]
+    return _launch(known, addresses, scratch.data.ptr, device, stream, results)
 
 
 def _launch_tensors(given: tuple[Any, ...], choices: tuple[Any, ...]) -> Gradients | None:
@@ -164,16 +169,22 @@ def _launch_tensors(given: tuple[Any, ...], choices: tuple[Any, ...]) -> Gradien
     results = [tensors.empty(q, shape) for shape, _ in known.results.values()]
     if tensors.is_misaligned(results):
         return None
-    scratch = [tensors.empty(q, *kind) for kind in known.scratch]
-    arrays = (*given, *results, *scratch)
-    return _launch(known, [x.data_ptr() for x in arrays if x is not None], device, stream, results)
+    scratch = tensors.empty(q, (known.scratch_size,), np.float32)
+    addresses = [x.data_ptr() for x in (*given, *results) if x is not None]
+    return _launch(known, addresses, scratch.data_ptr(), device, stream, results)
 
 
 def _launch(
-    known: _KnownCall, addresses: list[int], device: int, stream: int, results: list[Any]
+    known: _KnownCall,
+    addresses: list[int],
+    scratch: int,
+    device: int,
+    stream: int,
+    results: list[Any],
 ) -> Gradients:
     import cupy
 
+    addresses += [scratch + 4 * first for first in known.scratch]
     blocks = known.blocks.pop() if known.blocks else [x.params.copy() for x in known.launches]
     launch_kernel = cupy.cuda.driver.launchKernel
     cupy.cuda.runtime.setDevice(device)  # as enter_context() does, for a new thread

@@ -139,6 +139,17 @@ def launches_of(problem: Any, selection: BackwardSelection, arrays: dict[str, An
     return backward_launches(problem, selection, params, addresses, [], tensor_map.encode)
 
 
+def parts_of(memory: _Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Array]:
+    """Arrays of float32 one behind the other, each where the widest load may begin."""
+    first, found = memory.data.ptr, {}
+    for name, shape in shapes.items():
+        found[name] = _Array(shape, "float32", first)
+        first += -(-4 * int(np.prod(shape)) // 64) * 64
+    assert memory.dtype == np.float32
+    assert first == memory.data.ptr + 4 * int(np.prod(memory.shape))
+    return found
+
+
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
 def test_a_repeated_call_launches_what_the_long_way_would(driver: _Driver, arch: str) -> None:
     given = operands()
@@ -152,8 +163,8 @@ def test_a_repeated_call_launches_what_the_long_way_would(driver: _Driver, arch:
         assert isinstance(found, Gradients)
         assert [x.shape for x in found[:3]] == [SHAPE] * 3 and found.dbias is None
         new = dict(zip([*bound.gradients._fields[:3]], found[:3], strict=True))
-        scratch = bound.selection.scratch(bound.problem.attention)
-        new |= dict(zip(scratch, driver.made[3:], strict=True))
+        (memory,) = driver.made[3:]
+        new |= parts_of(memory, bound.selection.scratch(bound.problem.attention))
         new |= {pointer_of(name): x for name, x in other.items() if x is not None}
         want = list(launches_of(bound.problem, bound.selection, new))
         assert len(driver.launches) == len(want) >= 3
