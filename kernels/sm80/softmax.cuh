@@ -81,8 +81,11 @@ __device__ __forceinline__ void raise_maxima(const Context& c, Rows& rows, int t
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             RowState& state = rows.state[m][half];
-            shift[m][half] = shift_of(max[m][half], scale);
-            factor[half] = raise_max(state, max[m][half], shift[m][half], scale);
+            // A gate shows maxima as they are.
+            const float reached = max[m][half];
+            const float held = GATE == GATE_NONE ? held_max(state.max, reached, scale) : reached;
+            shift[m][half] = shift_of(held, scale);
+            factor[half] = raise_max(state, held, shift[m][half], scale);
             c.gate_row(c.query(m, half))
                 .quad_tile_max(tile * WARPS_N + c.warp_n,
                                state.max * natural_scale<RULES>(c.params));

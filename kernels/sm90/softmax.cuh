@@ -40,8 +40,10 @@ __device__ __forceinline__ void Consumer::exponentiate(int tile, const float (&m
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const GateRow<GATE> gate = gate_row(query(half));
-        const float shift = shift_of(max[half], scale);
-        factor[half] = raise_max(state[half], max[half], shift, scale);
+        // A gate shows maxima as they are.
+        const float m = GATE == GATE_NONE ? held_max(state[half].max, max[half], scale) : max[half];
+        const float shift = shift_of(m, scale);
+        factor[half] = raise_max(state[half], m, shift, scale);
         gate.quad_tile_max(tile, max[half] * natural_scale<RULES>(params));
         const auto row = [&](int n, int e) -> float& { return rS[4 * n + 2 * half + e]; };
         float sum[2] = {};

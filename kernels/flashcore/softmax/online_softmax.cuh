@@ -5,6 +5,11 @@
 // p = exp(s - m), and O the running sum of p v. A tile that raises m multiplies l and O by
 // exp(m_old - m_new) <= 1.
 //
+// The fast kernels leave m where it is if it would rise by a factor of 2^4 or less (held_max): O
+// and l are then up to 16 times what they were, which cancels in the end, and O is seldom
+// multiplied at all (FlashAttention-4 does so at 2^8). A row decides for itself, so its bits do not
+// depend on others.
+//
 // Scores may have any size. The largest score's p should be 1; whatever it is instead is a factor
 // of l and O.
 //   - The ladder's kernels first subtract m from the score, then multiply by log2(e)
@@ -39,6 +44,14 @@ constexpr float LARGE_SHIFT = 4194304.0f;  // 2^22
 // key.
 __device__ __forceinline__ float shift_of(float max, float scale) {
     return fmaxf(mul_rn(max, scale), -LARGE_SHIFT);
+}
+
+// How far scores may lie above m, in log2 units. The more, the sooner O overflows.
+constexpr float MAX_ABOVE = 4.0f;
+
+// The m to go on with, where new_max is the largest score so far.
+__device__ __forceinline__ float held_max(float m, float new_max, float scale) {
+    return mul_rn(new_max, scale) - mul_rn(m, scale) <= MAX_ABOVE ? m : new_max;
 }
 
 // Raises the maximum and rescales l. Returns the factor for O, which is exactly 1 if the maximum
