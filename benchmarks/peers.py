@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from side_by_side import backends, cells, plots, tables
+from side_by_side import backends, backward, cells, plots, tables
 from side_by_side.cells import Cell
 from side_by_side.joules import Joules, meter_of
 from side_by_side.measure import METHODS, Bench
@@ -22,6 +22,7 @@ from side_by_side.timing import Gpu
 from flashcore_cupy.cli.tables import console, progress
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
+from flashcore_cupy.select.backward import BACKWARD_KERNELS
 from flashcore_cupy.select.registry import KERNELS
 
 
@@ -33,7 +34,10 @@ from flashcore_cupy.select.registry import KERNELS
 @click.option("--plots", "folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
 @click.option(
-    "--kernel", type=click.Choice(("auto", *KERNELS)), default="auto", help="Ours by this kernel."
+    "--kernel",
+    type=click.Choice(("auto", *KERNELS, *BACKWARD_KERNELS)),
+    default="auto",
+    help="Ours by this kernel, in cells of its pass.",
 )
 @click.option(
     "--cells",
@@ -109,7 +113,11 @@ def _measure(
         def on_done(done: compiler.CompiledKernel | Exception) -> None:
             bar.update(task, advance=1, last=builds.what(done))
 
-        backends.compile_ahead([backends.call_of(cell, kernel) for cell in wanted], on_done)
+        calls = [
+            backends.call_of(cell, _of_pass(kernel, is_backward=cell.is_backward))
+            for cell in wanted
+        ]
+        backends.compile_ahead(calls, on_done)
         bench, report = _prepared(torch, rounds, kernel, seconds)
         report.methods |= {cell.group: METHODS[cell.group] for cell in wanted}
         bar.reset(task, description="measuring", total=len(wanted))
@@ -128,8 +136,16 @@ def _prepared(torch: Any, rounds: int, kernel: str, seconds: float | None) -> tu
     joules = None if seconds is None else Joules(gpu, meter_of(gpu.bus_id), seconds)
     machine = gpu.machine() | {"fa4": fa4.version}
     methods = {} if joules is None else {LOAD: joules.method}
-    compared = [backends.Ours(torch, kernel), *backends.torchs(torch), fa4]
-    return Bench(gpu, compared, rounds, joules), Report(machine, gpu.ceilings(), methods)
+    ours = backends.Ours(torch, _of_pass(kernel, is_backward=False))
+    compared = [ours, *backends.torchs(torch), fa4]
+    gradients = backward.compared(torch, _of_pass(kernel, is_backward=True))
+    bench = Bench(gpu, compared, rounds, joules, gradients)
+    return bench, Report(machine, gpu.ceilings(), methods)
+
+
+def _of_pass(kernel: str, *, is_backward: bool) -> str:
+    """The kernel that was asked for, in cells of its pass; "auto" in the others."""
+    return kernel if (kernel in BACKWARD_KERNELS) == is_backward else "auto"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import importlib.metadata
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -26,8 +26,10 @@ from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.problem.array_spec import ArraySpec, spec_of_copy
 from flashcore_cupy.problem.attention_problem import AttentionProblem, describe
+from flashcore_cupy.problem.gradients import contiguous_gradients
 from flashcore_cupy.problem.rules import RULES, describe_rules
 from flashcore_cupy.select import selector
+from flashcore_cupy.select.backward import select_backward
 from flashcore_cupy.select.config import KernelConfig
 from side_by_side.cells import DTYPE, UNBOUNDED, Cell
 from side_by_side.results import FA4, FLASH2, OURS, SDPA, VARLEN
@@ -60,13 +62,15 @@ def require_torch() -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors q (B, Sq, H, D), k and v (B, Skv, Hkv, D); (total, H, D) of packed sequences."""
+    """Tensors q (B, Sq, H, D), k (B, Skv, Hkv, D), v (B, Skv, Hkv, Dv); packed: (total, H, D)."""
 
     q: Any
     k: Any
     v: Any
     cu_seqlens: Any = None
     """Where packed sequences start: (B + 1,) int32."""
+    do: Any = None
+    """Of the backward pass: the gradient of the output, (B, Sq, H, Dv) or (total, H, Dv)."""
 
     @property
     def heads_first(self) -> tuple[Any, Any, Any]:
@@ -84,7 +88,8 @@ def random_inputs(torch: Any, cell: Cell, seed: int = 0) -> Inputs:
     if cell.lengths:
         at = list(itertools.accumulate(cell.lengths, initial=0))
         starts = torch.tensor(at, dtype=torch.int32, device="cuda")
-    return Inputs(make(cell.q_shape), make(cell.kv_shape), make(cell.kv_shape), starts)
+    q, k, v = (make(shape) for shape in (cell.q_shape, cell.k_shape, cell.v_shape))
+    return Inputs(q, k, v, starts, make(cell.o_shape) if cell.is_backward else None)
 
 
 def as_cupy(torch: Any, tensor: Any) -> Any:
@@ -384,6 +389,8 @@ class Call(NamedTuple):
     v: ArraySpec
     rules: Mapping[str, Any]
     kernel: str = "auto"
+    is_backward: bool = False
+    """Its gradients are asked for, too, with the same bits each time and without."""
 
 
 def dense(shape: Sequence[int], dtype: DTypeLike) -> ArraySpec:
@@ -393,9 +400,11 @@ def dense(shape: Sequence[int], dtype: DTypeLike) -> ArraySpec:
 
 def call_of(cell: Cell, kernel: str = "auto") -> Call:
     """The call that a cell makes of a kernel."""
-    q, kv = (dense(shape, ml_dtypes.bfloat16) for shape in (cell.q_shape, cell.kv_shape))
+    shapes = cell.q_shape, cell.k_shape, cell.v_shape
+    q, k, v = (dense(shape, ml_dtypes.bfloat16) for shape in shapes)
     packed = {"sequences": cell.batch} if cell.lengths else {}
-    return Call(q, kv, kv, {"layout": "bshd", **packed, **cell.rules}, kernel)
+    rules = {"layout": "bshd", **packed, **cell.rules}
+    return Call(q, k, v, rules, kernel, cell.is_backward)
 
 
 def problem_of(call: Call) -> AttentionProblem:
@@ -417,6 +426,16 @@ def compile_ahead(calls: Iterable[Call], on_done: builds.OnDone | None = None) -
     wanted: dict[KernelConfig, None] = {}
     for call in calls:
         with contextlib.suppress(TypeError, ValueError, AttributeError):
-            chosen = selector.select(problem_of(call), arch, kernel=call.kernel)
-            wanted |= dict.fromkeys(chosen.configs)
+            wanted |= dict.fromkeys(_configs(call, arch))
     builds.build_each([(config, arch) for config in wanted], on_done)
+
+
+def _configs(call: Call, arch: str) -> Iterator[KernelConfig]:
+    problem = problem_of(call)
+    if not call.is_backward:
+        yield from selector.select(problem, arch, kernel=call.kernel).configs
+        return
+    yield from selector.select(problem, arch).configs
+    for deterministic in (True, False):
+        asked = contiguous_gradients(problem, deterministic=deterministic)
+        yield from select_backward(asked, arch, kernel=call.kernel).configs

@@ -7,8 +7,9 @@ wants its heads first, it gets transposed views of the same memory.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,19 @@ UNITS = {
     "decode": "GB/s",
     "variants": "TFLOP/s",
     "varlen": "TFLOP/s",
+    "backward": "TFLOP/s",
     "percall": "us",
 }
 GROUPS = tuple(UNITS)
 DTYPE = "bfloat16"
 _ITEM_BYTES = 2
 UNBOUNDED = (-1, -1)
+_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One problem: q (B, Sq, H, D), k and v (B, Skv, Hkv, D), and its rules.
+    """One problem: q (B, Sq, H, D), k (B, Skv, Hkv, D), v (B, Skv, Hkv, Dv), and its rules.
 
     Of packed sequences, B is their number, and Sq and Skv are the longest one's.
     """
@@ -48,16 +51,33 @@ class Cell:
     """(left, right); a window of (w, 0) has w + 1 keys per row."""
     lengths: tuple[int, ...] = ()
     """Packed sequences: queries of each, which are as many as its keys."""
+    head_dim_v: int = 0
+    """Columns of v where they are not as many as k's; 0: they are."""
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether what is measured are the gradients of q, k and v."""
+        return self.group == "backward"
 
     @property
     def q_shape(self) -> tuple[int, ...]:
-        """(B, Sq, H, D) or (total, H, D), of q and of the output."""
+        """(B, Sq, H, D) or (total, H, D)."""
         return *self._rows(self.seqlen_q), self.heads, self.head_dim
 
     @property
-    def kv_shape(self) -> tuple[int, ...]:
-        """(B, Skv, Hkv, D) or (total, Hkv, D), of k and of v."""
+    def k_shape(self) -> tuple[int, ...]:
+        """(B, Skv, Hkv, D) or (total, Hkv, D)."""
         return *self._rows(self.seqlen_kv), self.heads_kv, self.head_dim
+
+    @property
+    def v_shape(self) -> tuple[int, ...]:
+        """(B, Skv, Hkv, Dv) or (total, Hkv, Dv)."""
+        return *self.k_shape[:-1], self.head_dim_v or self.head_dim
+
+    @property
+    def o_shape(self) -> tuple[int, ...]:
+        """(B, Sq, H, Dv) or (total, H, Dv), of the output and of its gradient."""
+        return *self.q_shape[:-1], self.v_shape[-1]
 
     def _rows(self, seqlen: int) -> tuple[int, ...]:
         return (sum(self.lengths),) if self.lengths else (self.batch, seqlen)
@@ -99,13 +119,14 @@ class Cell:
 
     @property
     def flops(self) -> float:
-        """Operations of both products."""
-        return 4.0 * self.heads * self.head_dim * self.pairs
+        """Operations of both products; backward 2.5 times as many, by the usual count."""
+        forward = 2.0 * self.heads * (self.head_dim + self.v_shape[-1]) * self.pairs
+        return 2.5 * forward if self.is_backward else forward
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of k and v, which one query per sequence has to read."""
-        return 2 * _ITEM_BYTES * int(np.prod(self.kv_shape))
+        return _ITEM_BYTES * int(np.prod(self.k_shape) + np.prod(self.v_shape))
 
     @property
     def unit(self) -> str:
@@ -143,22 +164,28 @@ def cells(group: str) -> list[Cell]:
         "decode": _decode,
         "variants": _variants,
         "varlen": _varlen,
+        "backward": _backward,
         "percall": _percall,
     }
     return makers[group]()
 
 
 def _grid() -> list[Cell]:
-    """16384 tokens, 2048 columns over all heads."""
-    found = []
-    for head_dim in (64, 128, 256):
-        for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
-            for causal in (False, True):
-                name = f"D{head_dim}S{seqlen}c{causal:d}"
-                heads = 2048 // head_dim
-                sizes = 16384 // seqlen, heads, heads, seqlen, seqlen, head_dim
-                found.append(Cell("grid", name, *sizes, causal))
-    return found
+    """All lengths of three head dims."""
+    return [cell for head_dim in (64, 128, 256) for cell in _tokens("grid", head_dim, _LENGTHS)]
+
+
+def _tokens(
+    group: str, head_dim: int, lengths: Iterable[int], head_dim_v: int = 0
+) -> Iterator[Cell]:
+    """16384 tokens, 2048 columns of the output over all heads; causal and not."""
+    dims, heads = f"{head_dim}", 2048 // (head_dim_v or head_dim)
+    if head_dim_v:
+        dims += f"-{head_dim_v}"
+    for seqlen, causal in product(lengths, (False, True)):
+        sizes = 16384 // seqlen, heads, heads, seqlen, seqlen, head_dim
+        name = f"D{dims}S{seqlen}c{causal:d}"
+        yield Cell(group, name, *sizes, causal, head_dim_v=head_dim_v)
 
 
 def _short(group: str, batch: int, heads: int, seqlen: int, head_dim: int, causal: bool) -> Cell:
@@ -207,13 +234,13 @@ def _variants() -> list[Cell]:
     ]
 
 
-def _varlen() -> list[Cell]:
+def _varlen(group: str = "varlen") -> list[Cell]:
     """Packed sequences, 2048 columns over all heads: many short ones, one long one, all alike."""
     short, middle = drawn(128, 8, 510), drawn(32, 512, 2048)
     few = drawn(6, 64, 2048)
     long_one = (*few[:3], 8192, *few[3:])
     return [
-        _packed(name, lengths, head_dim, causal)
+        _packed(group, name, lengths, head_dim, causal)
         for name, lengths, head_dim in (
             ("N128S8-510", short, 64),
             ("N7S64-8192", long_one, 128),
@@ -229,10 +256,27 @@ def drawn(count: int, shortest: int, longest: int) -> tuple[int, ...]:
     return tuple(pick.randint(shortest, longest) for _ in range(count))
 
 
-def _packed(name: str, lengths: Sequence[int], head_dim: int, causal: bool) -> Cell:
+def _packed(group: str, name: str, lengths: Sequence[int], head_dim: int, causal: bool) -> Cell:
     heads, longest = 2048 // head_dim, max(lengths)
     sizes = len(lengths), heads, heads, longest, longest, head_dim
-    return Cell("varlen", f"{name}D{head_dim}c{causal:d}", *sizes, causal, lengths=tuple(lengths))
+    return Cell(group, f"{name}D{head_dim}c{causal:d}", *sizes, causal, lengths=tuple(lengths))
+
+
+def _backward() -> list[Cell]:
+    """All lengths of two head dims, other dims, grouped queries, packed sequences."""
+    grouped = [
+        Cell("backward", f"B{b}Hq{h}Hk8S4096D128c{causal:d}", b, h, 8, 4096, 4096, 128, causal)
+        for b, h in ((2, 32), (1, 64))
+        for causal in (False, True)
+    ]
+    return [
+        *_tokens("backward", 64, _LENGTHS),
+        *_tokens("backward", 128, _LENGTHS),
+        *_tokens("backward", 256, (2048, 8192)),
+        *_tokens("backward", 192, (2048, 8192), head_dim_v=128),
+        *grouped,
+        *_varlen("backward"),
+    ]
 
 
 def _percall() -> list[Cell]:

@@ -36,26 +36,34 @@ def check(torch: Any, cell: Cell, inputs: Inputs, got: Any, peers: Mapping[str, 
     """
     if not bool(torch.isfinite(got).all()):
         raise WrongResultError("wrong: NaN or infinite values")
-    worst = max(_check_head(torch, cell, inputs, got, b, h) for b, h in _sampled_heads(cell))
+    worst = max(_check_head(torch, cell, inputs, got, b, h) for b, h in sampled_heads(cell))
     text = f"max error {worst:.2g} in sampled rows"
-    differences = {name: _difference(got, peer) for name, peer in peers.items()}
+    return agreeing(text, {name: difference(got, peer) for name, peer in peers.items()})
+
+
+def agreeing(text: str, differences: Mapping[str, float]) -> Judged:
+    """Judge by how far each peer is from ours; ``text``: what is known of ours already.
+
+    Raises ``WrongResultError`` where no peer agrees with ours.
+    """
     told = {name: f"{x:.2g} (relative RMS)" for name, x in differences.items()}
     agree = [name for name, x in differences.items() if x <= _MOST_DIFFERENCE]
-    if peers and not agree:
-        name = next(iter(peers))
+    if differences and not agree:
+        name = next(iter(differences))
         raise WrongResultError(f"wrong: differs from {name} by {told[name]}")
     if agree:
         text += f", differs from {agree[0]} by {told[agree[0]]}"
-    others = [name for name in peers if name not in agree]
+    others = [name for name in differences if name not in agree]
     return Judged(text, {name: f"wrong: differs from ours by {told[name]}" for name in others})
 
 
-def _difference(got: Any, peer: Any) -> float:
+def difference(got: Any, peer: Any) -> float:
+    """Relative RMS difference of two tensors."""
     expected = peer.float()
     return float((got.float() - expected).norm() / expected.norm())
 
 
-def _sampled_heads(cell: Cell) -> list[tuple[int, int]]:
+def sampled_heads(cell: Cell) -> list[tuple[int, int]]:
     """(sequence, head) pairs; packed sequences: the shortest and the longest, too."""
     last = cell.heads - 1
     found = {(0, 0), (cell.batch - 1, last)}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from side_by_side import gate
+from side_by_side import gate, gradient_gate
 from side_by_side.backends import Backend, Inputs, Run, first_result, random_inputs
 from side_by_side.cells import Cell
 from side_by_side.joules import Joules
@@ -22,6 +22,7 @@ METHODS = {
     "decode": "per call in a replayed CUDA graph; inputs rotate over at least 3x the L2",
     "variants": _COLD,
     "varlen": _COLD,
+    "backward": f"{_COLD}; o and its log-sum-exp are there",
     "percall": "wall time of 200 calls from Python and their wait; GPU time from a replayed graph",
 }
 
@@ -38,6 +39,8 @@ class Bench:
     backends: Sequence[Backend]
     rounds: int
     joules: Joules | None = None
+    backward: Sequence[Backend] = ()
+    """Of the cells that ask for gradients."""
 
     def row(self, cell: Cell) -> Row:
         """Measure one cell. A backend that fails has its reason in place of a figure."""
@@ -47,6 +50,7 @@ class Bench:
             "decode": self._decode,
             "variants": self._cold,
             "varlen": self._cold,
+            "backward": self._cold,
             "percall": self._percall,
         }
         return timed[cell.group](cell)
@@ -108,7 +112,8 @@ class Bench:
     ) -> Row:
         """Bind to ``copies`` of the inputs, check ours, make a timer of each, take turns."""
         sets = [random_inputs(self.gpu.torch, cell, seed) for seed in range(copies)]
-        backends = [backend for backend in self.backends if backend.takes(cell)]
+        every = self.backward if cell.is_backward else self.backends
+        backends = [backend for backend in every if backend.takes(cell)]
         entries: dict[str, Entry] = {}
         runs: dict[str, list[Run]] = {}
         results: dict[str, Any] = {}
@@ -142,7 +147,8 @@ class Bench:
             return ""
         peers = {name: result for name, result in results.items() if name != OURS}
         try:
-            judged = gate.check(self.gpu.torch, cell, inputs, results[OURS], peers)
+            check = gradient_gate.check if cell.is_backward else gate.check
+            judged = check(self.gpu.torch, cell, inputs, results[OURS], peers)
         except Exception as error:
             entries[OURS] = Entry(reason=reason_of(error))
             return entries[OURS].reason or ""

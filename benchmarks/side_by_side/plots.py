@@ -8,33 +8,50 @@ from typing import Any
 
 from flashcore_cupy.cli.plots import require_matplotlib
 from side_by_side.cells import DTYPE, Cell
-from side_by_side.results import BACKENDS, FA4, OURS, Report, Row
+from side_by_side.results import BACKENDS, FA4, FIXED, NAMES, OURS, OURS_ANY, Report, Row
 
 _HUES = ("#2f6f9f", "#b07a2e", "#7a3f8f", "#4f9d69", "#2a9d9d", "#c8443c")
 _COLORS = dict(zip(BACKENDS, _HUES, strict=True))
-_LABELS = {name: name for name in BACKENDS} | {OURS: "FlashCore", FA4: "FlashAttention-4"}
+_LABELS = {name: name for name in NAMES} | {OURS: "FlashCore", FA4: "FlashAttention-4"}
+_LABELS |= {OURS_ANY: "FlashCore, in any order", f"{FA4}-det": "FlashAttention-4, deterministic"}
 _MARKERS = dict(zip(BACKENDS, "os^vPD", strict=True))
+# Drawn as another, but dashed.
+_LIKE = {OURS_ANY: OURS} | {name: name.removesuffix("-det") for name in FIXED}
 _SUBTITLE = {"loc": "left", "fontsize": 10, "color": "#444444"}
 _TALL = 0.25  # of the axis: a bar that holds its figure
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Write a picture per head dim of the grid, one of decode, one of packed sequences.
+    """Write a picture per head dim of the grids, one of decode, one of packed sequences.
 
     Returns the files.
     """
     require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    grid = report.of_group("grid")
-    for head_dim in sorted({row.cell.head_dim for row in grid}):
-        rows = [row for row in grid if row.cell.head_dim == head_dim]
-        written.append(_save(_grid_figure(report, rows), folder / f"grid_d{head_dim}.png"))
+    for group in ("grid", "backward"):
+        for head_dim, rows in _by_head_dim(report.of_group(group)).items():
+            written.append(_save(_grid_figure(report, rows), folder / f"{group}_d{head_dim}.png"))
     if decode := report.of_group("decode"):
         written.append(_save(_decode_figure(report, decode), folder / "decode.png"))
     if varlen := report.of_group("varlen"):
         written.append(_save(_varlen_figure(report, varlen), folder / "varlen.png"))
     return written
+
+
+def _by_head_dim(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """Rows of a grid: of each head dim that has several lengths, those named for it."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        if row.cell.name.startswith(f"D{row.cell.head_dim}S"):
+            found.setdefault(row.cell.head_dim, []).append(row)
+    return {
+        head_dim: found[head_dim] for head_dim in sorted(found) if _lengths(found[head_dim]) > 2
+    }
+
+
+def _lengths(rows: Sequence[Row]) -> int:
+    return len({row.cell.seqlen_q for row in rows})
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -53,11 +70,12 @@ def _figure(report: Report, title: str, width: float, height: float) -> Any:
 
 def _grid_figure(report: Report, rows: Sequence[Row]) -> Any:
     head_dim = rows[0].cell.head_dim
-    figure = _figure(report, f"Forward, head dim {head_dim}, {DTYPE}", 10.0, 4.6)
+    which = "Backward" if rows[0].cell.is_backward else "Forward"
+    figure = _figure(report, f"{which}, head dim {head_dim}, {DTYPE}", 10.0, 4.6)
     both = figure.subplots(1, 2, sharey=True)
     for axes, causal in zip(both, (False, True), strict=True):
         some = [row for row in rows if row.cell.causal == causal]
-        for name in BACKENDS:
+        for name in NAMES:
             points = [(row.cell.seqlen_q, row.cell.figure(us)) for row, us in _timed(some, name)]
             if points:
                 axes.plot(*zip(*points, strict=True), **_line(name))
@@ -153,12 +171,14 @@ def _timed(rows: Sequence[Row], name: str) -> list[tuple[Row, float]]:
 
 
 def _line(name: str) -> dict[str, Any]:
-    ours = name == OURS
+    like = _LIKE.get(name, name)
+    ours = like == OURS
     return {
-        "color": _COLORS[name],
+        "color": _COLORS[like],
         "label": _LABELS[name],
-        "marker": _MARKERS[name],
+        "marker": _MARKERS[like],
         "markersize": 5,
+        "linestyle": "-" if like == name else "--",
         "linewidth": 2.4 if ours else 1.5,
         "zorder": 4 if ours else 3,
     }

@@ -16,12 +16,20 @@ from side_by_side.cells import Cell
 OURS = "ours"
 FLASH2 = "torch-flash2"
 #: Backends of torch's scaled_dot_product_attention.
-SDPA = (FLASH2, "torch-cudnn", "torch-efficient")
+CUDNN = "torch-cudnn"
+SDPA = (FLASH2, CUDNN, "torch-efficient")
 #: torch's varlen_attn: packed sequences alone.
 VARLEN = "torch-varlen"
 FA4 = "fa4"
 PEERS = (*SDPA, VARLEN, FA4)
 BACKENDS = (OURS, *PEERS)
+#: Of the backward pass: ours that adds in any order, and peers that repeat their bits, as "ours"
+#: does.
+OURS_ANY = "ours-any"
+FLASH2_FIXED, FA4_FIXED = f"{FLASH2}-det", f"{FA4}-det"
+FIXED = (FLASH2_FIXED, FA4_FIXED)
+OWN = (OURS, OURS_ANY)
+NAMES = (*OWN, *PEERS, *FIXED)
 #: What ``Report.methods`` has of the load, beside the groups.
 LOAD = "load"
 
@@ -86,14 +94,30 @@ class Row:
         entry = self.entries.get(name)
         return None if entry is None else entry.us
 
+    @property
+    def beside_peers(self) -> str:
+        """Which of ours promises what the peers do: backward, no bits."""
+        return OURS_ANY if self.cell.is_backward else OURS
+
     def speedup(self, peer: str) -> float | None:
         """A peer's time by ours: above 1, ours is faster."""
-        return _ratio(self.us(peer), self.us(OURS))
+        return _ratio(self.us(peer), self.us(self.beside_peers))
 
     def speedup_to_best(self) -> float | None:
         """The fastest peer's time by ours."""
-        times = [t for t in map(self.us, PEERS) if t is not None]
-        return _ratio(min(times), self.us(OURS)) if times else None
+        return self._to_best(PEERS, self.beside_peers)
+
+    def speedup_with_bits(self) -> float | None:
+        """Of those that give the same bits each time: the fastest peer's time by ours."""
+        return self._to_best(FIXED, OURS)
+
+    def speed_kept_with_bits(self) -> float | None:
+        """Our time in any order by that with the same bits each time: what these leave."""
+        return _ratio(self.us(OURS_ANY), self.us(OURS))
+
+    def _to_best(self, peers: Sequence[str], ours: str) -> float | None:
+        times = [t for t in map(self.us, peers) if t is not None]
+        return _ratio(min(times), self.us(ours)) if times else None
 
     def load(self, name: str) -> Load | None:
         """What a backend takes under load, if that was measured."""
@@ -102,7 +126,7 @@ class Row:
 
     def energy_to_best(self) -> float | None:
         """The thriftiest peer's energy by ours: above 1, ours takes less."""
-        ours = self.load(OURS)
+        ours = self.load(self.beside_peers)
         energies = [load.pj_per_flop for load in map(self.load, PEERS) if load is not None]
         return None if ours is None or not energies else min(energies) / ours.pj_per_flop
 
@@ -130,7 +154,8 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether ours has a figure, of a right result, in every cell."""
-        return all(row.us(OURS) is not None for row in self.rows)
+        own = [(row, name) for row in self.rows for name in {OURS, row.beside_peers}]
+        return all(row.us(name) is not None for row, name in own)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-able values."""
@@ -146,6 +171,8 @@ class Report:
                     "backends": {name: asdict(entry) for name, entry in row.entries.items()},
                     "speedup_to_best": row.speedup_to_best(),
                     "speedup_to_flash2": row.speedup(FLASH2),
+                    "speedup_with_bits": row.speedup_with_bits(),
+                    "speed_kept_with_bits": row.speed_kept_with_bits(),
                     "energy_to_best": row.energy_to_best(),
                 }
                 for row in self.rows

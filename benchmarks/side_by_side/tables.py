@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from side_by_side.cells import GROUPS, Cell
-from side_by_side.results import BACKENDS, FLASH2, LOAD, OURS, Report, Row, geometric_mean
+from side_by_side.results import FLASH2, LOAD, NAMES, OURS, OWN, Report, Row, geometric_mean
 
 _TITLES = {
     "grid": "Forward, 16384 tokens, H x D = 2048",
@@ -18,7 +18,22 @@ _TITLES = {
     "decode": "Decode, one query per sequence",
     "variants": "Grouped queries, windows, other head dims",
     "varlen": "Packed sequences",
+    "backward": "Gradients of q, k and v",
     "percall": "Calls from Python (time on the GPU)",
+}
+
+#: Backends under load, at most, whose clocks fit into a table.
+_WITH_CLOCK = 3
+_RATIOS: dict[str, Callable[[Row], float | None]] = {
+    "vs best": Row.speedup_to_best,
+    "vs flash2": lambda row: row.speedup(FLASH2),
+}
+# "any" beside the peers; "ours" beside those that, too, give the same bits each time.
+_BACKWARD_RATIOS: dict[str, Callable[[Row], float | None]] = {
+    "any/ best": Row.speedup_to_best,
+    "any/ flash2": lambda row: row.speedup(FLASH2),
+    "ours/ det": Row.speedup_with_bits,
+    "ours/ any": Row.speed_kept_with_bits,
 }
 
 
@@ -55,37 +70,39 @@ def machine_line(machine: object) -> str:
 def _group_table(rows: Sequence[Row], method: str) -> list[RenderableType]:
     """The table of one group, and under it the reasons and what ours ran."""
     group, unit = rows[0].cell.group, rows[0].cell.unit
-    names = [name for name in BACKENDS if any(name in row.entries for row in rows)]
+    names = [name for name in NAMES if any(name in row.entries for row in rows)]
+    ratios = _BACKWARD_RATIOS if rows[0].cell.is_backward else _RATIOS
     table = _table(
         f"{_TITLES[group]}, bfloat16, {unit}",
         f"{method}; medians. A ratio above 1: ours is faster. "
         "Spread: the row's widest (p90 - p10) / median.",
-        (*names, "vs best", "vs flash2", "spread"),
+        (*names, *ratios, "spread"),
     )
     reasons: dict[str, int] = {}
     for row in rows:
         figures = [_figure(row, name, reasons) for name in names]
-        ratios = _ratio(row.speedup_to_best()), _ratio(row.speedup(FLASH2))
-        table.add_row(row.cell.name, *figures, *ratios, _percent(row.spread))
+        found = (_ratio(ratio(row)) for ratio in ratios.values())
+        table.add_row(row.cell.name, *figures, *found, _percent(row.spread))
     table.add_section()
-    best, count = geometric_mean(row.speedup_to_best() for row in rows)
-    flash2, _ = geometric_mean(row.speedup(FLASH2) for row in rows)
+    means = [geometric_mean(map(ratio, rows)) for ratio in ratios.values()]
     empty = [""] * len(names)
-    mean = f"geometric mean of {count}"
-    table.add_row(mean, *empty, _ratio(best), _ratio(flash2), "", style="bold")
+    mean = f"geometric mean of {means[0][1]}"
+    table.add_row(mean, *empty, *(_ratio(found) for found, _ in means), "", style="bold")
     return [table, *(Text(line, style="dim") for line in _notes(rows, reasons))]
 
 
 def _load_table(rows: Sequence[Row], method: str) -> Table:
-    """Speed, power, clock and energy of those that were under load."""
-    names = [name for name in BACKENDS if any(row.load(name) is not None for row in rows)]
+    """Speed, power, clock, if there is room, and energy of those that were under load."""
+    names = [name for name in NAMES if any(row.load(name) is not None for row in rows)]
+    clock = len(names) <= _WITH_CLOCK
+    units = "TFLOP/s, W, SM MHz, pJ/FLOP" if clock else "TFLOP/s, W, pJ/FLOP"
     table = _table(
-        f"{_TITLES[rows[0].cell.group]}, under load: TFLOP/s, W, SM MHz, pJ/FLOP",
+        f"{_TITLES[rows[0].cell.group]}, under load: {units}",
         f"{method}. The ratio is of energies, above 1: ours takes less than the best peer.",
         (*names, "vs best"),
     )
     for row in rows:
-        figures = [_loaded(row, name) for name in names]
+        figures = [_loaded(row, name, clock) for name in names]
         table.add_row(row.cell.name, *figures, _ratio(row.energy_to_best()))
     table.add_section()
     mean, count = geometric_mean(row.energy_to_best() for row in rows)
@@ -94,13 +111,14 @@ def _load_table(rows: Sequence[Row], method: str) -> Table:
     return table
 
 
-def _loaded(row: Row, name: str) -> Text:
+def _loaded(row: Row, name: str, clock: bool) -> Text:
     load = row.load(name)
     if load is None:
         return Text("")
     rate = row.cell.flops / load.us / 1e6
-    text = f"{rate:.0f} {load.watts:4.0f} {load.sm_mhz:5.0f} {load.pj_per_flop:5.2f}"
-    return Text(text, style="bold" if name == OURS else "")
+    mhz = f" {load.sm_mhz:5.0f}" if clock else ""
+    text = f"{rate:.0f} {load.watts:4.0f}{mhz} {load.pj_per_flop:5.2f}"
+    return Text(text, style="bold" if name in OWN else "")
 
 
 def _table(title: str, caption: str, columns: Sequence[str]) -> Table:
@@ -117,7 +135,7 @@ def _table(title: str, caption: str, columns: Sequence[str]) -> Table:
     )
     table.add_column("case", no_wrap=True)
     for name in columns:
-        header = name.removeprefix("torch-").replace(" ", "\n")
+        header = name.removeprefix("torch-").replace(" ", "\n").replace("-", "\n")
         table.add_column(header, justify="right", no_wrap=True)
     return table
 
@@ -129,11 +147,11 @@ def _figure(row: Row, name: str, reasons: dict[str, int]) -> Text:
         return Text("")
     if entry.us is None:
         number = reasons.setdefault(f"{name}: {entry.reason}", len(reasons) + 1)
-        return Text(f"none [{number}]", style="red" if name == OURS else "yellow")
+        return Text(f"none [{number}]", style="red" if name in OWN else "yellow")
     text = _significant(row.cell.figure(entry.us))
     if entry.gpu_us is not None:
         text += f" ({_significant(entry.gpu_us)})"
-    return Text(text, style="bold" if name == OURS else "")
+    return Text(text, style="bold" if name in OWN else "")
 
 
 def _notes(rows: Sequence[Row], reasons: dict[str, int]) -> list[str]:

@@ -6,13 +6,14 @@ import json
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -23,13 +24,28 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import errors
 import peers
-from side_by_side import backends, cells, error_cases, gate, measure, plots, tables, timing
+from side_by_side import (
+    backends,
+    cells,
+    error_cases,
+    gate,
+    gradient_gate,
+    measure,
+    plots,
+    tables,
+    timing,
+)
 from side_by_side.cells import Cell
 from side_by_side.results import (
     BACKENDS,
+    CUDNN,
     FA4,
+    FA4_FIXED,
+    FLASH2,
+    FLASH2_FIXED,
     LOAD,
     OURS,
+    OURS_ANY,
     SDPA,
     VARLEN,
     Entry,
@@ -39,13 +55,14 @@ from side_by_side.results import (
     geometric_mean,
 )
 
-from flashcore_cupy.cpu import reference
+from flashcore_cupy.cpu import reference, reference_gradients
+from flashcore_cupy.cpu.emulator.backward import emulated_backward
 from flashcore_cupy.select import selector
 
 
 def cell_of(name: str) -> Cell:
-    (found,) = (c for group in cells.GROUPS for c in cells.cells(group) if c.name == name)
-    return found
+    """The first of this name: the backward pass has the same names."""
+    return next(c for group in cells.GROUPS for c in cells.cells(group) if c.name == name)
 
 
 def text_of(renderable: Any, width: int = 150) -> str:
@@ -86,7 +103,9 @@ def test_the_other_groups() -> None:
         *((128, 1024), (128, 8192)),
     }
     assert all(c.q_shape == (c.batch, 1, 32, 128) for c in cells.cells("decode"))
-    assert all(c.kv_shape == (c.batch, c.seqlen_kv, 8, 128) for c in cells.cells("decode"))
+    assert all(
+        c.k_shape == c.v_shape == (c.batch, c.seqlen_kv, 8, 128) for c in cells.cells("decode")
+    )
     variants = {c.name: c for c in cells.cells("variants")}
     assert {name: c.window for name, c in variants.items() if c.window != (-1, -1)} == {
         "B2Hq64Hk8S8192D64c1w1024": (1024, 0),
@@ -95,7 +114,7 @@ def test_the_other_groups() -> None:
     assert {c.head_dim for c in variants.values()} == {64, 80, 96, 128, 192}
     assert {c.heads // c.heads_kv for c in variants.values()} == {1, 4, 8}
     three = variants["B4Hq16Hk2S3000D128c1wNone"]
-    assert three.q_shape == (4, 3000, 16, 128) and three.kv_shape == (4, 3000, 2, 128)
+    assert three.q_shape == (4, 3000, 16, 128) and three.k_shape == (4, 3000, 2, 128)
     assert three.causal and not variants["B2Hq16Hk16S6000D96c0wNone"].causal
     assert cells.cells("percall")[0].q_shape == (1, 512, 8, 64)
 
@@ -111,8 +130,37 @@ def test_packed_sequences_are_many_few_and_middling() -> None:
     assert 512 <= min(found[32, 128]) < max(found[32, 128]) <= 2048
     for c in varlen:
         assert c.batch == len(c.lengths) and c.seqlen_q == c.seqlen_kv == max(c.lengths)
-        assert c.q_shape == c.kv_shape == (sum(c.lengths), 2048 // c.head_dim, c.head_dim)
+        assert (
+            c.q_shape == c.k_shape == c.v_shape == (sum(c.lengths), 2048 // c.head_dim, c.head_dim)
+        )
     assert cells.drawn(5, 1, 9) == cells.drawn(5, 1, 9) and len(set(cells.drawn(50, 1, 9))) == 9
+
+
+def test_the_backward_cells_are_the_grids_other_dims_grouped_and_packed() -> None:
+    found = {c.name: c for c in cells.cells("backward")}
+    grid = {c.name: c for c in cells.cells("grid") if c.head_dim < 256}
+    assert len(grid) == 24 and len(found) == 42 and all(c.is_backward for c in found.values())
+    for name, c in grid.items():
+        assert replace(found[name], group="grid") == c and not c.is_backward
+        assert found[name].flops == 2.5 * c.flops
+    others = [c for name, c in found.items() if name not in grid and not c.lengths]
+    of_dims = [c for c in others if c.heads == c.heads_kv]
+    assert {(c.head_dim, c.head_dim_v, c.seqlen_q, c.causal) for c in of_dims} == {
+        (dim, dim_v, seqlen, causal)
+        for dim, dim_v in ((256, 0), (192, 128))
+        for seqlen in (2048, 8192)
+        for causal in (False, True)
+    }
+    uneven = found["D192-128S2048c0"]
+    assert uneven.q_shape == uneven.k_shape == (8, 2048, 16, 192)
+    assert uneven.v_shape == uneven.o_shape == (8, 2048, 16, 128)
+    assert uneven.flops == 2.5 * 2 * 8 * 16 * 2048**2 * (192 + 128)
+    grouped = [c for c in others if c.heads != c.heads_kv]
+    assert {(c.heads, c.heads_kv, c.head_dim, c.seqlen_q, c.causal) for c in grouped} == {
+        (heads, 8, 128, 4096, causal) for heads in (32, 64) for causal in (False, True)
+    }
+    packed = [c for c in found.values() if c.lengths]
+    assert [replace(c, group="varlen") for c in packed] == cells.cells("varlen")
 
 
 def test_the_work_of_packed_sequences_is_that_of_each_alone() -> None:
@@ -180,7 +228,7 @@ def test_every_cell_is_compiled_ahead(group: str) -> None:
     for cell in cells.cells(group):
         problem = backends.problem_of(backends.call_of(cell))
         assert problem.window == (cell.window[0], 0 if cell.causal else cell.window[1])
-        assert problem.output_shape == cell.q_shape and problem.batch == cell.batch
+        assert problem.output_shape == cell.o_shape and problem.batch == cell.batch
         assert selector.select(problem, "sm_90a").configs
 
 
@@ -334,12 +382,14 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return gate.Judged("fine", {})
 
     monkeypatch.setattr(measure, "random_inputs", lambda *_: None)
-    monkeypatch.setattr(gate, "check", check)
+    for of_pass in (gate, gradient_gate):
+        monkeypatch.setattr(of_pass, "check", check)
     return calls
 
 
 def bench_of(*fakes: FakeBackend) -> measure.Bench:
-    return measure.Bench(FakeGpu(), fakes, rounds=5)  # type: ignore[arg-type]
+    """The same of both passes."""
+    return measure.Bench(FakeGpu(), fakes, rounds=5, backward=fakes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("group", cells.GROUPS)
@@ -357,7 +407,8 @@ def test_a_failing_backend_leaves_its_reason_and_the_others_their_figures(
     ).row(cell)
     assert row.entries["torch-flash2"] == Entry(reason="cannot bind")
     assert row.entries["torch-efficient"] == Entry(reason="cannot run")
-    assert row.speedup_to_best() == 2.0 and row.check == "fine"
+    assert row.us("torch-cudnn") == 2 * row.us(OURS) and row.check == "fine"
+    assert row.speedup_to_best() == (None if cell.is_backward else 2.0)
     assert row.entries[OURS].note == "ours's kernel"
     assert list(row.entries) == [n for n in BACKENDS if n != VARLEN or group == "varlen"]
     if group == "percall":
@@ -405,7 +456,23 @@ def test_a_wrong_peer_is_not_timed(judged: list[Any], monkeypatch: pytest.Monkey
     assert found.us(OURS) == 2.0 and found.speedup_to_best() == 2.0
 
 
-@pytest.mark.parametrize("group", ["grid", "variants", "varlen"])
+def test_cells_of_gradients_have_backends_and_a_gate_of_their_own(judged: list[Any]) -> None:
+    forward, own = FakeBackend(OURS, 2.0), FakeBackend(OURS, 3.0)
+    fakes = [own, FakeBackend(OURS_ANY, 2.5), FakeBackend(FA4, 2.0), FakeBackend(FA4_FIXED, 6.0)]
+    bench = measure.Bench(FakeGpu(), [forward], 5, None, fakes)  # type: ignore[arg-type,list-item]
+    row = bench.row(cells.cells("backward")[0])
+    assert (forward.captured, own.captured) == (0, 1) and row.us(OURS) == 3.0
+    assert row.speedup_to_best() == row.speedup(FA4) == 2 / 2.5  # no bits are promised
+    assert row.speedup_with_bits() == 2.0 and row.speed_kept_with_bits() == 2.5 / 3
+    assert judged[0][3] == 3.0 and list(judged[0][4]) == [OURS_ANY, FA4, FA4_FIXED]
+    assert bench.row(cell_of("D64S512c0")).us(OURS) == 2.0
+    report = Report({}, {}, {}, [row])
+    assert report.ok
+    report.rows = [replace(row, entries={**row.entries, OURS_ANY: Entry(reason="wrong")})]
+    assert not report.ok
+
+
+@pytest.mark.parametrize("group", ["grid", "variants", "varlen", "backward"])
 def test_long_calls_are_timed_as_graphs_of_one(group: str, judged: list[Any]) -> None:
     fake = FakeBackend(OURS, 2.0)
     assert bench_of(fake).row(cells.cells(group)[0]).us(OURS) == 2.0
@@ -546,6 +613,58 @@ def test_the_gate_stops_what_the_sample_misses(result: Any) -> None:
         gate.check(torch, cell, inputs, got, {})
 
 
+@pytest.fixture
+def gradients() -> Iterator[tuple[Any, Cell, backends.Inputs, tuple[Any, Any, Any]]]:
+    """Torch on the CPU, a packed cell with grouped heads, its inputs, and bfloat16 gradients."""
+    torch = pytest.importorskip("torch")
+    lengths = (40, 3, 90, 30)
+    cell = Cell("backward", "x", 4, 4, 2, 90, 90, 16, True, lengths=lengths, head_dim_v=8)
+    made = torch.Generator().manual_seed(0)
+    shapes = cell.q_shape, cell.k_shape, cell.v_shape, cell.o_shape
+    q, k, v, do = (torch.randn(s, generator=made).to(torch.bfloat16) for s in shapes)
+    starts = np.cumsum([0, *lengths]).astype(np.int32)
+    host = [x.float().numpy() for x in (do, q, k, v)]
+    right = reference_gradients.of_packed(
+        reference_gradients.oracle, *host, starts, starts, causal=True
+    )
+    got = tuple(torch.from_numpy(right[name]).to(torch.bfloat16) for name in "qkv")
+    yield torch, cell, backends.Inputs(q, k, v, starts, do), got
+
+
+def test_the_gate_passes_right_gradients(gradients: Any) -> None:
+    torch, cell, inputs, got = gradients
+    peers = {CUDNN: tuple(1.25 * x for x in got), FA4: got}
+    text, wrong = gradient_gate.check(torch, cell, inputs, got, peers)
+    assert text.startswith("error up to 0.") and "differs from fa4 by 0 (relative RMS)" in text
+    assert wrong == {CUDNN: "wrong: differs from ours by 0.2 (relative RMS)"}
+    dense = replace(cell, batch=1, lengths=())
+    one = tuple(x[:40][None] for x in (inputs.q, inputs.k, inputs.v, inputs.do))
+    alone = backends.Inputs(*one[:3], None, one[3])
+    gradient_gate.check(torch, dense, alone, tuple(x[:40][None] for x in got), {})
+
+
+@pytest.mark.parametrize("name", ["dq", "dk", "dv"])
+@pytest.mark.parametrize(("row", "head"), [(0, 0), (42, 0), (132, -1), (162, -1)])
+def test_the_gate_stops_a_wrong_gradient(gradients: Any, name: str, row: int, head: int) -> None:
+    """Of the first sequence, the shortest, the longest and the last."""
+    torch, cell, inputs, got = gradients
+    which = ("dq", "dk", "dv").index(name)
+    got[which][row, head, 5] += 0.05 * got[which].abs().max()
+    with pytest.raises(gate.WrongResultError, match=f"^wrong: {name} of b="):
+        gradient_gate.check(torch, cell, inputs, got, {})
+
+
+def test_the_gate_stops_gradients_that_the_sample_misses(gradients: Any) -> None:
+    torch, cell, inputs, got = gradients
+    peer = tuple(x.clone() for x in got)
+    got[1][:40, 1] *= 1.5  # the first sequence's last head
+    with pytest.raises(gate.WrongResultError, match="differs from torch-cudnn by"):
+        gradient_gate.check(torch, cell, inputs, got, {CUDNN: peer})
+    got[1][7, 1, 3] = float("nan")
+    with pytest.raises(gate.WrongResultError, match="NaN"):
+        gradient_gate.check(torch, cell, inputs, got, {})
+
+
 def test_sampled_rows_fit_any_length() -> None:
     assert gate.sample_rows(1).tolist() == [0]
     rows = gate.sample_rows(16384)
@@ -559,11 +678,14 @@ def made_up() -> Report:
     """A figure for everything but torch-efficient at head dim 256, and ours once."""
     rows = []
     speeds = dict(zip(BACKENDS, (620.0, 330.0, 600.0, 210.0, 340.0, 610.0), strict=True))
+    speeds |= {OURS_ANY: 640.0, FLASH2_FIXED: 220.0, FA4_FIXED: 500.0}
     packed = (OURS, "torch-flash2", VARLEN, FA4)
+    backward = (OURS, OURS_ANY, FLASH2, CUDNN, FA4, FLASH2_FIXED, FA4_FIXED)
     for group in cells.GROUPS:
         for cell in cells.cells(group):
             entries = {}
             there = packed if cell.lengths else (OURS, *SDPA, FA4)
+            there = backward if cell.is_backward else there
             for name, speed in ((name, speeds[name]) for name in there):
                 rate = speed * min(1.0, 0.4 + cell.seqlen_q / 8192) * (0.8 if cell.causal else 1)
                 us = {"GB/s": cell.kv_bytes / 4.2e6, "us": 4 + 4e3 / speed}.get(
@@ -572,12 +694,13 @@ def made_up() -> Report:
                 if cell.unit == "GB/s":
                     us = us * (1 + 300 / speed / cell.batch) + 6
                 gpu_us = us / 2 if group == "percall" else None
-                load = Load(us, 690.0, 1480.0, 640 / speed) if group == "grid" else None
+                is_loaded = group in ("grid", "backward")
+                load = Load(us, 690.0, 1480.0, 640 / speed) if is_loaded else None
                 shown = {"note": f"{name}'s kernel", "load": load if speed > 500 else None}
                 entries[name] = Entry(us, us * 0.98, us * 1.03, 20, gpu_us, **shown)
-            if cell.head_dim == 256:
+            if cell.head_dim == 256 and not cell.is_backward:
                 entries["torch-efficient"] = Entry(reason="no kernel for head dim 256")
-            if cell.name == "D128S512c1":
+            if (group, cell.name) == ("grid", "D128S512c1"):
                 entries[OURS] = Entry(reason="wrong: b=0 h=0")
             rows.append(Row(cell, entries, "max error 0.001 in sampled rows"))
     machine = {"gpu": "NVIDIA H200", "driver": "580", "kernels_digest": "abc", "torch": "2.11"}
@@ -618,6 +741,10 @@ def test_the_table_shows_figures_ratios_and_reasons() -> None:
     text = text_of(tables.report_tables(made_up()))
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
     speeds = [line.split() for line in text.splitlines() if line.startswith("D64S16384c0 ")]
+    assert speeds[2][1:13] == [
+        *("620", "640", "330", "600", "610", "220", "500"),
+        *("1.05", "1.94", "1.24", "0.97", "5.0"),
+    ]
     assert speeds[0][1:8] == ["620", "330", "600", "210", "610", "1.02", "1.88"]
     packed = next(line.split() for line in text.splitlines() if line.startswith("N128S8-510D64c0 "))
     assert packed[1:7] == ["286", "152", "157", "281", "1.02", "1.88"]
@@ -640,7 +767,10 @@ def test_the_table_of_a_load_has_speed_power_clock_and_energy() -> None:
     headers = " ".join(shown.splitlines()[1:3]).split()
     assert headers == ["vs", "case", "ours", "cudnn", "fa4", "best"]
     assert "replayed for 2 s. The ratio is of energies" in " ".join(shown.split())
-    assert "geometric mean of 35" in shown and text.count("under load") == 1
+    assert "geometric mean of 35" in shown and text.count("under load") == 2
+    of_gradients = text.rpartition("under load")[2]
+    (line,) = (x for x in of_gradients.splitlines() if x.startswith("D128S16384c0 "))
+    assert line.split()[1:4] == ["620", "690", "1.03"] and line.split()[-1] == "1.05"
 
 
 def test_the_table_fits_a_file() -> None:
@@ -653,11 +783,13 @@ def test_the_pictures_show_every_backend(saved: Path, tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     written = plots.draw(Report.load(saved), tmp_path / "plots")
-    names = ["grid_d64.png", "grid_d128.png", "grid_d256.png", "decode.png", "varlen.png"]
+    names = ["grid_d64.png", "grid_d128.png", "grid_d256.png"]
+    names += ["backward_d64.png", "backward_d128.png", "decode.png", "varlen.png"]
     assert [path.name for path in written] == names
     absent = {
         "grid_d256.png": ("torch-efficient", VARLEN),
         "varlen.png": ("torch-cudnn", "torch-efficient"),
+        **{f"backward_d{dim}.png": ("torch-efficient", VARLEN) for dim in (64, 128)},
     }
     for path in written:
         picture = imread(path)[..., :3]
@@ -696,6 +828,13 @@ def test_the_pictures_name_problem_and_dtype() -> None:
     assert "head dim 64, bfloat16" in figure.get_suptitle()
     titles = [axes.get_title("left") for axes in figure.axes]
     assert titles == ["32 heads, not causal", "32 heads, causal"]
+    rows = plots._by_head_dim(report.of_group("backward"))[128]
+    gradients = plots._grid_figure(report, rows)
+    assert gradients.get_suptitle().startswith("Backward, head dim 128, bfloat16")
+    lines = {x.get_label(): x for x in gradients.axes[0].lines}
+    ours, free = lines["FlashCore"], lines["FlashCore, in any order"]
+    assert ours.get_color() == free.get_color() and free.get_linestyle() == "--"
+    assert len(lines) == 8 and len(ours.get_xdata()) == 6  # one is the ceiling
     figure = plots._decode_figure(report, report.of_group("decode"))
     assert "bfloat16" in figure.get_suptitle()
     assert "Hq=32 Hkv=8 D=128" in figure.axes[0].get_title("left")
@@ -761,6 +900,7 @@ def test_what_a_run_measures_is_what_was_asked_for(
     monkeypatch.setattr(backends, "Ours", lambda torch, kernel: FakeBackend(OURS, 2.0))
     monkeypatch.setattr(backends, "torchs", lambda torch: [FakeBackend("torch-cudnn", 4.0)])
     monkeypatch.setattr(backends, "FlashAttention4", lambda torch: fa4)
+    monkeypatch.setattr(peers.backward, "compared", lambda torch, kernel: [])
     path = tmp_path / "peers.json"
     asked = ["varlen", "--cells", "N7*", "--json", str(path), "--rounds", "5"]
     done = run(peers.main, *asked, *([] if seconds is None else ["--joules", str(seconds)]))
@@ -886,3 +1026,41 @@ def test_what_is_compiled_ahead_is_of_the_kernel_that_is_measured(
     backends.compile_ahead([backends.call_of(cell, kernel) for cell in wanted])
     assert asked and {config.kernel for config, _ in asked} == {built}
     assert {arch for _, arch in asked} == {"sm_90a"}
+
+
+@pytest.mark.parametrize("kernel", ["auto", "bwd_sm80"])
+def test_gradients_are_compiled_ahead_with_what_they_start_from(
+    monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    """All that a cell's plans launch, each bound here to arrays of its own."""
+    asked: list[Any] = []
+    monkeypatch.setattr(backends.compiler, "device_arch", lambda: "sm_90a")
+    monkeypatch.setattr(backends.builds, "build_each", lambda jobs, on_done: asked.extend(jobs))
+    wanted = [cell for cell in cells.cells("backward") if cell.seqlen_q in (512, 2048, 503)]
+    assert len({(c.head_dim, c.heads_kv, bool(c.lengths)) for c in wanted}) == 5
+    backends.compile_ahead([backends.call_of(cell, kernel) for cell in wanted])
+    built = {config for config, _ in asked}
+    names = {"auto": {"wgmma_sm90", "bwd_sm90", "bwd_sm80"}, "bwd_sm80": {"wgmma_sm90", kernel}}
+    assert {config.kernel for config in built} == names[kernel]
+    for cell in wanted:
+        few = replace(cell, lengths=cell.lengths[:1]) if cell.lengths else replace(cell, batch=1)
+        shapes = few.q_shape, few.k_shape, few.v_shape
+        q, k, v = (np.zeros(shape, ml_dtypes.bfloat16) for shape in shapes)
+        o = np.zeros(few.o_shape, q.dtype)
+        lse = np.zeros((*few.q_shape[:-3], few.heads, few.q_shape[-3]), np.float32)
+        rules: dict[str, Any] = {"layout": "bshd", **few.rules}
+        if few.lengths:
+            starts = np.array([0, *few.lengths], np.int32)
+            rules |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+        given = {"do": o, "q": q, "k": k, "v": v, "o": o.copy(), "lse": lse}
+        for deterministic in (True, False):
+            chosen = {"kernel": kernel, "deterministic": deterministic}
+            bound = emulated_backward(given, "sm_90a", **rules, **chosen)
+            assert built >= set(bound.selection.configs), few.name
+
+
+def test_a_kernel_is_of_its_pass() -> None:
+    assert peers._of_pass("bwd_sm80", is_backward=True) == "bwd_sm80"
+    assert peers._of_pass("bwd_sm80", is_backward=False) == "auto"
+    assert peers._of_pass("mma_sm80", is_backward=True) == "auto"
+    assert peers._of_pass("mma_sm80", is_backward=False) == "mma_sm80"
