@@ -21,7 +21,7 @@ NEEDS = {
 }
 
 pytest.register_assert_rewrite(
-    "fuzz", "places", *(path.stem for path in ROOT.glob("tests/cases_*.py"))
+    "fuzz", "fuzz_backward", "places", *(path.stem for path in ROOT.glob("tests/cases_*.py"))
 )
 
 

@@ -6,11 +6,14 @@ is cut from a buffer that is NaN elsewhere.
 
     pytest tests -k fuzz            the same examples each time
     python tests/fuzz.py 2000       others, on a GPU if there is one, else emulated
+
+`fuzz_backward` does the same of the backward pass: ``--backward``.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import random
 import sys
 from dataclasses import replace
@@ -288,6 +291,21 @@ def run(examples: int, on: Place, *, derandomize: bool, report_every: int = 0) -
     each()
 
 
+def main() -> None:
+    """Arguments: how many problems; with --backward of that pass, and after it a seed."""
+    numbers = [int(word) for word in sys.argv[1:] if word != "--backward"]
+    here = place_of(Path(__file__))
+    if "--backward" not in sys.argv:
+        run(*(numbers or [2000]), here, derandomize=False, report_every=50)
+        return
+    from fuzz_backward import run as run_backward
+
+    count, seed = numbers + [1000, random.randrange(2**32)][len(numbers) :]
+    print(f"seed {seed}", flush=True)
+    workers = min(16, os.cpu_count() or 1) if here.kind == "gpu" else 1
+    if run_backward(range(count), here, seed, workers=workers, report_every=50):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    examples = int(sys.argv[1]) if sys.argv[1:] else 2000
-    run(examples, place_of(Path(__file__)), derandomize=False, report_every=50)
+    main()
