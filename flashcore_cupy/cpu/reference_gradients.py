@@ -199,7 +199,12 @@ class _Way:
 
 
 def _rounded_by(lse: Array) -> Array:
-    return np.maximum(2.0**-22, 2.0**-24 * np.where(np.isfinite(lse), np.abs(lse), 0))
+    """What roundings make of a probability exp(s - lse), relatively.
+
+    Four of 2^-24 each, of numbers as large as lse: the score's and the log-sum-exp's own, when both
+    are found and when they become powers of 2.
+    """
+    return 2.0**-22 * np.maximum(1.0, np.where(np.isfinite(lse), np.abs(lse), 0))
 
 
 _EXACT = _Way(np.float64)

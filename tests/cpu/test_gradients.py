@@ -80,7 +80,7 @@ def test_roundings_are_of_what_is_added() -> None:
         found = reference_gradients.roundings(do, q * factor, k, v)
         assert np.abs(exact["q"]).max() < 1e-15
         lse = np.abs(q * factor @ k.swapaxes(2, 3)) * 2**-0.5
-        unit = np.maximum(2.0**-22, 2.0**-24 * lse)
+        unit = 2.0**-22 * np.maximum(1, lse)
         terms = 2 * unit * (np.abs(do) @ np.abs(v).swapaxes(2, 3)) * np.abs(k) * 2**-0.5
         np.testing.assert_allclose(found["q"], terms, rtol=1e-12)
         values = (unit * np.abs(do)).sum((1, 2))[:, None, None]
