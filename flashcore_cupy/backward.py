@@ -17,7 +17,7 @@ from flashcore_cupy.problem.gradients import (
     BackwardCall,
     BackwardGate,
     BackwardRequest,
-    Gradients,
+    gathered,
 )
 from flashcore_cupy.problem.rules import NO_WINDOW
 from flashcore_cupy.problem.stream import entered
@@ -89,6 +89,7 @@ def attention_backward(
         dq = softmax_scale * ds @ k, dk = softmax_scale * ds.T @ q, dv = P.T @ do
         dbias = dt, dalibi_slopes = -sum(dt * abs(i + off - j))
         dsink = -sum(exp(sink - lse) * delta)
+        dmod_args[name] = sum(dt * (dt / dx)), x being an element that score_mod reads
 
     dbias is summed over the axes along which bias is broadcast. With dropout, Z being
     1 / (1 - dropout_p) where the forward pass has kept a probability and 0 elsewhere, dv is
@@ -107,7 +108,9 @@ def attention_backward(
     dlse : array, (B, Hq, Sq), optional
         The gradient of lse, float32.
     wrt : tuple of str
-        Which gradients are computed: some of "q", "k", "v", "bias", "sink", "alibi_slopes".
+        Which gradients are computed: some of "q", "k", "v", "bias", "sink", "alibi_slopes", and
+        "mod_args.table" for the array of that name. Of mod_args those have a gradient that
+        score_mod reads at indices made of b, h and integers.
     deterministic : bool
         True: the same call gives the same bits. False lets a kernel add in any order.
     accumulate : bool
@@ -128,9 +131,10 @@ def attention_backward(
         Return a stage instead, as the pass of the first of ``wrt`` computes it, 0 where a key is
         hidden: do @ v.T or ds, float32, (B, Hq, Sq, Skv). A debugging aid that stores everything.
     out : Gradients, mapping or tuple of arrays, optional
-        Arrays to be written: a mapping such as ``{"dq": x}``, the ``Gradients`` of another call, or
-        an array or None for each of ``wrt``. In their inputs' shapes; in the inputs' dtypes, or
-        float32. Last axis contiguous; no element in common with each other or an input.
+        Arrays to be written: a mapping as ``{"dq": x, "dmod_args": {"table": y}}``, the
+        ``Gradients`` of another call, or an array or None for each of ``wrt``. In their inputs'
+        shapes; in the inputs' dtypes, or float32. Last axis contiguous, those of mod_args
+        C-contiguous; no element in common with each other or an input.
     stream : optional
         As for ``attention``.
     **unknown
@@ -138,11 +142,12 @@ def attention_backward(
 
     Returns
     -------
-    Gradients : named tuple (dq, dk, dv, dbias, dsink, dalibi_slopes)
-        Arrays of q's kind, None where not asked for. Each has its input's shape, layout and dtype;
-        dsink and dalibi_slopes are float32. A query that sees no key gives zeros and gets zeros, so
-        does a key that no query sees, whatever they hold. What is NaN reaches no more than what
-        depends on it; in kernels, also other rows of its tile. With a gate: its array alone.
+    Gradients : named tuple (dq, dk, dv, dbias, dsink, dalibi_slopes, dmod_args)
+        Arrays of q's kind, None where not asked for; dmod_args is a dict of such. Each has its
+        input's shape, layout and dtype; dsink and dalibi_slopes are float32. A query that sees no
+        key gives zeros and gets zeros, so does a key that no query sees, whatever they hold. What
+        is NaN reaches no more than what depends on it; in kernels, also other rows of its tile.
+        With a gate: its array alone.
 
     Raises
     ------
@@ -302,7 +307,9 @@ def _returned(
     """The results as the caller's kinds of arrays, or what the gate has stopped at."""
     if stage is not None:
         return interop.returned(stage, kinds[call.problem.results[0].name])
-    return Gradients(**{
-        name: interop.returned(call.arrays[name], kind, request.out.get(name))
-        for name, kind in kinds.items()
-    })  # fmt: skip
+    return gathered(
+        {
+            name: interop.returned(call.arrays[name], kind, request.out.get(name))
+            for name, kind in kinds.items()
+        }
+    )

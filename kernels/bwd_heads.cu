@@ -4,11 +4,11 @@
 //
 //   dsink  = -sum of exp(sink - LSE) D      the sink's probability has no value: dP = 0
 //   dslope = -sum of dT |position - key|    per query from bwd_sm80.cu, launched before
+#include <backward/block_sum.cuh>
 #include <config.cuh>
 #include <flashcore/params_backward.cuh>
 #include <flashcore/ptx/convert.cuh>
 #include <flashcore/ptx/thread.cuh>
-#include <flashcore/ptx/warp.cuh>
 #include <flashcore/scheduler/work.cuh>
 
 namespace flashcore {
@@ -16,29 +16,13 @@ namespace flashcore {
 static_assert(sizeof(BackwardParams) == PARAMS_BYTES,
               "flashcore_cupy/select packs the same struct");
 
-struct SharedStorage {
-    float sums[NUM_WARPS];
-};
-static_assert(sizeof(SharedStorage) <= SMEM_BYTES, "flashcore_cupy/select computes this size");
-
-// Adds up a number of each thread; thread 0 gets the sum.
-__device__ __forceinline__ float block_sum(SharedStorage& smem, float x) {
-    x = group_sum<WARP_SIZE>(x);
-    block_sync();  // the sums of the call before have been read
-    if (thread_index() % WARP_SIZE == 0) smem.sums[thread_index() / WARP_SIZE] = x;
-    block_sync();  // all warps have written theirs
-    float sum = 0.0f;
-    for (int warp = 0; warp < NUM_WARPS; ++warp) sum += smem.sums[warp];
-    return sum;
-}
-
 __device__ __forceinline__ void store(float* to, float x) {
     if (thread_index() == 0) *to = ACCUMULATES ? *to + x : x;
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
     bwd_heads(const __grid_constant__ BackwardParams params) {
-    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(dynamic_shared<16>());
+    SharedSums& smem = *reinterpret_cast<SharedSums*>(dynamic_shared<16>());
     const BackwardParams& p = params;
     const int head = block_index();
     const float sink = p.dsink != nullptr ? p.sink[head] * LOG2_E : 0.0f;

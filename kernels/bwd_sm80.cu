@@ -91,6 +91,9 @@ __device__ __forceinline__ void differentiate_step(const Context& c, Gradients& 
                 };
                 const PairOfGradients pair = differentiate<MASKED>(
                     c, at, m, half, n, visible[m][half], kept[m][half], s, dp, of, added);
+#pragma unroll
+                for (int number = 0; number < MOD_ELEMENTS; ++number)
+                    rows.elements.x[number] += pair.elements.x[number];
                 rP.set_pair(m, i, half, pair.p[0], pair.p[1]);
                 rdS.set_pair(m, i, half, pair.ds[0], pair.ds[1]);
             }

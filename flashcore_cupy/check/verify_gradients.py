@@ -21,7 +21,7 @@ from flashcore_cupy.cpu import reference, reference_gradients
 from flashcore_cupy.cpu.reference import Comparison
 from flashcore_cupy.problem.attention_problem import EPSILON
 from flashcore_cupy.problem.blocks import Array
-from flashcore_cupy.problem.gradients import Gradients
+from flashcore_cupy.problem.gradients import Gradients, by_result
 
 # The naive pass is made as often as gives so many numbers of each gradient; no more than so often,
 # nor for more scores than so many in all.
@@ -61,7 +61,8 @@ class ExpectedGradients:
 
     def judge(self, got: Gradients) -> dict[str, Comparison]:
         """Judge all that were asked for, NumPy arrays."""
-        return {name: one.judge(getattr(got, name)) for name, one in self.each.items()}
+        found = by_result(got)
+        return {name: one.judge(found[name]) for name, one in self.each.items()}
 
     def faults(self, got: Gradients) -> str:
         """Say what is wrong; empty if nothing is."""

@@ -6,7 +6,7 @@ What a rule means is said in ``problem.rules``; the float64 oracle and the tiled
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
@@ -14,10 +14,11 @@ import numpy as np
 
 from flashcore_cupy.problem.attention_problem import Causal
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray, ScoreShape
+from flashcore_cupy.problem.mod_elements import MOD_ARGS, mod_args_among
 from flashcore_cupy.problem.mods import check_mods
 from flashcore_cupy.problem.philox import Dropout
 from flashcore_cupy.problem.rng import missing_rng
-from flashcore_cupy.problem.rule import Rows, Rule
+from flashcore_cupy.problem.rule import Rows, Rule, Slopes
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.problem.values import check_names
 
@@ -78,7 +79,8 @@ class NumpyRules:
 
     Takes ``attention``'s arguments of the same names, as NumPy arrays and callables: softmax_scale,
     causal, rng, mod_args, and every rule of ``problem.rules.RULES``; and the derivative of a
-    score_mod, if its user gives it. ``sequence``: of a packed batch, the number of the sequence
+    score_mod, if its user gives it. ``mod_gradients``: the names of those of mod_args that
+    ``linearize`` differentiates by. ``sequence``: of a packed batch, the number of the sequence
     that the operands, with B = 1, are: the b of alibi_slopes (B, Hq), score_mod, mask_mod and
     dropout; None for a batch that is not packed.
 
@@ -93,6 +95,7 @@ class NumpyRules:
         causal: Causal = False,
         mod_args: Mapping[str, Any] | None = None,
         score_mod_grad: Callable[..., Any] | None = None,
+        mod_gradients: tuple[str, ...] = (),
         sequence: int | None = None,
         rng: Any = None,
         **rules: Any,
@@ -105,7 +108,7 @@ class NumpyRules:
             )
         self.sizes, self.causal, self.sequence = sizes, causal, sequence
         self.softmax_scale, self.mod_args = softmax_scale, mod_args
-        self.score_mod_grad = score_mod_grad
+        self.score_mod_grad, self.mod_gradients = score_mod_grad, mod_gradients
         values = {
             rule.name: self._checked(rule, rules.get(rule.name, rule.default)) for rule in RULES
         }
@@ -171,13 +174,13 @@ class NumpyRules:
         for rule, value in self._given:
             rule.apply(value, scores, at, self)
 
-    def linearize(self, scores: Array, at: Block) -> list[Array | None]:
-        """``apply``; return each rule's derivative, None where it is 1."""
+    def linearize(self, scores: Array, at: Block) -> list[Slopes]:
+        """``apply``; return each rule's derivatives."""
         scores *= scores.dtype.type(self.scale)
         return [rule.linearize(value, scores, at, self) for rule, value in self._given]
 
     def pull_back(
-        self, d: Array, derivatives: Sequence[Array | None], into: Mapping[str, Array], at: Block
+        self, d: Array, derivatives: Sequence[Slopes], into: Mapping[str, Array], at: Block
     ) -> None:
         """Turn the gradient of a block's scores into that of scale * q.k, in place.
 
@@ -185,14 +188,19 @@ class NumpyRules:
         the block's part is added. Where the gradient is 0 it stays so, whatever the derivative.
         """
         steps = zip(self._given, derivatives, strict=True)
-        for (rule, _), derivative in reversed(list(steps)):
+        for (rule, _), slopes in reversed(list(steps)):
             if rule.name in into:
                 rule.add_gradient(into[rule.name], d, at, self)
-            if derivative is not None:
-                np.multiply(d, derivative, out=d, where=d != 0)
+            for (name, number), slope in slopes.elements.items():
+                if (target := into.get(f"{MOD_ARGS}{name}")) is not None:
+                    target.flat[number] += np.sum(d * slope, where=d != 0)
+            if slopes.score is not None:
+                np.multiply(d, slopes.score, out=d, where=d != 0)
 
-    def gradient_axes(self, names: Container[str]) -> tuple[bool, bool]:
+    def gradient_axes(self, names: Collection[str]) -> tuple[bool, bool]:
         """Whether all of these rules' arrays tell batches apart, and whether they tell heads."""
+        if mod_args_among(names):  # as their user has it
+            return False, False
         axes = [rule.axes(value) for rule, value in self._given if rule.name in names]
         return all(batches for batches, _ in axes), all(heads for _, heads in axes)
 

@@ -12,8 +12,8 @@ With dropout, Z being 1 / (1 - p) where a probability is kept and 0 elsewhere, o
 dT = P * (Z * do v^T - delta) and dv = (P Z)^T do.
 
 What a query does not see gets nothing from it, and gives it nothing, NaN or not. Where P is 0, dT
-is. The functions return a dict of those asked for, by their inputs' names: "q", "k", "v", and the
-rules' arrays; each has its input's shape.
+is. The functions return a dict of those asked for, by their inputs' names: "q", "k", "v", the
+rules' arrays, and "mod_args.table" for an array of mod_args; each has its input's shape.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 from flashcore_cupy.cpu.reference import Part, Task, weighted_sum
 from flashcore_cupy.cpu.tiled_attention import sequences
 from flashcore_cupy.problem.blocks import Array
+from flashcore_cupy.problem.mod_elements import MOD_ARGS, mod_args_among
 from flashcore_cupy.problem.rule import Rows
 
 Gradients = dict[str, Array]
@@ -140,7 +141,7 @@ def _ds(
     size = p * (size + (np.abs(products).sum(axis=1) + np.abs(dlse))[:, None])
     d = np.where(p != 0, p * (dp - delta[:, None]), 0)
     task.rules.pull_back(d, derivatives, {}, part.at)
-    slopes = [None if x is None else np.abs(x) for x in derivatives]
+    slopes = [x.each(np.abs) for x in derivatives]
     task.rules.pull_back(size, slopes, {}, part.at)
     return d, size
 
@@ -221,8 +222,11 @@ def _gradients(
     wrt: Iterable[str],
     rules: Mapping[str, Any],
 ) -> Gradients:
-    task = Task.of(q, k, v, None, rules)
+    wrt = tuple(wrt)
+    task = Task.of(q, k, v, None, {**rules, "mod_gradients": mod_args_among(wrt)})
+    mod_args = rules.get("mod_args") or {}
     given = {"q": q, "k": k, "v": v, **rules}
+    given |= {f"{MOD_ARGS}{name}": np.asarray(x) for name, x in mod_args.items()}
     # dq, dk and dv are found in any case.
     found = {name: np.zeros(given[name].shape, way.dtype) for name in (*_OPERANDS, *wrt)}
     dlse = np.zeros(task.shape()) if dlse is None else dlse
@@ -254,7 +258,7 @@ def _add_part(way: _Way, task: Task, part: Part, inputs: list[Array], found: Gra
     d = task.dropped(do @ v.T, part) + way.minus * delta[:, None]
     d = np.where(p != 0, p * d, 0)
     task.rules.add_row_gradients(found, Rows(part.at.head, lse, delta * weight))
-    slopes = [None if x is None else way.term(x) for x in derivatives]
+    slopes = [x.each(way.term) for x in derivatives]
     task.rules.pull_back(d, slopes, found, part.at)
     d = way.rounded(d)
     found["q"][part.out] += weighted_sum(d, seen, k)

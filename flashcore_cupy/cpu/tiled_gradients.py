@@ -22,6 +22,7 @@ from flashcore_cupy.cpu import parallel, tiled_attention
 from flashcore_cupy.cpu.numpy_rules import NumpyRules, sizes_of
 from flashcore_cupy.cpu.tiled_attention import Float32Array, Keys, product_of_visible
 from flashcore_cupy.problem.blocks import Array, Block
+from flashcore_cupy.problem.mod_elements import mod_args_among
 from flashcore_cupy.problem.rule import Rows
 
 _Head: TypeAlias = tuple[int, int]
@@ -47,6 +48,7 @@ def tiled_gradients(
     "k" and "v" are written, or with `accumulate` added to; rules' gradients are always added to.
     The same call gives the same bits, however many cores.
     """
+    rules["mod_gradients"] = mod_args_among(into)
     checked = NumpyRules(sizes_of(q, k, v), **rules)
     given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
     given["dlse"] = np.broadcast_to(np.float32(0), lse.shape) if dlse is None else dlse

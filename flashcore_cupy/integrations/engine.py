@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from flashcore_cupy.problem import interop
-from flashcore_cupy.problem.gradients import INPUTS, Gradients
+from flashcore_cupy.problem.gradients import INPUTS, Gradients, by_result
+from flashcore_cupy.problem.mod_elements import MOD_ARGS, check_differentiated
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.select.backward import BACKWARD_KERNELS
 
@@ -30,7 +31,6 @@ OTHERS = (
     *(rule.name for rule in RULES if rule.takes in ("array", "numbers per head")),
     *("cu_seqlens_q", "cu_seqlens_k", "rng"),
 )
-_MOD_ARG = "mod_args."
 #: What neither a gradient nor a trace can have.
 _REFUSED = {
     "out": "it is written in place, which has no gradient; leave it out, use the result",
@@ -64,19 +64,24 @@ def split(arguments: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
     mod_args = given.pop("mod_args", {})
     if not isinstance(mod_args, Mapping):
         raise TypeError(f"mod_args: got {type(mod_args).__name__}; use a dict of names and arrays")
-    arrays |= {f"{_MOD_ARG}{name}": x for name, x in mod_args.items()}
+    arrays |= {f"{MOD_ARGS}{name}": x for name, x in mod_args.items()}
     return arrays, given
 
 
-def label(name: str) -> str:
-    """How a message calls an array."""
-    mod_arg = name.removeprefix(_MOD_ARG)
-    return name if mod_arg == name else f"mod_args[{mod_arg!r}]"
-
-
 def has_gradient(name: str) -> bool:
-    """Whether an array has one."""
-    return name in INPUTS
+    """Whether an array has one; of mod_args, ``check_mod_arg`` tells."""
+    return name in INPUTS or name.startswith(MOD_ARGS)
+
+
+def check_mod_arg(name: str, dtype: str, score_mod: Any) -> None:
+    """Raise for an array of mod_args that has no gradient; all else passes."""
+    if name.startswith(MOD_ARGS):
+        check_differentiated(name, dtype, score_mod)
+
+
+def score_mod_of(options: Options) -> Any:
+    """That of a call, or None."""
+    return _decoded(options).get("score_mod")
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +147,8 @@ def backward(
 
     def call(arrays: Arrays, out: Any = None) -> tuple[Any, ...]:
         found = _functions["attention_backward"](**keywords(arrays), **given, wrt=wrt, out=out)
-        return tuple(getattr(found, f"d{name}") for name in wrt)
+        gradients = by_result(found)
+        return tuple(gradients[f"d{name}"] for name in wrt)
 
     if not (axes := _mapped_axes(arrays)):
         return call(arrays, out)
@@ -196,8 +202,8 @@ def _folded(flat: Arrays, options: Mapping[str, Any]) -> Arrays | None:
 
 def keywords(arrays: Arrays) -> Arrays:
     """Arrays as arguments: with mod_args."""
-    mod_args = {n.removeprefix(_MOD_ARG): x for n, x in arrays.items() if n.startswith(_MOD_ARG)}
-    others = {name: x for name, x in arrays.items() if not name.startswith(_MOD_ARG)}
+    mod_args = {n.removeprefix(MOD_ARGS): x for n, x in arrays.items() if n.startswith(MOD_ARGS)}
+    others = {name: x for name, x in arrays.items() if not name.startswith(MOD_ARGS)}
     return others | {"mod_args": mod_args} if mod_args else others
 
 

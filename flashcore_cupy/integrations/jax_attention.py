@@ -13,6 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from flashcore_cupy.integrations import engine, jax_ffi
 from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.attention_problem import check_dtype
+from flashcore_cupy.problem.mod_elements import label
 from flashcore_cupy.problem.request import Request
 
 _FORWARD, _BACKWARD = "flashcore_attention", "flashcore_attention_backward"
@@ -42,11 +43,15 @@ def _with_residuals(names: str, options: str, arrays: tuple[Any, ...]) -> Any:
     """The results, and what the gradients take: who wants one is told by keys, for JAX's sake."""
     wanted = {name: None for name, x in zip(names.split(), arrays, strict=True) if x.perturbed}
     values = tuple(x.value for x in arrays)
-    for name in wanted:
+    score_mod = engine.score_mod_of(options)
+    for name, x in zip(names.split(), values, strict=True):
+        if name not in wanted:
+            continue
+        engine.check_mod_arg(name, x.dtype.name, score_mod)
         if not engine.has_gradient(name):
             raise TypeError(
-                f"{engine.label(name)}: differentiated, but attention() has no gradient for it; "
-                f"pass jax.lax.stop_gradient({engine.label(name)})"
+                f"{label(name)}: differentiated, but attention() has no gradient for it; "
+                f"pass jax.lax.stop_gradient({label(name)})"
             )
     o, lse = _attention(names, options, values)
     return (o, lse), (values, o, lse, wanted)

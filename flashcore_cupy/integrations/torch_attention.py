@@ -19,6 +19,7 @@ import torch
 from flashcore_cupy.integrations import engine
 from flashcore_cupy.integrations.engine import Options
 from flashcore_cupy.problem import interop
+from flashcore_cupy.problem.mod_elements import label
 from flashcore_cupy.problem.request import ARGUMENTS
 from flashcore_cupy.problem.stream import entered
 from flashcore_cupy.problem.tracing import leave_dynamo, untraced
@@ -55,7 +56,7 @@ def attend(q: Any, k: Any, v: Any, arguments: Mapping[str, Any]) -> Any:
     return_lse = options.pop("return_lse", False)
     named = {"q": q, "k": k, "v": v} | arrays
     named = {name: _tensor(name, x, q.device) for name, x in named.items()}
-    _check(named)
+    _check(named, options)
     for name in "qkv":
         named[name] = _autocast(named[name])
     names, tensors = " ".join(named), list(named.values())
@@ -300,7 +301,7 @@ def _differentiates(tensors: list[Any]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _check(named: dict[str, Any]) -> None:
+def _check(named: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ``ValueError`` for axes too many, and ``TypeError`` for a gradient that there is not.
 
     The operators would take the former for axes that are mapped over. All else they check.
@@ -313,11 +314,19 @@ def _check(named: dict[str, Any]) -> None:
                 f"attention takes {axes}"
             )
     for name, x in named.items():
-        if not engine.has_gradient(name) and _differentiates([x]):
+        if not _differentiates([x]):
+            continue
+        _check_mod_arg(name, options.get("score_mod"))
+        if not engine.has_gradient(name):
             raise TypeError(
-                f"{engine.label(name)}: requires a gradient, which attention() does not have; "
-                f"pass {engine.label(name)}.detach()"
+                f"{label(name)}: requires a gradient, which attention() does not have; "
+                f"pass {label(name)}.detach()"
             )
+
+
+@torch.compiler.assume_constant_result
+def _check_mod_arg(name: str, score_mod: Any) -> None:
+    engine.check_mod_arg(name, "float32", score_mod)  # what requires a gradient is a float
 
 
 def _is_recorded(tensors: Any) -> bool:

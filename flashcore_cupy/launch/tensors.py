@@ -8,7 +8,7 @@ capture and no transform. The long way knows the others, and says what is wrong.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +18,11 @@ from flashcore_cupy.problem.attention_problem import MAX_ALIGN
 _asked: Any = None
 
 
-def connect(given: Iterable[Any]) -> bool:
+def connect(given: Collection[Any]) -> bool:
     """Whether arrays are tensors, and torch lets itself be asked about them; from here on it is."""
     global _asked
     torch = sys.modules.get("torch")
-    if torch is None or not all(isinstance(x, torch.Tensor) for x in given):
+    if not given or torch is None or not all(isinstance(x, torch.Tensor) for x in given):
         return False
     if _asked is None:
         import cupy

@@ -110,9 +110,15 @@ def check_place(name: str, x: Any, shape: tuple[int, ...], q: Any) -> None:
         raise ValueError(f"{name}: on GPU {x.device.id}, but q is on GPU {q.device.id}")
 
 
-def check_written(name: str, x: Any, inputs: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless a kernel can write ``x``, and no input changes with it."""
-    if reason := why_copied(x):
+def check_written(name: str, x: Any, inputs: Mapping[str, Any], *, dense: bool = False) -> None:
+    """Raise ``ValueError`` unless a kernel can write ``x``, and no input changes with it.
+
+    ``dense``: as a C-contiguous array.
+    """
+    reason = why_copied(x)
+    if dense and not reason and not x.flags.c_contiguous:
+        reason = f"it is not C-contiguous (strides {x.strides} bytes)"
+    if reason:
         raise ValueError(f"{name}: {reason}; use a contiguous array")
     if isinstance(x, np.ndarray) and not x.flags.writeable:
         raise ValueError(f"{name}: is read-only; use an array of your own")

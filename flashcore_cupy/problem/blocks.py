@@ -71,6 +71,10 @@ class Around(Protocol):
     def score_mod_grad(self) -> Callable[..., Any] | None:
         """The derivative of score_mod, if its user gives it."""
 
+    @property
+    def mod_gradients(self) -> tuple[str, ...]:
+        """The names of those of mod_args that scores are differentiated by."""
+
     def number(self, batch: int) -> int:
         """Return the b of a batch, or of a sequence of a packed batch."""
 

@@ -25,13 +25,19 @@ from flashcore_cupy.problem.attention_problem import (
     dtype_beside,
     operand,
 )
+from flashcore_cupy.problem.mod_elements import (
+    MOD_ARGS,
+    check_differentiated,
+    label,
+    mod_args_among,
+)
 from flashcore_cupy.problem.mods import check_score_mod_grad
 from flashcore_cupy.problem.request import ARGUMENTS, Call, Request
 from flashcore_cupy.problem.rule_arrays import rule_array
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.problem.values import check_flag, shown
 
-#: What has a gradient: q, k, v and rules' arrays.
+#: What has a gradient: q, k, v and rules' arrays; and beside these "mod_args.table", by its name.
 INPUTS = ("q", "k", "v", *(rule.name for rule in RULES if rule.has_gradient))
 #: All that attention_backward() takes by name.
 BACKWARD_ARGUMENTS = (
@@ -55,13 +61,35 @@ class Gradients(NamedTuple):
     dbias: Any = None
     dsink: Any = None
     dalibi_slopes: Any = None
+    dmod_args: Any = None
+    """A dict, by the names of mod_args."""
+
+
+_OF_MOD_ARGS = f"d{MOD_ARGS}"
+
+
+def gathered(found: Mapping[str, Any]) -> Gradients:
+    """Gradients by their results' names, with "dmod_args.table" for an array of mod_args."""
+    own = {name: x for name, x in found.items() if not name.startswith(_OF_MOD_ARGS)}
+    mods = {n.removeprefix(_OF_MOD_ARGS): x for n, x in found.items() if n not in own}
+    return Gradients(**own, dmod_args=mods or None)
+
+
+def by_result(gradients: Gradients | Mapping[str, Any]) -> dict[str, Any]:
+    """The other way round; without what is None."""
+    own = gradients._asdict() if isinstance(gradients, Gradients) else dict(gradients)
+    mods = own.pop("dmod_args", None)
+    if mods is not None and not isinstance(mods, Mapping):
+        raise TypeError(f"out.dmod_args: got {shown(mods)}; use a dict of names and arrays")
+    own |= {f"{_OF_MOD_ARGS}{name}": x for name, x in (mods or {}).items()}
+    return {name: x for name, x in own.items() if x is not None}
 
 
 class Result(NamedTuple):
     """An array that is written."""
 
     name: str
-    """As ``Gradients`` has it: "dq"."""
+    """As ``Gradients`` has it: "dq"; or "dmod_args.table"."""
     dtype: str
     operand: Operand | None
     """Of dq, dk and dv: the (B, H, S, D) view."""
@@ -92,6 +120,17 @@ class BackwardProblem:
     """Of a kernel: the user's expression."""
     gate: BackwardGate | None = None
     """The stage that is wanted, as the pass of the first result computes it."""
+
+    @property
+    def mod_args(self) -> tuple[str, ...]:
+        """The names of those of mod_args whose gradients are asked for."""
+        return mod_args_among(result.of for result in self.results)
+
+    @property
+    def elements(self) -> tuple[tuple[str, str], ...]:
+        """What a kernel's score_mod reads of them, as ``Mods.elements`` has it, array by array."""
+        mods = self.attention.rules.mods
+        return () if mods is None else mods.elements(self.mod_args)
 
     @property
     def flops(self) -> float:
@@ -198,7 +237,11 @@ class BackwardRequest:
         check_score_mod_grad(self.score_mod_grad, score_mod, forward.mod_args, in_kernel=in_kernel)
         problem = forward.problem
         arrays = {**forward.arrays, **_beside(problem, operands, q, cpu=not on_gpu)}
-        inputs = arrays | {f"mod_args[{name!r}]": x for name, x in forward.mod_args.items()}
+        arrays |= {f"{MOD_ARGS}{name}": x for name, x in forward.mod_args.items()}
+        for name in self.wrt:
+            if name.startswith(MOD_ARGS):
+                check_differentiated(name, arrays[name].dtype.name, score_mod)
+        inputs = {label(name): x for name, x in arrays.items()}
         results = {f"d{name}": self._result(name, arrays[name], out, inputs) for name in self.wrt}
         _check_apart({name: out[name] for name in results if name in out})
         made = {
@@ -226,14 +269,14 @@ class BackwardRequest:
         x = out.get(f"d{name}")
         if x is None:
             return None
-        label = f"out.d{name}"
-        check_place(label, x, like.shape, inputs["q"])
+        target = f"out.d{name}"
+        check_place(target, x, like.shape, inputs["q"])
         if x.dtype != np.float32 and (self.accumulate or x.dtype != like.dtype):
             got = x.dtype.name if x.dtype.isnative else x.dtype.str
-            or_else = f"or {name}'s, {like.dtype.name}"
+            or_else = f"or {label(name)}'s, {like.dtype.name}"
             why = "which accumulate=True adds in" if self.accumulate else or_else
-            raise TypeError(f"{label}: got dtype {got}; use float32, {why}")
-        check_written(label, x, inputs)
+            raise TypeError(f"{target}: got dtype {got}; use float32, {why}")
+        check_written(target, x, inputs, dense=name.startswith(MOD_ARGS))
         return x
 
 
@@ -261,13 +304,17 @@ def contiguous_gradients(
 
 def _asked(wrt: Any, attention: Request) -> tuple[str, ...]:
     """The names in ``wrt``: of some inputs that a call has."""
-    choices = ", ".join(repr(name) for name in INPUTS)
+    choices = ", ".join([*map(repr, INPUTS), "'mod_args.' and a name"])
+    mod_args = attention.rules.get("mod_args")
+    mod_args = mod_args if isinstance(mod_args, Mapping) else {}
     if not isinstance(wrt, tuple | list) or not wrt:
         raise TypeError(f"wrt: got {shown(wrt)}; use a tuple of some of {choices}")
     for name in wrt:
-        if not isinstance(name, str) or name not in INPUTS:
+        is_mod_arg = isinstance(name, str) and name.startswith(MOD_ARGS)
+        if not isinstance(name, str) or (name not in INPUTS and not is_mod_arg):
             raise ValueError(f"wrt: got {shown(name)}; choose some of {choices}")
-        if name not in "qkv" and attention.rules.get(name) is None:
+        rules = mod_args if is_mod_arg else attention.rules
+        if name not in "qkv" and rules.get(name.removeprefix(MOD_ARGS)) is None:
             raise ValueError(f"wrt: asks for the gradient of {name}, which is not given")
     if len(set(wrt)) < len(wrt):
         raise ValueError(f"wrt: got {shown(wrt)}; name each input once")
@@ -291,18 +338,16 @@ def _given(out: Any, wrt: tuple[str, ...]) -> dict[str, Any]:
     names = [f"d{name}" for name in wrt]
     if out is None:
         return {}
-    if isinstance(out, Gradients):
-        out = out._asdict()
-    elif isinstance(out, tuple | list):
+    if isinstance(out, tuple | list) and not isinstance(out, Gradients):
         if len(out) != len(names):
             raise ValueError(f"out: got {len(out)} arrays; use one for each of wrt, {len(names)}")
         out = dict(zip(names, out, strict=True))
-    elif not isinstance(out, Mapping):
+    elif not isinstance(out, Gradients | Mapping):
         raise TypeError(
             f"out: got {shown(out)}; use a mapping such as {{{names[0]!r}: ...}}, the Gradients of "
             f"a call, or a tuple with an array for each of wrt"
         )
-    given = {name: x for name, x in out.items() if x is not None}
+    given = by_result(out)
     for name in given:
         if name not in names:
             raise ValueError(f"out: has {shown(name)}; wrt asks for {', '.join(names)}")

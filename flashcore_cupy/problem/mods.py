@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray
 from flashcore_cupy.problem.dual import Dual, NotDifferentiable
+from flashcore_cupy.problem.mod_elements import Watched, indices
+from flashcore_cupy.problem.rule import Slopes
 from flashcore_cupy.problem.values import shown
 
 ScoreMod: TypeAlias = Callable[..., Any]
@@ -51,32 +53,72 @@ class Mods:
     mask_mod: str | None
     args: tuple[tuple[str, str], ...] = ()
 
-    def header(self, grad: str | None = None, *, differentiated: bool = False) -> str:
+    def elements(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        """What score_mod reads of these arrays: the array's name and an index, each pair once."""
+        score_mod = self.score_mod or ""
+        return tuple((name, index) for name in names for index in indices(score_mod, name))
+
+    def header(
+        self,
+        grad: str | None = None,
+        *,
+        differentiated: bool = False,
+        by: tuple[tuple[str, str], ...] = (),
+    ) -> str:
         """The text that stands in for ``kernels/flashcore/rules/mods.cuh``.
 
         ``differentiated``: score_mod of a ``Dual``, too, which carries its derivative; ``grad``:
-        the user's expression for that.
+        the user's expression for that. ``by``: some of ``elements``, by each of which there is a
+        score_mod that carries its derivative.
         """
-        arrays = "".join(
-            f"    [[maybe_unused]] const ModArray<{MOD_TYPES[dtype]}> {name} = "
-            f"{{static_cast<const {MOD_TYPES[dtype]}*>(args[{index}])}};\n"
-            for index, (name, dtype) in enumerate(self.args)
+        arrays = self._arrays()
+        first = "const ModArgs& args, "
+        score = _function(
+            "float score_mod", f"{first}float score, ", arrays, self.score_mod, "score"
         )
-        score = _function("float score_mod", "float score, ", arrays, self.score_mod, "score")
-        mask = _function("bool mask_mod", "", arrays, self.mask_mod, "true")
+        mask = _function("bool mask_mod", first, arrays, self.mask_mod, "true")
         include = "#include <flashcore/rules/mod_array.cuh>\n"
         if differentiated:
             include = f"#include <flashcore/rules/dual.cuh>\n{include}"
             score += self._of_dual(arrays, grad)
+        count = f"constexpr int MOD_ELEMENTS = {len(by)};\n"
+        score += "".join(self._by_element(n, *element) for n, element in enumerate(by))
         return (
-            f"#pragma once\n{include}namespace flashcore {{\n{score}{mask}}}"
+            f"#pragma once\n{include}namespace flashcore {{\n{count}{score}{mask}}}"
             "  // namespace flashcore\n"
         )
 
+    def _arrays(self, name: str = "", seed: str = "") -> str:
+        """The arrays, as variables; of one of them an element may be what is differentiated by."""
+        lines = []
+        for number, (own, dtype) in enumerate(self.args):
+            plain, x = f"ModArray<{MOD_TYPES[dtype]}>", MOD_TYPES[dtype]
+            made = f"{{static_cast<const {x}*>(args[{number}])}}"
+            if own == name:
+                plain, made = f"SeededArray<{x}>", f"{{{made}, {seed}}}"
+            lines.append(f"    [[maybe_unused]] const {plain} {own} = {made};\n")
+        return "".join(lines)
+
+    def _by_element(self, number: int, name: str, index: str) -> str:
+        """Which element it is, and score_mod with its derivative by that."""
+        tag = f"Element<{number}>"
+        arrays = "    [[maybe_unused]] const Dual score = value;\n" + self._arrays(
+            name, f"mod_element({tag}{{}}, b, h)"
+        )
+        first = f"{tag}, const ModArgs& args, float value, "
+        return (
+            f"__device__ __forceinline__ int64 mod_element({tag}, int b, int h) {{\n    return (\n"
+            f'#line 1 "score_mod"\n{index}\n#line 1 "mods.cuh"\n    );\n}}\n'
+            + _function("Dual score_mod_by", first, arrays, self.score_mod, "score")
+        )
+
     def _of_dual(self, arrays: str, grad: str | None) -> str:
+        first = "const ModArgs& args, "
         if grad is None:
-            return _function("Dual score_mod", "Dual score, ", arrays, self.score_mod, "score")
-        return _function("float score_mod_grad", "float score, ", arrays, grad, "1.0f") + (
+            return _function(
+                "Dual score_mod", f"{first}Dual score, ", arrays, self.score_mod, "score"
+            )
+        return _function("float score_mod_grad", f"{first}float score, ", arrays, grad, "1.0f") + (
             "__device__ __forceinline__ Dual score_mod(const ModArgs& args, Dual score, int b, "
             "int h, int q_idx, int kv_idx) {\n"
             "    const float slope = score_mod_grad(args, score.value, b, h, q_idx, kv_idx);\n"
@@ -86,9 +128,9 @@ class Mods:
 
 def _function(name: str, first: str, arrays: str, expression: str | None, default: str) -> str:
     # #line, so that the compiler's messages count the lines of the user's own text.
-    place = name.split()[1]
+    place = name.split()[1].removesuffix("_by")
     return (
-        f"__device__ __forceinline__ {name}(const ModArgs& args, {first}int b, int h, int q_idx, "
+        f"__device__ __forceinline__ {name}({first}int b, int h, int q_idx, "
         f"int kv_idx) {{\n{arrays}    return (\n"
         f'#line 1 "{place}"\n{default if expression is None else expression}\n'
         '#line 1 "mods.cuh"\n    );\n}\n'
@@ -237,15 +279,20 @@ def apply_score_mod(mod: ScoreMod, scores: Array, at: Block, around: Around) -> 
     scores[...] = _fitted("score_mod", result, scores.shape)
 
 
-def linearize_score_mod(mod: ScoreMod, scores: Array, at: Block, around: Around) -> Array:
-    """``apply_score_mod``; return the derivative of each score by what it was, (M, N)."""
+def linearize_score_mod(mod: ScoreMod, scores: Array, at: Block, around: Around) -> Slopes:
+    """``apply_score_mod``; return the derivatives of the scores, (M, N).
+
+    By what they were, and by each element that the function reads of ``around.mod_gradients``: for
+    that it is called once more for each.
+    """
+    elements = _by_elements(mod, scores, at, around) if around.mod_gradients else {}
     given = around.number(at.batch), at.head, at.q_idx, at.kv_idx
     mod_args = around.mod_args or {}
     if around.score_mod_grad is not None:
         result = around.score_mod_grad(scores.copy(), *given, **mod_args)
         slope = _returned("score_mod_grad", result, "the derivatives, real numbers", _is_real)
         apply_score_mod(mod, scores, at, around)
-        return _fitted("score_mod_grad", slope, scores.shape).astype(scores.dtype)
+        return Slopes(_fitted("score_mod_grad", slope, scores.shape).astype(scores.dtype), elements)
     try:
         result = mod(Dual(scores, 1.0), *given, **mod_args)
     except NotDifferentiable as reason:
@@ -253,10 +300,37 @@ def linearize_score_mod(mod: ScoreMod, scores: Array, at: Block, around: Around)
             f"score_mod: its derivative is not known, because of {reason}; pass it as "
             f"score_mod_grad, which takes the same arguments"
         ) from None
+    new, slope = _value_and_slope(result, scores)
+    scores[...] = new
+    return Slopes(slope, elements)
+
+
+def _by_elements(
+    mod: ScoreMod, scores: Array, at: Block, around: Around
+) -> dict[tuple[str, int], Array]:
+    """The derivatives of the scores that a function makes, by elements of mod_args."""
+    given = around.number(at.batch), at.head, at.q_idx, at.kv_idx
+    watched = Watched(around.mod_args or {}, around.mod_gradients)
+
+    def slope(seed: tuple[str, int] | None = None) -> Array:
+        result = mod(Dual(scores.copy(), 0.0), *given, **watched.arrays(seed))
+        return _value_and_slope(result, scores)[1]
+
+    try:
+        slope()  # notes which elements are read
+        return {element: slope(element) for element in watched.read}
+    except NotDifferentiable as reason:
+        raise TypeError(
+            f"score_mod: its derivative by mod_args is not known, because of {reason}; write it by "
+            f"NumPy's elementwise functions, and read elements"
+        ) from None
+
+
+def _value_and_slope(result: Any, scores: Array) -> tuple[Array, Array]:
+    """What a score_mod has returned for a dual."""
     new = result if isinstance(result, Dual) else Dual(_numbers(result), 0.0)
     slope = _fitted("score_mod", new.derivative, scores.shape).astype(scores.dtype)
-    scores[...] = _fitted("score_mod", _numbers(new.value), scores.shape)
-    return slope
+    return _fitted("score_mod", _numbers(new.value), scores.shape), slope
 
 
 def flags_of_mask_mod(mod: MaskMod, at: Block, around: Around) -> BoolArray:

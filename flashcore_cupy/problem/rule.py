@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -48,6 +48,20 @@ class Rows(NamedTuple):
     """(M,), natural log."""
     delta: Array
     """(M,): the sum over columns of do * o, less dlse."""
+
+
+class Slopes(NamedTuple):
+    """The derivatives of a block of scores (M, N) after a rule, each (M, N)."""
+
+    score: Array | None = None
+    """By what they were before; None where it is 1."""
+    elements: Mapping[tuple[str, int], Array] = {}
+    """By elements of mod_args: by the array's name, and the element's number in C order."""
+
+    def each(self, f: Callable[[Array], Array]) -> Slopes:
+        """Return f of each of them."""
+        score = None if self.score is None else f(self.score)
+        return Slopes(score, {element: f(x) for element, x in self.elements.items()})
 
 
 class Rule:
@@ -102,10 +116,10 @@ class Rule:
     def apply(self, value: Any, scores: Array, at: Block, around: Around) -> None:
         """Change a block of scores (M, N) in place, in their dtype."""
 
-    def linearize(self, value: Any, scores: Array, at: Block, around: Around) -> Array | None:
-        """Change a block as ``apply`` does; return d new / d old, (M, N), None where it is 1."""
+    def linearize(self, value: Any, scores: Array, at: Block, around: Around) -> Slopes:
+        """Change a block as ``apply`` does; return the derivatives of what it becomes."""
         self.apply(value, scores, at, around)
-        return None
+        return Slopes()
 
     def axes(self, value: Any) -> tuple[bool, bool]:
         """Whether its array has an axis of batches, and one of heads."""

@@ -13,8 +13,7 @@ and then query i sees key j where causal, window, mask and mask_mod all let it. 
 gives goes through dropout. To add a rule: its record here with a field of ``Rules``, its lines in
 ``score.cuh``, its inputs in the selftest; all of it stands in CONTRIBUTING.md.
 
-Nothing here needs a GPU or CuPy: an array is looked at through ``shape``, ``dtype``, ``strides``,
-and an ``address``.
+Nothing here needs a GPU or CuPy: of arrays it takes shape, dtype, strides, and an address.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from flashcore_cupy.problem.rule import (
     PerHeadRule,
     Rows,
     Rule,
+    Slopes,
 )
 from flashcore_cupy.problem.values import check_number, shown
 
@@ -164,14 +164,14 @@ class Softcap(Rule):
             ratio *= cap
         np.copyto(scores, ratio, where=~same)
 
-    def linearize(self, value: Any, scores: Array, at: Block, around: Around) -> Array | None:
+    def linearize(self, value: Any, scores: Array, at: Block, around: Around) -> Slopes:
         """1 - tanh^2, by exponentials: it stays exact where it is small."""
         if not value:
-            return None
+            return Slopes()
         with np.errstate(all="ignore"):
             tail = np.exp(-2 * np.abs(scores / scores.dtype.type(value)))
         self.apply(value, scores, at, around)
-        return np.asarray(4 * tail / np.square(1 + tail))
+        return Slopes(np.asarray(4 * tail / np.square(1 + tail)))
 
     def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """The tanh is of approximate instructions."""
@@ -274,7 +274,7 @@ class ScoreMod(Rule):
         """Have the function change the block."""
         apply_score_mod(value, scores, at, around)
 
-    def linearize(self, value: Any, scores: Array, at: Block, around: Around) -> Array:
+    def linearize(self, value: Any, scores: Array, at: Block, around: Around) -> Slopes:
         """By dual numbers, or as its user says."""
         return linearize_score_mod(value, scores, at, around)
 

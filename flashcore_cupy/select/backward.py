@@ -24,6 +24,7 @@ from flashcore_cupy.select.parameters import fixed_params
 from flashcore_cupy.select.plan import Launch, Params
 from flashcore_cupy.select.sm80_backward import (
     BackwardHeads,
+    BackwardModArgs,
     BackwardRows,
     BackwardScale,
     Sm80Backward,
@@ -127,6 +128,7 @@ class BackwardSelection:
     scale: BackwardScale | None
     bias: Sm80BackwardBias | None
     heads: BackwardHeads | None
+    mod_args: tuple[BackwardModArgs, ...] = ()
     passed_over: tuple[tuple[str, str], ...] = ()
     """Faster kernels, and why they cannot do it."""
 
@@ -134,8 +136,8 @@ class BackwardSelection:
         """Shapes of float32 arrays that kernels leave for those behind them: of each query."""
         rows = problem.lse_shape
         found = {"delta": rows, "shift": rows}
-        if self.heads is not None:
-            found["distances"] = rows
+        if self.queries is not None and self.queries.sums:
+            found["distances"] = (self.queries.sums, *rows)
         if self.keys is not None and self.scale is not None:
             tiles = self.scale.tiles(problem)
             found["dq_sum"] = (tiles * self.scale.tile.block_n * self.scale.head_dim,)
@@ -154,7 +156,7 @@ class BackwardSelection:
     def configs(self) -> tuple[KernelConfig, ...]:
         """Each that is launched, in launch order."""
         every = (self.rows, self.keys, self.queries, self.scale, self.bias, self.heads)
-        return tuple(config for config in every if config is not None)
+        return (*(config for config in every if config is not None), *self.mod_args)
 
     @staticmethod
     def views(config: KernelConfig, problem: BackwardProblem) -> tuple[View, ...]:
@@ -254,17 +256,18 @@ def _configure_row(
         ordered = adds_dq and problem.deterministic
         keys = of(family, tile, row.dims, owns_keys=True, adds_dq=adds_dq, ordered=ordered)
     if adds_dq:
-        of_units = Tile(64, tile.block_n, warps_m=4)
+        units = BackwardScale.of(name, row.dims, Tile(64, tile.block_n, warps_m=4), attention)
         scale = replace(
-            cast(BackwardScale, BackwardScale.of(name, row.dims, of_units, attention)),
+            cast(BackwardScale, units),
             columns=columns,
             align_bytes=align_bytes,
             is_fp32=asked["dq"].dtype == "float32",
             accumulates=problem.accumulate,
         )
-    if ("dq" in asked and not adds_dq) or slopes:
-        tile = row.queries.override(changes)
-        queries = of(family, tile, row.dims, sums_distances=slopes)
+    tile = row.queries.override(changes)
+    mods = BackwardModArgs.of_each(name, row.dims, tile, problem)
+    if ("dq" in asked and not adds_dq) or slopes or mods:
+        queries = of(family, tile, row.dims, sums_distances=slopes, elements=problem.elements)
     if "dbias" in asked:
         plain = rows_of("bwd_sm80", attention)[-1]
         shape = _of_four(asked["dbias"].shape, 1)
@@ -277,7 +280,7 @@ def _configure_row(
         cast(BackwardRows, BackwardRows.of(name, row.dims, _ROWS_TILE, attention)),
         align_bytes=min(problem.do.align_bytes, problem.o.align_bytes),
     )
-    return BackwardSelection(name, rows, keys, queries, scale, bias, heads)
+    return BackwardSelection(name, rows, keys, queries, scale, bias, heads, mods)
 
 
 def _of_four(axes: Sequence[int], missing: int) -> tuple[int, int, int, int]:
@@ -365,33 +368,32 @@ def backward_launches(
     ``addresses``: of the arrays, by their names in ``BackwardParams``; ``mod_args``: of the mods'.
     ``encode``: makes the tensor map of an array at an address.
     """
-    for name, address in addresses.items():
-        params[name] = address
-    for index, address in enumerate(mod_args):
-        params["mod_args"][index] = address
+    for name in addresses.keys() & set(params.dtype.names or ()):  # mod_args' gradients have none
+        params[name] = addresses[name]
+    params["mod_args"][: len(mod_args)] = mod_args
     for number, config in enumerate(selection.configs):
         grid = config.grids(problem.attention, 0)[0]
         if grid > min(MAX_GRID, grids.MAX_BLOCKS):
             raise ValueError(f"q: needs {grid} thread blocks; split the batch over several calls")
         if grid:
-            own = _with_maps(config, problem, params, addresses, encode)
+            own = _own_params(config, problem, params, addresses, encode)
             yield Launch(number, config, config.entries[0], grid, own)
 
 
-def _with_maps(
+def _own_params(
     config: KernelConfig,
     problem: BackwardProblem,
     params: Params,
     addresses: Mapping[str, int],
     encode: Callable[[int, View], Params],
 ) -> Params:
-    """The struct that a kernel takes: with tensor maps, if it has any."""
-    views = BackwardSelection.views(config, problem)
-    if not views:
+    """The struct that a kernel takes: with tensor maps, or one of mod_args, if it has any."""
+    if not isinstance(config, Sm90Backward | BackwardModArgs):
         return params
     own = np.zeros((), config.params)
     for name in params.dtype.names or ():
         own[name] = params[name]
-    for view in views:
+    config.bind(own, problem.attention, addresses)
+    for view in BackwardSelection.views(config, problem):
         own[f"{view.name}_map"] = encode(addresses[view.name] or addresses["q"], view)
     return own

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from flashcore_cupy.problem.gradients import BackwardProblem, Gradients
+from flashcore_cupy.problem.gradients import BackwardProblem, Gradients, gathered
 from flashcore_cupy.select.backward import BackwardSelection
 
 
@@ -28,7 +28,7 @@ class BackwardPlan(ABC):
     def gradients(self) -> Gradients:
         """What launches write."""
         names = (result.name for result in self.problem.results)
-        return Gradients(**{name: self.arrays[name] for name in names})
+        return gathered({name: self.arrays[name] for name in names})
 
     def gate_output(self) -> Any:
         """What the gate stopped at, float32 (B, Hq, Sq, Skv)."""

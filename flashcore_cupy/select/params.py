@@ -1,7 +1,8 @@
 """The structs that kernels take by value, as NumPy structured dtypes.
 
 Each mirrors a struct of ``kernels/`` field by field (``flashcore/params.cuh``,
-``ladder/fp8_quantize.cu``). The sizes are asserted against each other when a kernel is compiled.
+``ladder/fp8_quantize.cu``, ``bwd_mod_args.cu``). The sizes are asserted against each other when a
+kernel is compiled.
 """
 
 from __future__ import annotations
@@ -65,6 +66,16 @@ BACKWARD_PARAMS = np.dtype(
         *((name, "i8") for name in ("dq_sum_size", "turns_size")),
         ("n_blocks", "i4"),
         *((f"bias_{axis}", "i4") for axis in ("batches", "heads", "rows", "columns")),
+    ],
+    align=True,
+)
+
+#: ``ModArgsParams`` of ``bwd_mod_args.cu``: the same, and behind it an array of mod_args' gradient.
+MOD_ARGS_PARAMS = np.dtype(
+    [
+        *((name, *field[:1]) for name, field in (BACKWARD_PARAMS.fields or {}).items()),
+        ("mod_gradient", "u8"),
+        ("first_sum", "i4"),
     ],
     align=True,
 )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from flashcore_cupy.cuda.targets import capability
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem
 from flashcore_cupy.problem.gradients import BackwardProblem
+from flashcore_cupy.problem.mod_elements import MOD_ARGS, mod_args_among
+from flashcore_cupy.problem.mods import Mods
 from flashcore_cupy.select.config import KernelConfig, Tile
-from flashcore_cupy.select.params import BACKWARD_PARAMS
+from flashcore_cupy.select.params import BACKWARD_PARAMS, MOD_ARGS_PARAMS
+from flashcore_cupy.select.plan import Params
 from flashcore_cupy.select.units import round_up
 
 _WORK_BYTES = 48
@@ -115,12 +119,19 @@ class Sm80Backward(KernelConfig):
     """They are added to what is there, in float32."""
     sums_distances: bool = False
     """Rows of queries sum up what the gradient of ALiBi's slopes needs."""
+    elements: tuple[tuple[str, str], ...] = ()
+    """Of mod_args, by the array's name and an index: what queries sum up for their gradients."""
     adds_dq: bool = False
     """A thread block that owns keys adds to dq, too."""
     ordered: bool = False
     """Thread blocks add to dq by turns, so that it has the same bits each time."""
     score_mod_grad: str | None = None
     """The user's derivative of score_mod; by default it is found by dual numbers."""
+
+    @property
+    def sums(self) -> int:
+        """Numbers per row of queries that are summed up for kernels behind."""
+        return self.sums_distances + len(self.elements)
 
     @classmethod
     def why_not(cls, problem: BackwardProblem, arch: str) -> str | None:
@@ -178,7 +189,7 @@ class Sm80Backward(KernelConfig):
         return (
             (
                 "flashcore/rules/mods.cuh",
-                self.mods.header(self.score_mod_grad, differentiated=True),
+                self.mods.header(self.score_mod_grad, differentiated=True, by=self.elements),
             ),
         )
 
@@ -257,3 +268,73 @@ class BackwardHeads(_PerQuery):
     def grids(self, problem: AttentionProblem, blocks: int) -> tuple[int, ...]:
         """A thread block per query head."""
         return (problem.heads_q,)
+
+
+@dataclass(frozen=True)
+class BackwardModArgs(_PerQuery):
+    """The gradient of an array of mod_args, a thread block per element."""
+
+    source = "bwd_mod_args.cu"
+    entries = ("bwd_mod_args",)
+    params = MOD_ARGS_PARAMS
+
+    array: str = ""
+    """Its name."""
+    size: int = 0
+    """Its elements."""
+    elements: tuple[tuple[str, str], ...] = ()
+    """Those that score_mod reads, as ``Sm80Backward`` has them."""
+    first_sum: int = 0
+    """Where their sums begin among all that queries have summed up."""
+    accumulates: bool = False
+    """It is added to what is there."""
+
+    @classmethod
+    def of_each(
+        cls, kernel: str, dims: tuple[int, int], tile: Tile, problem: BackwardProblem
+    ) -> tuple[BackwardModArgs, ...]:
+        """One for each array whose gradient is asked for; ``tile``: of the pass over queries."""
+        attention, found = problem.attention, list[BackwardModArgs]()
+        mods = attention.rules.mods
+        if mods is None:
+            return ()
+        first_sum = int(any(result.of == "alibi_slopes" for result in problem.results))
+        for result in problem.results:
+            for array in mod_args_among([result.of]):
+                config = replace(
+                    cast(BackwardModArgs, cls.of(kernel, dims, tile, attention)),
+                    dtype=result.dtype,
+                    mods=mods,
+                    array=array,
+                    size=math.prod(result.shape),
+                    elements=mods.elements([array]),
+                    first_sum=first_sum,
+                    accumulates=problem.accumulate,
+                )
+                first_sum += len(config.elements)
+                found.append(config)
+        return tuple(found)
+
+    @property
+    def smem_bytes(self) -> int:
+        """A sum of each warp."""
+        return 4 * self.num_warps
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """The elements' indices."""
+        mods = cast(Mods, self.mods)
+        return (("flashcore/rules/mods.cuh", mods.header(by=self.elements)),)
+
+    def own_defines(self) -> dict[str, int]:
+        """Whether the gradient is added to what is there."""
+        return {"FC_ACCUMULATES": int(self.accumulates)}
+
+    def bind(self, params: Params, problem: AttentionProblem, addresses: Mapping[str, int]) -> None:
+        """Write where the gradient is, and which sums are its elements'."""
+        params["mod_gradient"] = addresses[f"d{MOD_ARGS}{self.array}"]
+        params["first_sum"] = self.first_sum
+
+    def grids(self, problem: AttentionProblem, blocks: int) -> tuple[int, ...]:
+        """A thread block per element."""
+        return (self.size,)

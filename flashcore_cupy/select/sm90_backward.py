@@ -37,6 +37,7 @@ class Sm90Backward(Sm80Backward):
             return f"needs wgmma, which {HOPPER} alone has; the target is {arch}"
         lacking = [str(name) for name in ("mask", "mask_mod") if name in attention.rules.names]
         lacking += ["cu_seqlens"] * attention.packed
+        lacking += ["gradients of mod_args"] * bool(problem.mod_args)
         if lacking:
             return f"has no {', '.join(lacking)}"
         loaded = (attention.q, attention.k, attention.v, problem.do)

@@ -106,6 +106,7 @@ __device__ __forceinline__ float score_gradient(float p, float dp, float delta) 
 // P, without what was dropped, and dS of two neighbouring columns of a row.
 struct PairOfGradients {
     float p[2], ds[2];
+    PerElement elements;  // what they add to the gradients of elements of mod_args
 };
 
 // Computes them for 8-column group n of a lane's row: s, dp: its elements of S and dP; of[e]: the
@@ -119,6 +120,8 @@ __device__ __forceinline__ PairOfGradients differentiate(const WarpContext& c, c
                                                          const Statistics (&of)[2], Added added) {
     PairOfGradients pair;
 #pragma unroll
+    for (int number = 0; number < MOD_ELEMENTS; ++number) pair.elements.x[number] = 0.0f;
+#pragma unroll
     for (int e = 0; e < 2; ++e) {
         const Meeting x = c.meeting(at.tile, m, half, n, e);
         float t = s[e];
@@ -131,6 +134,9 @@ __device__ __forceinline__ PairOfGradients differentiate(const WarpContext& c, c
         pair.p[e] = kept.select(n, e, p);
         pair.ds[e] = RowRules<T, RULES>::CHANGES_SCORES ? times_slope(dt, slopes.score) : dt;
         added(x, RowRules<T, RULES>::CHANGES_SCORES ? times_slope(dt, slopes.added) : dt);
+#pragma unroll
+        for (int number = 0; number < MOD_ELEMENTS; ++number)
+            pair.elements.x[number] += times_slope(dt, slopes.elements.x[number]);
         if (GATE != GATE_NONE && counts<MASKED>(c, at, m, half, n, e, visible)) {
             const int64 row = statistics_row(c.params, c.work.batch, at.head) + x.query;
             gate_gradient<GATE>(c.params, row, x.key, dp[e], pair.ds[e]);

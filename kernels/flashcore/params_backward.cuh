@@ -21,7 +21,8 @@ struct BackwardParams : AttentionParams {
     float* dq_sum;     // scratch, dQ without its scale, in fp32, as accumulators have it; or null
     int* turns;        // scratch: blocks of keys that have been drawn, then of each tile of dq_sum
                        // how many have added to it; or null where they add in any order
-    float* distances;  // scratch, (B, Hq, Sq): a row's part of the slopes' gradient
+    float* distances;  // scratch, (n, B, Hq, Sq): a row's part of the slopes' gradient; behind it,
+                       // for each element of mod_args, the parts of a warp's rows in its first one
     Strides dout_strides, dq_strides, dk_strides, dv_strides;
     BroadcastStrides dbias_strides;                   // 0 along an axis that it lacks
     HeadStrides dlse_strides, dalibi_slopes_strides;  // slopes (Hq): 0 along batches

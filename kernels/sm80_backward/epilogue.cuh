@@ -90,10 +90,26 @@ __device__ __forceinline__ void store_distances(const Context& c, const Gradient
     }
 }
 
+// Stores what the warp's queries add to the gradients of elements of mod_args, behind the sums of
+// distances, where the first of them has its place: bwd_mod_args.cu adds it up.
+__device__ __forceinline__ void store_elements(const Context& c, const Gradients& rows) {
+    const Work& w = c.work;
+    const int64 all = statistics_row(c.params, VARLEN ? 1 : c.params.batch, 0);
+    const int64 first = statistics_row(c.params, c.array_batch(), w.head) + w.start_q;
+    const int query = w.first_row + c.first_row;
+#pragma unroll
+    for (int n = 0; n < MOD_ELEMENTS; ++n) {
+        const float sum = group_sum<WARP_SIZE>(rows.elements.x[n]);
+        if (c.lane == 0 && query < w.seqlen_q)
+            c.params.distances[(int(SUMS_DISTANCES) + n) * all + first + query] = sum;
+    }
+}
+
 // Stores the warp's gradients: dK and dV, or dQ.
 __device__ __forceinline__ void store_gradients(const Context& c, const Gradients& rows) {
     const BackwardParams& p = c.params;
     if (SUMS_DISTANCES && c.first_col == 0) store_distances(c, rows);
+    if (MOD_ELEMENTS > 0 && c.first_col == 0) store_elements(c, rows);
     if (OWNS_KEYS && p.dv != nullptr && c.has_columns(HEAD_DIM_V))
         store<2, LayoutOwnVO, DIM_V>(c, c.smem.sOwnVO, rows.rVO, keep_scale<RULES>(p), p.dv,
                                      p.dv_strides);

@@ -53,9 +53,12 @@ struct Gradients {
     ProductsQK::Output rQK;
     ProductsVO::Output rVO;  // OWNS_KEYS
     float distances[FRAGMENTS_M]
-                   [2];  // SUMS_DISTANCES: of the lane's rows, for the slopes' gradient
+                   [2];   // SUMS_DISTANCES: of the lane's rows, for the slopes' gradient
+    PerElement elements;  // of all of the lane's rows, for gradients of mod_args
 
     __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int n = 0; n < MOD_ELEMENTS; ++n) elements.x[n] = 0.0f;
         rQK.clear();
         if (OWNS_KEYS) rVO.clear();
 #pragma unroll

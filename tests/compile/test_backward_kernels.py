@@ -101,6 +101,32 @@ def test_no_row_spills() -> None:
     assert not told, told[0]
 
 
+def of_mod_args(row: backward.BackwardRow) -> list[KernelConfig]:
+    """What sums up the gradient of an array of mod_args, and what adds up the sums."""
+    rules = {"score_mod": "score * x[h]", "mod_args": {"x": array("f2", LENGTH)}}
+    asked = problem(row, row.dtypes[0], True, **rules)
+    gradient = Result("dmod_args.x", "float16", None, (LENGTH,), (1,))
+    try:
+        found = backward._configure_row(row, replace(asked, results=(gradient,)), MAIN_TARGET, {})
+    except ValueError:  # it has tiles for no rule
+        return []
+    assert found.queries is not None and found.queries.elements == (("x", "h"),)
+    assert [config.source for config in found.configs] == [
+        *("bwd_rows.cu", "bwd_sm80.cu", "bwd_mod_args.cu")
+    ]
+    return [found.queries, *found.mod_args]
+
+
+def test_gradients_of_mod_args_do_not_spill() -> None:
+    rows = [row for _, row in ROWS if row.kernel == "bwd_sm80"]
+    wanted = todays([(config, MAIN_TARGET) for row in rows for config in of_mod_args(row)])
+    with one_at_a_time("compile"):
+        built = compiler.compile_many([builds.job_of(*job) for job in wanted])
+    for kernel in built:
+        assert all(entry.local_bytes == 0 for entry in kernel.entries.values()), kernel.source
+        assert "warning" not in kernel.log
+
+
 def test_every_row_is_built_for_some_target() -> None:
     tiles = {(config.kernel, config.tile) for config, _ in EVERY}
     missing = [

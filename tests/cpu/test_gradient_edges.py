@@ -14,7 +14,7 @@ from cases_reference import CAUSAL, DTYPES, tiles
 from flashcore_cupy import attention
 from flashcore_cupy.backward import attention_backward
 from flashcore_cupy.cpu import parallel
-from flashcore_cupy.problem.gradients import Gradients
+from flashcore_cupy.problem.gradients import Gradients, by_result
 
 NAN = float("nan")
 
@@ -48,7 +48,7 @@ def test_nothing_leaks_out_of_what_nobody_sees(dtype: Any, poison: float) -> Non
         k[hidden] = v[hidden] = q[blind] = do[blind] = poison
         bias[..., 60:75] = poison
         got = check(q, k, v, do=do, dlse=dlse, **(rules | {"bias": bias}))
-    for x, y in zip(got, clean, strict=True):  # sums of what is seen go in another order
+    for x, y in zip(got[:6], clean[:6], strict=True):  # sums of what is seen go in another order
         np.testing.assert_allclose(*(z.astype(np.float32) for z in (x, y)), rtol=1e-5, atol=1e-5)
     assert not got.dk[hidden].any() and not got.dv[hidden].any() and not got.dq[blind].any()
     assert not got.dbias[blind].any() and not got.dbias[..., 60:75].any()
@@ -217,10 +217,10 @@ def test_parts_of_the_keys_add_up(dtype: Any) -> None:
 def test_adding_to_every_gradient() -> None:
     rules = {"bias": random(9, 13), "sink": random(2), "alibi_slopes": random(2)}
     once = run(*operands(), **rules)
-    start = {name: random(*x.shape, seed=4) for name, x in once._asdict().items()}
+    start = {name: random(*x.shape, seed=4) for name, x in by_result(once).items()}
     out = {name: x.copy() for name, x in start.items()}
     got = run(*operands(), out=out, accumulate=True, **rules)
-    for name, x in got._asdict().items():
+    for name, x in by_result(got).items():
         assert x is out[name]
         np.testing.assert_allclose(x, start[name] + getattr(once, name), rtol=1e-6, atol=1e-6)
 

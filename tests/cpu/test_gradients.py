@@ -44,7 +44,7 @@ def in_float64(**sizes: int) -> list[np.ndarray]:
 def test_every_rule_is_tried() -> None:
     tried = {name for rules in EXTRAS.values() for name in rules}
     assert tried >= {rule.name for rule in RULES}
-    assert set(INPUTS) == {name[1:] for name in Gradients._fields}
+    assert {*INPUTS, "mod_args"} == {name[1:] for name in Gradients._fields}
 
 
 @pytest.mark.parametrize("name", EXTRAS)

@@ -11,6 +11,8 @@ from cases_gradients import random
 
 from flashcore_cupy import attention, attention_backward
 from flashcore_cupy.integrations import engine
+from flashcore_cupy.problem.gradients import by_result
+from flashcore_cupy.problem.mod_elements import label
 
 FORWARD = {"q": (2, 3, 5, 8), "k": (2, 3, 6, 8), "v": (2, 3, 6, 8)}
 
@@ -64,7 +66,7 @@ def test_mapped_axes(
         of = attention_backward(do[at], o=wanted[0], lse=wanted[1], **one, **options, wrt=wrt)
         for name, x in zip(wrt, found, strict=True):
             assert x.shape == given[name].shape
-            np.testing.assert_array_equal(x[at], getattr(of, f"d{name}"))
+            np.testing.assert_array_equal(x[at], by_result(of)[f"d{name}"])
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -127,7 +129,7 @@ def test_what_is_split() -> None:
         found, options = engine.split({"dropout_p": 0.1, "rng": rng})
         assert (found.get("rng") is rng, options.get("rng") is rng) == (is_array, not is_array)
     assert not engine.has_gradient("rng")
-    assert engine.label("mod_args.x") == "mod_args['x']" and engine.label("bias") == "bias"
+    assert label("mod_args.x") == "mod_args['x']" and label("bias") == "bias"
     for name in ("out", "gate", "stream"):
         with pytest.raises(ValueError, match=f"^{name}: "):
             engine.split({name: bias})

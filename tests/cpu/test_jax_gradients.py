@@ -132,6 +132,31 @@ class TestValues:
             for got, x in zip(call(q, k, v, *bounds), wanted, strict=False):
                 equal(got, x)
 
+    def test_mod_args(self) -> None:
+        """As attention_backward has them; and where they are mapped over, one by one."""
+        import jax
+
+        given, table = three(), random(3, 2, H, seed=7)
+
+        def score_mod(s: Any, b: Any, h: Any, i: Any, j: Any, x: Any) -> Any:
+            return s * x[0, h] + x[1, h] * (j - i)
+
+        def call(x: Any) -> Any:
+            table = x["table"]
+            mods = {"score_mod": score_mod, "mod_args": {"x": table}}
+            return attention(**{n: x[n] for n in "qkv"}, **mods)
+
+        do = random(B, H, SQ, DV, seed=5)
+        _, found = pulled(call, given | {"table": table[0]}, do)
+        mods: dict[str, Any] = {"score_mod": score_mod, "mod_args": {"x": table[0]}}
+        wanted = run(**given, do=do, wrt=("q", "mod_args.x"), **mods)
+        equal(found["q"], wanted.dq)
+        equal(found["table"], wanted.dmod_args["x"])
+        of_table = jax.grad(lambda x: (call(on_device(given) | {"table": x}) * do).sum())
+        every = jax.vmap(of_table)(jax.numpy.asarray(table))
+        np.testing.assert_allclose(every[0], wanted.dmod_args["x"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(every[2], of_table(table[2]), rtol=1e-5)
+
     def test_check_grads(self) -> None:
         from jax.test_util import check_grads
 
@@ -352,13 +377,16 @@ class TestErrors:
             jax.jvp(loss, (given["q"],), (given["q"],))
         table = jax.numpy.ones(3)
 
-        def of_table(x: Any) -> Any:
-            mods = {"score_mod": lambda s, b, h, i, j, x: s * x[0], "mod_args": {"x": x}}
-            return attention(**given, **mods).sum()
+        def of_table(x: Any, **mods: Any) -> Any:
+            return attention(**given, **mods, mod_args={"x": x}).sum()
 
-        jax.jit(of_table)(table)
-        with pytest.raises(TypeError, match=r"^mod_args\['x'\]: .*jax.lax.stop_gradient"):
-            jax.grad(of_table)(table)
+        mods: dict[str, Any] = {"mask_mod": lambda b, h, i, j, x: x[0] + j > i}
+        jax.jit(lambda x: of_table(x, **mods))(table)
+        with pytest.raises(ValueError, match=r"^mod_args\['x'\]: has no gradient without"):
+            jax.grad(lambda x: of_table(x, **mods))(table)
+        mods = {"score_mod": "score + x[kv_idx % 3]", "kernel": "mma_sm80"}
+        with pytest.raises(ValueError, match=r"^mod_args\['x'\]: score_mod reads x\[kv_idx % 3\]"):
+            jax.grad(lambda x: of_table(x, **mods))(table)
 
 
 def test_many_calls_in_many_threads() -> None:

@@ -123,7 +123,7 @@ def test_tensors_that_are_more_than_their_memory(asked: SimpleNamespace) -> None
 def test_what_torch_no_longer_has_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
     monkeypatch.setattr(tensors, "_asked", None)
-    assert not tensors.connect([np.zeros(2)])
+    assert not tensors.connect([np.zeros(2)]) and not tensors.connect([])
     with monkeypatch.context() as changed:
         changed.delattr(torch._C, "_is_tracing")
         assert not tensors.connect([torch.zeros(2)]) and tensors._asked is None

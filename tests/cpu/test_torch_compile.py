@@ -100,6 +100,22 @@ class TestWholeGraphs:
         with getattr(torch, how, contextlib.nullcontext)():
             same(results(compiled, arguments), results(block, arguments))
 
+    def test_mod_args(self) -> None:
+        import torch
+
+        from flashcore_cupy.cpu.emulator.build import why_not
+
+        if why_not():
+            pytest.skip(f"needs a C++ compiler: {why_not()}")
+        arguments = given({"causal": True}) | {"gain": torch.rand(H, requires_grad=True)}
+
+        def call(gain: Any, **x: Any) -> Any:
+            mods: Any = {"score_mod": "score * gain[h]", "mod_args": {"gain": gain}}
+            return block(**x, kernel="mma_sm80", **mods)
+
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        same(results(compiled, arguments), results(call, arguments))
+
     def test_attention_itself(self) -> None:
         import torch
 

@@ -159,6 +159,52 @@ class TestValues:
         inputs = [torch.tensor(given[name].astype("f8"), requires_grad=True) for name in names]
         assert torch.autograd.gradcheck(call, inputs, eps=4e-3, atol=5e-3, fast_mode=True)
 
+    def test_mod_args(self) -> None:
+        """Of some elements by heads, of one by all; written by torch's own operations."""
+        import torch
+
+        given = {n: tensor(x) for n, x in numbers().items() if n in "qkv"}
+        given |= {"slope": tensor(random(H, seed=7)), "gain": tensor(1 + random(2, seed=8))}
+        do = numbers()["do"]
+        places = torch.arange(SKV) - torch.arange(SQ)[:, None]
+
+        def formula(q: Any, k: Any, v: Any, slope: Any, gain: Any) -> Any:
+            keys, values = (x.repeat_interleave(H // HKV, 1) for x in (k, v))
+            scores = q @ keys.mT * D**-0.5
+            scores = scores * gain[1] + slope[:, None, None] * places
+            return scores.softmax(-1) @ values
+
+        def ours(q: Any, k: Any, v: Any, **mod_args: Any) -> Any:
+            def score_mod(s: Any, b: Any, h: Any, i: Any, j: Any, slope: Any, gain: Any) -> Any:
+                return s * gain[1] + slope[h] * (j - i)
+
+            return attention(q, k, v, score_mod=score_mod, mod_args=mod_args)
+
+        wanted, got = (gradients(call, given, do) for call in (formula, ours))
+        for name, x in wanted.items():
+            torch.testing.assert_close(got[name], x, rtol=1e-4, atol=1e-4, msg=name)
+        assert got["gain"][0] == 0
+
+    def test_mod_args_in_kernels(self) -> None:
+        from flashcore_cupy.cpu.emulator.build import why_not
+
+        if why_not():
+            pytest.skip(f"needs a C++ compiler: {why_not()}")
+        do = random(1, 1, 5, 8, seed=5)
+        given = {n: tensor(random(1, 1, 5, 8, seed=s)) for s, n in enumerate("qkv")}
+        given["gain"] = tensor(random(2, seed=8))
+        mods: list[dict[str, Any]] = [
+            {"kernel": "mma_sm80", "score_mod": "score * gain[h + 1] + gain[0] * kv_idx"},
+            {"score_mod": lambda s, b, h, i, j, gain: s * gain[h + 1] + gain[0] * j},
+        ]
+        got, wanted = (
+            gradients(lambda gain, mod=mod, **x: attention(**x, **mod, mod_args={"gain": gain}),
+                      given, do)
+            for mod in mods
+        )  # fmt: skip
+        for name in given:
+            np.testing.assert_allclose(got[name], wanted[name], rtol=1e-4, atol=1e-5)
+
     def test_torchs_own_attention_agrees(self) -> None:
         import torch
 
@@ -437,7 +483,7 @@ class TestFunc:
             return o.square().sum() + lse.sum(), o
 
         def results(given: dict[str, Any]) -> Any:
-            of = {n: x for n, x in given.items() if n not in ("mask", "table")}
+            of = {n: x for n, x in given.items() if n != "mask"}
             rest = {n: x for n, x in given.items() if n not in of}
             return torch.func.grad(lambda x: loss(x | rest), has_aux=True)(of)
 
@@ -492,8 +538,15 @@ class TestErrors:
         number, table = torch.ones((), requires_grad=True), torch.ones(3, requires_grad=True)
         self.refused(TypeError, "^softmax_scale: requires a gradient", softmax_scale=number)
         self.refused(TypeError, "^softcap: requires a gradient", softcap=number)
-        mods = {"score_mod": lambda score, b, h, i, j, x: score, "mod_args": {"x": table}}
-        self.refused(TypeError, r"^mod_args\['x'\]: requires .*pass mod_args\['x'\].detach", **mods)
+        mods: dict[str, Any] = {"score_mod": "score + x[kv_idx]", "mod_args": {"x": table}}
+        message = r"^mod_args\['x'\]: score_mod reads x\[kv_idx\], whose gradient is not known"
+        self.refused(ValueError, message, kernel="mma_sm80", **mods)
+        mods = {"mask_mod": lambda b, h, i, j, x: i > j, "mod_args": {"x": table}}
+        self.refused(ValueError, r"^mod_args\['x'\]: has no gradient without a score_mod", **mods)
+        mods = {"score_mod": lambda s, b, h, i, j, x: s + x[j % 3], "mod_args": {"x": table}}
+        end = attention(*leaves(), **mods).sum()  # a function tells when it is called
+        with pytest.raises(ValueError, match=r"^mod_args\['x'\]: score_mod reads it at an array"):
+            end.backward()
 
     def test_what_a_gradient_leaves_no_room_for(self) -> None:
         import torch

@@ -2,107 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
-import pytest
-from cases_gradients import FLOAT32, Rules, asked, operands, random
-from helpers import one_at_a_time
+from cases_gradients import FLOAT32, Rules, operands, random
+from kernel_gradients import BRAIN, DROP, HALF, HEADS, SINGLE, check, dtype_of, gradients, runs
 from places import Place, each, unchecked_boundaries
 
 from flashcore_cupy import attention
 from flashcore_cupy.backward import attention_backward
 from flashcore_cupy.check import verify_gradients
 from flashcore_cupy.check.selftest.case import Mod
-from flashcore_cupy.cpu.emulator import backward as emulated
-from flashcore_cupy.cpu.emulator.plan import poisoned
-from flashcore_cupy.cuda.targets import HOPPER
-from flashcore_cupy.problem.gradients import BackwardRequest, Gradients
-from flashcore_cupy.problem.request import Request
 from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
 
-HALF, SINGLE, BRAIN = "float16", "float32", "bfloat16"
 BENT = Mod(
     "q_idx > kv_idx ? tanhf(score) : 0.5f * score",
     lambda score, b, h, i, j: np.where(i > j, np.tanh(score), score * np.float32(0.5)),
 )
 THIRDS = Mod("(q_idx + 2 * kv_idx + h) % 3 != 0", lambda b, h, i, j: (i + 2 * j + h) % 3 != 0)
-HEADS = 4
-
-
-def runs(on: Place, kernel: str) -> None:
-    if on.kind == "gpu":
-        from flashcore_cupy.jit import compiler
-
-        if kernel == "bwd_sm90" and compiler.device_arch() != HOPPER:
-            pytest.skip(f"{kernel} is for another GPU")
-
-
-def by_kernel(rules: Rules, *, on_kernel: bool) -> Rules:
-    """Mods as expressions, or as functions."""
-    return {
-        name: (x.cuda if on_kernel else x.python) if isinstance(x, Mod) else x
-        for name, x in rules.items()
-    }
-
-
-def gradients(
-    on: Place, kernel: str, given: dict[str, Any], wrt: Any, rules: Rules, **more: Any
-) -> Gradients:
-    """``attention_backward`` by a kernel; emulated, each call has another schedule."""
-    rules = by_kernel(rules, on_kernel=True)
-    if on.kind == "gpu":
-        placed = {n: None if x is None else on.xp.asarray(x) for n, x in given.items()}
-        on_gpu = {
-            n: on.xp.asarray(x) if isinstance(x, np.ndarray) and "cu_seq" not in n else x
-            for n, x in rules.items()
-        }
-        got = attention_backward(**placed, wrt=wrt, kernel=kernel, **on_gpu, **more)
-        return Gradients(*(None if x is None else x.get() for x in got))
-    request = BackwardRequest.of(
-        Request.of({"kernel": kernel, **rules}), wrt=wrt,
-        deterministic=more.get("deterministic", True),
-        accumulate=more.get("accumulate", False), score_mod_grad=more.get("score_mod_grad"),
-        out=more.get("out"),
-    )  # fmt: skip
-    call = request.call(
-        given, more.get("out") or {}, on_gpu=False, empty=lambda s, d: poisoned(s, np.dtype(d))
-    )
-    bound = emulated.bind(call, HOPPER)
-    configs = repr([step.config for step in bound.steps])
-    with one_at_a_time(hashlib.sha256(configs.encode()).hexdigest()[:16]):
-        bound.build()
-    bound.launch(next(on.schedules))
-    return Gradients(**{result.name: bound.arrays[result.name] for result in bound.problem.results})
-
-
-def check(
-    on: Place,
-    kernel: str,
-    sizes: dict[str, Any],
-    rules: Rules,
-    *,
-    dlse: bool = False,
-    wrt: Any = None,
-) -> None:
-    runs(on, kernel)
-    q, k, v = operands(**{"heads": HEADS, "heads_kv": 2, "head_dim": 64, "head_dim_v": 64, **sizes})
-    plain = by_kernel(rules, on_kernel=False)
-    o, lse = attention(q, k, v, return_lse=True, **plain)
-    do = random(*o.shape, dtype=q.dtype, seed=5)
-    given: dict[str, Any] = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
-    if dlse:
-        given["dlse"] = random(*lse.shape, seed=6)
-    wrt = asked(rules) if wrt is None else wrt
-    expected = verify_gradients.expect(do, q, k, v, dlse=given["dlse"], wrt=wrt, **plain)
-    got = gradients(on, kernel, given, wrt, rules)
-    again = gradients(on, kernel, given, wrt, rules)
-    faults = expected.faults(got)
-    assert not faults, faults
-    for x, y in zip(got, again, strict=True):
-        assert x is None or x.tobytes() == y.tobytes(), "another run gives other bits"
-
 
 DIMS = [(row.kernel, row.dims, row.dtypes[0]) for row in ROWS if row.dims not in [(512, 512)]]
 FEW = [
@@ -117,12 +34,6 @@ def test_head_dims(on: Place, kernel: str, dims: tuple[int, int], dtype: str, dr
     sizes = {"seqlen": 150, "seqlen_kv": 200, "dtype": dtype_of(dtype)}
     sizes |= {"head_dim": dims[0], "head_dim_v": dims[1]}
     check(on, kernel, sizes, {"causal": True, **drop})
-
-
-def dtype_of(name: str) -> Any:
-    import ml_dtypes
-
-    return ml_dtypes.bfloat16 if name == BRAIN else np.dtype(name)
 
 
 LENGTHS = [
@@ -140,7 +51,6 @@ def test_lengths(on: Place, kernel: str, lengths: tuple[int, int], causal: Any) 
 
 
 S, T = 90, 130
-DROP: Rules = {"dropout_p": 0.3, "rng": (2**63 + 5, 9)}
 EXTRAS: dict[str, Rules] = {
     "none": {},
     "window": {"window": (20, 9)},

@@ -7,6 +7,7 @@
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/rules/dual.cuh>
 #include <flashcore/rules/key_bits.cuh>
+#include <flashcore/rules/mod_elements.cuh>
 #include <flashcore/rules/mods.cuh>
 
 namespace flashcore {
@@ -55,10 +56,11 @@ struct BiasType<T, true> {
     using type = float;
 };
 
-// The derivatives of a score after its rules: by the score before them, softmax_scale q . k, and by
-// what ALiBi and the bias add to it.
+// The derivatives of a score after its rules: by the score before them, softmax_scale q . k; by
+// what ALiBi and the bias add to it; and by elements of mod_args.
 struct ScoreSlopes {
     float score, added;
+    PerElement elements;
 };
 
 // The rules as they apply to one query row, two neighbouring keys at a time. T is the type of q.
@@ -128,6 +130,7 @@ struct RowRules {
         if constexpr (RULES & (RULE_BIAS | RULE_BIAS_FP32))
             s += to_float(gBias[existing * params.bias_strides.column]);
         if constexpr (RULES & RULE_SCORE_MOD) {
+            slopes_by_elements(slopes.elements, params.mod_args, s, batch, head, query, existing);
             const Number changed =
                 score_mod(params.mod_args, Number(s, 1.0f), batch, head, query, existing);
             s = changed.value;
