@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from cases_emulator import launched, small
+from places import unchecked_boundaries
 
-from flashcore_cupy.check.selftest import matrix
+from flashcore_cupy.check.selftest import gradients, matrix
 from flashcore_cupy.check.selftest.arrays import Placed, set_up
 from flashcore_cupy.check.selftest.case import Case, packed
+from flashcore_cupy.check.selftest.outcome import CaseResult
 from flashcore_cupy.cpu.emulator import build
+from flashcore_cupy.cpu.emulator.backward import EmulatedBackward
 from flashcore_cupy.cpu.emulator.plan import EmulatedPlan, bind
 from flashcore_cupy.cpu.emulator.run import Schedule
 from flashcore_cupy.problem.blocks import Array
@@ -39,40 +43,65 @@ class Trial:
 
     def sources(self) -> list[build.Source]:
         """What its launches are compiled from."""
-        plan = self._planned(Placed.of(self.case, set_up(self.case), on_gpu=False, in_kernel=True))
+        plan, _ = self._bound()
         return [build.Source.of(step.config, self.arch) for step in plan.steps]
 
     def libraries(self, *, checking: bool) -> list[ctypes.CDLL]:
         """What it runs, compiled."""
         return [build.library(source, checking=checking) for source in self.sources()]
 
-    def attend(self, schedule: Schedule, *, checking: bool) -> matrix.CaseResult:
-        """Run it."""
-        setup = set_up(self.case)
-        placed = Placed.of(self.case, setup, on_gpu=False, in_kernel=True)
-        for keys in self.unseen:
-            for host, placed_there in zip(setup.host[1:], placed.inputs[1:], strict=True):
-                host[:, :, keys] = np.nan
-                placed_there[keys if self.case.lengths else (..., keys, slice(None))] = np.nan
+    def run(self, schedule: Schedule, *, checking: bool) -> CaseResult:
+        """Launch it, and judge what comes of it."""
+        plan, judge = self._bound()
+        plan.launch(schedule, checking=checking)
+        return judge()
+
+    def _bound(self) -> tuple[EmulatedPlan | EmulatedBackward, Callable[[], CaseResult]]:
+        """Its plan, and what judges a launch of it."""
+        return self._backward() if self.case.is_backward else self._forward()
+
+    def _forward(self) -> tuple[EmulatedPlan, Callable[[], CaseResult]]:
+        case, setup = self.case, set_up(self.case)
+        placed = Placed.of(case, setup, on_gpu=False, in_kernel=True)
+        self._hide(*setup.host[1:], *placed.inputs[1:])
         if self.has_infinity:
             setup.host[2][0, 0, 0, 0] = placed.inputs[2][0, 0, 0, 0] = np.inf
-        plan, case = self._planned(placed), self.case
+        wanted = {"kernel": case.kernel, "config": self.tile}
+        call = Request.of(placed.arguments | wanted).call(*placed.inputs, placed.out, on_gpu=False)
+        want_lse = case.gate is None
+        plan = bind(call, self.arch, want_lse=want_lse, multiprocessors=self.multiprocessors)
         if self.has_gaps:  # as boundaries on a GPU may be, of which nobody knows
             case = _Gapped(**vars(case))
             arrays = case.rule_arrays()
             plan.arrays["cu_seqlens_q"][...] = arrays["cu_seqlens_q"]
             plan.arrays["cu_seqlens_kv"][...] = arrays["cu_seqlens_k"]
-        plan.launch(schedule, checking=checking)
-        done = launched(self.case, setup, placed, plan)
-        if "counters" in plan.arrays and plan.arrays["counters"].any():
-            done = replace(done, faults=(*done.faults, "left a counter that is not 0"))
-        return matrix.judge(case, setup.host, done)
 
-    def _planned(self, placed: Placed) -> EmulatedPlan:
-        wanted = {"kernel": self.case.kernel, "config": self.tile}
-        call = Request.of(placed.arguments | wanted).call(*placed.inputs, placed.out, on_gpu=False)
-        want_lse = self.case.gate is None
-        return bind(call, self.arch, want_lse=want_lse, multiprocessors=self.multiprocessors)
+        def judge() -> CaseResult:
+            done = launched(self.case, setup, placed, plan)
+            if "counters" in plan.arrays and plan.arrays["counters"].any():
+                done = replace(done, faults=(*done.faults, "left a counter that is not 0"))
+            return matrix.judge(case, setup.host, done)
+
+        return plan, judge
+
+    def _backward(self) -> tuple[EmulatedBackward, Callable[[], CaseResult]]:
+        case = _Gapped(**vars(self.case)) if self.has_gaps else self.case
+        with unchecked_boundaries():
+            setup = gradients.lay_out(case)
+            placed = gradients.PlacedGradients.of(case, setup, on_gpu=False)
+            self._hide(*(placed.arguments[name] for name in "kv"))
+            plan = gradients.bind_emulated(placed.arguments | {"config": self.tile}, self.arch)
+
+        def judge() -> CaseResult:
+            written = gradients.written(plan, case)
+            return gradients.judge(case, setup, written, placed.faults(setup))
+
+        return plan, judge
+
+    def _hide(self, *of_keys: Array) -> None:
+        for keys in self.unseen:
+            for x in of_keys:
+                x[keys if x.ndim == 3 else (..., keys, slice(None))] = np.nan
 
 
 class _Gapped(Case):
@@ -101,6 +130,14 @@ def _sm90(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
 
 def _cluster(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
     return _trial("cluster_sm90", name, "sm_90a", tile, rest)
+
+
+def _bwd80(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
+    return _trial("bwd_sm80", name, "sm_80", tile, rest)
+
+
+def _bwd90(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
+    return _trial("bwd_sm90", name, "sm_90a", tile, rest)
 
 
 def _ladder(kernel: str, name: str = "", /, **rest: Any) -> Trial:
@@ -142,11 +179,29 @@ _FIRST_ROWS = {
     "multiprocessors": 1,
     "unseen": (slice(10, 93),),
 }
+_PACKED_WINDOW = {
+    "lengths": ((40, 130), (20, 90)),
+    "window": (33, 7),
+    "multiprocessors": 1,
+    "unseen": (slice(57), slice(130, 167)),
+}
 _WINDOW = {"window": (33, 7), "seqlen_q": 40, "seqlen_kv": 130, "unseen": (slice(57),)}
 _NO_KEYS = {"window": (33, 7), "causal": "top-left", "seqlen_q": 150, "seqlen_kv": 64}
 _MASKS = {"mask": "qk", "mask_mod": "blocks", "window": (100, -1)}
 #: With blocks of 64 queries, the first keys, or the last ones, are hidden from a whole block.
 _BROADCAST = {"mask": "b11k", "mask_mod": "blocks", "seqlen_q": 100, "seqlen_kv": 96}
+_OWN_32 = {"block_m": 32, "block_n": 32, "warps_m": 2}
+_OWN_32_ONE_STAGE = {"block_m": 32, "block_n": 16, "warps_m": 2, "num_stages": 1}
+_OWN_128 = {"block_m": 128, "block_n": 64, "warps_m": 8, "num_stages": 2}
+_OWN_128_ONE_STAGE = _OWN_128 | {"num_stages": 1}
+_GROUPED = {"heads": 2, "heads_kv": 1}
+_FREE = {"deterministic": False}
+_DROPS = {"dropout_p": 0.3}
+#: A number is that at which they are no longer dropped.
+_DROPPED = _DROPS | {"seed": 1, "seqlen_q": 150, "seqlen_kv": 170}
+_40 = {"head_dim": 40, "head_dim_v": 56}
+_96 = {"head_dim": 96, "head_dim_v": 96}
+_BOTH_SIDES = {"window": (33, 7), "seqlen_q": 90, "seqlen_kv": 130}
 _FEW = {"heads": 8, "seqlen_q": 3, "alibi": "h"} | _ODD
 _SHARED_KV = {"heads": 4, "heads_kv": 1}
 
@@ -191,6 +246,8 @@ TRIALS = (
     _sm90("128 keys", _ONE | {"block_n": 128}, mask_mod="thirds", **_HEAD),
     _sm90("packed, two consumers", _TWO, **_PACKED, **_UNSEEN),
     _sm90("packed, first rows", _ONE, **_FIRST_ROWS, **_HEAD),
+    _sm90("packed, window", _ONE, **_PACKED_WINDOW, **_HEAD),
+    _sm90("dropout", _ONE, **_DROPPED),
     # fwd_sm90_cluster.cu
     _cluster("two CTAs", _PAIR, causal=True, seqlen_kv=300, **_HEAD, head_dim=64, head_dim_v=72),
     _cluster("masks", _GROUP, seqlen_kv=304, **_MASKS, **_HEAD),
@@ -216,12 +273,45 @@ TRIALS = (
     _ladder("wmma_unfused", causal=True, seqlen_q=150, seqlen_kv=150, **_HEAD, **_ODD),
     _ladder("wmma_unfused", "no keys", causal=True, seqlen_q=150, seqlen_kv=20, **_HEAD),
     _ladder("wmma_unfused", "softmax", gate="softmax", **_HEAD),
+    # bwd_sm80.cu, and what is launched with it
+    _bwd80("two stages", _OWN_32, causal=True, seqlen_q=90, seqlen_kv=70, dlse=True, **_GROUPED),
+    _bwd80("one stage", _OWN_32_ONE_STAGE, view="strided", **_WINDOW, **_ODD),
+    _bwd80("packed", _OWN_32, **_PACKED, **_UNSEEN),
+    _bwd80("masks", _OWN_32, mask="qk", mask_mod="blocks", **_BOTH_SIDES, **_HEAD),
+    _bwd80("bias", _OWN_32, bias="bhqk", batch=2, **_BOTH_SIDES, **_96),
+    _bwd80("bias of keys", _OWN_32, bias="1h1k", batch=2, causal=True, seqlen_q=100, **_96),
+    _bwd80("bias of queries", _OWN_32, bias="b1q1", batch=2, softcap=5.0, **_DROPS),
+    _bwd80("packed, gaps", _OWN_32, has_gaps=True, sink=True, **_PACKED, **_DROPS),
+    _bwd80("dropout", _OWN_32, stored="fp32", **_DROPS, **_BOTH_SIDES, **_HEAD, **_ODD),
+    _bwd80("blocks of columns", _OWN_32_ONE_STAGE, **_HEAD, head_dim=256, head_dim_v=256),
+    _bwd80("misaligned", _OWN_32_ONE_STAGE, view="misaligned", causal=True, **_HEAD),
+    _bwd80("float32", _OWN_32_ONE_STAGE, dtype="float32", **_DROPS, **_HEAD),
+    _bwd80("slopes, sink", _OWN_32, alibi="bh", sink=True, batch=2, causal=True, **_GROUPED),
+    _bwd80("score_mod", _OWN_32, score_mod="table", **_HEAD),
+    _bwd80("gate", _OWN_32, gate="ds", only="k", causal=True, **_HEAD),
+    # bwd_sm90.cu, and what is launched with it; whoever waits for a turn that never comes does not
+    # end, so what has turns comes later
+    _bwd90("any order", _OWN_128, causal=True, seqlen_q=128, dlse=True, **_GROUPED, **_FREE, **_40),
+    _bwd90("turns", _OWN_128, causal=True, seqlen_q=150, seqlen_kv=214, **_GROUPED),
+    _bwd90("two units", _OWN_128, **_WIDE, **_DROPPED, **_HEAD),
+    _bwd90("two passes", _OWN_128, stored="fp32", dlse=True, **_BOTH_SIDES, **_72, **_GROUPED),
+    _bwd90("one stage", _OWN_128_ONE_STAGE, causal=True, seqlen_q=300, seqlen_kv=320, **_HEAD),
+    _bwd90("slopes, sink", _OWN_128, alibi="h", sink=True, batch=2, causal=True, **_GROUPED),
+    _bwd90("no keys", _OWN_128, **_NO_KEYS, **_GROUPED),
+    _bwd90("bias", _OWN_128, bias="qk", only="k", **_DROPS, **_BOTH_SIDES, **_96),
+    _bwd90("gate", _OWN_128, gate="ds", only="k", causal=True, **_HEAD),
 )
 
 #: What nothing finds, and why. After a kernel's name: in that kernel alone.
 _LIVE: dict[str, tuple[str, ...]] = {
     # Barriers.
-    "unnecessary: something else orders the same": ("ladder/wmma_tile.cuh: warp_sync() #2",),
+    "unnecessary: something else orders the same": (
+        "ladder/wmma_tile.cuh: warp_sync() #2",
+        "bwd_sm90.cu: state.wait_full(smem.vo) #2",
+    ),
+    "for a warp that pauses while all others go round the stages, which none does here": (
+        "sm90_backward/producer.cuh: state.wait_empty(smem.vo)",
+    ),
     "for launches that overlap, which those of the emulator do not": (
         "fwd_sm90_cluster.cu: griddepcontrol_wait()",
     ),
@@ -231,7 +321,11 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "flashcore/scheduler/tile_scheduler.cuh: queue.wait_loaded(loaded)",
     ),
     # Bounds.
-    "one query more decides which keys a block visits: the mask hides them": (
+    "one row more decides which tiles a block visits: the mask hides what is too much": (
+        "backward/work.cuh: const int last = min(w.first_row + BLOCK_M, length) - 1; "
+        "[0 for 1 in - 1]",
+        "bwd_sm90.cu: const RowRange met = rows_met(work, mask(), first, "
+        "min(first + ROWS, rows) - 1); [0 for 1 in - 1]",
         "flashcore/scheduler/work.cuh: "
         "return min(query_of<PACK_GQA>(w, end - 1), w.seqlen_q - 1); [0 for 1 in - 1]",
         "flashcore/scheduler/work.cuh: "
@@ -243,7 +337,12 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "ladder/wmma_unfused.cu: const int last_query = "
         "min(first_query + BLOCK_M, p.seqlen_q) - 1; [0 for 1 in - 1]",
     ),
-    "keys more, which the mask hides": (
+    "keys or queries more, which the mask hides": (
+        "backward/work.cuh: if (rows.begin >= rows.end) tiles = {0, 0}; [> for >=]",
+        "bwd_sm90.cu: return first < rows && tile * BLOCK_N < met.end && "
+        "(tile + 1) * BLOCK_N > met.begin; [<= for <] #2",
+        "bwd_sm90.cu: return first < rows && tile * BLOCK_N < met.end && "
+        "(tile + 1) * BLOCK_N > met.begin; [>= for >]",
         "ladder/scalar.cu: for (int tile_n = 0; tile_n < div_up(kv_end, BLOCK_N); ++tile_n) { "
         "[<= for <]",
         "wmma_fused_32, ladder/wmma_fused.cu: for (int tile = 0; tile < num_tiles; ++tile) { "
@@ -258,6 +357,9 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "for (int key = keys.begin; key < keys.end; key += 2) { [<= for <]",
     ),
     "the way with masks, or with missing rows, where the other one would do": (
+        "backward/work.cuh: return end_query > w.seqlen_q || [>= for >]",
+        "backward/work.cuh: c.mask().needs_mask(first_query, end_query - 1, first_key, end_key); "
+        "[0 for 1 in - 1]",
         "flashcore/rules/position_mask.cuh: return end_key > row_end(first_query) || "
         "(LEFT && first_key < row_begin(last_query)); [>= for >]",
         "flashcore/rules/position_mask.cuh: return end_key > row_end(first_query) || "
@@ -276,6 +378,13 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "tile * BLOCK_N, [0 for 1 in - 1]",
     ),
     "work for rows that do not exist, whose result nobody takes": (
+        "backward/context.cuh: if (own >= work.seqlen_kv) return {0, 0}; [> for >=]",
+        "bwd_sm90, backward/context.cuh: if (own >= work.seqlen_q) return {0, 0}; [> for >=]",
+        "backward/differentiate.cuh: seen = seen && x.query < c.work.seqlen_q && [<= for <]",
+        "backward/work.cuh: return block >= 0 && w.first_row < w.seqlen_kv; [<= for <]",
+        "bwd_sm80_bias.cu: if (c.first_row > 0 || c.lane >= QUAD) return; [> for >=]",
+        "bwd_sm90.cu: return first < rows && tile * BLOCK_N < met.end && "
+        "(tile + 1) * BLOCK_N > met.begin; [<= for <]",
         "flashcore/scheduler/work.cuh: return w.first_row < w.seqlen_q * w.group; [<= for <]",
         "flashcore/softmax/warp_rows.cuh: if (m * 16 + half * 8 >= end) continue; [> for >=]",
         "sm90/traits.cuh: if (w.first_row + first_row >= rows_of(w)) return {0, 0}; [> for >=]",
@@ -316,7 +425,26 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "[<= for <]",
         "ladder/fp8_quantize.cu: const bool scaled = max > SMALLEST_MAX; [>= for >]",
     ),
+    "the order of blocks, all of which are worked on": (
+        "flashcore/scheduler/packed_batch.cuh: const int bits = q.pieces() > MANY ? 4 : 1; "
+        "[>= for >]",
+        "flashcore/scheduler/work.cuh: if (p.section > 1 && blocks >= 40) "
+        "section = max(section, div_up(8 * int(grid_size()), blocks)); [>= for >]",
+        "flashcore/scheduler/work.cuh: if (p.section > 1 && blocks >= 40) "
+        "section = max(section, div_up(8 * int(grid_size()), blocks)); [> for >=]",
+    ),
+    "once more, and there is nothing": (
+        "flashcore/scheduler/packed_batch.cuh: if (group < q.pieces()) continue; [<= for <]",
+        "sm90/unseen_keys.cuh: const int end = work_tile().start_kv + last < BLOCK_N "
+        "? last - tile * BLOCK_N : BLOCK_N; [<= for <]",
+    ),
     "both sides are never equal, or nobody asks for the result": (
+        "flashcore/softmax/online_softmax.cuh: "
+        "return mul_rn(new_max, scale) - mul_rn(m, scale) <= MAX_ABOVE ? m : new_max; [< for <=]",
+        "bwd_sm90, backward/work.cuh: met = rows_met(w, c.mask(), 0, length - 1); [0 for 1 in - 1]",
+        "sm80_backward/traits.cuh: return COLUMN_BLOCKS == 1 || first_col < dims; [<= for <]",
+        "sm90_backward/turns.cuh: last < granted && "
+        "mbarrier_test_wait(&smem.added[last % TURNS], last / TURNS % 2); [<= for <]",
         "sm90_cluster/combine.cuh: __device__ __forceinline__ int giver(int split, int to) "
         "{ return split - (split > to); } [>= for >]",
         "wmma_cp_async, ladder/block_wide.cuh: if (d >= TILES_D) break; [> for >=]",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -48,7 +49,9 @@ SCHEDULES: dict[mutants.Kind, tuple[Schedule, ...]] = {
     "barrier": (Schedule(1, 20), Schedule(2, 0), Schedule(3, 100)),
     "bound": (Schedule(1, 20),),
 }
-_PATIENCE = 60  # seconds of processor time; a run that takes so long never ends
+# Seconds of processor time: a run that takes so long never ends. With something broken it may take
+# a few times as long as the trial did in all schedules with nothing broken.
+_PATIENCE, _TIMES = 60, 3
 _NONE = -1
 _FORK = multiprocessing.get_context("fork")
 
@@ -92,7 +95,7 @@ class Run:
     def finds(self, schedule: Schedule) -> str:
         """What is wrong; empty if nothing is."""
         try:
-            result = self.trial.attend(schedule, checking=self.checking)
+            result = self.trial.run(schedule, checking=self.checking)
         except KernelError as error:
             return str(error)
         return "" if result.ok else f"wrong result: {result.reason}"
@@ -101,12 +104,14 @@ class Run:
 class Job:
     """A mutant's runs, until something is wrong."""
 
-    def __init__(self, mutant: int, kind: mutants.Kind, runs: Sequence[Run], places: int) -> None:
+    def __init__(
+        self, mutant: int, kind: mutants.Kind, runs: Sequence[Run], places: int, patience: int
+    ) -> None:
         self.mutant = mutant
         self.run, self.what, self.seconds = "", "", 0.0
         self.reached: set[int] = set()
         self.messages, theirs = _FORK.Pipe(duplex=False)
-        arguments = (mutant, SCHEDULES[kind], runs, places, theirs)
+        arguments = (mutant, SCHEDULES[kind], runs, places, patience, theirs)
         self._process = _FORK.Process(target=_work, args=arguments)
         self._process.start()
         theirs.close()
@@ -134,6 +139,7 @@ def _work(
     schedules: Sequence[Schedule],
     runs: Sequence[Run],
     places: int,
+    patience: int,
     to: Connection,
 ) -> None:
     try:
@@ -144,7 +150,7 @@ def _work(
             for schedule in schedules:
                 used = time.process_time()
                 to.send((run.name, "", set(), used))
-                limit = int(used) + _PATIENCE, resource.RLIM_INFINITY
+                limit = math.ceil(used) + patience, resource.RLIM_INFINITY
                 resource.setrlimit(resource.RLIMIT_CPU, limit)
                 what = run.finds(schedule)
                 to.send((run.name, what, _reached(libraries, places), time.process_time()))
@@ -216,12 +222,14 @@ class Hunt:
         if not alive:
             return
         reached: set[int] = set()
-        for job in _all(self._job(_NONE, "barrier", [run]) for run in runs):
+        patience = 1
+        for job in _all(self._job(_NONE, "barrier", [run], _PATIENCE) for run in runs):
             if job.what:
                 raise RuntimeError(f"{job.run}, with nothing broken: {job.what}")
             reached |= job.reached
+            patience = max(patience, math.ceil(_TIMES * job.seconds))
         tried = [mutant for mutant in alive if mutant.number in reached]
-        for job in _all(self._job(mutant.number, mutant.kind, runs) for mutant in tried):
+        for job in _all(self._job(m.number, m.kind, runs, patience) for m in tried):
             before = self.found[job.mutant]
             self.found[job.mutant] = replace(
                 before,
@@ -247,8 +255,10 @@ class Hunt:
         sources = [source.file for source in trial.sources()]
         return set[str]().union(*(mutants.included(self._copy, file) for file in sources))
 
-    def _job(self, mutant: int, kind: mutants.Kind, runs: Sequence[Run]) -> Callable[[], Job]:
-        return lambda: Job(mutant, kind, runs, len(self._places))
+    def _job(
+        self, mutant: int, kind: mutants.Kind, runs: Sequence[Run], patience: int
+    ) -> Callable[[], Job]:
+        return lambda: Job(mutant, kind, runs, len(self._places), patience)
 
 
 def keep_tenth(hunts: Sequence[Hunt], tenth: int) -> None:

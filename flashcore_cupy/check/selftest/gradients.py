@@ -95,8 +95,8 @@ def _rules(case: Case) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A case's arrays where it runs."""
+class PlacedGradients:
+    """A case's arrays where it runs, the gradients among them."""
 
     arguments: dict[str, Any]
     """Of ``attention_backward``."""
@@ -105,7 +105,8 @@ class _Placed:
     """Of the results, with what lies around them."""
 
     @classmethod
-    def of(cls, case: Case, setup: GradientSetup, *, on_gpu: bool) -> _Placed:
+    def of(cls, case: Case, setup: GradientSetup, *, on_gpu: bool) -> PlacedGradients:
+        """Lay out on the GPU, or as NumPy arrays that share the setup's buffers."""
         forward = Placed.of(case, setup.forward, on_gpu=on_gpu, in_kernel=True)
         arguments = dict(zip("qkv", forward.inputs, strict=True))
         shaped = setup.host | {f"d{n}": x for n, x in (setup.host | case.rule_arrays()).items()}
@@ -121,10 +122,18 @@ class _Placed:
         own = {name: buffers[name] for name in results}
         return cls(arguments | chosen | forward.arguments, results, own)
 
+    def faults(self, setup: GradientSetup) -> list[str]:
+        """What was written beside the results."""
+        return [
+            f"wrote beside {name}"
+            for name, buffer in self.buffers.items()
+            if not setup.results[name].surroundings_are_nan(on_host(buffer))
+        ]
+
 
 def configs_of(case: Case, arch: str) -> tuple[KernelConfig, ...]:
     """What a case compiles; ``ValueError`` if the kernel refuses it on this target."""
-    arguments = _Placed.of(case, lay_out(case, empty=True), on_gpu=False).arguments
+    arguments = PlacedGradients.of(case, lay_out(case, empty=True), on_gpu=False).arguments
     names = ("do", "q", "k", "v", "o", "lse")
     operands = {name: arguments.pop(name) for name in names}
     operands["dlse"] = arguments.pop("dlse", None)
@@ -137,7 +146,7 @@ def run_case(case: Case, emulated: Emulated | None = None) -> CaseResult:
     """Run one case on the current GPU, or emulated; raises what kernels that fail raise."""
     setup = lay_out(case)
     untouched = {name: x.buffer.copy() for name, x in setup.results.items()}
-    placed = _Placed.of(case, setup, on_gpu=emulated is None)
+    placed = PlacedGradients.of(case, setup, on_gpu=emulated is None)
     bound = _bound(placed.arguments, emulated)
     first, faults = _outputs(bound, case, emulated), []
     for n in range(case.repeats if emulated is None else 1):
@@ -148,9 +157,7 @@ def run_case(case: Case, emulated: Emulated | None = None) -> CaseResult:
         if case.deterministic and not same:
             faults.append("another launch gave other bits")
             break
-    for name, buffer in placed.buffers.items():
-        if not setup.results[name].surroundings_are_nan(on_host(buffer)):
-            faults.append(f"wrote beside {name}")
+    faults += placed.faults(setup)
     if case.stored == "added":
         placed_at = setup.results
         first = {n: x - _before(placed_at[n], untouched[n], x) for n, x in first.items()}
@@ -174,25 +181,35 @@ def _before(embedded: Embedded, buffer: Array, like: Array) -> Array:
 def _bound(arguments: Mapping[str, Any], emulated: Emulated | None) -> BackwardPlan:
     if emulated is None:
         return plan_backward(**arguments)
+    return bind_emulated(arguments, emulated.arch)
+
+
+def bind_emulated(arguments: Mapping[str, Any], arch: str) -> EmulatedBackward:
+    """Bind arguments of ``attention_backward``, NumPy arrays, to emulated kernels."""
     names = ("do", "q", "k", "v", "o", "lse", "dlse")
     operands = {name: arguments[name] for name in names if name in arguments}
     rest = {name: x for name, x in arguments.items() if name not in operands}
-    return emulated_backward(operands, emulated.arch, **rest)
+    return emulated_backward(operands, arch, **rest)
 
 
 def _outputs(
     bound: BackwardPlan, case: Case, emulated: Emulated | None, launches: int = 0
 ) -> dict[str, Array]:
-    """Launch; copy the gradients, or the gate's array, to the host."""
+    """Launch; return what was written."""
     if isinstance(bound, EmulatedBackward) and emulated is not None:
         schedule = Schedule.seeded(emulated.seed + launches)
         bound.launch(schedule, checking=emulated.checking)
     else:
         bound.launch()
+    return written(bound, case)
+
+
+def written(bound: BackwardPlan, case: Case) -> dict[str, Array]:
+    """Copy the gradients, or the gate's array, to the host."""
     if case.gate is not None:
         return {case.gate: on_host(bound.gate_output())}
-    written = bound.gradients._asdict().items()
-    return {name: on_host(x) for name, x in written if x is not None}
+    results = bound.gradients._asdict().items()
+    return {name: on_host(x) for name, x in results if x is not None}
 
 
 def judge(
