@@ -31,6 +31,9 @@
 #if !defined(FC_STAGED_COLS) || !defined(FC_CLUSTER) || !defined(FC_Q_STAGES)
 #error "define FC_STAGED_COLS, FC_CLUSTER and FC_Q_STAGES"
 #endif
+#if !defined(FC_ONE_TILE) || !defined(FC_ALONE)
+#error "define FC_ONE_TILE and FC_ALONE"
+#endif
 #if !defined(FC_OWNS_KEYS) || !defined(FC_GRADIENT_COLS)
 #error "define FC_OWNS_KEYS and FC_GRADIENT_COLS"
 #endif
@@ -82,6 +85,8 @@ constexpr bool VARLEN = FC_VARLEN;      // packed sequences: see work.cuh
 constexpr bool PACK_GQA = FC_PACK_GQA;  // the query heads of a group share a tile
 constexpr bool SPLIT_KV = FC_SPLIT_KV;  // a row's keys may be split over several CTAs
 constexpr int CLUSTER = FC_CLUSTER;  // CTAs that combine splits through each other's shared memory
+constexpr bool ONE_TILE = FC_ONE_TILE;  // a warpgroup has one tile of keys at most
+constexpr bool ALONE = FC_ALONE;        // shared memory leaves no room for a second CTA
 #if FC_CLUSTER > 1
 #define CLUSTER_DIMS __cluster_dims__(FC_CLUSTER, 1, 1)
 #else

@@ -51,7 +51,6 @@ __device__ __forceinline__ void Warpgroup::attend_tile(int nth) {
         wgmma_qk<LayoutQ, LayoutK>(rS[half], smem.sQ, sK + LayoutK::step(0, half * KEYS, 0));
     }
 
-    const float scale = exponent_scale<RULES>(params);
     float max[2], shift[2];
     find_maxima(tile, visible, max);
 #pragma unroll
@@ -87,8 +86,11 @@ __device__ __forceinline__ void Warpgroup::attend_tile(int nth) {
 __device__ __forceinline__ void Warpgroup::attend() {
 #pragma unroll
     for (int e = 0; e < HEAD_DIM_V / 2; ++e) rO[e] = 0.0f;
+    if constexpr (ONE_TILE) {
+        if (has(0)) attend_tile(0);
+    }
 #pragma unroll 1
-    for (int nth = 0; has(nth); ++nth) {
+    for (int nth = 0; !ONE_TILE && has(nth); ++nth) {
         attend_tile(nth);
         if (has(nth + NUM_STAGES)) {
             sync();  // all warps have read the stage
@@ -106,9 +108,13 @@ __device__ __forceinline__ void Warpgroup::attend() {
 
 // ---- the first copies --------------------------------------------------------------------------
 
-// Makes the barriers of what warpgroup `index` loads. One warp does this.
-__device__ __forceinline__ void make_barriers(SharedStorage& smem, int index) {
+// Fetches the maps and makes the barriers of what warpgroup `index` loads. One warp does this.
+__device__ __forceinline__ void make_barriers(const HopperParams& params, SharedStorage& smem,
+                                              int index) {
     if (elect_one()) {
+        prefetch_tensormap(&params.q_map);
+        prefetch_tensormap(&params.k_map);
+        prefetch_tensormap(&params.v_map);
         if (index == 0) mbarrier_init(&smem.full_q, 1);
 #pragma unroll
         for (int stage = 0; stage < NUM_STAGES; ++stage) {
@@ -146,16 +152,16 @@ __device__ __forceinline__ void Warpgroup::begin_loads() const {
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     fwd_sm90_cluster(const __grid_constant__ HopperParams params) {
     griddepcontrol_launch_dependents();  // a launch behind this one need not wait to set itself up
-    char* const smem_raw = dynamic_shared<1>();  // aligned to 1024, as in fwd_sm90.cu
-    SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
-        smem_raw + (1024 - shared_address(smem_raw) % 1024) % 1024);
+    SharedStorage& smem =
+        *reinterpret_cast<SharedStorage*>(dynamic_shared<alignof(SharedStorage)>());
     const int warp = shfl(int(thread_index() / WARP_SIZE), 0);
-    if (warp % WARPGROUP_WARPS == 0) make_barriers(smem, warp / WARPGROUP_WARPS);
+    if (warp % WARPGROUP_WARPS == 0) make_barriers(params, smem, warp / WARPGROUP_WARPS);
     const int block = block_index() / CLUSTER, rank = block_index() % CLUSTER;
     Work work;
     find_work<BOUNDED_RIGHT, VARLEN, PACK_GQA>(params, BLOCK_M, work, BlockSplit{block, rank});
     Warpgroup group = {params, smem, work, rank, warp / WARPGROUP_WARPS};
     group.tiles = visible_tiles<BLOCK_N, PACK_GQA>(work, group.mask(), 0, BLOCK_M, 1);
+    group.scale = exponent_scale<RULES>(params);
     griddepcontrol_wait();  // what earlier launches write is there, and what they read is free
     if (warp % WARPGROUP_WARPS == 0) group.begin_loads();
     block_sync();  // all warps see the barriers

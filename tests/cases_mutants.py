@@ -157,7 +157,7 @@ _TWO = {"block_m": 128, "block_n": 32, "warps_m": 8, "num_stages": 2}
 _THREE = {"block_m": 192, "block_n": 32, "warps_m": 12, "num_stages": 2}
 _SPLITS = _ONE | {"pack_gqa": True, "split_kv": True, "cluster": 1}
 _CLUSTER = _SPLITS | {"block_n": 64, "num_stages": 3, "cluster": 2}  # partials take K's place
-_PAIR = {"block_n": 32, "warps_n": 2, "cluster": 2, "num_stages": 1}
+_PAIR = {"block_n": 32, "warps_n": 2, "cluster": 2, "num_stages": 1, "one_tile": False}
 _GROUP = _PAIR | {"cluster": 1, "num_stages": 2}
 _HEAD = {"heads": 1, "heads_kv": 1}
 _WIDE = {"head_dim": 128, "head_dim_v": 128}
@@ -255,7 +255,7 @@ TRIALS = (
     _cluster("broadcast mask", _GROUP, **_BROADCAST),
     _cluster(
         "128 keys",
-        _PAIR | {"block_n": 128, "warps_n": 1},
+        _PAIR | {"block_n": 128, "warps_n": 1, "one_tile": True},
         mask_mod="thirds",
         seqlen_kv=250,
         **_HEAD,
@@ -347,8 +347,8 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "[<= for <]",
         "wmma_fused_32, ladder/wmma_fused.cu: for (int tile = 0; tile < num_tiles; ++tile) { "
         "[<= for <]",
-        "sm90_cluster/warpgroup.cuh: __device__ __forceinline__ bool has(int nth) const { "
-        "return tile(nth) < tiles.end; } [<= for <]",
+        "sm90_cluster/warpgroup.cuh: return !(ONE_TILE && nth > 0) && tile(nth) < tiles.end; "
+        "[<= for <]",
         "cluster_sm90, flashcore/softmax/exact_row.cuh: "
         "for (int key = keys.begin; key < keys.end; key += 2) { [<= for <] #2",
     ),
@@ -445,8 +445,6 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "sm80_backward/traits.cuh: return COLUMN_BLOCKS == 1 || first_col < dims; [<= for <]",
         "sm90_backward/turns.cuh: last < granted && "
         "mbarrier_test_wait(&smem.added[last % TURNS], last / TURNS % 2); [<= for <]",
-        "sm90_cluster/combine.cuh: __device__ __forceinline__ int giver(int split, int to) "
-        "{ return split - (split > to); } [>= for >]",
         "wmma_cp_async, ladder/block_wide.cuh: if (d >= TILES_D) break; [> for >=]",
     ),
     "columns of padding": (

@@ -61,6 +61,11 @@ class Tile:
     """mma_sm80, wgmma_sm90: the keys may be split over several thread blocks."""
     cluster: int = 1
     """wgmma_sm90: thread blocks that combine splits through each other's shared memory."""
+    one_tile: bool = False
+    """cluster_sm90: no warpgroup has more than one tile of keys, so there is no loop over them."""
+    alone: bool = False
+    """cluster_sm90: no other thread block runs beside one on its multiprocessor, for it takes more
+    than half of the shared memory."""
     min_blocks: int = 1
     """Thread blocks per multiprocessor that registers are kept free for."""
 
@@ -106,6 +111,8 @@ class KernelConfig(ABC):
     """Waits for the launch before it by itself, so that it may begin before that one has ended."""
     quantizes: ClassVar[bool] = False
     """Rounds its inputs to fp8 first, so ``auto`` never takes it."""
+    own_switches: ClassVar[tuple[str, ...]] = ()
+    """Which of ``one_tile`` and ``alone`` its tiles may have."""
     row_align: ClassVar[int] = 1
     """Every row of q, k and v starts and ends on a multiple of so many bytes."""
     mask_keys: ClassVar[int] = 1
@@ -210,6 +217,10 @@ class KernelConfig(ABC):
             reasons.append(
                 f"warps_m x warps_n = {self.num_warps} warps; a thread block holds at most 32"
             )
+        others = {"one_tile", "alone"}.difference(self.own_switches)
+        reasons += [
+            f"{self.kernel} has no {name}" for name in sorted(others) if getattr(self.tile, name)
+        ]
         return reasons + self.unfit()
 
     @abstractmethod
@@ -282,6 +293,8 @@ class KernelConfig(ABC):
             "FC_PACK_GQA": int(t.pack_gqa),
             "FC_SPLIT_KV": int(t.split_kv),
             "FC_CLUSTER": t.cluster,
+            "FC_ONE_TILE": int(t.one_tile),
+            "FC_ALONE": int(t.alone),
             "FC_BOUNDED_RIGHT": int(self.bounded_right),
             "FC_BOUNDED_LEFT": int(self.bounded_left),
             "FC_RULES": sum(RULE_BITS[name] for name in self.rules),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flashcore_cupy.cuda.targets import HOPPER, smem_limit
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.select.sm90 import ROWS_OF_WARPGROUP, Sm90
 from flashcore_cupy.select.tensor_view import MAX_BOX, View
@@ -14,6 +15,8 @@ _MAX_WARPGROUPS = 4
 _COLUMN_GROUP = 8
 """Columns of O that a fragment has."""
 _BARRIER_BYTES = 8
+# Of two thread blocks each has 1 KiB for the system: half of the multiprocessor's is too much.
+_ALONE_BYTES = (smem_limit(HOPPER) + _KIB) // 2
 # What "auto" takes it for: one block of rows for each multiprocessor of an H100 or H200, and 1024
 # keys of 64 columns.
 _MOST_BLOCKS, _MOST_ELEMENTS, _MOST_COLUMNS = 132, 1 << 16, 128
@@ -29,6 +32,7 @@ class Sm90Cluster(Sm90):
     entries = ("fwd_sm90_cluster",)
     takes_packed = False
     overlaps_launches = True
+    own_switches = ("one_tile", "alone")
 
     # --- which problems ---------------------------------------------------------------------------
 
@@ -70,6 +74,8 @@ class Sm90Cluster(Sm90):
                 f"warps_n={t.warps_n}, cluster={t.cluster}: {self.head_dim_v} columns are not "
                 f"whole groups of 8 for each warpgroup"
             )
+        if t.one_tile and t.num_stages > 1:
+            reasons.append(f"one_tile with num_stages={t.num_stages}: one tile is loaded once")
         others = [name for name in ("warps_d",) if getattr(t, name) > 1]
         switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
         others += [name for name in switches if getattr(t, name)]
@@ -78,6 +84,17 @@ class Sm90Cluster(Sm90):
         if self.head_dim % 32 or self.head_dim_v % 32:
             reasons.append(f"{self.kernel} has tiles of 32, 64, 96, ... columns")
         return reasons
+
+    def check_heads(self, problem: AttentionProblem) -> None:
+        """Raise ``ValueError`` if ``one_tile`` leaves keys over."""
+        super().check_heads(problem)
+        t = self.tile
+        reach = t.block_n * t.warps_n * t.cluster
+        if t.one_tile and problem.seqlen_kv > reach:
+            raise ValueError(
+                f"config: one_tile, with {problem.seqlen_kv} keys; block_n x warps_n x cluster = "
+                f"{reach} are all that it has: set one_tile=False, or have larger tiles"
+            )
 
     @property
     def num_warps(self) -> int:
@@ -96,7 +113,12 @@ class Sm90Cluster(Sm90):
 
     @property
     def smem_bytes(self) -> int:
-        """Q; K and V of every warpgroup; what warpgroups give each other; the barriers."""
+        """Q; K and V of every warpgroup; what warpgroups give each other; the barriers.
+
+        ``alone`` has more than half of the multiprocessor's. Else the thread blocks of the next
+        launch, which begin before this one's end, come to lie beside them, or two on one
+        multiprocessor, though others are free; and clusters wait for each other's place.
+        """
         t, groups = self.tile, self.tile.warps_n
         total = self._q_bytes
         total += groups * t.num_stages * self._size * t.block_n * (self.head_dim + self.head_dim_v)
@@ -105,7 +127,8 @@ class Sm90Cluster(Sm90):
         # Which keys each warp sees: a bit per key and lane of four; else an empty struct each.
         words = -(-t.block_n // 128)
         total += groups * (WARPGROUP_WARPS * 4 * 4 * words if self.hides_keys else 1)
-        return round_up(total, _KIB) + _KIB
+        total = round_up(total, _KIB)
+        return max(total, _ALONE_BYTES) if t.alone else total
 
     @property
     def _halves(self) -> int:

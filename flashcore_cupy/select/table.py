@@ -297,46 +297,52 @@ _SM90_ROWS = (
 
 _cluster = partial(_line, "cluster_sm90")
 _CLUSTER = Tile(64, 128, warps_m=4)
-# Pairs of thread blocks leave half of the multiprocessors to a launch that overlaps.
-_HALF = 17
 # 64 queries' pairs of thread blocks find a place each.
 _PAIRS = 33
 
 
-def _keys(most: int, tile: Tile, **limits: Any) -> _Choice:
-    """For so many keys at most, where each warpgroup has one tile of them or a few."""
-    return _choice(tile, max_keys=most, **limits)
+def _at_once(most: int, tile: Tile, **limits: Any) -> _Choice:
+    """For so many keys at most, of which each warpgroup has one tile."""
+    return _choice(replace(tile, one_tile=True), max_keys=most, **limits)
 
 
-_ONE_TILE = _keys(128, _CLUSTER)
-_HALF_TILE = _keys(64, replace(_CLUSTER, block_n=64))
 _TWO_GROUPS = replace(_CLUSTER, warps_n=2)
 _TWO_BLOCKS = replace(_CLUSTER, cluster=2)
 _FOUR_GROUPS = replace(_CLUSTER, warps_n=2, cluster=2)
+_HALF_TILE = _at_once(64, replace(_CLUSTER, block_n=64, alone=True))
+_ONE_TILE = _at_once(128, replace(_CLUSTER, alone=True))
+# Clusters whose thread blocks are alone on a multiprocessor are faster than two warpgroups.
+_TWO_TILES = _at_once(256, replace(_TWO_BLOCKS, alone=True), max_blocks=_PAIRS)
+_FOUR_TILES = _at_once(512, _FOUR_GROUPS, max_blocks=_PAIRS)
+_WIDE_TILES = _at_once(
+    512,
+    replace(_TWO_BLOCKS, block_n=256, alone=True),
+    max_blocks=_PAIRS,
+    spills_with=PER_SCORE,
+)
 
 # One H100, 8 heads, float16, a replayed graph; in brackets the faster of wgmma_sm90 and mma_sm80,
 # whose launches do not overlap.
 _CLUSTER_ROWS = (
     *_cluster(
         64,
-        _HALF_TILE,  # S=64 2.1 us (3.8)
-        _ONE_TILE,  # S=128 2.4 us (3.9); in halves, by two blocks 2.8, by two warpgroups 3.0
-        _keys(256, _TWO_BLOCKS, max_blocks=_HALF),  # S=256 3.4 us (5.0), _TWO_GROUPS 3.6
-        _keys(256, _TWO_GROUPS),  # 16 heads, S=256 3.8 us (5.0), _TWO_BLOCKS 4.3
-        _keys(512, _FOUR_GROUPS, max_blocks=_PAIRS),  # S=512 4.0 us (6.5), _TWO_GROUPS 5.1
-        _keys(512, replace(_TWO_GROUPS, num_stages=2)),  # 16 heads, S=512 (6.8)
+        _HALF_TILE,  # S=64 1.9 us (3.8)
+        _ONE_TILE,  # S=128 2.1 us (3.9), not alone 2.3
+        _TWO_TILES,  # S=256 2.5 us (5.0), not alone 3.2; B=2 2.8, _TWO_GROUPS 3.3
+        _at_once(256, _TWO_GROUPS),
+        _WIDE_TILES,  # S=512 3.6 us (6.5), _FOUR_TILES 3.8; causal both 3.8
+        _FOUR_TILES,
+        _choice(replace(_TWO_GROUPS, num_stages=2), max_keys=512),  # 16 heads, S=512 (6.8)
         _choice(_FOUR_GROUPS, max_blocks=_PAIRS),
-        _choice(replace(_TWO_GROUPS, num_stages=3)),  # S=1024 8.3 us (10.1), _FOUR_GROUPS 11.5
+        _choice(replace(_TWO_GROUPS, num_stages=3)),  # S=1024 8.5 us (10.1), _FOUR_GROUPS 11.2
     ),
     *_cluster(
         128,
         _HALF_TILE,
-        _ONE_TILE,  # S=128 2.8 us (5.6); in halves, by two blocks 3.4, by two warpgroups 3.7
-        # S=256 4.1 us (6.2), _TWO_GROUPS 4.3, _TWO_BLOCKS 4.6
-        _keys(256, replace(_FOUR_GROUPS, block_n=64), max_blocks=_HALF),
-        _keys(256, _TWO_GROUPS, max_blocks=_PAIRS),  # 16 heads, S=256 4.5 us, _TWO_BLOCKS 5.4
-        _keys(256, _TWO_BLOCKS),
-        _keys(512, _FOUR_GROUPS, max_blocks=_PAIRS),  # S=512 5.3 us (8.1), of 64 keys 6.0
+        _ONE_TILE,  # S=128 2.6 us (5.6), not alone 2.8
+        _TWO_TILES,  # S=256 3.3 us (6.2), _TWO_GROUPS 3.9, not alone 4.1
+        _at_once(256, _TWO_BLOCKS),
+        _FOUR_TILES,  # S=512 5.0 us (8.1)
         _choice(_TWO_GROUPS),  # 16 heads, S=512 (8.8), causal (9.6)
     ),
 )

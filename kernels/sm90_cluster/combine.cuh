@@ -25,16 +25,23 @@
 
 namespace flashcore {
 
-// Stores x at a place of warpgroup `to` of the cluster; all shared memory is named as this CTA's.
-// What goes to the peer counts on `full`.
-__device__ __forceinline__ void Warpgroup::give(int to, float4& place, const float4& x,
+// The warpgroups of a CTA stand in a circle. What this one gives to the i-th behind it, here or in
+// the peer (cta = 0 or 1), goes to place cta * WARPGROUPS + i - 1 of that one's inbox. So all give
+// in the same way, whoever they are. `place` goes over all others; the peer's come last.
+__device__ __forceinline__ int cta_of(int place) { return (place + 1) / WARPGROUPS; }
+__device__ __forceinline__ int Warpgroup::neighbour(int place) const {
+    const int w = index + (place + 1) % WARPGROUPS;
+    return w < WARPGROUPS ? w : w - WARPGROUPS;
+}
+
+// Stores x here (cta = 0), or at the same place of the peer, where it counts on `full`.
+__device__ __forceinline__ void Warpgroup::give(int cta, float4& place, const float4& x,
                                                 uint64& full) {
-    const int cta = to / WARPGROUPS;
-    if (CLUSTER == 1 || cta == rank) {
+    if (CLUSTER == 1 || cta == 0) {
         place = x;
     } else {
-        store_peer_async(peer_address(shared_address(&place), cta), x,
-                         peer_address(shared_address(&full), cta));
+        store_peer_async(peer_address(shared_address(&place), rank ^ 1), x,
+                         peer_address(shared_address(&full), rank ^ 1));
     }
 }
 
@@ -44,21 +51,24 @@ __device__ __forceinline__ void Warpgroup::arrive(uint64 (&full)[WARPGROUPS]) {
     warp_sync();  // all lanes have stored
     if (lane() > 0) return;
 #pragma unroll
-    for (int w = 0; w < WARPGROUPS; ++w)
-        if (w != index) mbarrier_arrive(&full[w]);
+    for (int place = 0; place < WARPGROUPS - 1; ++place) mbarrier_arrive(&full[neighbour(place)]);
 }
 
-// Which of those that give to warpgroup `to` this one is.
-__device__ __forceinline__ int giver(int split, int to) { return split - (split > to); }
+// Gives a number of both rows to all others, first to the peer's: what they get is on its way
+// longer.
+__device__ __forceinline__ void Warpgroup::give_pair(InboxRows Inbox::* rows, float low, float high,
+                                                     uint64 (&full)[WARPGROUPS]) {
+    if (lane() % QUAD > 0) return;
+#pragma unroll
+    for (int place = SPLITS - 2; place >= 0; --place) {
+        const int w = neighbour(place);
+        give(cta_of(place), (smem.inbox[w].*rows)[place][thread() / QUAD], {low, high, 0, 0},
+             full[w]);
+    }
+}
 
 __device__ __forceinline__ void Warpgroup::give_maxima() {
-#pragma unroll
-    for (int to = 0; to < SPLITS; ++to) {
-        if (to == split() || lane() % QUAD > 0) continue;
-        const int w = to % WARPGROUPS;
-        give(to, smem.inbox[w].max[giver(split(), to)][thread() / QUAD],
-             {state[0].max, state[1].max, 0, 0}, smem.full_max[w]);
-    }
+    give_pair(&Inbox::max, state[0].max, state[1].max, smem.full_max);
     arrive(smem.full_max);
 }
 
@@ -78,38 +88,40 @@ __device__ __forceinline__ void Warpgroup::settle() {
     }
 #pragma unroll
     for (int r = 0; SPLITS > 1 && r < 2; ++r) {
-        to_common[r] = rescale_to(state[r].max, max[r], exponent_scale<RULES>(params));
+        to_common[r] = rescale_to(state[r].max, max[r], scale);
         state[r] = {max[r], state[r].sum * to_common[r]};
     }
-#pragma unroll
-    for (int to = 0; to < SPLITS; ++to) {
-        if (to == split() || lane() % QUAD > 0) continue;
-        const int w = to % WARPGROUPS;
-        give(to, smem.inbox[w].sum[giver(split(), to)][thread() / QUAD],
-             {state[0].sum, state[1].sum, 0, 0}, smem.full_o[w]);
+    give_pair(&Inbox::sum, state[0].sum, state[1].sum, smem.full_o);
+}
+
+// Gives the others their columns of O, and keeps its own. Registers have no index, so this is built
+// for each warpgroup of the cluster, and the warpgroup SPLIT runs its own.
+template <int SPLIT>
+__device__ __forceinline__ void Warpgroup::give_output(float (&own)[OWN_COLS / 2]) {
+    if constexpr (SPLIT < SPLITS - 1) {
+        if (split() != SPLIT) return give_output<SPLIT + 1>(own);
     }
+    constexpr int RANK = SPLIT / WARPGROUPS, INDEX = SPLIT % WARPGROUPS;
+#pragma unroll
+    for (int place = SPLITS - 2; place >= 0; --place) {
+        const int w = (INDEX + place + 1) % WARPGROUPS;
+        const int to = (RANK ^ cta_of(place)) * WARPGROUPS + w;
+        const float* const theirs = rO + to * (OWN_COLS / 2);
+#pragma unroll
+        for (int n = 0; n < OWN_COLS / 8; ++n)
+            give(cta_of(place), smem.inbox[w].o[place][n][thread()],
+                 {theirs[4 * n], theirs[4 * n + 1], theirs[4 * n + 2], theirs[4 * n + 3]},
+                 smem.full_o[w]);
+    }
+#pragma unroll
+    for (int e = 0; e < OWN_COLS / 2; ++e) own[e] = rO[SPLIT * (OWN_COLS / 2) + e];
 }
 
 // Gives O, and sets l and `own` to those of all keys: the columns that this warpgroup stores.
 __device__ __forceinline__ void Warpgroup::exchange(float (&own)[OWN_COLS / 2]) {
 #pragma unroll
     for (int e = 0; SPLITS > 1 && e < HEAD_DIM_V / 2; ++e) rO[e] *= to_common[e / 2 % 2];
-#pragma unroll
-    for (int to = 0; to < SPLITS; ++to) {
-        const float* const theirs = rO + to * (OWN_COLS / 2);
-        if (to == split()) {
-#pragma unroll
-            for (int e = 0; e < OWN_COLS / 2; ++e) own[e] = theirs[e];
-            continue;
-        }
-        const int w = to % WARPGROUPS;
-        auto& place = smem.inbox[w].o[giver(split(), to)];
-#pragma unroll
-        for (int n = 0; n < OWN_COLS / 8; ++n)
-            give(to, place[n][thread()],
-                 {theirs[4 * n], theirs[4 * n + 1], theirs[4 * n + 2], theirs[4 * n + 3]},
-                 smem.full_o[w]);
-    }
+    give_output<0>(own);
     arrive(smem.full_o);
     const Inbox& inbox = smem.inbox[index];
     if (SPLITS > 1) mbarrier_wait(&smem.full_o[index], 0);
@@ -145,9 +157,11 @@ __device__ __forceinline__ void Warpgroup::finish(const float (&own)[OWN_COLS / 
     const int valid_cols = DIM_V - split() * OWN_COLS;
     float factor[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-        factor[r] =
-            finish_state<RULES, GATE>(params, work, query(r), state[r]) * inverse_sum(state[r].sum);
+    for (int r = 0; r < 2; ++r) {
+        factor[r] = finish_state<RULES, GATE>(params, work, query(r), state[r]);
+        // l is 0 or, as m is a key's score or the sink, about 1 and more.
+        factor[r] *= state[r].sum == 0.0f ? 0.0f : reciprocal_approx(state[r].sum);
+    }
 #pragma unroll
     for (int r = 0; WRITES_OUTPUT<GATE> && r < 2; ++r) {
         const bool valid = query(r).valid;

@@ -83,7 +83,6 @@ __device__ __forceinline__ void Warpgroup::find_maxima(int tile, const Bits (&vi
 // Turns a half's scores into probabilities, adds them to l, drops some, and packs them for P V.
 __device__ __forceinline__ void Warpgroup::exponentiate(int tile, int half,
                                                         const float (&shift)[2]) {
-    const float scale = exponent_scale<RULES>(params);
     KeptBits<RULES, PAIRS> kept[2];
     look_up_kept<RULES>(params, work, query(0), first_key(tile, half), kept);
 #pragma unroll
@@ -109,8 +108,7 @@ __device__ __forceinline__ void Warpgroup::exponentiate(int tile, int half,
 __device__ __forceinline__ bool Warpgroup::has_far_rows() const {
     bool is_any = false;
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-        is_any |= is_far(state[r].max, exponent_scale<RULES>(params)) && query(r).valid;
+    for (int r = 0; r < 2; ++r) is_any |= is_far(state[r].max, scale) && query(r).valid;
     return warp_any(is_any);
 }
 

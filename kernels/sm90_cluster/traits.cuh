@@ -40,6 +40,7 @@ enum NamedBarrier : int {
 static_assert(BLOCK_M == 64 && WARPS_M == WARPGROUP_WARPS, "a tile of wgmma's 64 rows");
 static_assert(WARPS_D == 1 && !PACK_GQA && !SPLIT_KV && !VARLEN, "one head of one sequence");
 static_assert(CLUSTER <= 2, "a CTA has one peer");
+static_assert(!ONE_TILE || NUM_STAGES == 1, "one tile is loaded once");
 static_assert(OWN_COLS % 8 == 0, "a warpgroup stores whole groups of columns");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
 static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,
@@ -47,12 +48,13 @@ static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,
 
 // What the other warpgroups of the cluster give to one: its own columns of O, over their keys, in
 // the accumulators' layout, and m and l. A thread finds what a thread with the same rows has given.
+// Who gives to whom in which place: see Warpgroup::neighbour.
 constexpr int GIVERS = SPLITS > 1 ? SPLITS - 1 : 1;  // a lone warpgroup is given nothing
 constexpr int GROUPS = SPLITS > 1 ? OWN_COLS / 8 : 1;
+using InboxRows = float4[GIVERS][WARPGROUP_THREADS / QUAD];  // both rows' number, for four lanes
 struct Inbox {
-    float4 o[GIVERS][GROUPS][WARPGROUP_THREADS];   // 8 columns: both rows' two
-    float4 max[GIVERS][WARPGROUP_THREADS / QUAD];  // both rows' m, for four lanes
-    float4 sum[GIVERS][WARPGROUP_THREADS / QUAD];  // both rows' l, at the common m
+    float4 o[GIVERS][GROUPS][WARPGROUP_THREADS];  // 8 columns: both rows' two
+    InboxRows max, sum;                           // m; l at the common m
 };
 
 // Who arrives at full_max and at full_o: the CTA's other warps, and who expects the peer's bytes.
@@ -71,8 +73,8 @@ struct alignas(1024) SharedStorage {
     uint64 full_max[WARPGROUPS], full_o[WARPGROUPS];  // of the inboxes: m; l and O
     SeenKeys<HIDES_KEYS, WARPGROUP_WARPS, BLOCK_N> seen[WARPGROUPS];
 };
-static_assert(sizeof(SharedStorage) + 1024 == SMEM_BYTES,
-              "flashcore_cupy/select computes the same size, and 1 KiB to align it");
+static_assert(ALONE ? sizeof(SharedStorage) <= SMEM_BYTES : sizeof(SharedStorage) == SMEM_BYTES,
+              "flashcore_cupy/select computes the same size, or more to have a CTA alone");
 static_assert(sizeof(HopperParams) == PARAMS_BYTES, "flashcore_cupy/select packs the same struct");
 
 }  // namespace flashcore

@@ -25,6 +25,7 @@ struct Warpgroup {
     T* output[2];
     RowState state[2];        // of this lane's rows: lane / 4 and lane / 4 + 8 of the warp's 16
     bool is_settled = false;  // m and l are over all keys
+    float scale;              // of scores, to log2 units
     float to_common[2];       // then: the factors that O still needs
     // Element 4 n + 2 r + e is of row r: of S key 8 n + 2 (lane % 4) + e, of O that column.
     float rS[HALVES][KEYS / 2];
@@ -62,7 +63,9 @@ struct Warpgroup {
     __device__ __forceinline__ int tile(int nth) const {
         return tiles.begin + split() + nth * SPLITS;
     }
-    __device__ __forceinline__ bool has(int nth) const { return tile(nth) < tiles.end; }
+    __device__ __forceinline__ bool has(int nth) const {
+        return !(ONE_TILE && nth > 0) && tile(nth) < tiles.end;
+    }
     // The first key of a half of a tile that this lane has.
     __device__ __forceinline__ static int first_key(int tile, int half) {
         return tile * BLOCK_N + half * KEYS + lane() % QUAD * 2;
@@ -114,7 +117,12 @@ struct Warpgroup {
 
     // combine.cuh
     __device__ __forceinline__ void find_output();
-    __device__ __forceinline__ void give(int to, float4& place, const float4& x, uint64& full);
+    __device__ __forceinline__ int neighbour(int place) const;
+    __device__ __forceinline__ void give(int cta, float4& place, const float4& x, uint64& full);
+    __device__ __forceinline__ void give_pair(InboxRows Inbox::* rows, float low, float high,
+                                              uint64 (&full)[WARPGROUPS]);
+    template <int SPLIT>
+    __device__ __forceinline__ void give_output(float (&own)[OWN_COLS / 2]);
     __device__ __forceinline__ void arrive(uint64 (&full)[WARPGROUPS]);
     __device__ __forceinline__ void give_maxima();
     __device__ __forceinline__ void settle();

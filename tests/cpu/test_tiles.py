@@ -87,12 +87,13 @@ def test_blocks_are_as_large_as_the_grid_is(sizes: tuple[int, int, int, int], bl
         ((1, 8, 64, 64), (1, 1), 1, 64),
         ((1, 8, 128, 64), (1, 1), 1, 128),
         ((1, 8, 256, 64), (1, 2), 1, 128),
-        ((2, 8, 256, 64), (2, 1), 1, 128),
-        ((1, 8, 512, 64), (2, 2), 1, 128),
+        ((2, 8, 256, 64), (1, 2), 1, 128),
+        ((4, 8, 256, 64), (2, 1), 1, 128),
+        ((1, 8, 512, 64), (1, 2), 1, 256),
         ((1, 16, 512, 64), (2, 1), 2, 128),
         ((1, 8, 1024, 64), (2, 1), 3, 128),
-        ((1, 8, 256, 128), (2, 2), 1, 64),
-        ((1, 16, 256, 128), (2, 1), 1, 128),
+        ((1, 8, 256, 128), (1, 2), 1, 128),
+        ((1, 16, 256, 128), (1, 2), 1, 128),
         ((1, 8, 512, 128), (2, 2), 1, 128),
     ],
 )
@@ -104,9 +105,45 @@ def test_few_queries_share_out_their_keys(
     assert found.kernel.name == "cluster_sm90" and found.config.overlaps_launches
     assert (tile.warps_n, tile.cluster) == parts
     assert (tile.num_stages, tile.block_n) == (num_stages, block_n)
+    reach = block_n * parts[0] * parts[1]
+    assert tile.one_tile == (num_stages == 1 and sizes[2] <= reach)
 
 
-@pytest.mark.parametrize(("mask", "block_n", "rows"), [(False, 128, 64), (True, 128, 128)])
+def of_few_keys(seqlen: int, **overrides: Any) -> KernelConfig:
+    problem = contiguous_problem(1, 8, seqlen, 64)
+    return selector.select(problem, HOPPER, kernel="cluster_sm90", overrides=overrides).config
+
+
+@pytest.mark.parametrize("seqlen", [64, 128, 256, 512])
+def test_a_thread_block_that_is_alone_leaves_no_room_for_another(seqlen: int) -> None:
+    multiprocessor, system = 228 * 1024, 1024  # of an H100; what a thread block has beside its own
+    alone, beside = of_few_keys(seqlen), of_few_keys(seqlen, alone=False)
+    assert alone.tile.alone and not beside.tile.alone
+    assert 2 * (alone.smem_bytes + system) > multiprocessor >= 2 * (beside.smem_bytes + system)
+    assert alone.smem_bytes <= targets.smem_limit(HOPPER)
+
+
+def test_one_tile_of_a_warpgroup_is_all_of_its_keys() -> None:
+    assert of_few_keys(100, block_n=112).tile.one_tile
+    narrow = of_few_keys(300, block_n=32).tile  # no row has all of these keys at once
+    assert not narrow.one_tile and narrow.block_n == 32
+    reason = r"one_tile, with 300 keys; .* = 128 are all that it has"
+    with pytest.raises(ValueError, match=reason):
+        of_few_keys(300, block_n=32, one_tile=True, warps_n=2, cluster=2)
+    with pytest.raises(ValueError, match="one_tile with num_stages=2"):
+        of_few_keys(100, num_stages=2, one_tile=True)
+
+
+@pytest.mark.parametrize("name", ["wmma_fused_32", "mma_sm80", "wgmma_sm90"])
+@pytest.mark.parametrize("switch", ["one_tile", "alone"])
+def test_other_kernels_have_neither(name: str, switch: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} has no {switch}"):
+        selector.select(
+            contiguous_problem(1, 8, 64, 64), HOPPER, kernel=name, overrides={switch: True}
+        )
+
+
+@pytest.mark.parametrize(("mask", "block_n", "rows"), [(False, 256, 128), (True, 128, 128)])
 def test_tiles_of_k_arrive_in_halves_but_with_masks(mask: bool, block_n: int, rows: int) -> None:
     problem = contiguous_problem(1, 8, 512, 64)
     if mask:
