@@ -119,4 +119,4 @@ def test_dirt_is_what_the_next_array_holds() -> None:
     sizes = [123456, 7890]
     leave_dirt(sizes, 255)
     for size in sizes:
-        assert (cupy.empty(size, np.uint8) == 255).all()
+        assert (cupy.empty(size, np.uint8).get() == 255).all()
