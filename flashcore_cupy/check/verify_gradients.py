@@ -4,7 +4,7 @@ NaN and infinity stand where they should. Elsewhere the largest error is at most
 ``reference_gradients.naive``, or an epsilon of the largest value; for float32, whose tensor cores
 truncate, four times, or 3 x 2^-22. Beside that it may be ``reference_gradients.roundings``: where
 terms cancel, as for a query with one key, what is left is float32's rounding, and luck. So it is
-with the largest error of a few numbers: where they are few, the naive pass is made several times.
+with the largest error of a few numbers, so the naive pass is made several times.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from flashcore_cupy.problem.attention_problem import EPSILON
 from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.problem.gradients import Gradients, by_result
 
-# The naive pass is made as often as gives so many numbers of each gradient; no more than so often,
-# nor for more scores than so many in all.
-_NUMBERS, _DRAWS, _SCORES = 512, 8, 2**24
+# The naive pass is made as often as gives so many numbers of each gradient; of 16 bits so often at
+# least, as a few outliers may decide; no more than so often, nor for more scores than so many.
+_NUMBERS, _FEWEST_DRAWS, _DRAWS, _SCORES = 512, 4, 8, 2**24
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def expect(
     values, roundings = by(reference_gradients.oracle), by(reference_gradients.roundings)
     fewest = min(x.size for x in values.values())
     rows, keys = (x.size // x.shape[-1] for x in (q, k))
-    draws = max(1, min(_DRAWS, _NUMBERS // max(1, fewest), _SCORES // max(1, rows * keys)))
+    least = _FEWEST_DRAWS if q.dtype.itemsize == 2 else 1
+    asked = max(least, min(_DRAWS, _NUMBERS // max(1, fewest)))
+    draws = max(1, min(asked, _SCORES // max(1, rows * keys)))
     naive = [by(partial(reference_gradients.naive, grid=1 + n / _DRAWS)) for n in range(draws)]
     one = partial(ExpectedGradient, q.dtype.name)
     return ExpectedGradients(

@@ -212,10 +212,10 @@ def test_cells_survive_json() -> None:
             assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
 
 
-def test_results_of_before_are_still_read() -> None:
+def test_results_that_are_kept_are_read() -> None:
     for path in sorted((ROOT / "benchmarks/results").glob("*/peers*.json")):
         report = Report.load(path)
-        assert report.ok and not any(row.cell.lengths for row in report.rows)
+        assert report.ok
         assert all(entry.load is None for row in report.rows for entry in row.entries.values())
         for row, known in zip(report.rows, json.loads(path.read_text())["rows"], strict=True):
             assert row.cell.flops == known["flops"]
