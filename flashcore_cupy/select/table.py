@@ -163,7 +163,7 @@ _SM80_ROWS = (
                                                                    _RULED_64),
     *_sm80(80,  _one(128),           _few(128),           _SOME,   _TWO_STAGES, _RULED),
     *_sm80(96,  _one(128),           _few(128), _few(64), _SOME,   _TWO_STAGES, _RULED),
-    *_sm80(128, _one(128),           _few(128), _few(64), _SOME,   _48_KEYS, _64_KEYS, _RULED),
+    *_sm80(128, _one(128),           _few(128), _few(64), _SOME,   _64_KEYS, _48_KEYS, _RULED),
     *_sm80(192, _one(128), _one(64), _few(64), _few(32),           _WIDE),
     *_sm80(256, _one(128), _one(64), _few(64), _few(32),           _COLUMNS, _WIDE),
     # (D, Dv) and wider heads, for whatever grid

@@ -196,7 +196,9 @@ def test_explain_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     text = _explained(monkeypatch, "sm_90a", x[:, :, :1], x, x)
     assert text.startswith("wgmma_sm90 on sm_90a: ") and "pack_gqa, split_kv, TMA" in text
     text = _explained(monkeypatch, "sm_90a", tiny, tiny, tiny)
-    assert text.startswith("cluster_sm90 on sm_90a: 64x128 tile, 1 warpgroup along the keys, TMA")
+    assert text.startswith(
+        "cluster_sm90 on sm_90a: 64x128 tile, 1 warpgroup along the keys, one_tile, alone, TMA"
+    )
     few = x[:1, :2, :, :][:, :, :16]
     first, second = _explained(monkeypatch, "sm_90a", few, few, few).splitlines()
     assert first.startswith("mma_sm80 on sm_90a: ")
