@@ -76,6 +76,28 @@ def configurations() -> tuple[Case, ...]:
     return tuple(dict.fromkeys(configuration(seed) for seed in range(CONFIGURATIONS)))
 
 
+def draw_sometimes(rng: random.Random, chance: float, *values: Any) -> Any:
+    """One of these with a chance, else what is none of their kind."""
+    return rng.choice(values) if rng.random() < chance else type(values[0])()
+
+
+def draw_either(rng: random.Random) -> dict[str, Any]:
+    """Arguments of a case of either pass."""
+    sometimes = functools.partial(draw_sometimes, rng)
+    return {
+        "causal": rng.choice([False, False, True, True, "top-left"]),
+        "window": (rng.choice([-1, -1, 0]), rng.choice([-1, -1, 0])),
+        "view": rng.choice(
+            ["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]
+        ),
+        "layout": rng.choice(["bhsd", "bshd"]),
+        "softcap": sometimes(0.2, 1.0),
+        "alibi": sometimes(0.25, "h", "bh"),
+        "sink": sometimes(0.25, True),
+        "score_mod": sometimes(0.15, *SCORE_MODS),
+    }
+
+
 def configuration(seed: int) -> Case:
     rng = random.Random(seed)
     grid = rng.choice([*GRIDS, "invariant"])
@@ -85,21 +107,12 @@ def configuration(seed: int) -> Case:
     while not rule_cases.takes_dims(KERNEL, dtype, dims) or rng.random() < 0.6:
         dims = (rng.choice(DIMS),) * 2
 
-    def sometimes(chance: float, *values: Any) -> Any:
-        return rng.choice(values) if rng.random() < chance else type(values[0])()
-
+    sometimes = functools.partial(draw_sometimes, rng)
     case = Case(
         *(grid, rng.choice(["auto", "auto", KERNEL]), dtype),
         head_dim=dims[0],
         head_dim_v=dims[1],
-        causal=rng.choice([False, False, True, True, "top-left"]),
-        window=(rng.choice([-1, -1, 0]), rng.choice([-1, -1, 0])),
-        view=rng.choice(["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]),
-        layout=rng.choice(["bhsd", "bshd"]),
-        softcap=sometimes(0.2, 1.0),
-        alibi=sometimes(0.25, "h", "bh"),
-        sink=sometimes(0.25, True),
-        score_mod=sometimes(0.15, *SCORE_MODS),
+        **draw_either(rng),
         mask_mod=sometimes(0.15, *MASK_MODS),
         bias="" if packs else sometimes(0.3, "bhqk", "1h1k", "qk", "b1q1", "1"),
         bias_fp32=rng.random() < 0.5,

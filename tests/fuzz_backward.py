@@ -22,11 +22,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from fuzz import DIMS, KINDS, is_padded
+from fuzz import DIMS, KINDS, draw_either, draw_sometimes, is_padded
 from places import Place
 
 from flashcore_cupy.check.selftest import gradients
-from flashcore_cupy.check.selftest.case import MASK_MODS, SCORE_MODS, Case, packed
+from flashcore_cupy.check.selftest.case import MASK_MODS, Case, packed
 from flashcore_cupy.check.selftest.outcome import Emulated, failures
 from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.jit import compiler
@@ -64,9 +64,7 @@ def configuration(kernel: str, seed: int) -> Case:
     if rng.random() < 0.3:
         dims = rng.choice([(192, 128), (dims[0], rng.choice(DIMS))])
 
-    def sometimes(chance: float, *values: Any) -> Any:
-        return rng.choice(values) if rng.random() < chance else type(values[0])()
-
+    sometimes = functools.partial(draw_sometimes, rng)
     bias = "" if packs else sometimes(0.3, "bhqk", "1h1k", "qk", "b1q1", "1h11", "k", "1")
     mask = "" if packs else sometimes(0.2, "bhqk", "b11k", "1hqk", "k", "q1")
     case = Case(
@@ -74,14 +72,7 @@ def configuration(kernel: str, seed: int) -> Case:
         batch=fewest_batches(bias, mask),
         head_dim=dims[0],
         head_dim_v=dims[1],
-        causal=rng.choice([False, False, True, True, "top-left"]),
-        window=(rng.choice([-1, -1, 0]), rng.choice([-1, -1, 0])),
-        view=rng.choice(["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]),
-        layout=rng.choice(["bhsd", "bshd"]),
-        softcap=sometimes(0.2, 1.0),
-        alibi=sometimes(0.25, "h", "bh"),
-        sink=sometimes(0.25, True),
-        score_mod=sometimes(0.15, *SCORE_MODS),
+        **draw_either(rng),
         mask_mod=sometimes(0.1, *MASK_MODS),
         bias=bias,
         bias_fp32=rng.random() < 0.5,

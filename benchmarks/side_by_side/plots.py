@@ -198,4 +198,7 @@ def _plain(axes: Any, grid: str) -> None:
 def _legend(figure: Any, axes: Any) -> None:
     """Below the axes, where it can cover nothing."""
     handles, _ = axes.get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    ncols = 6 if len(handles) <= 6 else 4  # more names are wider, too
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=ncols, fontsize=9, frameon=False
+    )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any
 
 _OVERLAPPING = 12030
 """The first driver, as CUDA counts, that captures overlapping launches into a graph."""
-_LAUNCHES = 12000
-"""The first driver that has ``cuLaunchKernelEx`` under this name."""
 _MOST_STREAMS = 64
 
 
@@ -43,8 +40,9 @@ class OverlappingLaunch:
     """
 
     def __init__(self, function: int, grid: int, block: int, smem_bytes: int) -> None:
-        self._launch = _launch_kernel_ex()
-        self._function = function
+        driver = binding()
+        self._launch = driver.cuLaunchKernelEx
+        self._function = driver.CUfunction(function)
         self._geometry = (grid, block, smem_bytes)
         self._configs: dict[int, Any] = {}  # by stream; threads share them, so none is changed
 
@@ -53,9 +51,9 @@ class OverlappingLaunch:
         config = self._configs.get(stream)
         if config is None:
             config = self._config(stream)
-        code = self._launch(config.getPtr(), self._function, params, None)
-        if code:
-            checked((binding().CUresult(code),), "a launch")
+        result = self._launch(config, self._function, params, 0)
+        if result[0]:
+            checked(result, "a launch")
 
     def _config(self, stream: int) -> Any:
         driver = binding()
@@ -73,17 +71,6 @@ class OverlappingLaunch:
             self._configs.clear()
         self._configs[stream] = config
         return config
-
-
-@functools.cache
-def _launch_kernel_ex() -> Any:
-    """``cuLaunchKernelEx``, by its address: to ask cuda-bindings each time takes thrice as long."""
-    driver = binding()
-    name, flags = b"cuLaunchKernelEx", driver.CUdriverProcAddress_flags
-    found = driver.cuGetProcAddress(name, _LAUNCHES, flags.CU_GET_PROC_ADDRESS_DEFAULT.value)
-    address = checked(found, "cuGetProcAddress")[0]
-    pointers = (ctypes.c_void_p,) * 4
-    return ctypes.CFUNCTYPE(ctypes.c_int, *pointers)(address)
 
 
 def checked(result: Any, what: str) -> tuple[Any, ...]:

@@ -169,7 +169,7 @@ def _launch_tensors(given: tuple[Any, ...], choices: tuple[Any, ...]) -> Gradien
     results = [tensors.empty(q, shape) for shape, _ in known.results.values()]
     if tensors.is_misaligned(results):
         return None
-    scratch = tensors.empty(q, (known.scratch_size,), np.float32)
+    scratch = tensors.empty(q, (known.scratch_size,), float32=True)
     addresses = [x.data_ptr() for x in (*given, *results) if x is not None]
     return _launch(known, addresses, scratch.data_ptr(), device, stream, results)
 

@@ -188,7 +188,7 @@ def _launch_tensors(q: Any, k: Any, v: Any, return_lse: bool, choices: tuple[Any
     if known is None or (len(os.environ) != _variable_count and _environment_changed()):
         return None
     out = tensors.empty(q, known.output_shape)
-    lse = tensors.empty(q, known.lse_shape, _float32) if return_lse else None
+    lse = tensors.empty(q, known.lse_shape, float32=True) if return_lse else None
     addresses = (pq, pk, pv, out.data_ptr(), 0 if lse is None else lse.data_ptr())
     bound = known.blocks.pop() if known.blocks else _BoundBlock(known.params.copy())
     if bound.addresses != addresses:

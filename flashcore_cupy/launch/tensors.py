@@ -28,7 +28,7 @@ def connect(given: Collection[Any]) -> bool:
         import cupy
 
         c = torch._C
-        try:  # names of torch's own, which may be others tomorrow
+        try:  # private names of torch, which another version may not have
             _asked = SimpleNamespace(
                 classes=(torch.Tensor, torch.nn.Parameter),
                 strided=torch.strided,
@@ -105,9 +105,9 @@ def form(x: Any) -> tuple[Any, ...]:
     return (x.shape, x.stride(), x.dtype)
 
 
-def empty(like: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
-    """A new tensor where another is, float32 if a dtype is given; torch's own memory."""
-    return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=_asked.float32)
+def empty(like: Any, shape: tuple[int, ...], *, float32: bool = False) -> Any:
+    """A new tensor where another is, of its dtype or float32; torch's own memory."""
+    return like.new_empty(shape, dtype=_asked.float32) if float32 else like.new_empty(shape)
 
 
 def is_misaligned(tensors: Iterable[Any]) -> bool:

@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flashcore_cupy
-from flashcore_cupy.cuda import captures, driver
+from flashcore_cupy.cuda import captures
 from flashcore_cupy.cuda.driver import OverlappingLaunch
 from flashcore_cupy.launch import launch_cache, workspace
 from flashcore_cupy.launch.parameter_block import ParameterBlock
@@ -630,32 +630,29 @@ def test_a_repeated_call_overlaps_if_its_kernel_does(launched: list[tuple[Any, .
     assert [stream for stream, _ in enqueued] == [7] and not launched
 
 
-def test_an_overlapping_launch_has_one_configuration_per_stream(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    bindings = pytest.importorskip("cuda.bindings.driver")
-    seen, answer = [], [0]
-    monkeypatch.setattr(
-        driver, "_launch_kernel_ex", lambda: lambda *given: seen.append(given) or answer[0]
-    )
-    launch = OverlappingLaunch(0x1000, 24, 256, 65536)
+def test_an_overlapping_launch_has_one_configuration_per_stream() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    launch, seen, answer = OverlappingLaunch(0x1000, 24, 256, 65536), [], [0]
+    launch._launch = lambda config, *rest: seen.append((config, *rest)) or tuple(answer)
     for stream in (7, 0, 7):
         launch(stream, 4096)
-    assert [int(config.hStream) for config in launch._configs.values()] == [7, 0]
-    config, other = launch._configs.values()
-    first, second = config.getPtr(), other.getPtr()
-    assert seen == [(at, 0x1000, 4096, None) for at in (first, second, first)]
+    configs = [config for config, *_ in seen]
+    assert configs[0] is configs[2] is not configs[1]
+    assert [int(config.hStream) for config in configs] == [7, 0, 7]
+    assert {int(function) for _, function, *_ in seen} == {0x1000}
+    assert {(params, extra) for *_, params, extra in seen} == {(4096, 0)}
+    config = configs[0]
     sizes = ("gridDim", "blockDim")
     shape = [getattr(config, size + axis) for size in sizes for axis in "XYZ"]
     assert [*shape, config.sharedMemBytes] == [24, 1, 1, 256, 1, 1, 65536]
     (attribute,) = config.attrs
-    ids = bindings.CUlaunchAttributeID
+    ids = driver.CUlaunchAttributeID
     assert attribute.id == ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     assert attribute.value.programmaticStreamSerializationAllowed == 1
     for stream in range(100):
         launch(stream, 4096)
     assert len(launch._configs) <= 64
-    answer[0] = int(bindings.CUresult.CUDA_ERROR_INVALID_VALUE)
+    answer[0] = driver.CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(RuntimeError, match=r"a launch: the driver answers .*INVALID_VALUE"):
         launch(7, 4096)
 

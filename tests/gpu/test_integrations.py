@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -277,6 +278,18 @@ def test_memory_of_torchs(torch: Any) -> None:
     assert held[1] == held[3]
 
 
+def captured(torch: Any, step: Callable[[], Any]) -> tuple[Any, Any]:
+    """A step as a graph of torch's, after one on another stream, as torch asks for; its result."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, step()
+
+
 def test_captured_with_a_step(torch: Any) -> None:
     """Forward and backward as one graph of torch's, replayed with other numbers."""
     given, other = arrays(), {n: x[::-1].copy() for n, x in arrays().items()}
@@ -285,14 +298,7 @@ def test_captured_with_a_step(torch: Any) -> None:
     def step() -> Any:
         return torch.autograd.grad(attention(*inputs, layout="bshd", causal=True), inputs, do)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
+    graph, found = captured(torch, step)
     with torch.no_grad():
         for x, y in zip((*inputs, do), other.values(), strict=True):
             x.copy_(torch.from_dlpack(y))
@@ -335,14 +341,7 @@ def test_a_captured_step_draws_anew(torch: Any) -> None:
         o = flash_attn_func(*inputs, 0.3, causal=True, deterministic=True)
         return o, *torch.autograd.grad(o, inputs, do)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
+    graph, found = captured(torch, step)
     seen = []
     for seed in (5, 6, None, 5):
         if seed is not None:
