@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,10 +136,16 @@ def build(bound: EmulatedPlan) -> None:
         bound.build()
 
 
+_one_thread = threading.Lock()
+
+
 @contextlib.contextmanager
 def unchecked_boundaries() -> Iterator[None]:
-    """Boundaries of packed batches are taken as they are, as those on a GPU are."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Boundaries of packed batches are taken as they are, as those on a GPU are.
+
+    For one thread at a time: whoever ends puts the check back.
+    """
+    with _one_thread, pytest.MonkeyPatch.context() as patch:
         patch.setattr(varlen, "_checked_on_host", lambda name, array, total: array.astype(np.int32))
         yield
 
