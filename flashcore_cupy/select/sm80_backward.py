@@ -141,7 +141,7 @@ class Sm80Backward(KernelConfig):
         return None
 
     @classmethod
-    def dq_columns(cls, head_dim: int, tile: Tile) -> int:
+    def dq_columns(cls, head_dim: int, tile: Tile, problem: AttentionProblem) -> int:
         """Columns of the units in which blocks of keys add to dq; 0 if they cannot."""
         return 0
 

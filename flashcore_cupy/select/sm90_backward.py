@@ -50,8 +50,14 @@ class Sm90Backward(Sm80Backward):
         return None
 
     @classmethod
-    def dq_columns(cls, head_dim: int, tile: Tile) -> int:
-        """Of 64 queries a consumer has 64 columns, or each has all 64 of some tiles."""
+    def dq_columns(cls, head_dim: int, tile: Tile, problem: AttentionProblem) -> int:
+        """Of 64 queries a consumer has 64 columns, or each has all 64 of some tiles.
+
+        None where positions hide keys from all queries: what these hold, maybe NaN, would enter
+        dq = ds @ k, so dq has a pass of its own.
+        """
+        if _keys_met(problem) != (0, problem.seqlen_kv):
+            return 0
         shared = _BOX_ROWS * (tile.warps_m // WARPGROUP_WARPS)
         fits = tile.num_stages > 1 and tile.block_n == _BOX_ROWS and shared > _BOX_ROWS
         return _BOX_ROWS if fits and head_dim in (_BOX_ROWS, shared) else 0

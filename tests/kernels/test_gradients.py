@@ -13,6 +13,7 @@ from flashcore_cupy import attention
 from flashcore_cupy.backward import attention_backward
 from flashcore_cupy.check import verify_gradients
 from flashcore_cupy.check.selftest.case import Mod
+from flashcore_cupy.problem.gradients import by_result
 from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
 
 BENT = Mod(
@@ -183,3 +184,32 @@ def test_what_nobody_sees_may_hold_nan(on: Place, dtype: str) -> None:
         strict=True,
     ):
         np.testing.assert_array_equal(x, y)
+
+
+@each("causal", [False, "top-left"])
+@each("window", [(10, 0), (5, 40), (-1, 0)])
+@each("deterministic", [True, False])
+@each("wrt", [("q", "k", "v"), ("k",), ("q",)])
+def test_what_is_far_from_all_may_hold_nan(
+    on: Place, causal: Any, window: tuple[int, int], deterministic: bool, wrt: tuple[str, ...]
+) -> None:
+    """Keys that no query sees by position, and queries that see none."""
+    runs(on, "bwd_sm90")
+    rules = {"causal": causal, "window": window}
+    for lengths in ((70, 200), (200, 70)):
+        i, j = np.indices(lengths)
+        distance = j - i - (0 if causal else lengths[1] - lengths[0])
+        seen = (distance <= window[1]) & ((window[0] < 0) | (distance >= -window[0]))
+        q, k, v = operands(2, 1, *lengths, 64, 64, dtype=np.dtype(HALF))
+        o, lse = attention(q, k, v, return_lse=True, **rules)
+        do = random(*o.shape, dtype=HALF, seed=5)
+        clean = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
+        dirty = {name: x if x is None else x.copy() for name, x in clean.items()}
+        for name, axis in (("k", 0), ("v", 0), ("q", 1), ("do", 1)):
+            dirty[name][:, :, ~seen.any(axis)] = np.nan
+        x, y = (
+            by_result(gradients(on, "bwd_sm90", given, wrt, rules, deterministic=deterministic))
+            for given in (clean, dirty)
+        )
+        for name in x:
+            np.testing.assert_allclose(x[name].astype("f4"), y[name].astype("f4"), atol=1e-3)
