@@ -154,7 +154,7 @@ def launch_again(
         known = _known.get(_key(q, k, v, out, pq | pk | pv | po, return_lse, device, choices))
     except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
         return None
-    if known is None or (len(os.environ) != _variable_count and _environment_changed()):
+    if known is None or is_other_environment():
         return None
     stream = _current_stream().ptr
     if stream > 1 and _is_captured(stream):
@@ -185,7 +185,7 @@ def _launch_tensors(q: Any, k: Any, v: Any, return_lse: bool, choices: tuple[Any
         known = _known.get(_tensor_key((q, k, v), pq | pk | pv, return_lse, device, choices))
     except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
         return None
-    if known is None or (len(os.environ) != _variable_count and _environment_changed()):
+    if known is None or is_other_environment():
         return None
     out = tensors.empty(q, known.output_shape)
     lse = tensors.empty(q, known.lse_shape, float32=True) if return_lse else None

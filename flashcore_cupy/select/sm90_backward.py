@@ -53,8 +53,8 @@ class Sm90Backward(Sm80Backward):
     def dq_columns(cls, head_dim: int, tile: Tile, problem: AttentionProblem) -> int:
         """Of 64 queries a consumer has 64 columns, or each has all 64 of some tiles.
 
-        None where positions hide keys from all queries: what these hold, maybe NaN, would enter
-        dq = ds @ k, so dq has a pass of its own.
+        0 where positions hide keys from all queries: such keys may hold NaN, and dq = ds @ k would
+        be NaN with them, although their ds is 0. Then dq has a pass of its own.
         """
         if _keys_met(problem) != (0, problem.seqlen_kv):
             return 0
