@@ -34,6 +34,7 @@
 #include <flashcore/output/epilogue.cuh>
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
+#include <flashcore/ptx/mma.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/tma.cuh>
 #include <flashcore/ptx/warp.cuh>
@@ -53,23 +54,24 @@ struct Consumer : WarpContext {
     SharedStorage& smem;
     int index;  // of the warpgroup among the consumers
     State state;
-    Statistics own[1][2];       // of the lane's queries, where the CTA owns queries
+    Statistics own[1][2];  // of the lane's queries, where the CTA owns queries
+    // OWN_IN_REGISTERS: the consumer's own rows, as first operands of 16 columns each.
+    uint32 rOwnQK[HEAD_DIM / 16][4], rOwnVO[HEAD_DIM_V / 16][4];
     float rQK[HEAD_DIM / 2];    // dK, or dQ
     float rVO[HEAD_DIM_V / 2];  // dV
     float distances[2];         // SUMS_DISTANCES: of the lane's rows
+    bool has_begun = false;     // the gradients' sums, which hold nothing before
 
     // ---- the main loop: one tile of the other side ---------------------------------------------
 
     __device__ __forceinline__ void attend_tile(const WalkedTile& at, int nth) {
-        const int stage = state.stage, first = index * ROWS;
+        const int stage = state.stage;
         float rS[BLOCK_N / 2], rdP[BLOCK_N / 2];  // then P and dS
         uint32 rP[STEPS][4], rdS[STEPS][4];       // as T: first operands of 16 columns each
         state.wait_full(smem.qk);
-        wgmma_qk<LayoutOwnQK, LayoutQK>(rS, smem.sOwnQK + LayoutOwnQK::step(0, first, 0),
-                                        smem.sQK[stage]);
+        multiply_own<LayoutOwnQK, LayoutQK>(rS, rOwnQK, smem.sOwnQK, smem.sQK[stage]);
         state.wait_full(smem.vo);
-        wgmma_qk<LayoutOwnVO, LayoutVO>(rdP, smem.sOwnVO + LayoutOwnVO::step(0, first, 0),
-                                        smem.sVO[stage]);
+        multiply_own<LayoutOwnVO, LayoutVO>(rdP, rOwnVO, smem.sOwnVO, smem.sVO[stage]);
         Kept kept[1][2];
         look_up_kept(*this, at, kept);
         const bool masked = needs_mask(*this, at.tile);
@@ -106,6 +108,17 @@ struct Consumer : WarpContext {
         multiply_ds(at, nth, stage, rdS);
     }
 
+    // S or dP starts: the consumer's own rows times the tile's.
+    template <typename LayoutOwn, typename Layout, int COUNT>
+    __device__ __forceinline__ void multiply_own(float (&r)[BLOCK_N / 2], uint32 (&rOwn)[COUNT][4],
+                                                 const T* sOwn, const T* sTile) {
+        if constexpr (OWN_IN_REGISTERS) {
+            wgmma_qk<Layout>(r, rOwn, sTile);
+        } else {
+            wgmma_qk<LayoutOwn, Layout>(r, sOwn + LayoutOwn::step(0, index * ROWS, 0), sTile);
+        }
+    }
+
     // dQ = dS K and dK += dS^T Q, or dQ += dS K, and the end of the step.
     __device__ __forceinline__ void multiply_ds(const WalkedTile& at, int nth, int stage,
                                                 uint32 (&rdS)[STEPS][4]) {
@@ -115,7 +128,7 @@ struct Consumer : WarpContext {
             if (adds) {
                 float rDQ[COLS_DQ / 2];
                 multiply_dq(smem, stage, index, rDQ);
-                wgmma_pv<LayoutQK>(rQK, rdS, smem.sQK[stage]);
+                wgmma_pv<LayoutQK>(rQK, rdS, smem.sQK[stage], has_begun);
                 wgmma_wait<1>();
                 fence_registers(rDQ);
                 fence_registers(rVO);
@@ -123,7 +136,7 @@ struct Consumer : WarpContext {
                 add_dq(*this, smem, at, nth, index, rDQ);  // during dK's product
             }
         }
-        if (!adds) wgmma_pv<LayoutQK>(rQK, rdS, smem.sQK[stage]);
+        if (!adds) wgmma_pv<LayoutQK>(rQK, rdS, smem.sQK[stage], has_begun);
         wgmma_wait<0>();
         if (!adds) {
             if constexpr (OWNS_KEYS) fence_registers(rVO);
@@ -142,7 +155,7 @@ struct Consumer : WarpContext {
 #pragma unroll
         for (int i = 0; SPLITS_STEP && i < STEPS * 4; ++i)
             rP[i / 4][i % 4] = kept[i % 2].select(i / 2, rP[i / 4][i % 4]);
-        wgmma_pv<LayoutVO>(rVO, rP, smem.sVO[stage]);
+        wgmma_pv<LayoutVO>(rVO, rP, smem.sVO[stage], has_begun);
     }
 
     // P takes the place of S.
@@ -229,21 +242,23 @@ struct Consumer : WarpContext {
     }
 
     __device__ __forceinline__ void attend(const Walk& walk) {
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; ++i) rQK[i] = 0.0f;
-        if constexpr (OWNS_KEYS) {
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM_V / 2; ++i) rVO[i] = 0.0f;
-        }
+        forget_registers(rQK);
+        if constexpr (OWNS_KEYS) forget_registers(rVO);
         distances[0] = distances[1] = 0.0f;
-        if (walk.count() == 0) return;
-        if constexpr (!OWNS_KEYS) load_own_statistics(*this, own);
-        mbarrier_wait(&smem.full_own, 0);
+        if (walk.count() > 0) {
+            if constexpr (!OWNS_KEYS) load_own_statistics(*this, own);
+            mbarrier_wait(&smem.full_own, 0);
+            if constexpr (OWN_IN_REGISTERS) {
+                load_own<LayoutOwnQK>(rOwnQK, smem.sOwnQK);
+                load_own<LayoutOwnVO>(rOwnVO, smem.sOwnVO);
+            }
+        }
 #pragma unroll 1
         for (int nth = 0; nth < walk.count(); ++nth) {
             const WalkedTile at = walk[nth];
             if (ADDS_DQ || meets(at.tile)) {
                 attend_tile(at, nth);
+                has_begun = true;
             } else {  // a tile that only other consumers need
                 state.wait_full(smem.qk);
                 state.release(smem.qk);
@@ -251,6 +266,26 @@ struct Consumer : WarpContext {
                 state.release(smem.vo);
             }
             state.advance();
+        }
+        if (!has_begun) clear_sums();
+    }
+
+    // Loads the lane's part of the consumer's own rows.
+    template <typename Layout, int COUNT>
+    __device__ __forceinline__ void load_own(uint32 (&r)[COUNT][4], const T* sOwn) const {
+        const int own = first_row + lane % 16, col = lane / 16 * 8;
+#pragma unroll
+        for (int step = 0; step < COUNT; ++step)
+            ldmatrix_x4(r[step], shared_address(sOwn + Layout::element(own, step * 16 + col)));
+    }
+
+    // Of rows that meet nothing.
+    __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; ++i) rQK[i] = 0.0f;
+        if constexpr (OWNS_KEYS) {
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM_V / 2; ++i) rVO[i] = 0.0f;
         }
     }
 

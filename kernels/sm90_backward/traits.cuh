@@ -46,12 +46,19 @@ __device__ __forceinline__ int64 tile_of_dq(const BackwardParams& p, int batch, 
     return int64(batch * p.heads_q + head) * per_head + tile;
 }
 
+// Heads of 64 columns leave room for a consumer's own rows as first operands of S and dP: half of
+// what these products would read of shared memory, and a sixth of what a step does.
+constexpr bool OWN_IN_REGISTERS = SPLITS_STEP && HEAD_DIM <= 64 && HEAD_DIM_V <= 64;
+
 // A multiprocessor has 64K registers, and setmaxnreg moves what the producer does not need to the
-// consumers. The producer keeps a walk over tiles, for which 24 are too few where windows are.
-// With one consumer, every thread starts with 255 anyway, the most that it can have.
+// consumers. With one consumer, every thread starts with 255 anyway, the most that it can have.
 constexpr bool MOVES_REGISTERS = CONSUMERS > 1;
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+constexpr int START_REGISTERS = 65536 / CTA_THREADS / 8 * 8;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+static_assert(!MOVES_REGISTERS || PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
+                                      (1 + CONSUMERS) * START_REGISTERS,
+              "a warpgroup that asks for more waits for ever");
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == CONSUMER_WARPS, "64 rows per consumer");
 static_assert(WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV && CLUSTER == 1,

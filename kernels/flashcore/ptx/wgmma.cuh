@@ -83,8 +83,18 @@ __device__ __forceinline__ void fence_registers(uint32 (&r)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(r[i])::"memory");
 }
 
+// No instruction: what these registers hold no longer matters. Accumulators that the first product
+// overwrites need it before a loop: a zero that is never read keeps them alive from the kernel's
+// beginning, where a thread has fewer registers, and the compiler spills them.
+template <int COUNT>
+__device__ __forceinline__ void forget_registers(float (&r)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "=f"(r[i]));
+}
+
 // Gives up registers of this warpgroup's threads, or waits for and takes more, until each thread
-// has COUNT. All warpgroups start with what __launch_bounds__ leaves each thread.
+// has COUNT. All warpgroups start with what __launch_bounds__ leaves each thread; together they
+// never have more than that.
 template <int COUNT>
 __device__ __forceinline__ void registers_dec() {
     static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);

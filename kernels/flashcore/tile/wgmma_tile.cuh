@@ -25,11 +25,29 @@ __device__ __forceinline__ void wgmma_qk(float (&rS)[COUNT], const T* sQ, const 
     wgmma_commit();
 }
 
-// O += P V. rP: the A operand of 16 keys each; sV: the first of these keys, which may be a part of
-// the tile.
+// The same with Q in registers. rQ: the A operand of 16 columns each, all of them.
+template <typename LayoutK, typename T, int STEPS, int COUNT>
+__device__ __forceinline__ void wgmma_qk(float (&rS)[COUNT], uint32 (&rQ)[STEPS][4], const T* sK) {
+    constexpr int SWIZZLE = LayoutK::PANEL * int(sizeof(T));
+    static_assert(LayoutK::COLS == 16 * STEPS);
+    const uint64 k = matrix_descriptor(matrix_layout<SWIZZLE>(), shared_address(sK));
+    fence_registers(rS);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) fence_registers(rQ[step]);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+        wgmma<T, 2 * COUNT>(rS, rQ[step],
+                            advance_descriptor(k, LayoutK::step(0, 0, step * 16) * sizeof(T)),
+                            step > 0);
+    wgmma_commit();
+}
+
+// O += P V, or O = P V unless it `accumulates`. rP: the A operand of 16 keys each; sV: the first of
+// these keys, which may be a part of the tile.
 template <typename LayoutV, typename T, int STEPS>
 __device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2], uint32 (&rP)[STEPS][4],
-                                         const T* sV) {
+                                         const T* sV, bool accumulates = true) {
     constexpr int SWIZZLE = LayoutV::PANEL * int(sizeof(T));
     constexpr uint32 PANEL_BYTES = LayoutV::ROWS * SWIZZLE;
     const uint64 v = matrix_descriptor(matrix_layout<SWIZZLE>(PANEL_BYTES), shared_address(sV));
@@ -40,7 +58,7 @@ __device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2], uint32 
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
         wgmma<T, LayoutV::COLS, true>(rO, rP[step], advance_descriptor(v, step * 16 * SWIZZLE),
-                                      true);
+                                      accumulates || step > 0);
     wgmma_commit();
 }
 

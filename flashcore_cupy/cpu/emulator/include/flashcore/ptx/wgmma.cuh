@@ -102,6 +102,12 @@ __forceinline__ void fence_registers(float (&)[COUNT]) {}
 template <int COUNT>
 __forceinline__ void fence_registers(uint32 (&)[COUNT]) {}
 
+// They hold NaN: whoever reads them all the same shows it.
+template <int COUNT>
+__forceinline__ void forget_registers(float (&r)[COUNT]) {
+    for (float& x : r) x = __builtin_nanf("");
+}
+
 // Here a thread has as many as it wants.
 template <int COUNT>
 __forceinline__ void registers_dec() {
