@@ -31,16 +31,16 @@
 #include <backward/differentiate.cuh>
 #include <backward/work.cuh>
 #include <config.cuh>
-#include <flashcore/output/epilogue.cuh>
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
-#include <flashcore/ptx/mma.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/tma.cuh>
 #include <flashcore/ptx/warp.cuh>
 #include <flashcore/ptx/wgmma.cuh>
 #include <flashcore/tile/wgmma_tile.cuh>
 #include <sm90_backward/dq.cuh>
+#include <sm90_backward/epilogue.cuh>
+#include <sm90_backward/own_rows.cuh>
 #include <sm90_backward/producer.cuh>
 #include <sm90_backward/traits.cuh>
 #include <sm90_backward/turns.cuh>
@@ -55,8 +55,8 @@ struct Consumer : WarpContext {
     int index;  // of the warpgroup among the consumers
     State state;
     Statistics own[1][2];  // of the lane's queries, where the CTA owns queries
-    // OWN_IN_REGISTERS: the consumer's own rows, as first operands of 16 columns each.
-    uint32 rOwnQK[HEAD_DIM / 16][4], rOwnVO[HEAD_DIM_V / 16][4];
+    OwnRows<LayoutOwnQK, LayoutQK> own_qk;
+    OwnRows<LayoutOwnVO, LayoutVO> own_vo;
     float rQK[HEAD_DIM / 2];    // dK, or dQ
     float rVO[HEAD_DIM_V / 2];  // dV
     float distances[2];         // SUMS_DISTANCES: of the lane's rows
@@ -69,9 +69,9 @@ struct Consumer : WarpContext {
         float rS[BLOCK_N / 2], rdP[BLOCK_N / 2];  // then P and dS
         uint32 rP[STEPS][4], rdS[STEPS][4];       // as T: first operands of 16 columns each
         state.wait_full(smem.qk);
-        multiply_own<LayoutOwnQK, LayoutQK>(rS, rOwnQK, smem.sOwnQK, smem.sQK[stage]);
+        own_qk.multiply(rS, smem.sOwnQK, index, smem.sQK[stage]);
         state.wait_full(smem.vo);
-        multiply_own<LayoutOwnVO, LayoutVO>(rdP, rOwnVO, smem.sOwnVO, smem.sVO[stage]);
+        own_vo.multiply(rdP, smem.sOwnVO, index, smem.sVO[stage]);
         Kept kept[1][2];
         look_up_kept(*this, at, kept);
         const bool masked = needs_mask(*this, at.tile);
@@ -106,17 +106,6 @@ struct Consumer : WarpContext {
         }
         pack_p<T>(rdS, rdP);
         multiply_ds(at, nth, stage, rdS);
-    }
-
-    // S or dP starts: the consumer's own rows times the tile's.
-    template <typename LayoutOwn, typename Layout, int COUNT>
-    __device__ __forceinline__ void multiply_own(float (&r)[BLOCK_N / 2], uint32 (&rOwn)[COUNT][4],
-                                                 const T* sOwn, const T* sTile) {
-        if constexpr (OWN_IN_REGISTERS) {
-            wgmma_qk<Layout>(r, rOwn, sTile);
-        } else {
-            wgmma_qk<LayoutOwn, Layout>(r, sOwn + LayoutOwn::step(0, index * ROWS, 0), sTile);
-        }
     }
 
     // dQ = dS K and dK += dS^T Q, or dQ += dS K, and the end of the step.
@@ -248,10 +237,8 @@ struct Consumer : WarpContext {
         if (walk.count() > 0) {
             if constexpr (!OWNS_KEYS) load_own_statistics(*this, own);
             mbarrier_wait(&smem.full_own, 0);
-            if constexpr (OWN_IN_REGISTERS) {
-                load_own<LayoutOwnQK>(rOwnQK, smem.sOwnQK);
-                load_own<LayoutOwnVO>(rOwnVO, smem.sOwnVO);
-            }
+            own_qk.load(*this, smem.sOwnQK);
+            own_vo.load(*this, smem.sOwnVO);
         }
 #pragma unroll 1
         for (int nth = 0; nth < walk.count(); ++nth) {
@@ -270,15 +257,6 @@ struct Consumer : WarpContext {
         if (!has_begun) clear_sums();
     }
 
-    // Loads the lane's part of the consumer's own rows.
-    template <typename Layout, int COUNT>
-    __device__ __forceinline__ void load_own(uint32 (&r)[COUNT][4], const T* sOwn) const {
-        const int own = first_row + lane % 16, col = lane / 16 * 8;
-#pragma unroll
-        for (int step = 0; step < COUNT; ++step)
-            ldmatrix_x4(r[step], shared_address(sOwn + Layout::element(own, step * 16 + col)));
-    }
-
     // Of rows that meet nothing.
     __device__ __forceinline__ void clear_sums() {
 #pragma unroll
@@ -291,35 +269,6 @@ struct Consumer : WarpContext {
 
     // ---- the end -------------------------------------------------------------------------------
 
-    // Stores a gradient's rows, multiplied by `factor`; WHICH: 1 for dq and dk, 2 for dv.
-    template <int WHICH, int VALID_COLS, int COUNT>
-    __device__ __forceinline__ void store(const float (&x)[COUNT], float factor, void* base,
-                                          const Strides& strides) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            bool valid;
-            if constexpr (ACCUMULATES || FP32_GRADIENTS & WHICH) {
-                float* const gRow = own_row<float>(base, strides, row(0, half), valid);
-#pragma unroll
-                for (int n = 0; n < COUNT / 4; ++n) {
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int col = n * 8 + lane % QUAD * 2 + e;
-                        if (!valid || col >= VALID_COLS) continue;
-                        const float sum = x[4 * n + 2 * half + e] * factor;
-                        gRow[col] = ACCUMULATES ? gRow[col] + sum : sum;
-                    }
-                }
-            } else {
-                T* const gRow = own_row<T>(base, strides, row(0, half), valid);
-                store_quad_row<COUNT * 2, ALIGN_BYTES>(gRow, valid, VALID_COLS, [&](int n) {
-                    const int i = 4 * n + 2 * half;
-                    return pack2<T>(x[i] * factor, x[i + 1] * factor);
-                });
-            }
-        }
-    }
-
     __device__ __forceinline__ void finish() const {
         if constexpr (SUMS_DISTANCES) {
             const int64 first = statistics_row(p, work.batch, work.head);
@@ -331,12 +280,13 @@ struct Consumer : WarpContext {
             }
         }
         if constexpr (OWNS_KEYS) {
-            if (p.dv != nullptr) store<2, DIM_V>(rVO, keep_scale<RULES>(p), p.dv, p.dv_strides);
+            if (p.dv != nullptr)
+                store_gradient<2, DIM_V>(*this, rVO, keep_scale<RULES>(p), p.dv, p.dv_strides);
         }
         void* const gradient = OWNS_KEYS ? p.dk : p.dq;
         if (gradient != nullptr)
-            store<1, DIM_QK>(rQK, p.softmax_scale, gradient,
-                             OWNS_KEYS ? p.dk_strides : p.dq_strides);
+            store_gradient<1, DIM_QK>(*this, rQK, p.softmax_scale, gradient,
+                                      OWNS_KEYS ? p.dk_strides : p.dq_strides);
     }
 };
 

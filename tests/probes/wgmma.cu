@@ -88,6 +88,7 @@ __device__ __forceinline__ void product_rs(const uint32* a, const uint16* b, int
     float rD[N / 2];
 #pragma unroll
     for (int e = 0; e < N / 2; ++e) rD[e] = d[e * THREADS + thread_index()];
+    if (!accumulate) forget_registers(rD);  // the first product overwrites them
     fence_registers(rD);
     wgmma_fence();
 #pragma unroll
