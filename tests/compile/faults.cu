@@ -399,6 +399,16 @@ FAULT(operands_beyond) {
     wgmma_wait<0>();
 }
 
+// 384 threads of 168 registers each at first: 240 for two warpgroups leave 24 for the third.
+FAULT(registers) {
+    if (thread_index() < WARPGROUP_THREADS) {
+        registers_dec<RIGHT ? 24 : 32>();
+    } else {
+        registers_inc<240>();
+    }
+    result(y) = 1.0f;
+}
+
 FAULT(proxies) {
     Products p;
     if (RIGHT) fence_proxy_async();

@@ -70,6 +70,7 @@ SAID = {
     "first_fence": "no fence: .* starts its first wgmma before any wgmma_fence at ",
     "operands": "race: .* writes .*which a wgmma of warp 0 of block 0 has read",
     "operands_beyond": "wgmma: an operand reaches beyond the 16384 bytes of shared memory",
+    "registers": "deadlock.*setmaxnreg.inc, for which the block lacks 1024 registers at ",
     "proxies": "no fence: a wgmma .* has the asynchronous proxy read .*has written at ",
     "load_between_pieces": "TMA load: the box begins at byte 20 of its rows, no multiple of 16",
     "load_too_soon": "race: .* reads .*which a copy that an mbarrier counts has written",
@@ -88,6 +89,7 @@ GRIDS = {
         ("accumulators", "wgmma_fence", "first_fence", "operands", "operands_beyond", "proxies"),
         Grid(1, 128, 16384),
     ),
+    "registers": Grid(1, 384, 16384),
 }
 
 

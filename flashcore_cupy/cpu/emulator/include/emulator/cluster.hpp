@@ -85,9 +85,13 @@ struct Warp {
     Fiber* lanes[WARP] = {};
     Collective collective;
     Groups products;  // wgmma's
+    int registers;    // of each lane
     std::map<const float*, std::shared_ptr<Accumulators>> accumulators;
     WatchedWarp watched;
 };
+
+// How many registers each thread has at first, where so many share a multiprocessor.
+int start_registers(int threads);
 
 struct Block;
 struct Fiber : Thread {
@@ -116,6 +120,7 @@ struct Block {
     int smem_bytes = 0;
     Shadow* shadow = nullptr;
     int living = 0;
+    int spare_registers = 0;  // that warps have given up
     std::vector<Fiber*> fibers;
     std::vector<Warp> warps;
     Barrier barriers[16];

@@ -75,6 +75,11 @@ void wait_cluster();
 void sync_named(int id, int threads);
 void arrive_named(int id, int threads);
 
+// Each thread of the warp gives up registers until it has so many, or waits for that many: those
+// that others of its block have given up.
+void give_registers(int count);
+void take_registers(int count);
+
 // ---- shared addresses --------------------------------------------------------------------------
 
 constexpr uint32_t SHARED_BASE = 1024;  // of a block's first byte; 0 is none

@@ -10,6 +10,7 @@
 #include <emulator/memory.cpp>
 #include <emulator/registers.cpp>
 #include <emulator/scheduler.cpp>
+#include <emulator/setmaxnreg.cpp>
 #include <emulator/shadow.cpp>
 #include <emulator/signals.cpp>
 #include <emulator/tsan.cpp>

@@ -34,6 +34,7 @@ void Block::begin() {
     smem_bytes = grid.smem_bytes;
     living = grid.threads;
     warps.resize(size_t(grid.threads + WARP - 1) / WARP);
+    for (Warp& warp : warps) warp.registers = start_registers(grid.threads);
     for (int t = 0; t < grid.threads; ++t) {
         const int slot = rank * grid.threads + t;
         auto* const f = new (cluster->stacks.of(slot)) Fiber();

@@ -108,14 +108,16 @@ __forceinline__ void forget_registers(float (&r)[COUNT]) {
     for (float& x : r) x = __builtin_nanf("");
 }
 
-// Here a thread has as many as it wants.
+// Here a thread has as many as it wants. They are counted all the same: see setmaxnreg.cpp.
 template <int COUNT>
 __forceinline__ void registers_dec() {
     static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
+    emulator::give_registers(COUNT);
 }
 template <int COUNT>
 __forceinline__ void registers_inc() {
     static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256);
+    emulator::take_registers(COUNT);
 }
 
 // ---- the instruction ---------------------------------------------------------------------------
