@@ -43,6 +43,7 @@
 #include <sm90_backward/producer.cuh>
 #include <sm90_backward/traits.cuh>
 #include <sm90_backward/turns.cuh>
+#include <sm90_backward/unseen_rows.cuh>
 
 namespace flashcore {
 
@@ -73,24 +74,35 @@ struct Consumer : WarpContext {
         Kept kept[1][2];
         look_up_kept(*this, at, kept);
         const bool masked = needs_mask(*this, at.tile);
+        Bits visible[1][2];
+        if (masked) {
+            look_up_keys<true>(*this, at, visible);
+        } else {
+            look_up_keys<false>(*this, at, visible);
+        }
         if constexpr (SPLITS_STEP) {
             // The exponentials run during the product dP, what follows during dV.
             wgmma_wait<1>();
             fence_registers(rS);
             if (masked) {
-                exponentiate<true>(at, rS);
+                exponentiate<true>(at, visible[0], rS);
             } else {
-                exponentiate<false>(at, rS);
+                exponentiate<false>(at, visible[0], rS);
             }
         } else {
             wgmma_wait<0>();
             fence_registers(rS);
             fence_registers(rdP);
             if (masked) {
-                differentiate_tile<true>(at, kept, rS, rdP);
+                differentiate_tile<true>(at, visible[0], kept[0], rS, rdP);
             } else {
-                differentiate_tile<false>(at, kept, rS, rdP);
+                differentiate_tile<false>(at, visible[0], kept[0], rS, rdP);
             }
+        }
+        if constexpr (HIDES_KEYS) {
+            wgmma_wait<0>();  // dP has read the tile, too
+            fence_registers(rdP);
+            clear_hidden(*this, smem, nth, stage, rows_seen(visible));
         }
         if constexpr (OWNS_KEYS) multiply_dv(stage, kept[0], rS, rP);
         if constexpr (SPLITS_STEP) {
@@ -147,12 +159,13 @@ struct Consumer : WarpContext {
 
     // P takes the place of S.
     template <bool MASKED>
-    __device__ __forceinline__ void exponentiate(const WalkedTile& at, float (&rS)[BLOCK_N / 2]) {
+    __device__ __forceinline__ void exponentiate(const WalkedTile& at, const Bits (&visible)[2],
+                                                 float (&rS)[BLOCK_N / 2]) {
         each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
 #pragma unroll
             for (int e = 0; e < 2; ++e)
                 rS[i + e] =
-                    probability<MASKED>(*this, at, 0, half, n, e, Bits(), rS[i + e], of[e].shift);
+                    probability<MASKED>(*this, at, 0, half, n, e, visible[half], rS[i + e], of[e].shift);
         });
     }
 
@@ -173,17 +186,17 @@ struct Consumer : WarpContext {
     // Both, with a rule's derivative.
     template <bool MASKED>
     __device__ __forceinline__ void differentiate_tile(const WalkedTile& at,
-                                                       const Kept (&kept)[1][2],
+                                                       const Bits (&visible)[2],
+                                                       const Kept (&kept)[2],
                                                        float (&rS)[BLOCK_N / 2],
                                                        float (&rdP)[BLOCK_N / 2]) {
-        const Bits all;
         each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
             const float s[2] = {rS[i], rS[i + 1]}, dp[2] = {rdP[i], rdP[i + 1]};
             const auto added = [&](const Meeting& x, float dt) {
                 if (SUMS_DISTANCES) distances[half] += dt * distance(x);
             };
             const PairOfGradients pair =
-                differentiate<MASKED>(*this, at, 0, half, n, all, kept[0][half], s, dp, of, added);
+                differentiate<MASKED>(*this, at, 0, half, n, visible[half], kept[half], s, dp, of, added);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 rS[i + e] = pair.p[e];
@@ -239,10 +252,12 @@ struct Consumer : WarpContext {
         if (walk.count() == 0) return;
         if constexpr (!OWNS_KEYS) load_own_statistics(*this, own);
         mbarrier_wait(&smem.full_own, 0);
+        if constexpr (COPIES_KEYS) copy_keys(smem);
 #pragma unroll 1
         for (int nth = 0; nth < walk.count(); ++nth) {
             const WalkedTile at = walk[nth];
-            if (ADDS_DQ || meets(at.tile)) {
+            if constexpr (VARLEN && !HIDES_KEYS) clear_neighbours(smem, state, walk.met, at.tile);
+            if (ADDS_DQ || HIDES_KEYS || meets(at.tile)) {
                 attend_tile(at, nth);
             } else {  // a tile that only other consumers need
                 state.wait_full(smem.qk);
@@ -287,7 +302,7 @@ struct Consumer : WarpContext {
 
     __device__ __forceinline__ void finish() const {
         if constexpr (SUMS_DISTANCES) {
-            const int64 first = statistics_row(p, work.batch, work.head);
+            const int64 first = statistics_row(p, array_batch(), work.head) + work.start_q;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float sum = group_sum<QUAD>(distances[half]);
@@ -337,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 1)
     const Walk walk(context);
     if (warp < WARPGROUP_WARPS) {
         if constexpr (MOVES_REGISTERS) registers_dec<PRODUCER_REGISTERS>();
-        if (warp == 0) run_producer(params, smem, work, walk);
+        if (warp == 0) run_producer(params, smem, context, walk);
         if (ORDERED && warp == 1) take_turns(context, smem, walk);
     } else {
         if constexpr (MOVES_REGISTERS) registers_inc<CONSUMER_REGISTERS>();

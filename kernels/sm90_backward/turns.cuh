@@ -41,7 +41,7 @@ __device__ __forceinline__ void take_turns(const WarpContext& c, SharedStorage& 
     const int count = walk.count();
     const auto counter = [&](int nth) {
         const WalkedTile at = walk[nth];
-        return p.turns + 1 + tile_of_dq(p, c.work.batch, at.head, at.tile);
+        return p.turns + 1 + tile_of_dq(p, c.work, at.head, at.tile);
     };
     int granted = 0, done = 0;  // tiles whose turn has come; that have been counted on
     while (done < count) {
