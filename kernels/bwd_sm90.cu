@@ -52,8 +52,10 @@ namespace flashcore {
 struct Consumer : WarpContext {
     const HopperBackwardParams& p;
     SharedStorage& smem;
+    const Walk& walk;
     int index;  // of the warpgroup among the consumers
     State state;
+    Bits visible[1][2];         // with masks: which rows of its next tile each of the lane's meets
     Statistics own[1][2];       // of the lane's queries, where the CTA owns queries
     float rQK[HEAD_DIM / 2];    // dK, or dQ
     float rVO[HEAD_DIM_V / 2];  // dV
@@ -74,29 +76,23 @@ struct Consumer : WarpContext {
         Kept kept[1][2];
         look_up_kept(*this, at, kept);
         const bool masked = needs_mask(*this, at.tile);
-        Bits visible[1][2];
-        if (masked) {
-            look_up_keys<true>(*this, at, visible);
-        } else {
-            look_up_keys<false>(*this, at, visible);
-        }
         if constexpr (SPLITS_STEP) {
             // The exponentials run during the product dP, what follows during dV.
             wgmma_wait<1>();
             fence_registers(rS);
             if (masked) {
-                exponentiate<true>(at, visible[0], rS);
+                exponentiate<true>(at, rS);
             } else {
-                exponentiate<false>(at, visible[0], rS);
+                exponentiate<false>(at, rS);
             }
         } else {
             wgmma_wait<0>();
             fence_registers(rS);
             fence_registers(rdP);
             if (masked) {
-                differentiate_tile<true>(at, visible[0], kept[0], rS, rdP);
+                differentiate_tile<true>(at, kept[0], rS, rdP);
             } else {
-                differentiate_tile<false>(at, visible[0], kept[0], rS, rdP);
+                differentiate_tile<false>(at, kept[0], rS, rdP);
             }
         }
         if constexpr (HIDES_KEYS) {
@@ -136,6 +132,7 @@ struct Consumer : WarpContext {
             }
         }
         if (!adds) wgmma_pv<LayoutQK>(rQK, rdS, smem.sQK[stage]);
+        look_up(nth + 1);
         wgmma_wait<0>();
         if (!adds) {
             if constexpr (OWNS_KEYS) fence_registers(rVO);
@@ -144,6 +141,15 @@ struct Consumer : WarpContext {
         fence_registers(rQK);
         if constexpr (OWNS_KEYS) warp_sync();  // all lanes have read the statistics
         state.release(smem.qk);
+    }
+
+    // Looks up which rows of the nth tile the lane's own rows meet, while there are no scores: it
+    // takes registers.
+    __device__ __forceinline__ void look_up(int nth) {
+        if constexpr (HIDES_KEYS) {
+            visible[0][0] = visible[0][1] = Bits();  // what they were is not kept meanwhile
+            if (nth < walk.count()) look_up_rows(*this, walk[nth], visible[0]);
+        }
     }
 
     // dV += P^T dO starts, of the P that dropout has kept.
@@ -159,13 +165,12 @@ struct Consumer : WarpContext {
 
     // P takes the place of S.
     template <bool MASKED>
-    __device__ __forceinline__ void exponentiate(const WalkedTile& at, const Bits (&visible)[2],
-                                                 float (&rS)[BLOCK_N / 2]) {
+    __device__ __forceinline__ void exponentiate(const WalkedTile& at, float (&rS)[BLOCK_N / 2]) {
         each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
 #pragma unroll
             for (int e = 0; e < 2; ++e)
                 rS[i + e] =
-                    probability<MASKED>(*this, at, 0, half, n, e, visible[half], rS[i + e], of[e].shift);
+                    probability<MASKED>(*this, at, 0, half, n, e, visible[0][half], rS[i + e], of[e].shift);
         });
     }
 
@@ -186,7 +191,6 @@ struct Consumer : WarpContext {
     // Both, with a rule's derivative.
     template <bool MASKED>
     __device__ __forceinline__ void differentiate_tile(const WalkedTile& at,
-                                                       const Bits (&visible)[2],
                                                        const Kept (&kept)[2],
                                                        float (&rS)[BLOCK_N / 2],
                                                        float (&rdP)[BLOCK_N / 2]) {
@@ -196,7 +200,7 @@ struct Consumer : WarpContext {
                 if (SUMS_DISTANCES) distances[half] += dt * distance(x);
             };
             const PairOfGradients pair =
-                differentiate<MASKED>(*this, at, 0, half, n, visible[half], kept[half], s, dp, of, added);
+                differentiate<MASKED>(*this, at, 0, half, n, visible[0][half], kept[half], s, dp, of, added);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 rS[i + e] = pair.p[e];
@@ -241,7 +245,7 @@ struct Consumer : WarpContext {
         return first < rows && tile * BLOCK_N < met.end && (tile + 1) * BLOCK_N > met.begin;
     }
 
-    __device__ __forceinline__ void attend(const Walk& walk) {
+    __device__ __forceinline__ void attend() {
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; ++i) rQK[i] = 0.0f;
         if constexpr (OWNS_KEYS) {
@@ -253,6 +257,7 @@ struct Consumer : WarpContext {
         if constexpr (!OWNS_KEYS) load_own_statistics(*this, own);
         mbarrier_wait(&smem.full_own, 0);
         if constexpr (COPIES_KEYS) copy_keys(smem);
+        look_up(0);
 #pragma unroll 1
         for (int nth = 0; nth < walk.count(); ++nth) {
             const WalkedTile at = walk[nth];
@@ -344,11 +349,12 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 1)
         smem.qk.init(1 + (OWNS_KEYS ? WARP_SIZE : 0), CONSUMER_WARPS);
         smem.vo.init(1, CONSUMER_WARPS);
         fence_mbarrier_init();  // TMA sees the new barriers
+        if constexpr (HIDES_KEYS) smem.work = work;
     }
     block_sync();  // all warps see the barriers
     const int warp = shfl(int(thread_index()) / WARP_SIZE, 0);
     const int lane = thread_index() % WARP_SIZE, first_row = (warp - WARPGROUP_WARPS) * 16;
-    const WarpContext context = {params, work, first_row, lane};
+    const WarpContext context = {params, HIDES_KEYS ? smem.work : work, first_row, lane};
     const Walk walk(context);
     if (warp < WARPGROUP_WARPS) {
         if constexpr (MOVES_REGISTERS) registers_dec<PRODUCER_REGISTERS>();
@@ -356,8 +362,8 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 1)
         if (ORDERED && warp == 1) take_turns(context, smem, walk);
     } else {
         if constexpr (MOVES_REGISTERS) registers_inc<CONSUMER_REGISTERS>();
-        Consumer consumer = {context, params, smem, warp / WARPGROUP_WARPS - 1};
-        consumer.attend(walk);
+        Consumer consumer = {context, params, smem, walk, warp / WARPGROUP_WARPS - 1};
+        consumer.attend();
         consumer.finish();
     }
 }

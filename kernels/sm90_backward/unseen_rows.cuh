@@ -30,6 +30,40 @@ __device__ __forceinline__ void finish_writing() {
 
 // ---- behind masks ------------------------------------------------------------------------------
 
+// Looks up which rows of a tile each of this lane's two rows meets. As look_up_keys does, but a few
+// at a time: the gradients leave no registers for more.
+template <typename VisibleBits>
+__device__ __forceinline__ void look_up_rows(const WarpContext& c, const WalkedTile& at,
+                                             VisibleBits (&visible)[2]) {
+    const bool masked = needs_mask(c, at.tile);
+#pragma unroll
+    for (int i = 0; i < 2 * VisibleBits::WORDS; ++i) {
+        const int half = i % 2, first = i / 2 * 16;
+        uint32 word = 0;
+#pragma unroll 2
+        for (int n = first; n < min(first + 16, TILES_N); ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const Meeting x = c.meeting(at.tile, 0, half, n, e);
+                bool seen = c.rules_for(at.head, x.query).sees(x.key);
+                if (masked)
+                    seen =
+                        seen && x.query < c.work.seqlen_q && c.mask().visible(x.query, x.key);
+                if (seen) word |= 1u << VisibleBits::bit(n, e);
+            }
+        }
+        visible[half].words[i / 2] = word;
+    }
+}
+
+// A warp overwrites a row with zeros.
+template <typename Layout>
+__device__ __forceinline__ void clear_row(T* sTile, int row, int lane) {
+#pragma unroll
+    for (int col = lane * 2; col < Layout::COLS; col += 2 * WARP_SIZE)
+        *reinterpret_cast<uint32*>(sTile + Layout::element(row, col)) = 0;
+}
+
 // Overwrites rows of the nth tile with zeros if no own row of any consumer meets them. seen: those
 // that this warp meets. S and dP have been computed. One barrier is enough where all rows are met,
 // because there are two buffers: before a warp writes to a buffer again, it passes the next tile's
@@ -43,8 +77,13 @@ __device__ __forceinline__ void clear_hidden(const WarpContext& c, Shared& smem,
     // All warps have published, and their S and dP no longer read the tile.
     named_barrier_sync(BARRIER_SEEN, NUM_THREADS);
     if (buffer.extent().all) return;
-    buffer.template clear_unseen<LayoutQK>(smem.sQK[stage], warp);
-    if constexpr (OWNS_KEYS) buffer.template clear_unseen<LayoutVO>(smem.sVO[stage], warp);
+    const uint32 word = buffer.word_of_lane();
+#pragma unroll 1
+    for (int row = warp; row < BLOCK_N; row += CONSUMER_WARPS) {
+        if (buffer.has(word, row)) continue;
+        clear_row<LayoutQK>(smem.sQK[stage], row, c.lane);
+        if constexpr (OWNS_KEYS) clear_row<LayoutVO>(smem.sVO[stage], row, c.lane);
+    }
     finish_writing();
 }
 
