@@ -337,6 +337,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 1)
     Work work;
     const int block = ORDERED ? draw_block(params, smem) : int(block_index());
     if (!find_own_rows(params, block, work)) return;
+    if (ORDERED && VARLEN && !has_all_blocks(params)) work.seqlen_q = 0;  // nobody waits
     if (thread_index() == 0) {
         mbarrier_init(&smem.full_own, 2);  // its two arrays
         if constexpr (ORDERED) {

@@ -16,7 +16,7 @@ from flashcore_cupy.select.sm80_backward import Sm80Backward
 from flashcore_cupy.select.tensor_view import TMA_ALIGN, View, is_addressable, view_of
 from flashcore_cupy.select.units import MMA, WARPGROUP_WARPS, round_up
 
-_BOX_ROWS, _KIB, _TURNS, _MASK_WORD = 64, 1024, 4, 128
+_BOX_ROWS, _KIB, _TURNS, _MASK_WORD, _WORK_BYTES = 64, 1024, 4, 128, 48
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Sm90Backward(Sm80Backward):
             total += ITEMSIZE[self.dtype] * t.block_m * self.head_dim  # a copy of the own keys
         if self.hides_keys:
             total += 2 * 16 * t.warps_m * -(-t.block_n // _MASK_WORD)  # which rows each warp meets
-        return round_up(total + 8 * (2 + 2 * _TURNS + 4 * t.num_stages), _KIB) + _KIB
+        barriers = 8 * (2 + 2 * _TURNS + 4 * t.num_stages)
+        return round_up(total + barriers + _WORK_BYTES, _KIB) + _KIB
 
     def own_views(self, problem: BackwardProblem) -> tuple[View, ...]:
         """How the kernel's maps see q, k, v and dO.

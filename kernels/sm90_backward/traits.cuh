@@ -107,7 +107,7 @@ struct alignas(1024) SharedStorage : SharedDS<ADDS_DQ>, SharedKeys<COPIES_KEYS> 
     // what was published for the tile before.
     SeenKeys<HIDES_KEYS, CONSUMER_WARPS, BLOCK_N> seen[2];
     int block;  // ORDERED: which one the CTA has drawn
-    Work work;
+    Work work;  // of a CTA with masks, whose registers are short of a dozen
 };
 static_assert(sizeof(SharedStorage) + 1024 == SMEM_BYTES,
               "flashcore_cupy/select computes the same size, and 1 KiB to align it");

@@ -28,6 +28,17 @@ __device__ __forceinline__ int draw_block(const BackwardParams& p, SharedStorage
     return smem.block;
 }
 
+// Whether the boundaries of a packed batch's keys rise, which nobody has checked. If they do not,
+// some blocks may be found by no CTA, and whoever waited for their turn would never end. All lanes
+// of the warp call it.
+__device__ __forceinline__ bool has_all_blocks(const BackwardParams& p) {
+    const PackedBatch kv = packed_keys(p);
+    bool falls = false;
+    for (int n = thread_index() % WARP_SIZE; n < kv.sequences; n += WARP_SIZE)
+        falls = falls || kv.boundary(n) > kv.boundary(n + 1);
+    return !warp_any(falls);
+}
+
 // How many CTAs add to a tile before this one.
 __device__ __forceinline__ int turn_of(const WarpContext& c, int tile) {
     const int last_query = min((tile + 1) * BLOCK_N, c.work.seqlen_q) - 1;
