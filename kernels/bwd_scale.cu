@@ -67,9 +67,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
             return float2{pair.x * p.softmax_scale, pair.y * p.softmax_scale};
         };
         if constexpr (ACCUMULATES || FP32_GRADIENTS & 1) {
-            float* const to =
-                const_cast<float*>(head_row<float>(p.dq, p.dq_strides, batch, head, rows.start + row)) +
-                first_col;
+            float* const to = const_cast<float*>(head_row<float>(p.dq, p.dq_strides, batch, head,
+                                                                 rows.start + row)) +
+                              first_col;
 #pragma unroll
             for (int n = 0; n < UNIT_COLS / 8; ++n) {
                 const int col = n * 8 + lane % 4 * 2;
@@ -81,7 +81,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
                 }
             }
         } else {
-            T* const to = const_cast<T*>(head_row<T>(p.dq, p.dq_strides, batch, head, rows.start + row));
+            T* const to =
+                const_cast<T*>(head_row<T>(p.dq, p.dq_strides, batch, head, rows.start + row));
             store_quad_row<UNIT_COLS, ALIGN_BYTES>(
                 to + first_col, valid, DIM_QK - first_col,
                 [&](int n) { return pack2<T>(two(n).x, two(n).y); });

@@ -26,12 +26,14 @@
 //   dQ = dS K                                    wgmma, both operands in shared memory
 //   dK += dS^T Q, or dQ += dS K                  wgmma, dS in registers; dQ into memory meanwhile
 //
+// With masks, and in packed batches, rows that no row of the other side meets become zeros before
+// these products, for they may hold NaN (sm90_backward/unseen_rows.cuh).
+//
 // Shared memory (SharedStorage in sm90_backward/traits.cuh):
-//   | sDS | sOwnQK, sOwnVO | sQK, sVO, NUM_STAGES tiles each | sShift, sDelta | barriers |
+//   | sDS, sKeys | sOwnQK, sOwnVO | sQK, sVO, NUM_STAGES tiles each | sShift, sDelta | barriers |
 #include <backward/differentiate.cuh>
 #include <backward/work.cuh>
 #include <config.cuh>
-#include <flashcore/output/epilogue.cuh>
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/thread.cuh>
@@ -40,6 +42,7 @@
 #include <flashcore/ptx/wgmma.cuh>
 #include <flashcore/tile/wgmma_tile.cuh>
 #include <sm90_backward/dq.cuh>
+#include <sm90_backward/epilogue.cuh>
 #include <sm90_backward/producer.cuh>
 #include <sm90_backward/traits.cuh>
 #include <sm90_backward/turns.cuh>
@@ -169,8 +172,8 @@ struct Consumer : WarpContext {
         each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
 #pragma unroll
             for (int e = 0; e < 2; ++e)
-                rS[i + e] =
-                    probability<MASKED>(*this, at, 0, half, n, e, visible[0][half], rS[i + e], of[e].shift);
+                rS[i + e] = probability<MASKED>(*this, at, 0, half, n, e, visible[0][half],
+                                                rS[i + e], of[e].shift);
         });
     }
 
@@ -190,8 +193,7 @@ struct Consumer : WarpContext {
 
     // Both, with a rule's derivative.
     template <bool MASKED>
-    __device__ __forceinline__ void differentiate_tile(const WalkedTile& at,
-                                                       const Kept (&kept)[2],
+    __device__ __forceinline__ void differentiate_tile(const WalkedTile& at, const Kept (&kept)[2],
                                                        float (&rS)[BLOCK_N / 2],
                                                        float (&rdP)[BLOCK_N / 2]) {
         each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
@@ -199,8 +201,8 @@ struct Consumer : WarpContext {
             const auto added = [&](const Meeting& x, float dt) {
                 if (SUMS_DISTANCES) distances[half] += dt * distance(x);
             };
-            const PairOfGradients pair =
-                differentiate<MASKED>(*this, at, 0, half, n, visible[0][half], kept[half], s, dp, of, added);
+            const PairOfGradients pair = differentiate<MASKED>(
+                *this, at, 0, half, n, visible[0][half], kept[half], s, dp, of, added);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 rS[i + e] = pair.p[e];
@@ -273,56 +275,6 @@ struct Consumer : WarpContext {
             state.advance();
         }
     }
-
-    // ---- the end -------------------------------------------------------------------------------
-
-    // Stores a gradient's rows, multiplied by `factor`; WHICH: 1 for dq and dk, 2 for dv.
-    template <int WHICH, int VALID_COLS, int COUNT>
-    __device__ __forceinline__ void store(const float (&x)[COUNT], float factor, void* base,
-                                          const Strides& strides) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            bool valid;
-            if constexpr (ACCUMULATES || FP32_GRADIENTS & WHICH) {
-                float* const gRow = own_row<float>(base, strides, row(0, half), valid);
-#pragma unroll
-                for (int n = 0; n < COUNT / 4; ++n) {
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int col = n * 8 + lane % QUAD * 2 + e;
-                        if (!valid || col >= VALID_COLS) continue;
-                        const float sum = x[4 * n + 2 * half + e] * factor;
-                        gRow[col] = ACCUMULATES ? gRow[col] + sum : sum;
-                    }
-                }
-            } else {
-                T* const gRow = own_row<T>(base, strides, row(0, half), valid);
-                store_quad_row<COUNT * 2, ALIGN_BYTES>(gRow, valid, VALID_COLS, [&](int n) {
-                    const int i = 4 * n + 2 * half;
-                    return pack2<T>(x[i] * factor, x[i + 1] * factor);
-                });
-            }
-        }
-    }
-
-    __device__ __forceinline__ void finish() const {
-        if constexpr (SUMS_DISTANCES) {
-            const int64 first = statistics_row(p, array_batch(), work.head) + work.start_q;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float sum = group_sum<QUAD>(distances[half]);
-                const int query = work.first_row + row(0, half);
-                if (lane % QUAD == 0 && query < work.seqlen_q) p.distances[first + query] = sum;
-            }
-        }
-        if constexpr (OWNS_KEYS) {
-            if (p.dv != nullptr) store<2, DIM_V>(rVO, keep_scale<RULES>(p), p.dv, p.dv_strides);
-        }
-        void* const gradient = OWNS_KEYS ? p.dk : p.dq;
-        if (gradient != nullptr)
-            store<1, DIM_QK>(rQK, p.softmax_scale, gradient,
-                             OWNS_KEYS ? p.dk_strides : p.dq_strides);
-    }
 };
 
 // ---- roles -------------------------------------------------------------------------------------
@@ -365,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 1)
         if constexpr (MOVES_REGISTERS) registers_inc<CONSUMER_REGISTERS>();
         Consumer consumer = {context, params, smem, walk, warp / WARPGROUP_WARPS - 1};
         consumer.attend();
-        consumer.finish();
+        store_gradients(consumer, consumer.rQK, consumer.rVO, consumer.distances);
     }
 }
 

@@ -35,12 +35,10 @@ __device__ __forceinline__ void load_own_rows(const HopperBackwardParams& p, Sha
     const int map_begin = OWNS_KEYS ? c.mask().row_begin(0) : 0;
     const int row = row_of_map(w, OWNS_KEYS, w.first_row, map_begin);
     const int head = OWNS_KEYS ? w.head_kv : w.head, batch = c.array_batch();
-    load_tile_tma<LayoutOwnQK, BOX_ROWS>(smem.sOwnQK, &smem.full_own,
-                                         TileBox{map_qk(p, OWNS_KEYS), row, head, batch},
-                                         EVICT_FIRST);
-    load_tile_tma<LayoutOwnVO, BOX_ROWS>(smem.sOwnVO, &smem.full_own,
-                                         TileBox{map_vo(p, OWNS_KEYS), row, head, batch},
-                                         EVICT_FIRST);
+    load_tile_tma<LayoutOwnQK, BOX_ROWS>(
+        smem.sOwnQK, &smem.full_own, TileBox{map_qk(p, OWNS_KEYS), row, head, batch}, EVICT_FIRST);
+    load_tile_tma<LayoutOwnVO, BOX_ROWS>(
+        smem.sOwnVO, &smem.full_own, TileBox{map_vo(p, OWNS_KEYS), row, head, batch}, EVICT_FIRST);
 }
 
 // Copies the statistics of a tile of queries; zeros for those that do not exist. Every lane arrives

@@ -47,8 +47,7 @@ __device__ __forceinline__ void look_up_rows(const WarpContext& c, const WalkedT
                 const Meeting x = c.meeting(at.tile, 0, half, n, e);
                 bool seen = c.rules_for(at.head, x.query).sees(x.key);
                 if (masked)
-                    seen =
-                        seen && x.query < c.work.seqlen_q && c.mask().visible(x.query, x.key);
+                    seen = seen && x.query < c.work.seqlen_q && c.mask().visible(x.query, x.key);
                 if (seen) word |= 1u << VisibleBits::bit(n, e);
             }
         }

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 from cases_gradients import FLOAT32, Rules, operands, random
 from kernel_gradients import (
-    BRAIN, DROP, HALF, HEADS, SINGLE, by_kernel, check, dtype_of, gradients, runs,
+    BRAIN,
+    DROP,
+    HALF,
+    HEADS,
+    SINGLE,
+    by_kernel,
+    check,
+    dtype_of,
+    gradients,
+    runs,
 )
 from places import Place, each, unchecked_boundaries
 
@@ -184,7 +193,12 @@ def test_neighbours_in_a_packed_batch_may_hold_nan(
         left, right = rest.get("window", (queries + keys, queries + keys))
         met = (distance >= -left) & (distance <= (0 if causal else right))
         dirty = dict(given)
-        for name, own, axis in (("q", own_q, 1), ("do", own_q, 1), ("k", own_k, 0), ("v", own_k, 0)):
+        for name, own, axis in (
+            ("q", own_q, 1),
+            ("do", own_q, 1),
+            ("k", own_k, 0),
+            ("v", own_k, 0),
+        ):
             dirty[name] = np.full_like(given[name], [np.nan, np.inf][n % 2])
             kept = np.flatnonzero(met.any(axis)) + own.start
             dirty[name][kept] = given[name][kept]
@@ -291,7 +305,7 @@ def test_what_nobody_sees_may_hold_nan(
 
 @each("dim", [64, 128])
 def test_nan_reaches_who_sees_it(on: Place, dim: int) -> None:
-    """A key that some queries see and others do not, all in one tile: dq multiplies no NaN of it."""
+    """A key that some queries of a tile see and others do not: dq multiplies no NaN of it."""
     runs(on, "bwd_sm90")
     q, k, v = operands(1, 1, 60, 100, dim, dim, dtype=np.dtype(HALF))
     mask = np.ones((60, 100), bool)
