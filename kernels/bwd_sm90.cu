@@ -26,8 +26,11 @@
 //   dQ = dS K                                    wgmma, both operands in shared memory
 //   dK += dS^T Q, or dQ += dS K                  wgmma, dS in registers; dQ into memory meanwhile
 //
+// With masks, and in packed batches, rows that no row of the other side meets become zeros before
+// these products, for they may hold NaN (sm90_backward/unseen_rows.cuh).
+//
 // Shared memory (SharedStorage in sm90_backward/traits.cuh):
-//   | sDS | sOwnQK, sOwnVO | sQK, sVO, NUM_STAGES tiles each | sShift, sDelta | barriers |
+//   | sDS, sKeys | sOwnQK, sOwnVO | sQK, sVO, NUM_STAGES tiles each | sShift, sDelta | barriers |
 #include <backward/differentiate.cuh>
 #include <backward/work.cuh>
 #include <config.cuh>
@@ -44,6 +47,7 @@
 #include <sm90_backward/producer.cuh>
 #include <sm90_backward/traits.cuh>
 #include <sm90_backward/turns.cuh>
+#include <sm90_backward/unseen_rows.cuh>
 
 namespace flashcore {
 
@@ -52,8 +56,10 @@ namespace flashcore {
 struct Consumer : WarpContext {
     const HopperBackwardParams& p;
     SharedStorage& smem;
+    const Walk walk;
     int index;  // of the warpgroup among the consumers
     State state;
+    Bits visible[1][2];    // with masks: which rows of its next tile each of the lane's meets
     Statistics own[1][2];  // of the lane's queries, where the CTA owns queries
     OwnRows<LayoutOwnQK, LayoutQK> own_qk;
     OwnRows<LayoutOwnVO, LayoutVO> own_vo;
@@ -89,10 +95,15 @@ struct Consumer : WarpContext {
             fence_registers(rS);
             fence_registers(rdP);
             if (masked) {
-                differentiate_tile<true>(at, kept, rS, rdP);
+                differentiate_tile<true>(at, kept[0], rS, rdP);
             } else {
-                differentiate_tile<false>(at, kept, rS, rdP);
+                differentiate_tile<false>(at, kept[0], rS, rdP);
             }
+        }
+        if constexpr (HIDES_KEYS) {
+            wgmma_wait<0>();  // dP has read the tile, too
+            fence_registers(rdP);
+            clear_hidden(*this, smem, nth, stage, rows_seen(visible));
         }
         if constexpr (OWNS_KEYS) multiply_dv(stage, kept[0], rS, rP);
         if constexpr (SPLITS_STEP) {
@@ -126,6 +137,7 @@ struct Consumer : WarpContext {
             }
         }
         if (!adds) wgmma_pv<LayoutQK>(rQK, rdS, smem.sQK[stage], has_begun);
+        look_up(nth + 1);
         wgmma_wait<0>();
         if (!adds) {
             if constexpr (OWNS_KEYS) fence_registers(rVO);
@@ -134,6 +146,15 @@ struct Consumer : WarpContext {
         fence_registers(rQK);
         if constexpr (OWNS_KEYS) warp_sync();  // all lanes have read the statistics
         state.release(smem.qk);
+    }
+
+    // Looks up which rows of the nth tile the lane's own rows meet, while there are no scores: it
+    // takes registers.
+    __device__ __forceinline__ void look_up(int nth) {
+        if constexpr (HIDES_KEYS) {
+            visible[0][0] = visible[0][1] = Bits();  // what they were is not kept meanwhile
+            if (nth < walk.count()) look_up_rows(*this, walk[nth], visible[0]);
+        }
     }
 
     // dV += P^T dO starts, of the P that dropout has kept.
@@ -153,8 +174,8 @@ struct Consumer : WarpContext {
         each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
 #pragma unroll
             for (int e = 0; e < 2; ++e)
-                rS[i + e] =
-                    probability<MASKED>(*this, at, 0, half, n, e, Bits(), rS[i + e], of[e].shift);
+                rS[i + e] = probability<MASKED>(*this, at, 0, half, n, e, visible[0][half],
+                                                rS[i + e], of[e].shift);
         });
     }
 
@@ -174,18 +195,16 @@ struct Consumer : WarpContext {
 
     // Both, with a rule's derivative.
     template <bool MASKED>
-    __device__ __forceinline__ void differentiate_tile(const WalkedTile& at,
-                                                       const Kept (&kept)[1][2],
+    __device__ __forceinline__ void differentiate_tile(const WalkedTile& at, const Kept (&kept)[2],
                                                        float (&rS)[BLOCK_N / 2],
                                                        float (&rdP)[BLOCK_N / 2]) {
-        const Bits all;
         each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
             const float s[2] = {rS[i], rS[i + 1]}, dp[2] = {rdP[i], rdP[i + 1]};
             const auto added = [&](const Meeting& x, float dt) {
                 if (SUMS_DISTANCES) distances[half] += dt * distance(x);
             };
-            const PairOfGradients pair =
-                differentiate<MASKED>(*this, at, 0, half, n, all, kept[0][half], s, dp, of, added);
+            const PairOfGradients pair = differentiate<MASKED>(
+                *this, at, 0, half, n, visible[0][half], kept[half], s, dp, of, added);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 rS[i + e] = pair.p[e];
@@ -230,20 +249,26 @@ struct Consumer : WarpContext {
         return first < rows && tile * BLOCK_N < met.end && (tile + 1) * BLOCK_N > met.begin;
     }
 
-    __device__ __forceinline__ void attend(const Walk& walk) {
+    // What comes before the first tile.
+    __device__ __forceinline__ void begin() {
+        if constexpr (!OWNS_KEYS) load_own_statistics(*this, own);
+        mbarrier_wait(&smem.full_own, 0);
+        own_qk.load(*this, smem.sOwnQK);
+        own_vo.load(*this, smem.sOwnVO);
+        if constexpr (COPIES_KEYS) copy_keys(smem);
+        look_up(0);
+    }
+
+    __device__ __forceinline__ void attend() {
         forget_registers(rQK);
         if constexpr (OWNS_KEYS) forget_registers(rVO);
         distances[0] = distances[1] = 0.0f;
-        if (walk.count() > 0) {
-            if constexpr (!OWNS_KEYS) load_own_statistics(*this, own);
-            mbarrier_wait(&smem.full_own, 0);
-            own_qk.load(*this, smem.sOwnQK);
-            own_vo.load(*this, smem.sOwnVO);
-        }
+        if (walk.count() > 0) begin();
 #pragma unroll 1
         for (int nth = 0; nth < walk.count(); ++nth) {
             const WalkedTile at = walk[nth];
-            if (ADDS_DQ || meets(at.tile)) {
+            if constexpr (VARLEN && !HIDES_KEYS) clear_neighbours(smem, state, walk.met, at.tile);
+            if (ADDS_DQ || HIDES_KEYS || meets(at.tile)) {
                 attend_tile(at, nth);
                 has_begun = true;
             } else {  // a tile that only other consumers need
@@ -266,28 +291,6 @@ struct Consumer : WarpContext {
             for (int i = 0; i < HEAD_DIM_V / 2; ++i) rVO[i] = 0.0f;
         }
     }
-
-    // ---- the end -------------------------------------------------------------------------------
-
-    __device__ __forceinline__ void finish() const {
-        if constexpr (SUMS_DISTANCES) {
-            const int64 first = statistics_row(p, work.batch, work.head);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float sum = group_sum<QUAD>(distances[half]);
-                const int query = work.first_row + row(0, half);
-                if (lane % QUAD == 0 && query < work.seqlen_q) p.distances[first + query] = sum;
-            }
-        }
-        if constexpr (OWNS_KEYS) {
-            if (p.dv != nullptr)
-                store_gradient<2, DIM_V>(*this, rVO, keep_scale<RULES>(p), p.dv, p.dv_strides);
-        }
-        void* const gradient = OWNS_KEYS ? p.dk : p.dq;
-        if (gradient != nullptr)
-            store_gradient<1, DIM_QK>(*this, rQK, p.softmax_scale, gradient,
-                                      OWNS_KEYS ? p.dk_strides : p.dq_strides);
-    }
 };
 
 // ---- roles -------------------------------------------------------------------------------------
@@ -302,6 +305,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 1)
     Work work;
     const int block = ORDERED ? draw_block(params, smem) : int(block_index());
     if (!find_own_rows(params, block, work)) return;
+    if (ORDERED && VARLEN && !has_all_blocks(params)) work.seqlen_q = 0;  // nobody waits
     if (thread_index() == 0) {
         mbarrier_init(&smem.full_own, 2);  // its two arrays
         if constexpr (ORDERED) {
@@ -314,21 +318,22 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 1)
         smem.qk.init(1 + (OWNS_KEYS ? WARP_SIZE : 0), CONSUMER_WARPS);
         smem.vo.init(1, CONSUMER_WARPS);
         fence_mbarrier_init();  // TMA sees the new barriers
+        if constexpr (HIDES_KEYS) smem.work = work;
     }
     block_sync();  // all warps see the barriers
     const int warp = shfl(int(thread_index()) / WARP_SIZE, 0);
     const int lane = thread_index() % WARP_SIZE, first_row = (warp - WARPGROUP_WARPS) * 16;
-    const WarpContext context = {params, work, first_row, lane};
+    const WarpContext context = {params, HIDES_KEYS ? smem.work : work, first_row, lane};
     const Walk walk(context);
     if (warp < WARPGROUP_WARPS) {
         if constexpr (MOVES_REGISTERS) registers_dec<PRODUCER_REGISTERS>();
-        if (warp == 0) run_producer(params, smem, work, walk);
+        if (warp == 0) run_producer(params, smem, context, walk);
         if (ORDERED && warp == 1) take_turns(context, smem, walk);
     } else {
         if constexpr (MOVES_REGISTERS) registers_inc<CONSUMER_REGISTERS>();
-        Consumer consumer = {context, params, smem, warp / WARPGROUP_WARPS - 1};
-        consumer.attend(walk);
-        consumer.finish();
+        Consumer consumer = {context, params, smem, walk, warp / WARPGROUP_WARPS - 1};
+        consumer.attend();
+        store_gradients(consumer, consumer.rQK, consumer.rVO, consumer.distances);
     }
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -34,6 +34,8 @@ class Trial:
     multiprocessors: int = 16
     unseen: tuple[slice, ...] = ()
     """Keys that no query sees: theirs is NaN."""
+    unseen_queries: tuple[slice, ...] = ()
+    """Queries that see no key, of a backward pass: theirs is NaN, too."""
     has_gaps: bool = False
     """Whether some rows of a packed batch lie before its sequences, and some behind."""
     has_infinity: bool = False
@@ -63,7 +65,7 @@ class Trial:
     def _forward(self) -> tuple[EmulatedPlan, Callable[[], CaseResult]]:
         case, setup = self.case, set_up(self.case)
         placed = Placed.of(case, setup, on_gpu=False, in_kernel=True)
-        self._hide(*setup.host[1:], *placed.inputs[1:])
+        _hide(self.unseen, *setup.host[1:], *placed.inputs[1:])
         if self.has_infinity:
             setup.host[2][0, 0, 0, 0] = placed.inputs[2][0, 0, 0, 0] = np.inf
         wanted = {"kernel": case.kernel, "config": self.tile}
@@ -89,7 +91,8 @@ class Trial:
         with unchecked_boundaries():
             setup = gradients.lay_out(case)
             placed = gradients.PlacedGradients.of(case, setup, on_gpu=False)
-            self._hide(*(placed.arguments[name] for name in "kv"))
+            _hide(self.unseen, *(placed.arguments[name] for name in "kv"))
+            _hide(self.unseen_queries, *(placed.arguments[name] for name in ("q", "do")))
             plan = gradients.bind_emulated(placed.arguments | {"config": self.tile}, self.arch)
 
         def judge() -> CaseResult:
@@ -98,10 +101,11 @@ class Trial:
 
         return plan, judge
 
-    def _hide(self, *of_keys: Array) -> None:
-        for keys in self.unseen:
-            for x in of_keys:
-                x[keys if x.ndim == 3 else (..., keys, slice(None))] = np.nan
+
+def _hide(unseen: Iterable[slice], *arrays: Array) -> None:
+    for rows in unseen:
+        for x in arrays:
+            x[rows if x.ndim == 3 else (..., rows, slice(None))] = np.nan
 
 
 class _Gapped(Case):
@@ -196,6 +200,31 @@ _OWN_128 = {"block_m": 128, "block_n": 64, "warps_m": 8, "num_stages": 2}
 _OWN_128_ONE_STAGE = _OWN_128 | {"num_stages": 1}
 _GROUPED = {"heads": 2, "heads_kv": 1}
 _FREE = {"deterministic": False}
+#: A sequence without keys, and one without queries, lie between others.
+_NEIGHBOURS = {
+    "lengths": ((40, 130), (33, 0), (20, 90), (0, 40), (100, 150)),
+    "causal": "top-left",
+    "unseen": (slice(40, 130), slice(150, 260), slice(360, 410)),
+    "unseen_queries": (slice(40, 73),),
+}
+_MORE_QUERIES = {
+    "lengths": ((250, 60), (33, 0), (20, 190)),
+    "causal": True,
+    "unseen_queries": (slice(0, 190), slice(250, 283)),
+}
+#: Of 128 keys half are hidden from all 64 queries of a tile; of 128 queries, half from all keys.
+_HIDDEN = {
+    "mask_mod": "blocks",
+    "seqlen_q": 50,
+    "seqlen_kv": 250,
+    "unseen": (slice(64, 128), slice(192, 250)),
+}
+_HIDDEN_QUERIES = {
+    "mask_mod": "blocks",
+    "seqlen_q": 150,
+    "seqlen_kv": 50,
+    "unseen_queries": (slice(64, 128),),
+}
 _DROPS = {"dropout_p": 0.3}
 #: A number is that at which they are no longer dropped.
 _DROPPED = _DROPS | {"seed": 1, "seqlen_q": 150, "seqlen_kv": 170}
@@ -300,6 +329,15 @@ TRIALS = (
     _bwd90("no keys", _OWN_128, **_NO_KEYS, **_GROUPED),
     _bwd90("bias", _OWN_128, bias="qk", only="k", **_DROPS, **_BOTH_SIDES, **_96),
     _bwd90("gate", _OWN_128, gate="ds", only="k", causal=True, **_HEAD),
+    _bwd90("masks, any order", _OWN_128, **_HIDDEN, **_FREE, **_HEAD),
+    _bwd90("masks, queries", _OWN_128, **_HIDDEN_QUERIES, **_FREE, **_HEAD, **_40),
+    _bwd90("masks", _OWN_128, mask="qk", **_BOTH_SIDES, **_GROUPED),
+    _bwd90("masks, two passes", _OWN_128, **_HIDDEN, **_HEAD, **_96),
+    _bwd90("packed, any order", _OWN_128, **_NEIGHBOURS, **_FREE, **_HEAD),
+    _bwd90("packed, two passes", _OWN_128, **_NEIGHBOURS, **_GROUPED, **_96),
+    _bwd90("packed, more queries", _OWN_128, **_MORE_QUERIES, **_HEAD),
+    _bwd90("packed, slopes", _OWN_128, **_PACKED, **_UNSEEN),
+    _bwd90("packed, gaps", _OWN_128, has_gaps=True, **(_PACKED | {"alibi": ""}), **_WIDE),
 )
 
 #: What nothing finds, and why. After a kernel's name: in that kernel alone.

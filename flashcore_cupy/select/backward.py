@@ -250,7 +250,7 @@ def _configure_row(
     keys = queries = bias = heads = scale = None
     wants_keys = bool(asked.keys() & {"dk", "dv"})
     tile = row.keys.override(changes)
-    columns = family.dq_columns(row.head_dim, tile, attention)
+    columns = family.dq_columns(row.head_dim, tile)
     adds_dq = wants_keys and "dq" in asked and not slopes and columns > 0 and attention.seqlen_q > 0
     if wants_keys:
         ordered = adds_dq and problem.deterministic

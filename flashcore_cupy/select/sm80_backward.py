@@ -89,8 +89,11 @@ class BackwardScale(_PerQuery):
         }
 
     def tiles(self, problem: AttentionProblem) -> int:
-        """Of queries, of all heads and batches."""
-        return problem.batch * problem.heads_q * -(-problem.seqlen_q // self.tile.block_n)
+        """Of queries, of all heads and batches; as ``PackedBatch`` has room for them."""
+        rows, block = problem.seqlen_q, self.tile.block_n
+        if problem.packed:
+            return problem.heads_q * (rows // block + problem.batch + 2)
+        return problem.batch * problem.heads_q * -(-rows // block)
 
     def grids(self, problem: AttentionProblem, blocks: int) -> tuple[int, ...]:
         """A thread block per unit."""
@@ -141,7 +144,7 @@ class Sm80Backward(KernelConfig):
         return None
 
     @classmethod
-    def dq_columns(cls, head_dim: int, tile: Tile, problem: AttentionProblem) -> int:
+    def dq_columns(cls, head_dim: int, tile: Tile) -> int:
         """Columns of the units in which blocks of keys add to dq; 0 if they cannot."""
         return 0
 

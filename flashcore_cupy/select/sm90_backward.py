@@ -16,7 +16,7 @@ from flashcore_cupy.select.sm80_backward import Sm80Backward
 from flashcore_cupy.select.tensor_view import TMA_ALIGN, View, is_addressable, view_of
 from flashcore_cupy.select.units import MMA, WARPGROUP_WARPS, round_up
 
-_BOX_ROWS, _KIB, _TURNS = 64, 1024, 4
+_BOX_ROWS, _KIB, _TURNS, _MASK_WORD, _WORK_BYTES = 64, 1024, 4, 128, 48
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,8 @@ class Sm90Backward(Sm80Backward):
         attention = problem.attention
         if arch != HOPPER:
             return f"needs wgmma, which {HOPPER} alone has; the target is {arch}"
-        lacking = [str(name) for name in ("mask", "mask_mod") if name in attention.rules.names]
-        lacking += ["cu_seqlens"] * attention.packed
-        lacking += ["gradients of mod_args"] * bool(problem.mod_args)
-        if lacking:
-            return f"has no {', '.join(lacking)}"
+        if problem.mod_args:
+            return "has no gradients of mod_args"
         loaded = (attention.q, attention.k, attention.v, problem.do)
         unfit = [x.name for x in loaded if not is_addressable(x, attention.dtype)]
         if unfit:
@@ -50,14 +47,8 @@ class Sm90Backward(Sm80Backward):
         return None
 
     @classmethod
-    def dq_columns(cls, head_dim: int, tile: Tile, problem: AttentionProblem) -> int:
-        """Of 64 queries a consumer has 64 columns, or each has all 64 of some tiles.
-
-        0 where positions hide keys from all queries: such keys may hold NaN, and dq = ds @ k would
-        be NaN with them, although their ds is 0. Then dq has a pass of its own.
-        """
-        if _keys_met(problem) != (0, problem.seqlen_kv):
-            return 0
+    def dq_columns(cls, head_dim: int, tile: Tile) -> int:
+        """Of 64 queries a consumer has 64 columns, or each has all 64 of some tiles."""
         shared = _BOX_ROWS * (tile.warps_m // WARPGROUP_WARPS)
         fits = tile.num_stages > 1 and tile.block_n == _BOX_ROWS and shared > _BOX_ROWS
         return _BOX_ROWS if fits and head_dim in (_BOX_ROWS, shared) else 0
@@ -99,21 +90,26 @@ class Sm90Backward(Sm80Backward):
         total = t.block_m * row + t.num_stages * t.block_n * (row + 8)
         if self.adds_dq:
             total += ITEMSIZE[self.dtype] * t.num_stages * t.block_n * t.block_m
-        return round_up(total + 8 * (2 + 2 * _TURNS + 4 * t.num_stages), _KIB) + _KIB
+        if self.adds_dq and (self.hides_keys or self.packed):
+            total += ITEMSIZE[self.dtype] * t.block_m * self.head_dim  # a copy of the own keys
+        if self.hides_keys:
+            total += 2 * 16 * t.warps_m * -(-t.block_n // _MASK_WORD)  # which rows each warp meets
+        barriers = 8 * (2 + 2 * _TURNS + 4 * t.num_stages)
+        return round_up(total + barriers + _WORK_BYTES, _KIB) + _KIB
 
     def own_views(self, problem: BackwardProblem) -> tuple[View, ...]:
         """How the kernel's maps see q, k, v and dO.
 
-        What it walks over begins and ends with the rows that meet any of the other side: what lies
-        outside comes as zeros, not as what is there, which may be NaN.
+        What it walks over, and all keys, begin and end with the rows that meet any of the other
+        side: what lies outside comes as zeros, not as what is there, which may be NaN. Of packed
+        batches only the device knows these rows.
         """
         attention = problem.attention
         dtype = attention.dtype
         queries, keys = (0, attention.seqlen_q), (0, attention.seqlen_kv)
-        if self.owns_keys:
-            queries = _queries_met(attention)
-        else:
+        if not self.packed:
             keys = _keys_met(attention)
+            queries = _queries_met(attention) if self.owns_keys else queries
         return (
             view_of(attention.q, dtype, self.head_dim, _BOX_ROWS, queries),
             view_of(attention.k, dtype, self.head_dim, _BOX_ROWS, keys),

@@ -10,6 +10,7 @@
 #include <flashcore/tile/wgmma_tile.cuh>
 #include <sm90_backward/traits.cuh>
 #include <sm90_backward/turns.cuh>
+#include <sm90_backward/unseen_rows.cuh>
 
 namespace flashcore {
 
@@ -34,7 +35,7 @@ __device__ __forceinline__ void multiply_dq(Shared& smem, int stage, int consume
                                             float (&rDQ)[COLS_DQ / 2]) {
     const int col = DQ_UNITS > 1 ? consumer * COLS_DQ : 0;
     wgmma_shared<LayoutDS, LayoutOwnQK>(rDQ, smem.sDS[stage],
-                                        smem.sOwnQK + LayoutOwnQK::step(0, 0, col));
+                                        keys_of_dq(smem) + LayoutOwnQK::step(0, 0, col));
 }
 
 // Adds to the sums in global memory, which lie as the accumulators do. ORDERED: the first to come
@@ -44,7 +45,7 @@ __device__ __forceinline__ void add_dq(const WarpContext& c, Shared& smem, const
                                        int nth, int consumer, const float (&rDQ)[COLS_DQ / 2]) {
     const BackwardParams& p = c.params;
     const int unit = DQ_UNITS > 1 ? consumer : 0;
-    const int64 first = tile_of_dq(p, c.work.batch, at.head, at.tile) * DQ_UNITS + unit;
+    const int64 first = tile_of_dq(p, c.work, at.head, at.tile) * DQ_UNITS + unit;
     float4* const to = reinterpret_cast<float4*>(p.dq_sum) + first * (ROWS * COLS_DQ / 4) +
                        thread_index() % WARPGROUP_THREADS;
     const bool is_first = ORDERED && turn_of(c, at.tile) == 0;

@@ -21,24 +21,34 @@ __device__ __forceinline__ const TensorMap* map_vo(const HopperBackwardParams& p
     return of_keys ? &p.v_map : &p.dout_map;
 }
 
+// Where a row of the sequence is in the maps of its side, which begin with row `map_begin`. Those of
+// a packed batch show all of its sequences, side by side.
+__device__ __forceinline__ int row_of_map(const Work& w, bool of_keys, int row, int map_begin) {
+    if constexpr (VARLEN) return (of_keys ? w.start_kv : w.start_q) + row;
+    return row - map_begin;
+}
+
 // Starts the copies of the block's own rows, which are guarded by one barrier.
 __device__ __forceinline__ void load_own_rows(const HopperBackwardParams& p, SharedStorage& smem,
-                                              const Work& w) {
-    const int head = OWNS_KEYS ? w.head_kv : w.head;
-    load_tile_tma<LayoutOwnQK, BOX_ROWS>(smem.sOwnQK, &smem.full_own,
-                                         TileBox{map_qk(p, OWNS_KEYS), w.first_row, head, w.batch},
-                                         EVICT_FIRST);
-    load_tile_tma<LayoutOwnVO, BOX_ROWS>(smem.sOwnVO, &smem.full_own,
-                                         TileBox{map_vo(p, OWNS_KEYS), w.first_row, head, w.batch},
-                                         EVICT_FIRST);
+                                              const WarpContext& c) {
+    const Work& w = c.work;
+    const int map_begin = OWNS_KEYS ? c.mask().row_begin(0) : 0;
+    const int row = row_of_map(w, OWNS_KEYS, w.first_row, map_begin);
+    const int head = OWNS_KEYS ? w.head_kv : w.head, batch = c.array_batch();
+    load_tile_tma<LayoutOwnQK, BOX_ROWS>(
+        smem.sOwnQK, &smem.full_own, TileBox{map_qk(p, OWNS_KEYS), row, head, batch}, EVICT_FIRST);
+    load_tile_tma<LayoutOwnVO, BOX_ROWS>(
+        smem.sOwnVO, &smem.full_own, TileBox{map_vo(p, OWNS_KEYS), row, head, batch}, EVICT_FIRST);
 }
 
 // Copies the statistics of a tile of queries; zeros for those that do not exist. Every lane arrives
 // at the tile's barrier when its copies are there.
 __device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, SharedStorage& smem,
-                                                const Work& w, const WalkedTile& at, int stage) {
+                                                const WarpContext& c, const WalkedTile& at,
+                                                int stage) {
+    const Work& w = c.work;
     const int first = at.tile * BLOCK_N;
-    const int64 row = statistics_row(p, w.batch, at.head) + first;
+    const int64 row = statistics_row(p, c.array_batch(), at.head) + w.start_q + first;
     for (int i = thread_index() % WARP_SIZE; i < BLOCK_N; i += WARP_SIZE) {
         const bool valid = first + i < w.seqlen_q;
         const int64 from = valid ? row + i : 0;
@@ -50,23 +60,24 @@ __device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, S
 
 // Starts all copies of a block, as stages become empty.
 __device__ __forceinline__ void run_producer(const HopperBackwardParams& p, SharedStorage& smem,
-                                             const Work& w, const Walk& walk) {
+                                             const WarpContext& c, const Walk& walk) {
     if (walk.count() == 0) return;
-    load_own_rows(p, smem, w);
+    load_own_rows(p, smem, c);
     State state;
 #pragma unroll 1
     for (int nth = 0; nth < walk.count(); ++nth) {
         const WalkedTile at = walk[nth];
-        const int row = at.tile * BLOCK_N - walk.met.begin;  // of the maps
-        const int head = OWNS_KEYS ? at.head : w.head_kv, stage = state.stage;
+        const int row = row_of_map(c.work, !OWNS_KEYS, at.tile * BLOCK_N, walk.met.begin);
+        const int head = OWNS_KEYS ? at.head : c.work.head_kv, batch = c.array_batch();
+        const int stage = state.stage;
         state.wait_empty(smem.qk);
         load_tile_tma<LayoutQK, BOX_ROWS>(smem.sQK[stage], &smem.qk.full[stage],
-                                          TileBox{map_qk(p, !OWNS_KEYS), row, head, w.batch},
+                                          TileBox{map_qk(p, !OWNS_KEYS), row, head, batch},
                                           EVICT_LAST);
-        if constexpr (OWNS_KEYS) load_statistics(p, smem, w, at, stage);
+        if constexpr (OWNS_KEYS) load_statistics(p, smem, c, at, stage);
         state.wait_empty(smem.vo);
         load_tile_tma<LayoutVO, BOX_ROWS>(smem.sVO[stage], &smem.vo.full[stage],
-                                          TileBox{map_vo(p, !OWNS_KEYS), row, head, w.batch},
+                                          TileBox{map_vo(p, !OWNS_KEYS), row, head, batch},
                                           EVICT_LAST);
         state.advance();
     }

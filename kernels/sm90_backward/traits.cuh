@@ -5,6 +5,8 @@
 #include <flashcore/params_backward_hopper.cuh>
 #include <flashcore/pipeline/mbarrier_pipeline.cuh>
 #include <flashcore/ptx/wgmma.cuh>
+#include <flashcore/rules/seen_keys.cuh>
+#include <flashcore/scheduler/work.cuh>
 #include <flashcore/tile/shared_layout.cuh>
 
 namespace flashcore {
@@ -32,23 +34,33 @@ constexpr bool SPLITS_STEP =
 using LayoutDS = SharedLayout<T, BLOCK_N, BLOCK_M>;
 constexpr int DQ_UNITS = HEAD_DIM / 64, COLS_DQ = 64;
 
+// Whether dQ += dS K multiplies a copy of the own keys in which what is not finite is 0: some of
+// them may be hidden from all queries, or be a neighbour's in a packed batch. See unseen_rows.cuh.
+constexpr bool COPIES_KEYS = ADDS_DQ && (HIDES_KEYS || VARLEN);
+
 // Named barriers. 0 is block_sync's.
 enum NamedBarrier : int {
     BARRIER_DS_WRITTEN = 1,  // all consumers have written their keys' dS
+    BARRIER_SEEN = 2,        // all consumers know which rows of a tile they meet, or have cleared
 };
 
 constexpr int TURNS = 4;  // tiles whose turn may have come before the first of them is added to
 
-// Which tile of all heads' and batches' queries.
-__device__ __forceinline__ int64 tile_of_dq(const BackwardParams& p, int batch, int head,
+// Which tile of all heads' and batches' queries. A packed batch has room for tiles of each sequence:
+// bwd_scale.cu finds them there.
+__device__ __forceinline__ int64 tile_of_dq(const BackwardParams& p, const Work& w, int head,
                                             int tile) {
+    if constexpr (VARLEN) {
+        const PackedBatch q = packed_queries(p, 1, BLOCK_N);
+        return int64(head) * q.places() + q.first_block(w.batch + 1, w.start_q) + tile;
+    }
     const int per_head = (p.seqlen_q + BLOCK_N - 1) / BLOCK_N;
-    return int64(batch * p.heads_q + head) * per_head + tile;
+    return int64(w.batch * p.heads_q + head) * per_head + tile;
 }
 
 // Heads of 64 columns leave room for a consumer's own rows as first operands of S and dP: half of
 // what these products would read of shared memory, and a sixth of what a step does.
-constexpr bool OWN_IN_REGISTERS = SPLITS_STEP && HEAD_DIM <= 64 && HEAD_DIM_V <= 64;
+constexpr bool OWN_IN_REGISTERS = SPLITS_STEP && !HIDES_KEYS && HEAD_DIM <= 64 && HEAD_DIM_V <= 64;
 
 // A multiprocessor has 64K registers, and setmaxnreg moves what the producer does not need to the
 // consumers. With one consumer, every thread starts with 255 anyway, the most that it can have.
@@ -71,9 +83,6 @@ static_assert(!ORDERED || ADDS_DQ, "an order of additions");
 static_assert(LayoutQK::SWIZZLED && LayoutVO::SWIZZLED, "head dims of whole panels");
 static_assert(GRADIENT_COLS >= HEAD_DIM && (!OWNS_KEYS || GRADIENT_COLS >= HEAD_DIM_V),
               "all columns in one block");
-// Rows of a tile that no row of the block meets may be NaN: by position TMA leaves them out, but
-// not by masks, nor neighbours in a packed batch.
-static_assert(!HIDES_KEYS && !VARLEN, "tiles whose rows all count, or are zeros");
 
 template <bool USED>
 struct alignas(1024) SharedDS {
@@ -82,9 +91,16 @@ struct alignas(1024) SharedDS {
 template <>
 struct SharedDS<false> {};
 
+template <bool USED>
+struct alignas(1024) SharedKeys {
+    T sKeys[LayoutOwnQK::SIZE];  // BLOCK_M x HEAD_DIM: K, where that is finite
+};
+template <>
+struct SharedKeys<false> {};
+
 // Tiles are swizzled as shared_layout.cuh says, which is TMA's and wgmma's swizzle, too. It counts
 // from multiples of 1024 bytes.
-struct alignas(1024) SharedStorage : SharedDS<ADDS_DQ> {
+struct alignas(1024) SharedStorage : SharedDS<ADDS_DQ>, SharedKeys<COPIES_KEYS> {
     T sOwnQK[LayoutOwnQK::SIZE];        // BLOCK_M x HEAD_DIM: K, or Q
     T sOwnVO[LayoutOwnVO::SIZE];        // BLOCK_M x HEAD_DIM_V: V, or dO
     T sQK[NUM_STAGES][LayoutQK::SIZE];  // BLOCK_N x HEAD_DIM each: Q, or K
@@ -94,7 +110,11 @@ struct alignas(1024) SharedStorage : SharedDS<ADDS_DQ> {
     uint64 full_own;
     uint64 turn[TURNS], added[TURNS];  // ORDERED: see turns.cuh
     Pipeline<NUM_STAGES> qk, vo;
+    // A double buffer: a warp may publish what it sees of one tile while another one still reads
+    // what was published for the tile before.
+    SeenKeys<HIDES_KEYS, CONSUMER_WARPS, BLOCK_N> seen[2];
     int block;  // ORDERED: which one the CTA has drawn
+    Work work;  // of a CTA with masks, whose registers are short of a dozen
 };
 static_assert(sizeof(SharedStorage) + 1024 == SMEM_BYTES,
               "flashcore_cupy/select computes the same size, and 1 KiB to align it");

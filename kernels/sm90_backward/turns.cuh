@@ -28,6 +28,17 @@ __device__ __forceinline__ int draw_block(const BackwardParams& p, SharedStorage
     return smem.block;
 }
 
+// Whether the boundaries of a packed batch's keys rise, which nobody has checked. If they do not,
+// some blocks may be found by no CTA, and whoever waited for their turn would never end. All lanes
+// of the warp call it.
+__device__ __forceinline__ bool has_all_blocks(const BackwardParams& p) {
+    const PackedBatch kv = packed_keys(p);
+    bool falls = false;
+    for (int n = thread_index() % WARP_SIZE; n < kv.sequences; n += WARP_SIZE)
+        falls = falls || kv.boundary(n) > kv.boundary(n + 1);
+    return !warp_any(falls);
+}
+
 // How many CTAs add to a tile before this one.
 __device__ __forceinline__ int turn_of(const WarpContext& c, int tile) {
     const int last_query = min((tile + 1) * BLOCK_N, c.work.seqlen_q) - 1;
@@ -41,7 +52,7 @@ __device__ __forceinline__ void take_turns(const WarpContext& c, SharedStorage& 
     const int count = walk.count();
     const auto counter = [&](int nth) {
         const WalkedTile at = walk[nth];
-        return p.turns + 1 + tile_of_dq(p, c.work.batch, at.head, at.tile);
+        return p.turns + 1 + tile_of_dq(p, c.work, at.head, at.tile);
     };
     int granted = 0, done = 0;  // tiles whose turn has come; that have been counted on
     while (done < count) {

@@ -36,7 +36,10 @@ RULES: tuple[dict[str, Any], ...] = (
     {"score_mod": "tanhf(score) + x[kv_idx]", "mod_args": {"x": array("f2", LENGTH)}},
     {"mask": array("?", LENGTH, LENGTH), "sink": array("f4", 1)},
     {"dropout_p": 0.1},
+    {"mask_mod": "(q_idx + kv_idx + b) % 3 != 0", "window": (20, -1)},
+    {"mask": array("?", LENGTH, LENGTH), "dropout_p": 0.1},
 )
+HIDES = [rules for rules in RULES if rules.keys() & {"mask", "mask_mod"}]
 ROWS = [(number, row) for number, row in enumerate(backward.ROWS)]
 
 
@@ -56,6 +59,11 @@ def problem(row: backward.BackwardRow, dtype: str, causal: Any, **rules: Any) ->
     return BackwardProblem(forward, replace(o, name="do"), o, results, False, True, False, None)
 
 
+def packed(row: backward.BackwardRow, dtype: str, causal: Any) -> BackwardProblem:
+    plain = problem(row, dtype, causal)
+    return replace(plain, attention=replace(plain.attention, sequences=2))
+
+
 def configs(number: int, row: backward.BackwardRow, arch: str) -> list[KernelConfig]:
     """What a row is built as: on the main target causal and not, and with some rule."""
     found: list[KernelConfig] = []
@@ -63,10 +71,10 @@ def configs(number: int, row: backward.BackwardRow, arch: str) -> list[KernelCon
     for turn, dtype in enumerate(several, number):
         for causal in (False, True) if arch == MAIN_TARGET else (turn % 2 == 0,):
             rules = RULES[(turn + causal) % len(RULES)]
-            if row.kernel == "bwd_sm90" and "mask" in rules:
-                rules = {}
-            asked = problem(row, dtype, causal, **rules)
-            for each in (asked, replace(asked, deterministic=False)):
+            asked = [problem(row, dtype, causal, **rules), packed(row, dtype, causal)]
+            if row.kernel == "bwd_sm90":  # what is hidden takes the most registers
+                asked += [problem(row, dtype, causal, **hides) for hides in HIDES]
+            for each in (*asked, *(replace(one, deterministic=False) for one in asked)):
                 try:
                     found += backward._configure_row(row, each, arch, {}).configs
                 except ValueError:  # it does not fit the target

@@ -49,7 +49,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "out": ({"out": {"dk": np.zeros(3, np.float16)}}, ValueError, "out.dk: got shape"),
     "a kernel of the forward pass": ({"kernel": "mma_sm80"}, ValueError, "kernel: got 'mma_sm80'"),
     "a kernel that cannot": (
-        {"kernel": "bwd_sm90", "mask": np.ones(47, bool)},
+        {
+            "kernel": "bwd_sm90",
+            "mod_args": {"x": np.ones(47, np.float32)},
+            "wrt": ("mod_args.x",),
+            "score_mod": "score * x[h]",
+        },
         ValueError,
         "kernel 'bwd_sm90': ",
     ),

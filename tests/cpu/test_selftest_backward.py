@@ -35,7 +35,6 @@ def test_cases_are_distinct_and_run_on_hopper() -> None:
 def test_every_choice_meets_every_kernel(kernel: str) -> None:
     mine = [case for case in CASES if case.kernel == kernel]
     rows = [row for row in ROWS if row.kernel == kernel]
-    takes_masks = kernel == "bwd_sm80"
     wanted: dict[str, set[Any]] = {
         "dtype": {dtype for row in rows for dtype in row.dtypes},
         "causal": {False, True, "top-left"},
@@ -51,11 +50,11 @@ def test_every_choice_meets_every_kernel(kernel: str) -> None:
         "sink": {False, True},
         "dropout_p": {0.0, 0.2, 0.3, 0.6},
         "score_mod": {"", *SCORE_MODS},
-        "mask": {"", *(("bhqk", "b11k", "qk") if takes_masks else ())},
-        "mask_mod": {"", *(MASK_MODS if takes_masks else ())},
+        "mask": {"", "bhqk", "b11k", "qk"},
+        "mask_mod": {"", *MASK_MODS},
         "softmax_scale": {None, -0.2, 0.0},
         "only": {"", *INPUTS},
-        "boundaries": {"host", "device"} if takes_masks else {"host"},
+        "boundaries": {"host", "device"},
     }
     for name, values in wanted.items():
         assert {getattr(case, name) for case in mine} == values, name

@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 from cases_gradients import FLOAT32, Rules, operands, random
-from kernel_gradients import BRAIN, DROP, HALF, HEADS, SINGLE, check, dtype_of, gradients, runs
+from kernel_gradients import (
+    BRAIN,
+    DROP,
+    HALF,
+    HEADS,
+    SINGLE,
+    by_kernel,
+    check,
+    dtype_of,
+    gradients,
+    runs,
+)
 from places import Place, each, unchecked_boundaries
 
 from flashcore_cupy import attention
@@ -81,39 +92,130 @@ EXTRAS: dict[str, Rules] = {
         **DROP,
     },
 }  # fmt: skip
-NOT_ON_HOPPER = ("mask", "mask_mod", "all")
 
 
 @each("kernel", BACKWARD_KERNELS)
 @each("name", EXTRAS)
 def test_rules(on: Place, kernel: str, name: str) -> None:
-    if kernel == "bwd_sm90" and name in NOT_ON_HOPPER:
-        kernel = "bwd_sm80"
     sizes = {"seqlen": S, "seqlen_kv": T, "dtype": np.dtype(HALF), "batch": 2, "head_dim": 32}
     check(on, kernel, sizes | {"head_dim_v": 32}, EXTRAS[name])
 
 
-@each("dtype", [HALF, SINGLE])
-@each("causal", [False, True, "top-left"])
-@each("drop", [{}, DROP])
-def test_packed_batches(on: Place, dtype: str, causal: Any, drop: Rules) -> None:
-    lengths = ((0, 5), (33, 0), (40, 70), (1, 1), (0, 0), (20, 90))
-    starts_q, starts_k = (np.cumsum([0, *x]).astype(np.int32) for x in zip(*lengths, strict=True))
-    rules = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "causal": causal, **drop}
-    q = random(starts_q[-1], HEADS, 40, dtype=dtype, seed=1)
-    k, v = (random(starts_k[-1], 2, 40, dtype=dtype, seed=n) for n in (2, 3))
-    o, lse = attention(q, k, v, return_lse=True, **rules)
-    do = random(*o.shape, dtype=dtype, seed=5)
+@each("dim", [32, 64, 128])
+@each("mask", ["q", THIRDS, "kv"])
+@each("position", [{}, {"causal": True}, {"window": (40, 9)}, {"window": (-1, 9), "softcap": 2.0}])
+@each("deterministic", [True, False])
+@each("drop", [{}, {}, DROP])
+def test_masks_on_hopper(
+    on: Place, dim: int, mask: Any, position: Rules, deterministic: bool, drop: Rules
+) -> None:
+    """At sizes that blocks of 128 keys, and tiles of 64 queries, do not divide."""
+    runs(on, "bwd_sm90")
+    rules = {**position, **drop}
+    if isinstance(mask, Mod):
+        rules["mask_mod"] = mask
+    elif mask:  # of some batches, whole rows or whole columns; of all, some elements
+        hidden = np.random.default_rng(7).random((2, 1, 150, 200)) < 0.4
+        rows = hidden[:, :, :, :1] if mask == "q" else hidden[:, :, :1, :]
+        rules["mask"] = ~(hidden & (np.random.default_rng(8).random(hidden.shape) < 0.5) | rows)
+    sizes = {"seqlen": 150, "seqlen_kv": 200, "head_dim": dim, "head_dim_v": dim, "batch": 2}
+    q, k, v = operands(heads=HEADS, heads_kv=2, dtype=np.dtype(HALF), **sizes)
+    plain = by_kernel(rules, on_kernel=False)
+    o, lse = attention(q, k, v, return_lse=True, **plain)
+    do = random(*o.shape, dtype=HALF, seed=5)
     given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
-    expected = verify_gradients.expect(do, q, k, v, **rules)
-    got = gradients(on, "bwd_sm80", given, ("q", "k", "v"), rules)
+    expected = verify_gradients.expect(do, q, k, v, **plain)
+    got = gradients(on, "bwd_sm90", given, ("q", "k", "v"), rules, deterministic=deterministic)
     faults = expected.faults(got)
     assert not faults, faults
 
 
-def test_rows_of_no_sequence_get_zeros(on: Place) -> None:
+LENGTHS_PACKED = (
+    ((0, 5), (33, 0), (40, 70), (1, 1), (0, 0), (20, 90)),
+    ((130, 257), (64, 128), (0, 3), (200, 61), (65, 1), (5, 0)),
+)
+
+
+def packed(lengths: Any, dim: int, dtype: str, rules: Rules) -> tuple[dict[str, Any], Rules]:
+    """The arrays and rules of a packed batch."""
+    starts_q, starts_k = (np.cumsum([0, *x]).astype(np.int32) for x in zip(*lengths, strict=True))
+    rules = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, **rules}
+    q = random(starts_q[-1], HEADS, dim, dtype=dtype, seed=1)
+    k, v = (random(starts_k[-1], 2, dim, dtype=dtype, seed=n) for n in (2, 3))
+    o, lse = attention(q, k, v, return_lse=True, **by_kernel(rules, on_kernel=False))
+    do = random(*o.shape, dtype=dtype, seed=5)
+    return {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}, rules
+
+
+@each(
+    "kernel, dtype, dim",
+    [
+        ("bwd_sm80", HALF, 40), ("bwd_sm80", SINGLE, 40), ("bwd_sm90", HALF, 40),
+        ("bwd_sm90", HALF, 64), ("bwd_sm90", HALF, 96), ("bwd_sm90", HALF, 128),
+    ],
+)  # fmt: skip
+@each("causal", [False, True, "top-left"])
+@each("rest", [{}, DROP, {"mask_mod": THIRDS}, {"window": (30, 12)}, {"softcap": 2.0}])
+@each("deterministic", [True, False])
+@each("lengths", LENGTHS_PACKED)
+def test_packed_batches(
+    on: Place, kernel: str, dtype: str, dim: int, causal: Any, rest: Rules, deterministic: bool,
+    lengths: Any,
+) -> None:  # fmt: skip
+    runs(on, kernel)
+    given, rules = packed(lengths, dim, dtype, {"causal": causal, **rest})
+    do, q, k, v = (given[name] for name in ("do", "q", "k", "v"))
+    expected = verify_gradients.expect(do, q, k, v, **by_kernel(rules, on_kernel=False))
+    got = gradients(on, kernel, given, ("q", "k", "v"), rules, deterministic=deterministic)
+    faults = expected.faults(got)
+    assert not faults, faults
+
+
+@each("kernel", BACKWARD_KERNELS)
+@each("dim", [64, 96, 128])
+@each("causal", [True, False])
+@each("rest", [{}, {"window": (20, 7)}, {"mask_mod": THIRDS}])
+@each("deterministic", [True, True, False])
+@each("wrt", [("q", "k", "v"), ("k",), ("q",)], emulated=[("q", "k", "v"), ("k",), ("q",)])
+def test_neighbours_in_a_packed_batch_may_hold_nan(
+    on: Place, kernel: str, dim: int, causal: bool, rest: Rules, deterministic: bool, wrt: Any
+) -> None:
+    """And queries and keys of the sequence itself that meet nobody by position."""
+    runs(on, kernel)
+    lengths = ((40, 70), (20, 100), (150, 60), (70, 150), (33, 5))
+    given, rules = packed(lengths, dim, HALF, {"causal": causal, **rest})
+    clean = by_result(gradients(on, kernel, given, wrt, rules, deterministic=deterministic))
+    bounds_q, bounds_k = rules["cu_seqlens_q"], rules["cu_seqlens_k"]
+    for n, (queries, keys) in enumerate(lengths):
+        own_q, own_k = (slice(*bounds[n : n + 2]) for bounds in (bounds_q, bounds_k))
+        i, j = np.indices((queries, keys))
+        distance = j - i - (keys - queries)
+        left, right = rest.get("window", (queries + keys, queries + keys))
+        met = (distance >= -left) & (distance <= (0 if causal else right))
+        dirty = dict(given)
+        for name, own, axis in (
+            ("q", own_q, 1),
+            ("do", own_q, 1),
+            ("k", own_k, 0),
+            ("v", own_k, 0),
+        ):
+            dirty[name] = np.full_like(given[name], [np.nan, np.inf][n % 2])
+            kept = np.flatnonzero(met.any(axis)) + own.start
+            dirty[name][kept] = given[name][kept]
+        got = by_result(gradients(on, kernel, dirty, wrt, rules, deterministic=deterministic))
+        for name, x in got.items():
+            own = own_q if name == "dq" else own_k
+            np.testing.assert_allclose(
+                x[own].astype("f4"), clean[name][own].astype("f4"), atol=1e-3, err_msg=name
+            )
+
+
+@each("kernel", BACKWARD_KERNELS)
+@each("deterministic", [True, False])
+def test_rows_of_no_sequence_get_zeros(on: Place, kernel: str, deterministic: bool) -> None:
+    runs(on, kernel)
     starts = np.array([3, 40, 40, 90], np.int32)
-    q, k, v = (random(100, 2, 32, dtype=HALF, seed=n) for n in range(3))
+    q, k, v = (random(100, 2, 64, dtype=HALF, seed=n) for n in range(3))
     rules = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
     inside = slice(3, 90)
     whole = {name: x - 3 for name, x in rules.items()}
@@ -122,7 +224,7 @@ def test_rows_of_no_sequence_get_zeros(on: Place) -> None:
     do = random(*o.shape, dtype=HALF, seed=5)
     given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
     with unchecked_boundaries():
-        got = gradients(on, "bwd_sm80", given, ("q", "k", "v"), rules)
+        got = gradients(on, kernel, given, ("q", "k", "v"), rules, deterministic=deterministic)
     expected = attention_backward(
         *(given[name][inside] for name in ("do", "q", "k", "v", "o")), lse[:, inside], **whole
     )
@@ -163,27 +265,58 @@ def test_sums_in_any_order(on: Place, head_dim: int, rules: Rules) -> None:
     assert not faults, faults
 
 
-@each("dtype", [HALF, SINGLE])
-def test_what_nobody_sees_may_hold_nan(on: Place, dtype: str) -> None:
+@each(
+    "kernel, dtype, dim",
+    [
+        ("bwd_sm80", HALF, 32), ("bwd_sm80", SINGLE, 32), ("bwd_sm90", HALF, 64),
+        ("bwd_sm90", BRAIN, 96), ("bwd_sm90", BRAIN, 128),
+    ],
+)  # fmt: skip
+@each("deterministic", [True, False])
+@each("poison", [np.nan, -np.inf])
+def test_what_nobody_sees_may_hold_nan(
+    on: Place, kernel: str, dtype: str, dim: int, deterministic: bool, poison: float
+) -> None:
     """Hidden keys, queries that see none, and rows behind the last that counts."""
-    q, k, v = operands(2, 1, 70, 90, 32, 32, dtype=np.dtype(dtype))
-    mask = np.random.default_rng(3).random((1, 2, 70, 90)) > 0.3
+    runs(on, kernel)
+    q, k, v = operands(2, 1, 170, 290, dim, dim, dtype=dtype_of(dtype))
+    mask = np.random.default_rng(3).random((1, 2, 170, 290)) > 0.3
     mask[..., 20:25], mask[..., 7, :] = False, False
+    mask[..., 128:, :140] = False  # of a tile of queries, no key of a block's
     rules = {"mask": mask, "window": (-1, 10)}
     o, lse = attention(q, k, v, return_lse=True, **rules)
-    do = random(*o.shape, dtype=dtype, seed=5)
+    do = random(*o.shape, dtype=q.dtype, seed=5)
     clean = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
     dirty = {name: x if x is None else x.copy() for name, x in clean.items()}
     for name in ("k", "v"):
-        dirty[name][:, :, 20:25] = np.nan
+        dirty[name][:, :, 20:25] = poison
     for name in ("q", "do"):
-        dirty[name][:, :, 7] = np.nan
-    for x, y in zip(
-        gradients(on, "bwd_sm80", clean, ("q", "k", "v"), rules)[:3],
-        gradients(on, "bwd_sm80", dirty, ("q", "k", "v"), rules)[:3],
-        strict=True,
-    ):
-        np.testing.assert_array_equal(x, y)
+        dirty[name][:, :, 7] = poison
+    x, y = (
+        gradients(on, kernel, given, ("q", "k", "v"), rules, deterministic=deterministic)[:3]
+        for given in (clean, dirty)
+    )
+    for one, other in zip(x, y, strict=True):
+        if deterministic:
+            np.testing.assert_array_equal(one, other)
+        else:
+            np.testing.assert_allclose(one.astype("f4"), other.astype("f4"), atol=1e-2)
+
+
+@each("dim", [64, 128])
+def test_nan_reaches_who_sees_it(on: Place, dim: int) -> None:
+    """A key that some queries of a tile see and others do not: dq multiplies no NaN of it."""
+    runs(on, "bwd_sm90")
+    q, k, v = operands(1, 1, 60, 100, dim, dim, dtype=np.dtype(HALF))
+    mask = np.ones((60, 100), bool)
+    mask[:30, 7] = False
+    k[:, :, 7, 3] = np.nan
+    rules = {"mask": mask}
+    o, lse = attention(q, k, v, return_lse=True, **rules)
+    do = random(*o.shape, dtype=HALF, seed=5)
+    given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
+    dq = gradients(on, "bwd_sm90", given, ("q", "k", "v"), rules).dq
+    assert np.isnan(dq[:, :, 30:]).all() and np.isfinite(dq[:, :, :30]).all()
 
 
 @each("causal", [False, "top-left"])

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from cases_edges import RULED, Place, arrays, check, each, everywhere, off_by_a_byte, pack
+from kernel_gradients import gradients, runs
 from places import PACKED, unchecked_boundaries
 
 from flashcore_cupy.attention import attention, explain
 from flashcore_cupy.check.selftest.arrays import Embedded, embed
+from flashcore_cupy.select.backward import BACKWARD_KERNELS
 
 FAR = 2**31 + 64
 
@@ -120,6 +122,41 @@ def test_garbage_boundaries_stay_inside(
             on.attention(q, k, v, out=target[0], return_lse=True, **rules)
         assert out.surroundings_are_nan(on.to_host(buffer)), bounds
         assert np.isfinite(on.to_host(target)).all(), bounds
+
+
+@each("kernel", BACKWARD_KERNELS)
+@each("deterministic", [True, False])
+@each("heads", [(2, 1), (1, 1)])
+def test_gradients_with_garbage_boundaries_stay_inside(
+    on: Place, kernel: str, deterministic: bool, heads: tuple[int, int]
+) -> None:
+    """And they end: nobody waits for the turn of a block that boundaries hide."""
+    runs(on, kernel)
+    queries, keys, sequences = 200, 300, 4
+    shapes = {"q": (queries, heads[0]), "k": (keys, heads[1]), "v": (keys, heads[1])}
+    given: dict[str, Any] = {n: np.ones((*shape, 64), np.float16) for n, shape in shapes.items()}
+    given |= {"o": given["q"], "do": given["q"], "dlse": None}
+    given["lse"] = np.zeros((heads[0], queries), np.float32)
+    rng = np.random.default_rng(3)
+    extremes = np.array([-(2**31), -7, 0, 1, 130, 299, 300, 301, 2**31 - 1])
+    falling = np.array([[0, 200, 0, 150, 200], [0, 300, 0, 150, 300]])
+    for draw in range(6 if on.is_emulated else 60):
+        bounds = rng.choice(extremes, (2, sequences + 1)) if draw else falling
+        if draw % 3 == 2:
+            bounds = rng.integers(-50, 350, bounds.shape)
+        starts = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), bounds.astype(np.int32), strict=True))
+        placed = {
+            n: embed((1, *x.shape), x.dtype, "contiguous", like=np.full_like(x, 7)[None])
+            for n, x in given.items()
+            if n in shapes
+        }
+        held = {n: buffer_and_view(on, x) for n, x in placed.items()}
+        out = {f"d{n}": view[0] for n, (_, view) in held.items()}
+        rules = starts | {"causal": True}
+        with unchecked_boundaries():
+            gradients(on, kernel, given, tuple("qkv"), rules, deterministic=deterministic, out=out)
+        for name, (buffer, _) in held.items():
+            assert placed[name].surroundings_are_nan(on.to_host(buffer)), (name, bounds)
 
 
 def buffer_and_view(on: Place, embedded: Embedded) -> tuple[Any, Any]:

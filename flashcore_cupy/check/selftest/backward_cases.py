@@ -77,8 +77,7 @@ def _cases_of(kernel: str) -> Iterator[Case]:
         )  # fmt: skip
     yield from _in_any_order(kernel, dtypes)
     yield from _pairs(kernel, dtypes)
-    if _configurable(packed(Case("", kernel), ((5, 9), (3, 7)))):
-        yield from _packed_pairs(kernel, dtypes)
+    yield from _packed_pairs(kernel, dtypes)
     yield from _gates(kernel, dtypes)
 
 
@@ -163,14 +162,20 @@ def _in_any_order(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
         {"softcap": 5.0, "stored": "added"},
         {"bias": "1h1k", "sink": True, "causal": "top-left"},
         {"causal": True, "dropout_p": 0.2},
+        {"mask": "bhqk"},
+        {"mask_mod": "blocks", "window": (33, 7)},
     )
+    drawn = []
     for dims, dtype, choice in itertools.product(_FEW_DIMS, dtypes, choices):
         sizes = {"seqlen_q": 200, "seqlen_kv": 300, **dims}
-        case = Case("backward any order", kernel, dtype, **sizes, **choice, seed=30)
-        if _configurable(case):
-            free = replace(case, deterministic=False)
-            if configs_of(free, HOPPER) != configs_of(case, HOPPER):
-                yield free
+        drawn.append(Case("backward any order", kernel, dtype, **sizes, **choice, seed=30))
+    for dims, (heads, lengths) in itertools.product(_FEW_DIMS, _PACKED):
+        case = Case("backward any order", kernel, **dims, **heads, causal=True, seed=30)
+        drawn.append(packed(case, lengths))
+    for case in filter(_configurable, drawn):
+        free = replace(case, deterministic=False)
+        if configs_of(free, HOPPER) != configs_of(case, HOPPER):
+            yield free
 
 
 def _pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
@@ -198,16 +203,18 @@ def _pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
 
 def _packed_pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
     """The same of packed batches, whose sequences may be empty on one side or on both."""
+    names: tuple[View, ...] = ("contiguous", "strided", "misaligned", "transposed")
+    views: list[Choice] = [{"view": name} for name in names]
     chosen = pairwise(
         {
             "dtype": [{"dtype": dtype} for dtype in dtypes],
-            "dims": [{"head_dim": n, "head_dim_v": n} for n in (33, 64, 128)],
+            "dims": _taken(kernel, _FEW_DIMS),
             "lengths": _PACKED,
             "position": POSITIONS,
             "score": [choice for choice in SCORES if UNPACKED.isdisjoint(choice)],
             "hide": [choice for choice in HIDES if UNPACKED.isdisjoint(choice)],
             "sink": SINKS,
-            "view": [{"view": v} for v in ("contiguous", "strided", "misaligned", "transposed")],
+            "view": _taken(kernel, views),
             "boundaries": ({"boundaries": "host"}, {"boundaries": "device"}),
             "stored": _STORED,
         }
@@ -215,7 +222,8 @@ def _packed_pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
     for row in chosen:
         heads, lengths = row.pop("lengths")
         rest = merged(row.values())
-        yield packed(Case("backward packed", kernel, **rest | heads, seed=28), lengths)
+        case = packed(Case("backward packed", kernel, **rest | heads, seed=28), lengths)
+        yield case if _configurable(case) else replace(case, dropout_p=0.0)
 
 
 def _gates(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:

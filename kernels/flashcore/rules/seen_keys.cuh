@@ -47,6 +47,18 @@ struct SeenKeys {
         return {warp_any(word != 0), !warp_any(has_word && word != Bits::all(lane % WORDS))};
     }
 
+    // The keys of a word that some warp has published as seen: lane i has word i % WORDS of the i /
+    // WORDS-th of the four lanes that share a row.
+    __device__ __forceinline__ uint32 word_of_lane() const {
+        const int lane = thread_index() % WARP_SIZE;
+        return lane < 4 * WORDS ? seen(lane / WORDS, lane % WORDS) : 0;
+    }
+    // Whether a key is among them; all lanes of the warp ask for the same one.
+    __device__ __forceinline__ static bool has(uint32 word_of_lane, int key) {
+        const uint32 word = shfl(word_of_lane, key % 8 / 2 * WORDS + key / 128);
+        return word >> Bits::bit(key / 8, key % 2) & 1u;
+    }
+
     // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Each warp has every
     // NUM_WARPS-th row.
     template <typename Layout, typename T>

@@ -39,7 +39,15 @@ struct PackedBatch {
         return max((piece > sequences ? total : boundary(piece)) - start(piece), 0);
     }
     __device__ __forceinline__ int first_block(int piece) const {
-        return int(int64(start(piece)) * rows_per_query / block_m) + piece;
+        return first_block(piece, start(piece));
+    }
+    // The same of a piece whose first row is known.
+    __device__ __forceinline__ int first_block(int piece, int start) const {
+        return int(int64(start) * rows_per_query / block_m) + piece;
+    }
+    // Places for blocks of each head.
+    __device__ __forceinline__ int places() const {
+        return int(int64(total) * rows_per_query / block_m) + pieces();
     }
     // Blocks of rows that the piece has, of each head.
     __device__ __forceinline__ int blocks(int piece) const {
