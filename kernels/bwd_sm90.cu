@@ -31,7 +31,6 @@
 #include <backward/differentiate.cuh>
 #include <backward/work.cuh>
 #include <config.cuh>
-#include <flashcore/output/epilogue.cuh>
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/thread.cuh>
@@ -41,6 +40,7 @@
 #include <flashcore/tile/wgmma_tile.cuh>
 #include <sm90_backward/dq.cuh>
 #include <sm90_backward/producer.cuh>
+#include <sm90_backward/store.cuh>
 #include <sm90_backward/traits.cuh>
 #include <sm90_backward/turns.cuh>
 
@@ -256,35 +256,6 @@ struct Consumer : WarpContext {
 
     // ---- the end -------------------------------------------------------------------------------
 
-    // Stores a gradient's rows, multiplied by `factor`; WHICH: 1 for dq and dk, 2 for dv.
-    template <int WHICH, int VALID_COLS, int COUNT>
-    __device__ __forceinline__ void store(const float (&x)[COUNT], float factor, void* base,
-                                          const Strides& strides) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            bool valid;
-            if constexpr (ACCUMULATES || FP32_GRADIENTS & WHICH) {
-                float* const gRow = own_row<float>(base, strides, row(0, half), valid);
-#pragma unroll
-                for (int n = 0; n < COUNT / 4; ++n) {
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int col = n * 8 + lane % QUAD * 2 + e;
-                        if (!valid || col >= VALID_COLS) continue;
-                        const float sum = x[4 * n + 2 * half + e] * factor;
-                        gRow[col] = ACCUMULATES ? gRow[col] + sum : sum;
-                    }
-                }
-            } else {
-                T* const gRow = own_row<T>(base, strides, row(0, half), valid);
-                store_quad_row<COUNT * 2, ALIGN_BYTES>(gRow, valid, VALID_COLS, [&](int n) {
-                    const int i = 4 * n + 2 * half;
-                    return pack2<T>(x[i] * factor, x[i + 1] * factor);
-                });
-            }
-        }
-    }
-
     __device__ __forceinline__ void finish() const {
         if constexpr (SUMS_DISTANCES) {
             const int64 first = statistics_row(p, work.batch, work.head);
@@ -296,12 +267,13 @@ struct Consumer : WarpContext {
             }
         }
         if constexpr (OWNS_KEYS) {
-            if (p.dv != nullptr) store<2, DIM_V>(rVO, keep_scale<RULES>(p), p.dv, p.dv_strides);
+            if (p.dv != nullptr)
+                store_gradient<2, DIM_V>(*this, rVO, keep_scale<RULES>(p), p.dv, p.dv_strides);
         }
         void* const gradient = OWNS_KEYS ? p.dk : p.dq;
         if (gradient != nullptr)
-            store<1, DIM_QK>(rQK, p.softmax_scale, gradient,
-                             OWNS_KEYS ? p.dk_strides : p.dq_strides);
+            store_gradient<1, DIM_QK>(*this, rQK, p.softmax_scale, gradient,
+                                      OWNS_KEYS ? p.dk_strides : p.dq_strides);
     }
 };
 

@@ -31,7 +31,7 @@ from flashcore_cupy.check.selftest.outcome import Emulated, failures
 from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.problem.attention_problem import DTYPES
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
 CONFIGURATIONS = 300
 # Lengths at which tiles of either side begin and end are drawn as often as all others.

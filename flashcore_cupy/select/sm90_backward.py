@@ -62,6 +62,11 @@ class Sm90Backward(Sm80Backward):
         fits = tile.num_stages > 1 and tile.block_n == _BOX_ROWS and shared > _BOX_ROWS
         return _BOX_ROWS if fits and head_dim in (_BOX_ROWS, shared) else 0
 
+    @property
+    def clips_own_keys(self) -> bool:
+        """Whether the keys that a thread block owns come as zeros where no query sees them."""
+        return False
+
     def unfit(self) -> list[str]:
         """Whole warpgroups, whole boxes."""
         t, reasons = self.tile, []
@@ -72,14 +77,18 @@ class Sm90Backward(Sm80Backward):
             )
         if t.block_n % _BOX_ROWS or t.block_n > 256:
             reasons.append(f"block_n={t.block_n} is not a multiple of {_BOX_ROWS} up to 256")
-        others = [name for name in ("warps_n", "warps_d", "cluster") if getattr(t, name) > 1]
-        switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
-        others += [name for name in switches if getattr(t, name)]
-        if others:
-            reasons.append(f"bwd_sm90 has no {', '.join(others)}")
+        reasons += self.lacking()
         if self.head_dim % 32 or self.head_dim_v % 32:
             reasons.append("bwd_sm90 has tiles of 32, 64, 96, ... columns")
         return reasons
+
+    def lacking(self) -> list[str]:
+        """What a tile asks for that kernels which load by TMA have not."""
+        t = self.tile
+        others = [name for name in ("warps_n", "warps_d", "cluster") if getattr(t, name) > 1]
+        switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
+        others += [name for name in switches if getattr(t, name)]
+        return [f"{self.entries[0]} has no {', '.join(others)}"] if others else []
 
     @property
     def gradient_cols(self) -> int:
@@ -112,7 +121,7 @@ class Sm90Backward(Sm80Backward):
         queries, keys = (0, attention.seqlen_q), (0, attention.seqlen_kv)
         if self.owns_keys:
             queries = _queries_met(attention)
-        else:
+        if not self.owns_keys or self.clips_own_keys:
             keys = _keys_met(attention)
         return (
             view_of(attention.q, dtype, self.head_dim, _BOX_ROWS, queries),

@@ -1,13 +1,16 @@
-// producer.cuh - the warp of bwd_sm90.cu that starts the copies: TMA of the block's own rows and of
-// the tiles that it walks over, cp.async of what belongs to their queries.
+// producer.cuh - the warp of bwd_sm90.cu, or of bwd_sm90_wide.cu, that starts the copies: TMA of
+// the block's own rows and of the tiles that it walks over, cp.async of what belongs to their
+// queries.
 #pragma once
 #include <backward/work.cuh>
 #include <config.cuh>
+#include <flashcore/params_backward_hopper.cuh>
+#include <flashcore/pipeline/mbarrier_pipeline.cuh>
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/tile/tma_tile.cuh>
-#include <sm90_backward/traits.cuh>
+#include <sm90_backward/tiles.cuh>
 
 namespace flashcore {
 
@@ -21,21 +24,24 @@ __device__ __forceinline__ const TensorMap* map_vo(const HopperBackwardParams& p
     return of_keys ? &p.v_map : &p.dout_map;
 }
 
-// Starts the copies of the block's own rows, which are guarded by one barrier.
-__device__ __forceinline__ void load_own_rows(const HopperBackwardParams& p, SharedStorage& smem,
-                                              const Work& w) {
-    const int head = OWNS_KEYS ? w.head_kv : w.head;
+// Starts the copies of the block's own rows, which are guarded by one barrier. The maps begin
+// `skipped` rows behind the side's first one; what is before that comes as zeros.
+template <typename Shared>
+__device__ __forceinline__ void load_own_rows(const HopperBackwardParams& p, Shared& smem,
+                                              const Work& w, int skipped) {
+    const int head = OWNS_KEYS ? w.head_kv : w.head, row = w.first_row - skipped;
     load_tile_tma<LayoutOwnQK, BOX_ROWS>(smem.sOwnQK, &smem.full_own,
-                                         TileBox{map_qk(p, OWNS_KEYS), w.first_row, head, w.batch},
+                                         TileBox{map_qk(p, OWNS_KEYS), row, head, w.batch},
                                          EVICT_FIRST);
     load_tile_tma<LayoutOwnVO, BOX_ROWS>(smem.sOwnVO, &smem.full_own,
-                                         TileBox{map_vo(p, OWNS_KEYS), w.first_row, head, w.batch},
+                                         TileBox{map_vo(p, OWNS_KEYS), row, head, w.batch},
                                          EVICT_FIRST);
 }
 
 // Copies the statistics of a tile of queries; zeros for those that do not exist. Every lane arrives
 // at the tile's barrier when its copies are there.
-__device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, SharedStorage& smem,
+template <typename Shared>
+__device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, Shared& smem,
                                                 const Work& w, const WalkedTile& at, int stage) {
     const int first = at.tile * BLOCK_N;
     const int64 row = statistics_row(p, w.batch, at.head) + first;
@@ -49,10 +55,11 @@ __device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, S
 }
 
 // Starts all copies of a block, as stages become empty.
-__device__ __forceinline__ void run_producer(const HopperBackwardParams& p, SharedStorage& smem,
-                                             const Work& w, const Walk& walk) {
+template <typename Shared>
+__device__ __forceinline__ void run_producer(const HopperBackwardParams& p, Shared& smem,
+                                             const Work& w, const Walk& walk, int skipped = 0) {
     if (walk.count() == 0) return;
-    load_own_rows(p, smem, w);
+    load_own_rows(p, smem, w, skipped);
     State state;
 #pragma unroll 1
     for (int nth = 0; nth < walk.count(); ++nth) {

@@ -5,21 +5,9 @@
 #include <flashcore/params_backward_hopper.cuh>
 #include <flashcore/pipeline/mbarrier_pipeline.cuh>
 #include <flashcore/ptx/wgmma.cuh>
-#include <flashcore/tile/shared_layout.cuh>
+#include <sm90_backward/tiles.cuh>
 
 namespace flashcore {
-
-using LayoutOwnQK = SharedLayout<T, BLOCK_M, HEAD_DIM>;
-using LayoutOwnVO = SharedLayout<T, BLOCK_M, HEAD_DIM_V>;
-using LayoutQK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
-using LayoutVO = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
-
-constexpr int ROWS = 64;      // of a consumer: wgmma's M
-constexpr int BOX_ROWS = 64;  // that one copy brings
-constexpr int CONSUMER_WARPS = NUM_WARPS;
-constexpr int CONSUMERS = CONSUMER_WARPS / WARPGROUP_WARPS;
-constexpr int CTA_THREADS = NUM_THREADS + WARPGROUP_THREADS;
-constexpr int STEPS = BLOCK_N / 16;  // 16-column steps of P dO, dS Q, dS K
 
 // Without a rule that changes scores, P and dS are computed one after the other, each while
 // products run. With one, both come from the rule's derivative.
@@ -29,22 +17,12 @@ constexpr bool SPLITS_STEP =
 // ADDS_DQ: dS of a tile, for dQ += dS K over the keys of all consumers. Its units are 64 queries
 // by 64 columns: of heads of one unit, consumers take tiles by turns; of wider ones, each has a
 // unit.
-using LayoutDS = SharedLayout<T, BLOCK_N, BLOCK_M>;
 constexpr int DQ_UNITS = HEAD_DIM / 64, COLS_DQ = 64;
 
 // Named barriers. 0 is block_sync's.
 enum NamedBarrier : int {
     BARRIER_DS_WRITTEN = 1,  // all consumers have written their keys' dS
 };
-
-constexpr int TURNS = 4;  // tiles whose turn may have come before the first of them is added to
-
-// Which tile of all heads' and batches' queries.
-__device__ __forceinline__ int64 tile_of_dq(const BackwardParams& p, int batch, int head,
-                                            int tile) {
-    const int per_head = (p.seqlen_q + BLOCK_N - 1) / BLOCK_N;
-    return int64(batch * p.heads_q + head) * per_head + tile;
-}
 
 // A multiprocessor has 64K registers, and setmaxnreg moves what the producer does not need to the
 // consumers. The producer keeps a walk over tiles, for which 24 are too few where windows are.
@@ -56,17 +34,12 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == CONSUMER_WARPS, "64 rows per consumer");
 static_assert(WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV && CLUSTER == 1,
               "a consumer has all of its rows' columns");
-static_assert(BLOCK_N % BOX_ROWS == 0, "whole boxes");
 static_assert(!ADDS_DQ || (OWNS_KEYS && !SUMS_DISTANCES && NUM_STAGES > 1 && BLOCK_N == ROWS &&
                            HEAD_DIM % COLS_DQ == 0 && (DQ_UNITS == 1 || DQ_UNITS == CONSUMERS)),
               "blocks of keys add to the dQ of 64 queries, a unit per consumer");
 static_assert(!ORDERED || ADDS_DQ, "an order of additions");
-static_assert(LayoutQK::SWIZZLED && LayoutVO::SWIZZLED, "head dims of whole panels");
 static_assert(GRADIENT_COLS >= HEAD_DIM && (!OWNS_KEYS || GRADIENT_COLS >= HEAD_DIM_V),
               "all columns in one block");
-// Rows of a tile that no row of the block meets may be NaN: by position TMA leaves them out, but
-// not by masks, nor neighbours in a packed batch.
-static_assert(!HIDES_KEYS && !VARLEN, "tiles whose rows all count, or are zeros");
 
 template <bool USED>
 struct alignas(1024) SharedDS {

@@ -22,7 +22,7 @@ from flashcore_cupy.cli.commands import main
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure import backward, forward, problems
 from flashcore_cupy.select import registry, selector
-from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS, ROWS
 
 ON_GPU = gpu_skip_reason() is None
 

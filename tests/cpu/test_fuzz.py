@@ -16,7 +16,7 @@ from flashcore_cupy.problem.attention_problem import DTYPES
 from flashcore_cupy.problem.gradients import INPUTS
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.select import registry
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 from flashcore_cupy.select.sm90 import Sm90
 
 

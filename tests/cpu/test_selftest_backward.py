@@ -14,7 +14,7 @@ from flashcore_cupy.check.selftest.backward_cases import backward_cases
 from flashcore_cupy.check.selftest.case import MASK_MODS, SCORE_MODS, Case, packed
 from flashcore_cupy.cpu.reference import INPUT_KINDS
 from flashcore_cupy.problem.gradients import INPUTS
-from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS, ROWS
 
 CASES = backward_cases()
 HOPPER = "sm_90a"

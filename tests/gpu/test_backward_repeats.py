@@ -20,7 +20,7 @@ from flashcore_cupy.backward import plan_backward
 from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.problem.attention_problem import MAX_ALIGN
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 from flashcore_cupy.select.units import round_up
 
 REPEATS = 50

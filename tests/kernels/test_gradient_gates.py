@@ -13,7 +13,7 @@ from flashcore_cupy.check.selftest.case import Case
 from flashcore_cupy.check.selftest.matrix import Emulated, runnable
 from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.jit import compiler
-from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS, ROWS
 
 #: Queries and keys by which an edge is met: of one tile, one less, one more, several.
 EDGES = ((0, 0), (-1, -1), (1, 1), (37, 41))

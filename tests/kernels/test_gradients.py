@@ -14,7 +14,7 @@ from flashcore_cupy.backward import attention_backward
 from flashcore_cupy.check import verify_gradients
 from flashcore_cupy.check.selftest.case import Mod
 from flashcore_cupy.problem.gradients import by_result
-from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS, ROWS
 
 BENT = Mod(
     "q_idx > kv_idx ? tanhf(score) : 0.5f * score",
@@ -24,7 +24,7 @@ THIRDS = Mod("(q_idx + 2 * kv_idx + h) % 3 != 0", lambda b, h, i, j: (i + 2 * j 
 
 DIMS = [(row.kernel, row.dims, row.dtypes[0]) for row in ROWS if row.dims not in [(512, 512)]]
 FEW = [
-    ("bwd_sm90", (64, 64), HALF), ("bwd_sm90", (128, 128), BRAIN), ("bwd_sm80", (192, 128), HALF),
+    ("bwd_sm90", (64, 64), HALF), ("bwd_sm90", (128, 128), BRAIN), ("bwd_sm90_wide", (192, 128), HALF), ("bwd_sm90_wide", (256, 256), BRAIN), ("bwd_sm80", (192, 128), HALF),
     ("bwd_sm80", (256, 256), BRAIN), ("bwd_sm80", (128, 128), SINGLE), ("bwd_sm80", (40, 72), HALF),
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ from flashcore_cupy.check.selftest.rule_cases import (
 from flashcore_cupy.cpu.reference import INPUT_KINDS
 from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.problem.attention_problem import DTYPES, Causal
-from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS, ROWS
 
 _CAUSAL: tuple[Causal, ...] = (False, True, "top-left")
 #: Beside the table's: padded, between the widths of loads, and apart from each other.

@@ -26,10 +26,10 @@ __device__ __forceinline__ void wgmma_qk(float (&rS)[COUNT], const T* sQ, const 
 }
 
 // O += P V. rP: the A operand of 16 keys each; sV: the first of these keys, which may be a part of
-// the tile.
-template <typename LayoutV, typename T, int STEPS>
-__device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2], uint32 (&rP)[STEPS][4],
-                                         const T* sV) {
+// the tile, in the panel that has the first of O's columns.
+template <typename LayoutV, typename T, int COUNT, int STEPS>
+__device__ __forceinline__ void wgmma_pv(float (&rO)[COUNT], uint32 (&rP)[STEPS][4], const T* sV) {
+    static_assert(2 * COUNT == LayoutV::COLS || 2 * COUNT % LayoutV::PANEL == 0, "whole panels");
     constexpr int SWIZZLE = LayoutV::PANEL * int(sizeof(T));
     constexpr uint32 PANEL_BYTES = LayoutV::ROWS * SWIZZLE;
     const uint64 v = matrix_descriptor(matrix_layout<SWIZZLE>(PANEL_BYTES), shared_address(sV));
@@ -39,8 +39,7 @@ __device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2], uint32 
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
-        wgmma<T, LayoutV::COLS, true>(rO, rP[step], advance_descriptor(v, step * 16 * SWIZZLE),
-                                      true);
+        wgmma<T, 2 * COUNT, true>(rO, rP[step], advance_descriptor(v, step * 16 * SWIZZLE), true);
     wgmma_commit();
 }
 
