@@ -31,7 +31,6 @@
 #include <backward/differentiate.cuh>
 #include <backward/work.cuh>
 #include <config.cuh>
-#include <flashcore/ptx/global.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/mma.cuh>
 #include <flashcore/ptx/thread.cuh>
@@ -40,67 +39,12 @@
 #include <flashcore/ptx/wgmma.cuh>
 #include <flashcore/tile/wgmma_tile.cuh>
 #include <sm90_backward/producer.cuh>
-#include <sm90_backward/store.cuh>
 #include <sm90_backward/turns.cuh>
+#include <sm90_wide_backward/consumer.cuh>
+#include <sm90_wide_backward/dq.cuh>
 #include <sm90_wide_backward/traits.cuh>
 
 namespace flashcore {
-
-// What the warpgroups that compute have in common. Of S, element 4 n + 2 half + e is of the lane's
-// key `half` (0 or 1) and of query 8 n + 2 (lane % 4) + e.
-struct Consumer : WarpContext {
-    const HopperBackwardParams& p;
-    SharedStorage& smem;
-
-    // Calls visit(i, n, half, statistics) for each pair of a lane's neighbouring elements, i and
-    // i + 1, of 8-query group n of its key `half`; their queries' statistics: of sShift or sDelta.
-    template <typename Visit>
-    __device__ __forceinline__ static void each_pair(const float (&statistics)[BLOCK_N], int lane,
-                                                     Visit visit) {
-#pragma unroll
-        for (int n = 0; n < TILES_N; ++n) {
-            const int query = n * 8 + lane % QUAD * 2;
-            const float2 pair = *reinterpret_cast<const float2*>(&statistics[query]);
-            const float of[2] = {pair.x, pair.y};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) visit(4 * n + 2 * half, n, half, of);
-        }
-    }
-
-    // The pipeline state of a tile. It is not kept from tile to tile: registers are scarce.
-    template <int STAGES>
-    __device__ __forceinline__ static PipelineState<STAGES> state_of(int nth) {
-        return {nth % STAGES, uint32(nth / STAGES % 2)};
-    }
-
-    // gradient += first x tile, part by part.
-    template <typename Layout, int NUM_PARTS, int COUNT>
-    __device__ __forceinline__ static void multiply_columns(float (&gradient)[NUM_PARTS][COUNT],
-                                                            uint32 (&first)[STEPS][4],
-                                                            const T* tile) {
-#pragma unroll
-        for (int i = 0; i < NUM_PARTS; ++i)
-            wgmma_pv<Layout>(gradient[i], first, tile + Layout::step(0, 0, i * 2 * COUNT));
-        wgmma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < NUM_PARTS; ++i) fence_registers(gradient[i]);
-    }
-
-    // Stores a gradient's rows, multiplied by `factor`; WHICH: 1 for dk, 2 for dv.
-    template <int WHICH, int VALID_COLS, int NUM_PARTS, int COUNT>
-    __device__ __forceinline__ void store_columns(const float (&x)[NUM_PARTS][COUNT], float factor,
-                                                  void* base, const Strides& strides) const {
-        static_assert(NUM_PARTS <= 2);
-        store_gradient<WHICH, VALID_COLS>(*this, x[0], factor, base, strides);
-        if constexpr (NUM_PARTS == 2)
-            store_gradient<WHICH, VALID_COLS, 2 * COUNT>(*this, x[1], factor, base, strides);
-    }
-
-    // Where this thread's four elements of 8-query group n are handed on.
-    __device__ __forceinline__ float4& handed(int n) const {
-        return smem.sP[n][thread_index() % WARPGROUP_THREADS];
-    }
-};
 
 // ---- dV ----------------------------------------------------------------------------------------
 
@@ -160,9 +104,7 @@ struct ConsumerDV : Consumer {
     __device__ __forceinline__ void run(const Walk& walk) {
         if (walk.count() > 0) mbarrier_wait(&smem.full_own, 0);
 #pragma unroll 1
-        for (int nth = 0; nth < walk.count(); ++nth) {
-            attend_tile(walk[nth], nth);
-        }
+        for (int nth = 0; nth < walk.count(); ++nth) attend_tile(walk[nth], nth);
         if (p.dv != nullptr) store_columns<2, DIM_V>(rDV, keep_scale<RULES>(p), p.dv, p.dv_strides);
     }
 };
@@ -235,64 +177,8 @@ struct ConsumerDK : Consumer {
     __device__ __forceinline__ void run(const Walk& walk) {
         if (walk.count() > 0) mbarrier_wait(&smem.full_own, 0);
 #pragma unroll 1
-        for (int nth = 0; nth < walk.count(); ++nth) {
-            attend_tile(walk[nth], nth);
-        }
+        for (int nth = 0; nth < walk.count(); ++nth) attend_tile(walk[nth], nth);
         if (p.dk != nullptr) store_columns<1, DIM_QK>(rDK, p.softmax_scale, p.dk, p.dk_strides);
-    }
-};
-
-// ---- dQ ----------------------------------------------------------------------------------------
-
-struct ConsumerDQ : Consumer {
-    // Multiplies a tile's dS by K, and adds what comes of it to the sums in global memory, which
-    // lie as the accumulators do.
-    __device__ __forceinline__ void attend_tile(const WalkedTile& at, int nth) {
-        const State state = state_of<NUM_STAGES>(nth);
-        const int stage = state.stage;
-        // ORDERED: the first to come to a tile finds nothing there, and stores.
-        const bool is_first = ORDERED && turn_of(*this, at.tile) == 0;
-        state.wait_full(smem.ds);
-#pragma unroll
-        for (int unit = 0; unit < DQ_UNITS; ++unit) {
-            float rDQ[COLS_DQ / 2];
-            wgmma_shared<LayoutDS, LayoutOwnQK>(
-                rDQ, smem.sDS[stage], smem.sOwnQK + LayoutOwnQK::step(0, 0, unit * COLS_DQ));
-            wgmma_wait<0>();
-            fence_registers(rDQ);
-            if (unit == DQ_UNITS - 1) state.release(smem.ds);
-            if (ORDERED && unit == 0) mbarrier_wait(&smem.turn[nth % TURNS], nth / TURNS % 2);
-            add(at, unit, is_first, rDQ);
-        }
-        if constexpr (ORDERED) {
-            warp_sync();  // all lanes have added
-            if (elect_one()) mbarrier_arrive(&smem.added[nth % TURNS]);
-        }
-    }
-
-    __device__ __forceinline__ void add(const WalkedTile& at, int unit, bool is_first,
-                                        const float (&rDQ)[COLS_DQ / 2]) const {
-        const int64 nth_unit = tile_of_dq(p, work.batch, at.head, at.tile) * DQ_UNITS + unit;
-        float4* const to = reinterpret_cast<float4*>(p.dq_sum) + nth_unit * (ROWS * COLS_DQ / 4) +
-                           thread_index() % WARPGROUP_THREADS;
-#pragma unroll
-        for (int n = 0; n < COLS_DQ / 8; ++n) {
-            const float4 x = {rDQ[4 * n], rDQ[4 * n + 1], rDQ[4 * n + 2], rDQ[4 * n + 3]};
-            float4* const address = to + n * WARPGROUP_THREADS;
-            if (is_first) {
-                *address = x;
-            } else {
-                red_add(&address->x, x);
-            }
-        }
-    }
-
-    __device__ __forceinline__ void run(const Walk& walk) {
-        if (walk.count() > 0) mbarrier_wait(&smem.full_own, 0);
-#pragma unroll 1
-        for (int nth = 0; nth < walk.count(); ++nth) {
-            attend_tile(walk[nth], nth);
-        }
     }
 };
 

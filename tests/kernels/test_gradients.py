@@ -190,11 +190,17 @@ def test_what_nobody_sees_may_hold_nan(on: Place, dtype: str) -> None:
 @each("window", [(10, 0), (5, 40), (-1, 0)])
 @each("deterministic", [True, False])
 @each("wrt", [("q", "k", "v"), ("k",), ("q",)])
+@each("kernel", ["bwd_sm90", "bwd_sm90_wide"])
 def test_what_is_far_from_all_may_hold_nan(
-    on: Place, causal: Any, window: tuple[int, int], deterministic: bool, wrt: tuple[str, ...]
+    on: Place,
+    causal: Any,
+    window: tuple[int, int],
+    deterministic: bool,
+    wrt: tuple[str, ...],
+    kernel: str,
 ) -> None:
     """Keys that no query sees by position, and queries that see none."""
-    runs(on, "bwd_sm90")
+    runs(on, kernel)
     rules = {"causal": causal, "window": window}
     for lengths in ((70, 200), (200, 70)):
         i, j = np.indices(lengths)
@@ -208,7 +214,7 @@ def test_what_is_far_from_all_may_hold_nan(
         for name, axis in (("k", 0), ("v", 0), ("q", 1), ("do", 1)):
             dirty[name][:, :, ~seen.any(axis)] = np.nan
         x, y = (
-            by_result(gradients(on, "bwd_sm90", given, wrt, rules, deterministic=deterministic))
+            by_result(gradients(on, kernel, given, wrt, rules, deterministic=deterministic))
             for given in (clean, dirty)
         )
         for name in x:
