@@ -140,6 +140,10 @@ def _bwd90(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
     return _trial("bwd_sm90", name, "sm_90a", tile, rest)
 
 
+def _bwd_wide(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
+    return _trial("bwd_sm90_wide", name, "sm_90a", tile, rest)
+
+
 def _ladder(kernel: str, name: str = "", /, **rest: Any) -> Trial:
     return _trial(kernel, name, "sm_80", {}, rest)
 
@@ -194,11 +198,14 @@ _OWN_32 = {"block_m": 32, "block_n": 32, "warps_m": 2}
 _OWN_32_ONE_STAGE = {"block_m": 32, "block_n": 16, "warps_m": 2, "num_stages": 1}
 _OWN_128 = {"block_m": 128, "block_n": 64, "warps_m": 8, "num_stages": 2}
 _OWN_128_ONE_STAGE = _OWN_128 | {"num_stages": 1}
+_TWO_STAGES_64 = {"block_m": 64, "block_n": 64, "warps_m": 12, "num_stages": 2}
+_ONE_STAGE_64 = _TWO_STAGES_64 | {"num_stages": 1}
 _GROUPED = {"heads": 2, "heads_kv": 1}
 _FREE = {"deterministic": False}
 _DROPS = {"dropout_p": 0.3}
 #: A number is that at which they are no longer dropped.
 _DROPPED = _DROPS | {"seed": 1, "seqlen_q": 150, "seqlen_kv": 170}
+_200 = {"head_dim": 200, "head_dim_v": 136}
 _40 = {"head_dim": 40, "head_dim_v": 56}
 _96 = {"head_dim": 96, "head_dim_v": 96}
 _BOTH_SIDES = {"window": (33, 7), "seqlen_q": 90, "seqlen_kv": 130}
@@ -300,6 +307,14 @@ TRIALS = (
     _bwd90("no keys", _OWN_128, **_NO_KEYS, **_GROUPED),
     _bwd90("bias", _OWN_128, bias="qk", only="k", **_DROPS, **_BOTH_SIDES, **_96),
     _bwd90("gate", _OWN_128, gate="ds", only="k", causal=True, **_HEAD),
+    # bwd_sm90_wide.cu
+    _bwd_wide("any order", _TWO_STAGES_64, causal=True, dlse=True, **_GROUPED, **_FREE, **_200),
+    _bwd_wide("turns", _TWO_STAGES_64, causal=True, seqlen_q=150, seqlen_kv=214, **_GROUPED),
+    _bwd_wide("far keys", _TWO_STAGES_64, stored="fp32", **_WINDOW, **_HEAD, **_200),
+    _bwd_wide("one stage", _ONE_STAGE_64, seqlen_q=300, seqlen_kv=150, **_HEAD),
+    _bwd_wide("keys alone", _TWO_STAGES_64, only="k", dlse=True, **_BOTH_SIDES, **_GROUPED),
+    _bwd_wide("no keys", _TWO_STAGES_64, **_NO_KEYS, **_GROUPED),
+    _bwd_wide("gate", _TWO_STAGES_64, gate="ds", only="k", causal=True, **_HEAD),
 )
 
 #: What nothing finds, and why. After a kernel's name: in that kernel alone.

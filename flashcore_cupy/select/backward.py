@@ -117,7 +117,8 @@ def _select(
     problem: BackwardProblem, arch: str, kernel: str, changes: tuple[tuple[str, int | bool], ...]
 ) -> BackwardSelection:
     passed_over: list[tuple[str, str]] = []
-    for name in BACKWARD_KERNELS if kernel == "auto" else (kernel,):
+    meant = (n for n, x in BACKWARD_KERNELS.items() if x.is_meant_for(problem.attention))
+    for name in meant if kernel == "auto" else (kernel,):
         try:
             selection = _configure(name, problem, arch, dict(changes))
         except ValueError as error:

@@ -11,7 +11,7 @@ from flashcore_cupy.select.sm90_backward import Sm90Backward
 from flashcore_cupy.select.units import WARP_SIZE, WARPGROUP_WARPS, round_up
 
 _ROWS, _KIB, _TURNS = 64, 1024, 4  # rows of wgmma, and columns of a panel
-_CONSUMERS = 3
+_CONSUMERS, _NARROW = 3, 128
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Sm90WideBackward(Sm90Backward):
     entries = ("bwd_sm90_wide",)
     idea: ClassVar[str] = "for wide heads: a warpgroup for each gradient, which hand on P and dS"
     one_pass = True
+
+    @classmethod
+    def is_meant_for(cls, problem: AttentionProblem) -> bool:
+        """Narrower heads have ``bwd_sm90``, which takes twice as many keys at a time."""
+        return max(problem.head_dim, problem.head_dim_v) > _NARROW
 
     @classmethod
     def dq_columns(cls, head_dim: int, tile: Tile, problem: AttentionProblem) -> int:

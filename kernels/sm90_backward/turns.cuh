@@ -1,6 +1,6 @@
-// turns.cuh - the order in which the CTAs of bwd_sm90.cu, and of bwd_sm90_wide.cu, add to dQ, so that a sum has the same
-// bits each time: to a tile of queries first adds the last block of keys that it sees, then the
-// one before.
+// turns.cuh - the order in which the CTAs of bwd_sm90.cu, or bwd_sm90_wide.cu, add to dQ, so that a
+// sum has the same bits each time: to a tile of queries first adds the last block of keys that it
+// sees, then the one before.
 //
 // A counter per tile says how many have added. One warp of a CTA sees to it: it looks at the
 // counters of the next few tiles at once and tells the consumers which of them are the CTA's turn;

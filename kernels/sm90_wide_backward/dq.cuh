@@ -1,5 +1,5 @@
-// dq.cuh - the warpgroup of bwd_sm90_wide.cu that computes dQ of a tile, and adds it to fp32 sums in
-// global memory.
+// dq.cuh - the warpgroup of bwd_sm90_wide.cu that computes dQ of a tile, and adds it to fp32 sums
+// in global memory.
 #pragma once
 #include <backward/work.cuh>
 #include <config.cuh>

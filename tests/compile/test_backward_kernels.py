@@ -40,7 +40,9 @@ RULES: tuple[dict[str, Any], ...] = (
 ROWS = [(number, row) for number, row in enumerate(backward_table.ROWS)]
 
 
-def problem(row: backward_table.BackwardRow, dtype: str, causal: Any, **rules: Any) -> BackwardProblem:
+def problem(
+    row: backward_table.BackwardRow, dtype: str, causal: Any, **rules: Any
+) -> BackwardProblem:
     dim, dim_v = row.dims
     plain = contiguous_problem(1, 1, LENGTH, dim, head_dim_v=dim_v, dtype=dtype, causal=causal)
     described = describe_rules(ScoreShape(1, 1, LENGTH, LENGTH), dtype, **rules)
@@ -65,6 +67,8 @@ def configs(number: int, row: backward_table.BackwardRow, arch: str) -> list[Ker
             rules = RULES[(turn + causal) % len(RULES)]
             if row.kernel == "bwd_sm90" and "mask" in rules:
                 rules = {}
+            if row.kernel == "bwd_sm90_wide":
+                rules = {"window": (20, 5)} if turn % 2 else {}
             asked = problem(row, dtype, causal, **rules)
             for each in (asked, replace(asked, deterministic=False)):
                 try:
