@@ -67,8 +67,6 @@ struct ConsumerDV : Consumer {
         } else {
             exponentiate<false>(at, stage, rS);
         }
-        warp_sync();  // all lanes have read the statistics
-        state.release(smem.qk);
         hand_on(nth, rS);
         pack_p<T>(rP, rS);
 #pragma unroll
@@ -193,8 +191,8 @@ __device__ __forceinline__ void init_barriers(SharedStorage& smem) {
         }
     }
     // Every lane of the producer arrives with its copies of the statistics. Two warpgroups read
-    // each of Q and dO.
-    smem.qk.init(1 + WARP_SIZE, 2 * WARPGROUP_WARPS);
+    // each of Q and dO. The first has read Q when it hands on P, so the second alone releases Q.
+    smem.qk.init(1 + WARP_SIZE, WARPGROUP_WARPS);
     smem.vo.init(1, 2 * WARPGROUP_WARPS);
     smem.p.init(WARPGROUP_WARPS, WARPGROUP_WARPS);
     smem.ds.init(WARPGROUP_WARPS, WARPGROUP_WARPS);

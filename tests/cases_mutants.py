@@ -190,6 +190,7 @@ _PACKED_WINDOW = {
     "unseen": (slice(57), slice(130, 167)),
 }
 _WINDOW = {"window": (33, 7), "seqlen_q": 40, "seqlen_kv": 130, "unseen": (slice(57),)}
+_NO_QUERIES = {"causal": "top-left", "seqlen_q": 40, "seqlen_kv": 200}
 _NO_KEYS = {"window": (33, 7), "causal": "top-left", "seqlen_q": 150, "seqlen_kv": 64}
 _MASKS = {"mask": "qk", "mask_mod": "blocks", "window": (100, -1)}
 #: With blocks of 64 queries, the first keys, or the last ones, are hidden from a whole block.
@@ -314,6 +315,7 @@ TRIALS = (
     _bwd_wide("one stage", _ONE_STAGE_64, seqlen_q=300, seqlen_kv=150, **_HEAD),
     _bwd_wide("keys alone", _TWO_STAGES_64, only="k", dlse=True, **_BOTH_SIDES, **_GROUPED),
     _bwd_wide("no keys", _TWO_STAGES_64, **_NO_KEYS, **_GROUPED),
+    _bwd_wide("no queries", _TWO_STAGES_64, **_NO_QUERIES, **_FREE, **_HEAD),
     _bwd_wide("gate", _TWO_STAGES_64, gate="ds", only="k", causal=True, **_HEAD),
 )
 
@@ -323,6 +325,8 @@ _LIVE: dict[str, tuple[str, ...]] = {
     "unnecessary: something else orders the same": (
         "ladder/wmma_tile.cuh: warp_sync() #2",
         "bwd_sm90.cu: state.wait_full(smem.vo) #2",
+        "bwd_sm90_wide.cu: state.wait_full(smem.qk) #2",
+        "sm90_wide_backward/dq.cuh: mbarrier_wait(&smem.full_own, 0)",
     ),
     "for a warp that pauses while all others go round the stages, which none does here": (
         "sm90_backward/producer.cuh: state.wait_empty(smem.vo)",
