@@ -67,8 +67,12 @@ def _tma(own: int, other: int, stages: int = 2) -> Tile:
 _sm80, _sm90 = partial(BackwardRow, "bwd_sm80"), partial(BackwardRow, "bwd_sm90")
 _OF_64 = Tile(64, 64, warps_m=12, num_stages=2)
 _wide = partial(
-    *(BackwardRow, "bwd_sm90_wide"),
-    **{"keys": _OF_64, "queries": _OF_64, "score_rules": False, "spills_with": ("dropout",)},
+    BackwardRow,
+    "bwd_sm90_wide",
+    keys=_OF_64,
+    queries=_OF_64,
+    score_rules=False,
+    spills_with=("dropout",),
 )
 _FLOAT32 = ("float32",)
 _BIAS_AND_DROPOUT = ("bias+dropout", "bias_fp32+dropout")
