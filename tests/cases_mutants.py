@@ -190,6 +190,7 @@ _PACKED_WINDOW = {
     "unseen": (slice(57), slice(130, 167)),
 }
 _WINDOW = {"window": (33, 7), "seqlen_q": 40, "seqlen_kv": 130, "unseen": (slice(57),)}
+_IN_TILES = {"causal": True, "seqlen_q": 128}
 _NO_QUERIES = {"causal": "top-left", "seqlen_q": 40, "seqlen_kv": 200}
 _NO_KEYS = {"window": (33, 7), "causal": "top-left", "seqlen_q": 150, "seqlen_kv": 64}
 _MASKS = {"mask": "qk", "mask_mod": "blocks", "window": (100, -1)}
@@ -309,8 +310,8 @@ TRIALS = (
     _bwd90("bias", _OWN_128, bias="qk", only="k", **_DROPS, **_BOTH_SIDES, **_96),
     _bwd90("gate", _OWN_128, gate="ds", only="k", causal=True, **_HEAD),
     # bwd_sm90_wide.cu
-    _bwd_wide("any order", _TWO_STAGES_64, causal=True, dlse=True, **_GROUPED, **_FREE, **_200),
-    _bwd_wide("turns", _TWO_STAGES_64, causal=True, seqlen_q=150, seqlen_kv=214, **_GROUPED),
+    _bwd_wide("any order", _TWO_STAGES_64, **_IN_TILES, dlse=True, **_GROUPED, **_FREE, **_200),
+    _bwd_wide("turns", _TWO_STAGES_64, causal=True, seqlen_q=129, seqlen_kv=193, **_GROUPED),
     _bwd_wide("far keys", _TWO_STAGES_64, stored="fp32", **_WINDOW, **_HEAD, **_200),
     _bwd_wide("one stage", _ONE_STAGE_64, seqlen_q=300, seqlen_kv=150, **_HEAD),
     _bwd_wide("keys alone", _TWO_STAGES_64, only="k", dlse=True, **_BOTH_SIDES, **_GROUPED),
@@ -461,6 +462,8 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "flashcore/softmax/online_softmax.cuh: "
         "return mul_rn(new_max, scale) - mul_rn(m, scale) <= MAX_ABOVE ? m : new_max; [< for <=]",
         "bwd_sm90, backward/work.cuh: met = rows_met(w, c.mask(), 0, length - 1); [0 for 1 in - 1]",
+        "bwd_sm90_wide, backward/work.cuh: met = rows_met(w, c.mask(), 0, length - 1); "
+        "[0 for 1 in - 1]",
         "sm80_backward/traits.cuh: return COLUMN_BLOCKS == 1 || first_col < dims; [<= for <]",
         "sm90_backward/turns.cuh: last < granted && "
         "mbarrier_test_wait(&smem.added[last % TURNS], last / TURNS % 2); [<= for <]",
