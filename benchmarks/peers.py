@@ -22,7 +22,7 @@ from side_by_side.timing import Gpu
 from flashcore_cupy.cli.tables import console, progress
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 from flashcore_cupy.select.registry import KERNELS
 
 

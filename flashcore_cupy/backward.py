@@ -23,8 +23,8 @@ from flashcore_cupy.problem.rules import NO_WINDOW
 from flashcore_cupy.problem.stream import entered
 from flashcore_cupy.problem.tracing import leave_dynamo, untraced
 from flashcore_cupy.problem.values import check_names
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
 from flashcore_cupy.select.backward_plan import BackwardPlan
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
 __all__ = ["attention_backward", "explain_backward", "plan_backward"]
 

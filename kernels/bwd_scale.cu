@@ -1,8 +1,9 @@
 // bwd_scale.cu - dQ from the sums that blocks of keys have added to: scaled, and converted to what
-// it is stored in. The sums lie as the consumers of bwd_sm90.cu have them: tile after tile of
-// BLOCK_N queries, in each one unit after the other of 64 queries by GRADIENT_COLS columns, in
-// each the accumulators' elements, four of every thread side by side. A CTA has a unit. Of packed
-// batches there is room for tiles of each sequence, and of the rows that belong to none.
+// it is stored in. The sums lie as the consumers of bwd_sm90.cu, and of bwd_sm90_wide.cu, have
+// them: tile after tile of BLOCK_N queries, in each one unit after the other of 64 queries by
+// GRADIENT_COLS columns, in each the accumulators' elements, four of every thread side by side. A
+// CTA has a unit. Of packed batches there is room for tiles of each sequence, and of the rows that
+// belong to none.
 #include <config.cuh>
 #include <flashcore/output/epilogue.cuh>
 #include <flashcore/params_backward.cuh>

@@ -144,6 +144,10 @@ def _bwd90(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
     return _trial("bwd_sm90", name, "sm_90a", tile, rest)
 
 
+def _bwd_wide(name: str, tile: dict[str, Any], **rest: Any) -> Trial:
+    return _trial("bwd_sm90_wide", name, "sm_90a", tile, rest)
+
+
 def _ladder(kernel: str, name: str = "", /, **rest: Any) -> Trial:
     return _trial(kernel, name, "sm_80", {}, rest)
 
@@ -190,6 +194,8 @@ _PACKED_WINDOW = {
     "unseen": (slice(57), slice(130, 167)),
 }
 _WINDOW = {"window": (33, 7), "seqlen_q": 40, "seqlen_kv": 130, "unseen": (slice(57),)}
+_IN_TILES = {"causal": True, "seqlen_q": 128}
+_NO_QUERIES = {"causal": "top-left", "seqlen_q": 40, "seqlen_kv": 200}
 _NO_KEYS = {"window": (33, 7), "causal": "top-left", "seqlen_q": 150, "seqlen_kv": 64}
 _MASKS = {"mask": "qk", "mask_mod": "blocks", "window": (100, -1)}
 #: With blocks of 64 queries, the first keys, or the last ones, are hidden from a whole block.
@@ -198,6 +204,8 @@ _OWN_32 = {"block_m": 32, "block_n": 32, "warps_m": 2}
 _OWN_32_ONE_STAGE = {"block_m": 32, "block_n": 16, "warps_m": 2, "num_stages": 1}
 _OWN_128 = {"block_m": 128, "block_n": 64, "warps_m": 8, "num_stages": 2}
 _OWN_128_ONE_STAGE = _OWN_128 | {"num_stages": 1}
+_TWO_STAGES_64 = {"block_m": 64, "block_n": 64, "warps_m": 12, "num_stages": 2}
+_ONE_STAGE_64 = _TWO_STAGES_64 | {"num_stages": 1}
 _GROUPED = {"heads": 2, "heads_kv": 1}
 _FREE = {"deterministic": False}
 #: A sequence without keys, and one without queries, lie between others.
@@ -228,6 +236,7 @@ _HIDDEN_QUERIES = {
 _DROPS = {"dropout_p": 0.3}
 #: A number is that at which they are no longer dropped.
 _DROPPED = _DROPS | {"seed": 1, "seqlen_q": 150, "seqlen_kv": 170}
+_200 = {"head_dim": 200, "head_dim_v": 136}
 _40 = {"head_dim": 40, "head_dim_v": 56}
 _96 = {"head_dim": 96, "head_dim_v": 96}
 _BOTH_SIDES = {"window": (33, 7), "seqlen_q": 90, "seqlen_kv": 130}
@@ -338,6 +347,15 @@ TRIALS = (
     _bwd90("packed, more queries", _OWN_128, **_MORE_QUERIES, **_HEAD),
     _bwd90("packed, slopes", _OWN_128, **_PACKED, **_UNSEEN),
     _bwd90("packed, gaps", _OWN_128, has_gaps=True, **(_PACKED | {"alibi": ""}), **_WIDE),
+    # bwd_sm90_wide.cu
+    _bwd_wide("any order", _TWO_STAGES_64, **_IN_TILES, dlse=True, **_GROUPED, **_FREE, **_200),
+    _bwd_wide("turns", _TWO_STAGES_64, causal=True, seqlen_q=129, seqlen_kv=193, **_GROUPED),
+    _bwd_wide("far keys", _TWO_STAGES_64, stored="fp32", **_WINDOW, **_HEAD, **_200),
+    _bwd_wide("one stage", _ONE_STAGE_64, seqlen_q=300, seqlen_kv=150, **_HEAD),
+    _bwd_wide("keys alone", _TWO_STAGES_64, only="k", dlse=True, **_BOTH_SIDES, **_GROUPED),
+    _bwd_wide("no keys", _TWO_STAGES_64, **_NO_KEYS, **_GROUPED),
+    _bwd_wide("no queries", _TWO_STAGES_64, **_NO_QUERIES, **_FREE, **_HEAD),
+    _bwd_wide("gate", _TWO_STAGES_64, gate="ds", only="k", causal=True, **_HEAD),
 )
 
 #: What nothing finds, and why. After a kernel's name: in that kernel alone.
@@ -346,6 +364,8 @@ _LIVE: dict[str, tuple[str, ...]] = {
     "unnecessary: something else orders the same": (
         "ladder/wmma_tile.cuh: warp_sync() #2",
         "bwd_sm90.cu: state.wait_full(smem.vo) #2",
+        "bwd_sm90_wide.cu: state.wait_full(smem.qk) #2",
+        "sm90_wide_backward/dq.cuh: mbarrier_wait(&smem.full_own, 0)",
     ),
     "for a warp that pauses while all others go round the stages, which none does here": (
         "sm90_backward/producer.cuh: state.wait_empty(smem.vo)",
@@ -480,6 +500,8 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "flashcore/softmax/online_softmax.cuh: "
         "return mul_rn(new_max, scale) - mul_rn(m, scale) <= MAX_ABOVE ? m : new_max; [< for <=]",
         "bwd_sm90, backward/work.cuh: met = rows_met(w, c.mask(), 0, length - 1); [0 for 1 in - 1]",
+        "bwd_sm90_wide, backward/work.cuh: met = rows_met(w, c.mask(), 0, length - 1); "
+        "[0 for 1 in - 1]",
         "sm80_backward/traits.cuh: return COLUMN_BLOCKS == 1 || first_col < dims; [<= for <]",
         "sm90_backward/turns.cuh: last < granted && "
         "mbarrier_test_wait(&smem.added[last % TURNS], last / TURNS % 2); [<= for <]",

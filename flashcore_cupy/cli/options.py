@@ -28,7 +28,7 @@ from flashcore_cupy.problem.attention_problem import (
 from flashcore_cupy.problem.gradients import BACKWARD_GATES
 from flashcore_cupy.problem.values import shown
 from flashcore_cupy.select import registry
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 from flashcore_cupy.select.config import Tile
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -18,7 +18,7 @@ from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.gradients import INPUTS, Gradients, by_result
 from flashcore_cupy.problem.mod_elements import MOD_ARGS, check_differentiated
 from flashcore_cupy.problem.rules import RULES
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
 Arrays = dict[str, Any]
 Shape = tuple[int, ...]

@@ -12,8 +12,8 @@ from flashcore_cupy.cuda.targets import target_without_gpu
 from flashcore_cupy.jit import compiler, nvrtc
 from flashcore_cupy.problem.attention_problem import DTYPES, contiguous_problem
 from flashcore_cupy.problem.gradients import BackwardProblem, contiguous_gradients
-from flashcore_cupy.select import backward, registry, selector
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select import backward, backward_table, registry, selector
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.row import Row
 
@@ -167,7 +167,7 @@ def _forward_configs(name: str, arch: str) -> Iterator[KernelConfig]:
 def _backward_configs(name: str, arch: str) -> Iterator[KernelConfig]:
     """Of a row's dims, the first row that fits."""
     for dtype, causal in product(DTYPES, (False, True)):
-        rows = (row for row in backward.ROWS if row.kernel == name and dtype in row.dtypes)
+        rows = (row for row in backward_table.ROWS if row.kernel == name and dtype in row.dtypes)
         for dims in dict.fromkeys(row.dims for row in rows):
             with contextlib.suppress(ValueError):
                 problem = _gradients_of(dims, dtype, causal)
@@ -180,7 +180,7 @@ def why_none(kernel: str, arch: str) -> str | None:
         return None
     try:
         if kernel in BACKWARD_KERNELS:
-            first = next(row for row in backward.ROWS if row.kernel == kernel)
+            first = next(row for row in backward_table.ROWS if row.kernel == kernel)
             problem = _gradients_of(first.dims, first.dtypes[0], False)
             backward.select_backward(problem, arch, kernel=kernel)
         else:

@@ -35,11 +35,8 @@ from flashcore_cupy.problem.gradients import (
     Gradients,
     contiguous_gradients,
 )
-from flashcore_cupy.select.backward import (
-    BACKWARD_KERNELS,
-    BackwardSelection,
-    select_backward,
-)
+from flashcore_cupy.select.backward import BackwardSelection, select_backward
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
 #: What has a gradient where all rules are values.
 INPUTS = ("q", "k", "v")

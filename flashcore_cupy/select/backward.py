@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +18,8 @@ from flashcore_cupy.problem.array_spec import usable
 from flashcore_cupy.problem.attention_problem import AttentionProblem, check_choice
 from flashcore_cupy.problem.gradients import BackwardCall, BackwardProblem
 from flashcore_cupy.select import grids
-from flashcore_cupy.select.config import KernelConfig, Tile, check_overrides, rules_of
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS, BackwardRow, rows_of
+from flashcore_cupy.select.config import KernelConfig, Tile, check_overrides
 from flashcore_cupy.select.parameters import fixed_params
 from flashcore_cupy.select.plan import Launch, Params
 from flashcore_cupy.select.sm80_backward import (
@@ -34,87 +34,11 @@ from flashcore_cupy.select.sm90_backward import Sm90Backward
 from flashcore_cupy.select.tensor_view import View
 from flashcore_cupy.select.units import MAX_GRID, round_up
 
-#: Kernels by name, fastest first; "auto" takes the first that can do a problem.
-BACKWARD_KERNELS: Mapping[str, type[Sm80Backward]] = {
-    "bwd_sm90": Sm90Backward,
-    "bwd_sm80": Sm80Backward,
-}
 _BIAS_AXES = ("batches", "heads", "rows", "columns")
-_SIXTEEN_BIT = ("float16", "bfloat16")
 # Of so many thread blocks that own keys, those of several heads are interleaved: as many as run
 # side by side on the larger GPUs. Blocks of one head wait for each other's additions to dq.
 _SECTION_BLOCKS = 132
 _ROWS_TILE, _HEADS_TILE = Tile(16, 16, warps_m=4), Tile(16, 16, warps_m=8)
-
-
-@dataclass(frozen=True)
-class BackwardRow:
-    """The tiles of a kernel for heads of up to ``head_dim`` columns.
-
-    A tile's block_m are the rows whose gradients a thread block computes, and its block_n the rows
-    of the other side that it takes at a time.
-    """
-
-    kernel: str
-    head_dim: int
-    keys: Tile
-    queries: Tile
-    dtypes: tuple[str, ...] = _SIXTEEN_BIT
-    head_dim_v: int | None = None
-    """Columns of v where they differ from those of q and k."""
-    score_rules: bool = True
-    """False: only where no rule changes scores, for with one the compiler spills."""
-    spills_with: tuple[str, ...] = ()
-    """As ``Row`` has it."""
-
-    def check(self, problem: AttentionProblem) -> None:
-        """Raise ``ValueError`` for rules that its tiles do not hold."""
-        changes_scores = any(rule.acts_on == "scores" for rule, _ in problem.rules.given)
-        if changes_scores and not self.score_rules:
-            raise ValueError("has tiles that hold no rule that changes scores")
-        for together in self.spills_with:
-            if set(together.split("+")) <= set(rules_of(problem)):
-                raise ValueError(f"has tiles that do not hold {together.replace('+', ' and ')}")
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        """Columns of the tiles of q and k, and of v."""
-        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
-
-
-def _tile(own: int, other: int, warps: int, stages: int = 2) -> Tile:
-    return Tile(own, other, warps_m=warps, num_stages=stages, cp_async=True)
-
-
-def _tma(own: int, other: int, stages: int = 2) -> Tile:
-    return Tile(own, other, warps_m=own // 16, num_stages=stages)
-
-
-_sm80, _sm90 = partial(BackwardRow, "bwd_sm80"), partial(BackwardRow, "bwd_sm90")
-_FLOAT32 = ("float32",)
-_BIAS_AND_DROPOUT = ("bias+dropout", "bias_fp32+dropout")
-# For a head dim between two lines add one; nothing else. The tiles are as large as registers allow;
-# of two lines with the same dims the second is for rules that change scores, or for targets with
-# less shared memory.
-ROWS = (
-    _sm90(64, keys=_tma(128, 64), queries=_tma(128, 64)),
-    _sm90(96, keys=_tma(128, 64), queries=_tma(128, 64)),
-    _sm90(128, keys=_tma(128, 64), queries=_tma(128, 64), score_rules=False),
-    _sm90(128, keys=_tma(64, 64), queries=_tma(128, 64), spills_with=_BIAS_AND_DROPOUT),
-    _sm80(32, keys=_tile(128, 32, 4), queries=_tile(128, 32, 4)),
-    _sm80(64, keys=_tile(64, 64, 4), queries=_tile(128, 32, 4)),
-    _sm80(96, keys=_tile(64, 32, 4), queries=_tile(64, 64, 4)),
-    _sm80(128, keys=_tile(64, 32, 4), queries=_tile(64, 64, 4)),
-    _sm80(192, keys=_tile(64, 32, 4), queries=_tile(64, 32, 4), head_dim_v=128, score_rules=False),
-    _sm80(192, keys=_tile(64, 16, 4), queries=_tile(64, 32, 4), head_dim_v=128),
-    _sm80(256, keys=_tile(64, 32, 4), queries=_tile(64, 32, 4)),
-    _sm80(256, keys=_tile(64, 16, 4, 1), queries=_tile(64, 16, 4, 1)),
-    _sm80(512, keys=_tile(32, 16, 2, 1), queries=_tile(32, 16, 2, 1)),
-    _sm80(64, keys=_tile(64, 32, 4), queries=_tile(64, 32, 4), dtypes=_FLOAT32),
-    _sm80(128, keys=_tile(64, 32, 4), queries=_tile(64, 32, 4), dtypes=_FLOAT32),
-    _sm80(128, keys=_tile(32, 16, 2), queries=_tile(32, 16, 2), dtypes=_FLOAT32),
-    _sm80(256, keys=_tile(32, 16, 2, 1), queries=_tile(32, 16, 2, 1), dtypes=_FLOAT32),
-)
 
 
 @dataclass(frozen=True)
@@ -193,7 +117,8 @@ def _select(
     problem: BackwardProblem, arch: str, kernel: str, changes: tuple[tuple[str, int | bool], ...]
 ) -> BackwardSelection:
     passed_over: list[tuple[str, str]] = []
-    for name in BACKWARD_KERNELS if kernel == "auto" else (kernel,):
+    meant = (n for n, x in BACKWARD_KERNELS.items() if x.is_meant_for(problem.attention))
+    for name in meant if kernel == "auto" else (kernel,):
         try:
             selection = _configure(name, problem, arch, dict(changes))
         except ValueError as error:
@@ -248,10 +173,11 @@ def _configure_row(
 
     family, slopes = BACKWARD_KERNELS[name], "dalibi_slopes" in asked
     keys = queries = bias = heads = scale = None
-    wants_keys = bool(asked.keys() & {"dk", "dv"})
+    has_queries = attention.seqlen_q > 0
+    wants_keys = bool(asked.keys() & {"dk", "dv"}) or (family.one_pass and has_queries)
     tile = row.keys.override(changes)
     columns = family.dq_columns(row.head_dim, tile)
-    adds_dq = wants_keys and "dq" in asked and not slopes and columns > 0 and attention.seqlen_q > 0
+    adds_dq = wants_keys and "dq" in asked and not slopes and columns > 0 and has_queries
     if wants_keys:
         ordered = adds_dq and problem.deterministic
         keys = of(family, tile, row.dims, owns_keys=True, adds_dq=adds_dq, ordered=ordered)
@@ -266,7 +192,7 @@ def _configure_row(
         )
     tile = row.queries.override(changes)
     mods = BackwardModArgs.of_each(name, row.dims, tile, problem)
-    if ("dq" in asked and not adds_dq) or slopes or mods:
+    if ("dq" in asked and not (adds_dq or family.one_pass)) or slopes or mods:
         queries = of(family, tile, row.dims, sums_distances=slopes, elements=problem.elements)
     if "dbias" in asked:
         plain = rows_of("bwd_sm80", attention)[-1]
@@ -294,21 +220,6 @@ def _check_fits(config: KernelConfig, arch: str) -> None:
             f"needs {config.smem_bytes} bytes of shared memory, {arch} has {smem_limit(arch)}; "
             f"smaller tiles (block_m, block_n, num_stages) may fit"
         )
-
-
-def rows_of(kernel: str, problem: AttentionProblem) -> list[BackwardRow]:
-    """A kernel's narrowest rows that hold a problem's heads; ``ValueError`` if none does."""
-    dims = problem.head_dim, problem.head_dim_v
-    own = [row for row in ROWS if row.kernel == kernel and problem.dtype in row.dtypes]
-    if not own:
-        raise ValueError(f"does not take {problem.dtype}")
-    wide = [row for row in own if row.dims[0] >= dims[0] and row.dims[1] >= dims[1]]
-    if not wide:
-        most = max(row.head_dim for row in own)
-        asked = "/".join(map(str, dict.fromkeys(dims)))
-        raise ValueError(f"takes head dims up to {most} in {problem.dtype}, not {asked}")
-    narrowest = min((row.dims for row in wide), key=lambda dims: (sum(dims), dims))
-    return [row for row in wide if row.dims == narrowest]
 
 
 def backward_params(problem: BackwardProblem, selection: BackwardSelection) -> Params:

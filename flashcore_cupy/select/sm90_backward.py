@@ -29,14 +29,20 @@ class Sm90Backward(Sm80Backward):
     row_align = TMA_ALIGN
     idea: ClassVar[str] = "the same by TMA and wgmma: a warp that loads, P and dS in registers"
 
+    lacks: ClassVar[tuple[str, ...]] = ()
+    """Rules that it has not, whatever the tile."""
+
     @classmethod
     def why_not(cls, problem: BackwardProblem, arch: str) -> str | None:
         """Why it cannot do a problem on a target; None if it can."""
         attention = problem.attention
         if arch != HOPPER:
             return f"needs wgmma, which {HOPPER} alone has; the target is {arch}"
-        if problem.mod_args:
-            return "has no gradients of mod_args"
+        lacking = [name for name in cls.lacks if name in attention.rules.names]
+        lacking += ["cu_seqlens"] * (attention.packed and not cls.takes_packed)
+        lacking += ["gradients of mod_args"] * bool(problem.mod_args)
+        if lacking:
+            return f"has no {', '.join(lacking)}"
         loaded = (attention.q, attention.k, attention.v, problem.do)
         unfit = [x.name for x in loaded if not is_addressable(x, attention.dtype)]
         if unfit:
@@ -63,14 +69,18 @@ class Sm90Backward(Sm80Backward):
             )
         if t.block_n % _BOX_ROWS or t.block_n > 256:
             reasons.append(f"block_n={t.block_n} is not a multiple of {_BOX_ROWS} up to 256")
-        others = [name for name in ("warps_n", "warps_d", "cluster") if getattr(t, name) > 1]
-        switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
-        others += [name for name in switches if getattr(t, name)]
-        if others:
-            reasons.append(f"bwd_sm90 has no {', '.join(others)}")
+        reasons += self.lacking()
         if self.head_dim % 32 or self.head_dim_v % 32:
             reasons.append("bwd_sm90 has tiles of 32, 64, 96, ... columns")
         return reasons
+
+    def lacking(self) -> list[str]:
+        """What a tile asks for that kernels which load by TMA have not."""
+        t = self.tile
+        others = [name for name in ("warps_n", "warps_d", "cluster") if getattr(t, name) > 1]
+        switches = ("cp_async", "warp_softmax", "fp8", "pack_gqa", "split_kv")
+        others += [name for name in switches if getattr(t, name)]
+        return [f"{self.entries[0]} has no {', '.join(others)}"] if others else []
 
     @property
     def gradient_cols(self) -> int:

@@ -1,13 +1,16 @@
-// producer.cuh - the warp of bwd_sm90.cu that starts the copies: TMA of the block's own rows and of
-// the tiles that it walks over, cp.async of what belongs to their queries.
+// producer.cuh - the warp of bwd_sm90.cu, or of bwd_sm90_wide.cu, that starts the copies: TMA of
+// the block's own rows and of the tiles that it walks over, cp.async of what belongs to their
+// queries.
 #pragma once
 #include <backward/work.cuh>
 #include <config.cuh>
+#include <flashcore/params_backward_hopper.cuh>
+#include <flashcore/pipeline/mbarrier_pipeline.cuh>
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/tile/tma_tile.cuh>
-#include <sm90_backward/traits.cuh>
+#include <sm90_backward/tiles.cuh>
 
 namespace flashcore {
 
@@ -29,7 +32,8 @@ __device__ __forceinline__ int row_of_map(const Work& w, bool of_keys, int row, 
 }
 
 // Starts the copies of the block's own rows, which are guarded by one barrier.
-__device__ __forceinline__ void load_own_rows(const HopperBackwardParams& p, SharedStorage& smem,
+template <typename Shared>
+__device__ __forceinline__ void load_own_rows(const HopperBackwardParams& p, Shared& smem,
                                               const WarpContext& c) {
     const Work& w = c.work;
     const int map_begin = OWNS_KEYS ? c.mask().row_begin(0) : 0;
@@ -43,7 +47,8 @@ __device__ __forceinline__ void load_own_rows(const HopperBackwardParams& p, Sha
 
 // Copies the statistics of a tile of queries; zeros for those that do not exist. Every lane arrives
 // at the tile's barrier when its copies are there.
-__device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, SharedStorage& smem,
+template <typename Shared>
+__device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, Shared& smem,
                                                 const WarpContext& c, const WalkedTile& at,
                                                 int stage) {
     const Work& w = c.work;
@@ -59,7 +64,8 @@ __device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, S
 }
 
 // Starts all copies of a block, as stages become empty.
-__device__ __forceinline__ void run_producer(const HopperBackwardParams& p, SharedStorage& smem,
+template <typename Shared>
+__device__ __forceinline__ void run_producer(const HopperBackwardParams& p, Shared& smem,
                                              const WarpContext& c, const Walk& walk) {
     if (walk.count() == 0) return;
     load_own_rows(p, smem, c);

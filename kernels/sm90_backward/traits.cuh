@@ -6,22 +6,9 @@
 #include <flashcore/pipeline/mbarrier_pipeline.cuh>
 #include <flashcore/ptx/wgmma.cuh>
 #include <flashcore/rules/seen_keys.cuh>
-#include <flashcore/scheduler/work.cuh>
-#include <flashcore/tile/shared_layout.cuh>
+#include <sm90_backward/tiles.cuh>
 
 namespace flashcore {
-
-using LayoutOwnQK = SharedLayout<T, BLOCK_M, HEAD_DIM>;
-using LayoutOwnVO = SharedLayout<T, BLOCK_M, HEAD_DIM_V>;
-using LayoutQK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
-using LayoutVO = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
-
-constexpr int ROWS = 64;      // of a consumer: wgmma's M
-constexpr int BOX_ROWS = 64;  // that one copy brings
-constexpr int CONSUMER_WARPS = NUM_WARPS;
-constexpr int CONSUMERS = CONSUMER_WARPS / WARPGROUP_WARPS;
-constexpr int CTA_THREADS = NUM_THREADS + WARPGROUP_THREADS;
-constexpr int STEPS = BLOCK_N / 16;  // 16-column steps of P dO, dS Q, dS K
 
 // Without a rule that changes scores, P and dS are computed one after the other, each while
 // products run. With one, both come from the rule's derivative.
@@ -31,7 +18,6 @@ constexpr bool SPLITS_STEP =
 // ADDS_DQ: dS of a tile, for dQ += dS K over the keys of all consumers. Its units are 64 queries
 // by 64 columns: of heads of one unit, consumers take tiles by turns; of wider ones, each has a
 // unit.
-using LayoutDS = SharedLayout<T, BLOCK_N, BLOCK_M>;
 constexpr int DQ_UNITS = HEAD_DIM / 64, COLS_DQ = 64;
 
 // Whether dQ += dS K multiplies a copy of the own keys in which what is not finite is 0: some of
@@ -43,20 +29,6 @@ enum NamedBarrier : int {
     BARRIER_DS_WRITTEN = 1,  // all consumers have written their keys' dS
     BARRIER_SEEN = 2,        // all consumers know which rows of a tile they meet, or have cleared
 };
-
-constexpr int TURNS = 4;  // tiles whose turn may have come before the first of them is added to
-
-// Which tile of all heads' and batches' queries. A packed batch has room for tiles of each sequence:
-// bwd_scale.cu finds them there.
-__device__ __forceinline__ int64 tile_of_dq(const BackwardParams& p, const Work& w, int head,
-                                            int tile) {
-    if constexpr (VARLEN) {
-        const PackedBatch q = packed_queries(p, 1, BLOCK_N);
-        return int64(head) * q.places() + q.first_block(w.batch + 1, w.start_q) + tile;
-    }
-    const int per_head = (p.seqlen_q + BLOCK_N - 1) / BLOCK_N;
-    return int64(w.batch * p.heads_q + head) * per_head + tile;
-}
 
 // Heads of 64 columns leave room for a consumer's own rows as first operands of S and dP: half of
 // what these products would read of shared memory, and a sixth of what a step does.
@@ -75,12 +47,10 @@ static_assert(!MOVES_REGISTERS || PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGI
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == CONSUMER_WARPS, "64 rows per consumer");
 static_assert(WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV && CLUSTER == 1,
               "a consumer has all of its rows' columns");
-static_assert(BLOCK_N % BOX_ROWS == 0, "whole boxes");
 static_assert(!ADDS_DQ || (OWNS_KEYS && !SUMS_DISTANCES && NUM_STAGES > 1 && BLOCK_N == ROWS &&
                            HEAD_DIM % COLS_DQ == 0 && (DQ_UNITS == 1 || DQ_UNITS == CONSUMERS)),
               "blocks of keys add to the dQ of 64 queries, a unit per consumer");
 static_assert(!ORDERED || ADDS_DQ, "an order of additions");
-static_assert(LayoutQK::SWIZZLED && LayoutVO::SWIZZLED, "head dims of whole panels");
 static_assert(GRADIENT_COLS >= HEAD_DIM && (!OWNS_KEYS || GRADIENT_COLS >= HEAD_DIM_V),
               "all columns in one block");
 

@@ -1,6 +1,6 @@
-// turns.cuh - the order in which the CTAs of bwd_sm90.cu add to dQ, so that a sum has the same
-// bits each time: to a tile of queries first adds the last block of keys that it sees, then the
-// one before.
+// turns.cuh - the order in which the CTAs of bwd_sm90.cu, or bwd_sm90_wide.cu, add to dQ, so that a
+// sum has the same bits each time: to a tile of queries first adds the last block of keys that it
+// sees, then the one before.
 //
 // A counter per tile says how many have added. One warp of a CTA sees to it: it looks at the
 // counters of the next few tiles at once and tells the consumers which of them are the CTA's turn;
@@ -17,12 +17,13 @@
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/ptx/warp.cuh>
-#include <sm90_backward/traits.cuh>
+#include <sm90_backward/tiles.cuh>
 
 namespace flashcore {
 
 // The next block, for all threads of the CTA. Uses shared memory before anything else does.
-__device__ __forceinline__ int draw_block(const BackwardParams& p, SharedStorage& smem) {
+template <typename Shared>
+__device__ __forceinline__ int draw_block(const BackwardParams& p, Shared& smem) {
     if (thread_index() == 0) smem.block = atomic_add(p.turns, 1);
     block_sync();  // all threads see the block
     return smem.block;
@@ -46,8 +47,8 @@ __device__ __forceinline__ int turn_of(const WarpContext& c, int tile) {
 }
 
 // One warp does this, all its lanes.
-__device__ __forceinline__ void take_turns(const WarpContext& c, SharedStorage& smem,
-                                           const Walk& walk) {
+template <typename Shared>
+__device__ __forceinline__ void take_turns(const WarpContext& c, Shared& smem, const Walk& walk) {
     const BackwardParams& p = c.params;
     const int count = walk.count();
     const auto counter = [&](int nth) {

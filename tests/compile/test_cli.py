@@ -22,7 +22,7 @@ from flashcore_cupy.cli.commands import main
 from flashcore_cupy.launch import builds
 from flashcore_cupy.measure import backward, forward, problems
 from flashcore_cupy.select import registry, selector
-from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS, ROWS
 
 ON_GPU = gpu_skip_reason() is None
 
@@ -303,11 +303,12 @@ def test_ladder_of_the_backward_pass(tmp_path: Path) -> None:
     stored.write_text(json.dumps(data | {"rows_checked": 40, "heads_checked": 1}))
     again = invoke("ladder", "--from", str(stored)).stdout
     assert "D=32 float16 backward\n" in again and "over 1 of 2 heads of k and v" in again
-    assert data["ok"] and [rung["kernel"] for rung in data["rungs"]] == ["bwd_sm80", "bwd_sm90"]
+    kernels = [rung["kernel"] for rung in data["rungs"]]
+    assert data["ok"] and kernels == [*reversed(BACKWARD_KERNELS)]
     for rung in data["rungs"]:
         if rung["kernel"] == "bwd_sm80" or data["machine"]["arch"] == "sm_90a":
             assert rung["builds"] and rung["registers"] > 16 and rung["spill_bytes"] == 0
-            one_pass = rung["kernel"] == "bwd_sm90"
+            one_pass = rung["kernel"] != "bwd_sm80"
             assert rung["config"].startswith("dq, dk, dv: " if one_pass else "dk, dv: ")
             assert ("; dq: " in rung["config"]) is not one_pass
             assert rung["correct"] is (True if ON_GPU else None)
@@ -354,6 +355,7 @@ def test_warmup_builds_the_backward_pass() -> None:
         ("wmma_cp_async", "sm_75", "needs cp.async"),
         ("wgmma_sm90", "sm_80", "needs wgmma"),
         ("bwd_sm90", "sm_80", "needs wgmma"),
+        ("bwd_sm90_wide", "sm_80", "needs wgmma"),
         ("bwd_sm80", "sm_75", "needs cp.async"),
     ],
 )

@@ -14,7 +14,7 @@ from flashcore_cupy.check.selftest import matrix
 from flashcore_cupy.check.selftest.case import Case, packed
 from flashcore_cupy.cpu.emulator.build import cxx
 from flashcore_cupy.select import registry
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
 pytestmark = [
     pytest.mark.skipif(cxx() is None, reason="needs a C++ compiler: there is none"),

@@ -14,7 +14,10 @@ from flashcore_cupy import attention
 from flashcore_cupy.backward import attention_backward, explain_backward, plan_backward
 from flashcore_cupy.check import verify, verify_backward
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem
+from flashcore_cupy.problem.blocks import ScoreShape
+from flashcore_cupy.problem.gradients import contiguous_gradients
 from flashcore_cupy.problem.rules import describe_rules
+from flashcore_cupy.select.backward import select_backward
 
 SIZES = {"heads": 4, "heads_kv": 2, "seqlen": 33, "seqlen_kv": 47, "batch": 2}
 
@@ -207,3 +210,36 @@ def test_a_wrong_head_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.each["dv"].worst_index == (1, 1, 40, 7)
     assert "dq: max error" in check.reason and "at (1, 3, 5, 2)" in check.reason
     assert check.comparison in (check.each["dq"], check.each["dv"])
+
+
+# --- wide heads on Hopper -------------------------------------------------------------------------
+
+
+WIDE: dict[str, tuple[tuple[int, int], dict[str, Any], str, tuple[int, int]]] = {
+    "192/128": ((192, 128), {}, "bwd_sm90_wide", (192, 128)),
+    "between": ((136, 40), {"causal": True}, "bwd_sm90_wide", (192, 128)),
+    "wide values": ((64, 160), {}, "bwd_sm90_wide", (192, 192)),
+    "256": ((256, 256), {"window": (9, 0)}, "bwd_sm90_wide", (256, 256)),
+    "narrow": ((128, 128), {}, "bwd_sm90", (128, 128)),
+    "wider": ((264, 264), {}, "bwd_sm80", (512, 512)),
+    "a rule for scores": ((256, 256), {"softcap": 2.0}, "bwd_sm80", (256, 256)),
+    "dropout": ((192, 128), {"dropout_p": 0.1, "rng": (1, 2)}, "bwd_sm80", (192, 128)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("wrt", [("q", "k", "v"), ("q",), ("v",)])
+def test_which_kernel_wide_heads_get(name: str, wrt: tuple[str, ...]) -> None:
+    (dim, dim_v), rules, kernel, dims = WIDE[name]
+    causal = rules.get("causal", False)
+    plain = contiguous_problem(1, 2, 100, dim, head_dim_v=dim_v, dtype="float16", causal=causal)
+    described = describe_rules(
+        ScoreShape(1, 2, 100, 100), "float16", **{n: x for n, x in rules.items() if n != "causal"}
+    )
+    problem = replace(plain, rules=described)
+    got = select_backward(contiguous_gradients(problem, wrt), "sm_90a")
+    assert got.name == kernel
+    configs = [x for x in (got.keys, got.queries) if x is not None]
+    assert {(x.head_dim, x.head_dim_v) for x in configs} == {dims}
+    if kernel == "bwd_sm90_wide":
+        assert got.queries is None and (got.scale is not None) is ("q" in wrt)

@@ -18,7 +18,7 @@ import flashcore_cupy
 from flashcore_cupy.cpu.emulator.build import cxx
 from flashcore_cupy.problem.request import ARGUMENTS
 from flashcore_cupy.select import registry, selector
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/kernels").glob("*.md")])
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES, ROOT / "kernels/README.md"])

@@ -16,7 +16,7 @@ from flashcore_cupy.problem.attention_problem import DTYPES
 from flashcore_cupy.problem.gradients import INPUTS
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.select import registry
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 from flashcore_cupy.select.sm90 import Sm90
 
 
@@ -75,8 +75,8 @@ def test_backward_draws_compile_nothing_but_the_configurations(arch: str) -> Non
 def test_backward_configurations_have_everything(kernel: str) -> None:
     every = fuzz_backward.configurations("sm_90a")
     cases = [case for case in every if case.kernel == kernel]
-    assert len(cases) == len(every) // 2
-    general = kernel == "bwd_sm80"
+    assert len(cases) == len(every) // len(BACKWARD_KERNELS)
+    general, wide = kernel == "bwd_sm80", kernel == "bwd_sm90_wide"
     wanted: dict[str, set[object]] = {
         "dtype": set(DTYPES) - (set() if general else {"float32"}),
         "causal": {False, True, "top-left"},
@@ -93,6 +93,10 @@ def test_backward_configurations_have_everything(kernel: str) -> None:
         "batch_invariant": {True, False},
         "boundaries": {"host", "device"},
     }
+    if wide:  # no rule that changes scores, no dropout
+        lacking = {"alibi": "", "bias": "", "dropout_p": 0.0, "score_mod": ""}
+        wanted |= {name: {value} for name, value in lacking.items()}
+        wanted["only"] = {"", "q", "k", "v", "sink"}
     if general:
         wanted |= {"mask": {"", "bhqk", "b11k", "1hqk", "k", "q1"}, "mask_mod": {"", *MASK_MODS}}
     for name, values in wanted.items():
@@ -101,7 +105,9 @@ def test_backward_configurations_have_everything(kernel: str) -> None:
     absent = [
         str(rule.name) for rule in RULES if rule.codes and rule.codes.keys().isdisjoint(built)
     ]
-    assert absent == ([] if general else ["mask", "mask_mod"])
+    of_scores = ["softcap", "alibi_slopes", "bias", "score_mod"] if wide else []
+    wanted_absent = [*of_scores, "mask", "mask_mod", *["dropout_p"] * wide]
+    assert absent == ([] if general else wanted_absent)
     assert sum(bool(case.lengths) for case in cases) >= (10 if general else 0)
     assert any(case.head_dim != case.head_dim_v for case in cases) or not general
     assert {case.window[0] for case in cases} == {case.window[1] for case in cases} == {-1, 0}

@@ -35,9 +35,15 @@ DEVICE_LAYERS = (
 # The pages of one family, in a folder that is called like its entry file, or of the teaching
 # kernels: they alone, and entry files, include config. Families of the backward pass share pages.
 FORWARD = tuple(path.stem.removeprefix("fwd_") for path in KERNELS.glob("fwd_*.cu"))
-FAMILIES = ("ladder", *FORWARD, "backward", "sm80_backward", "sm90_backward")
+FAMILIES = (
+    *("ladder", *FORWARD, "backward"),
+    *("sm80_backward", "sm90_backward", "sm90_wide_backward"),
+)
 #: Folders that others than the family itself may include.
-SHARED = {"backward": ("sm80_backward", "sm90_backward")}
+SHARED = {
+    "backward": ("sm80_backward", "sm90_backward", "sm90_wide_backward"),
+    "sm90_backward": ("sm90_wide_backward",),
+}
 #: What only flashcore/ptx may say: instructions, and CUDA's own names.
 CUDA_BUILTIN = re.compile(
     r"\basm\b|\b__(?!global__|device__|host__|constant__|restrict__|forceinline__|"
@@ -105,7 +111,8 @@ def _families_of(entry: Path) -> set[str]:
     pass_, _, family = entry.stem.partition("_")
     if pass_ == "fwd":
         return {family}
-    return {"backward", f"{family.removesuffix('_bias')}_backward"}
+    own = f"{family.removesuffix('_bias')}_backward"
+    return {"backward", own} | {shared for shared, users in SHARED.items() if own in users}
 
 
 def test_device_folders_are_known() -> None:

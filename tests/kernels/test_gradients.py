@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from cases_gradients import FLOAT32, Rules, operands, random
 from kernel_gradients import (
     BRAIN,
@@ -25,7 +26,7 @@ from flashcore_cupy.backward import attention_backward
 from flashcore_cupy.check import verify_gradients
 from flashcore_cupy.check.selftest.case import Mod
 from flashcore_cupy.problem.gradients import by_result
-from flashcore_cupy.select.backward import BACKWARD_KERNELS, ROWS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS, ROWS
 
 BENT = Mod(
     "q_idx > kv_idx ? tanhf(score) : 0.5f * score",
@@ -34,17 +35,26 @@ BENT = Mod(
 THIRDS = Mod("(q_idx + 2 * kv_idx + h) % 3 != 0", lambda b, h, i, j: (i + 2 * j + h) % 3 != 0)
 
 DIMS = [(row.kernel, row.dims, row.dtypes[0]) for row in ROWS if row.dims not in [(512, 512)]]
+#: Heads that have a wider row.
+BETWEEN = [
+    ("bwd_sm80", (40, 72), HALF),
+    ("bwd_sm90_wide", (136, 40), BRAIN),
+    ("bwd_sm90_wide", (200, 248), HALF),
+]
 FEW = [
     ("bwd_sm90", (64, 64), HALF), ("bwd_sm90", (128, 128), BRAIN), ("bwd_sm80", (192, 128), HALF),
-    ("bwd_sm80", (256, 256), BRAIN), ("bwd_sm80", (128, 128), SINGLE), ("bwd_sm80", (40, 72), HALF),
+    ("bwd_sm90_wide", (192, 128), HALF), ("bwd_sm90_wide", (256, 256), BRAIN),
+    ("bwd_sm80", (256, 256), BRAIN), ("bwd_sm80", (128, 128), SINGLE), *BETWEEN,
 ]  # fmt: skip
 
 
-@each("kernel, dims, dtype", [*DIMS, ("bwd_sm80", (40, 72), HALF)], emulated=FEW)
+@each("kernel, dims, dtype", [*DIMS, *BETWEEN], emulated=FEW)
 @each("drop", [{}, {"dropout_p": 0.2, "rng": (1, 2)}])
 def test_head_dims(on: Place, kernel: str, dims: tuple[int, int], dtype: str, drop: Rules) -> None:
     sizes = {"seqlen": 150, "seqlen_kv": 200, "dtype": dtype_of(dtype)}
     sizes |= {"head_dim": dims[0], "head_dim_v": dims[1]}
+    if kernel == "bwd_sm90_wide":
+        drop = {}  # it has none
     check(on, kernel, sizes, {"causal": True, **drop})
 
 
@@ -92,11 +102,14 @@ EXTRAS: dict[str, Rules] = {
         **DROP,
     },
 }  # fmt: skip
+ON_WIDE = ("none", "window", "window and causal", "sink")
 
 
 @each("kernel", BACKWARD_KERNELS)
 @each("name", EXTRAS)
 def test_rules(on: Place, kernel: str, name: str) -> None:
+    if kernel == "bwd_sm90_wide" and name not in ON_WIDE:
+        pytest.skip("has no such rule")
     sizes = {"seqlen": S, "seqlen_kv": T, "dtype": np.dtype(HALF), "batch": 2, "head_dim": 32}
     check(on, kernel, sizes | {"head_dim_v": 32}, EXTRAS[name])
 
@@ -250,17 +263,20 @@ def test_float32_results(on: Place, kernel: str, accumulate: bool) -> None:
         np.testing.assert_allclose(change, getattr(plain, name).astype("f4"), rtol=2e-3, atol=2e-3)
 
 
-@each("head_dim", [64, 128])
+@each("head_dim", [64, 128, 192, 256])
 @each("rules", [{}, {"causal": True}, {"window": (30, 20), "softcap": 2.0}, DROP])
 def test_sums_in_any_order(on: Place, head_dim: int, rules: Rules) -> None:
     """Where bits may differ, one kernel computes dq, too."""
-    runs(on, "bwd_sm90")
+    kernel = "bwd_sm90" if head_dim <= 128 else "bwd_sm90_wide"
+    runs(on, kernel)
+    if kernel == "bwd_sm90_wide":
+        rules = {name: x for name, x in rules.items() if name in ("causal", "window")}
     q, k, v = operands(HEADS, 2, 150, 200, head_dim, head_dim, 2, np.dtype(HALF))
     o, lse = attention(q, k, v, return_lse=True, **rules)
     do = random(*o.shape, dtype=HALF, seed=5)
     given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
     expected = verify_gradients.expect(do, q, k, v, **rules)
-    got = gradients(on, "bwd_sm90", given, ("q", "k", "v"), rules, deterministic=False)
+    got = gradients(on, kernel, given, ("q", "k", "v"), rules, deterministic=False)
     faults = expected.faults(got)
     assert not faults, faults
 
@@ -323,11 +339,17 @@ def test_nan_reaches_who_sees_it(on: Place, dim: int) -> None:
 @each("window", [(10, 0), (5, 40), (-1, 0)])
 @each("deterministic", [True, False])
 @each("wrt", [("q", "k", "v"), ("k",), ("q",)])
+@each("kernel", ["bwd_sm90", "bwd_sm90_wide"])
 def test_what_is_far_from_all_may_hold_nan(
-    on: Place, causal: Any, window: tuple[int, int], deterministic: bool, wrt: tuple[str, ...]
+    on: Place,
+    causal: Any,
+    window: tuple[int, int],
+    deterministic: bool,
+    wrt: tuple[str, ...],
+    kernel: str,
 ) -> None:
     """Keys that no query sees by position, and queries that see none."""
-    runs(on, "bwd_sm90")
+    runs(on, kernel)
     rules = {"causal": causal, "window": window}
     for lengths in ((70, 200), (200, 70)):
         i, j = np.indices(lengths)
@@ -341,7 +363,7 @@ def test_what_is_far_from_all_may_hold_nan(
         for name, axis in (("k", 0), ("v", 0), ("q", 1), ("do", 1)):
             dirty[name][:, :, ~seen.any(axis)] = np.nan
         x, y = (
-            by_result(gradients(on, "bwd_sm90", given, wrt, rules, deterministic=deterministic))
+            by_result(gradients(on, kernel, given, wrt, rules, deterministic=deterministic))
             for given in (clean, dirty)
         )
         for name in x:

@@ -19,7 +19,7 @@ from flashcore_cupy.cuda.targets import HOPPER
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
 from flashcore_cupy.select import registry
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
 #: Two launches: copies end as late as they may, and at once.
 EMULATED = matrix.Emulated(HOPPER, seed=1)

@@ -24,7 +24,7 @@ from flashcore_cupy.problem.attention_problem import (
 from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.problem.gradients import INPUTS, BackwardGate
 from flashcore_cupy.problem.rules import NO_RULES, RULES, Rules
-from flashcore_cupy.select.backward import BACKWARD_KERNELS
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
 View = Literal["contiguous", "strided", "align8", "align4", "misaligned", "transposed"]
 

@@ -44,10 +44,11 @@ __device__ __forceinline__ void wgmma_qk(float (&rS)[COUNT], uint32 (&rQ)[STEPS]
 }
 
 // O += P V, or O = P V unless it `accumulates`. rP: the A operand of 16 keys each; sV: the first of
-// these keys, which may be a part of the tile.
-template <typename LayoutV, typename T, int STEPS>
-__device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2], uint32 (&rP)[STEPS][4],
-                                         const T* sV, bool accumulates = true) {
+// these keys, which may be a part of the tile, in the panel that has the first of O's columns.
+template <typename LayoutV, typename T, int COUNT, int STEPS>
+__device__ __forceinline__ void wgmma_pv(float (&rO)[COUNT], uint32 (&rP)[STEPS][4], const T* sV,
+                                         bool accumulates = true) {
+    static_assert(2 * COUNT == LayoutV::COLS || 2 * COUNT % LayoutV::PANEL == 0, "whole panels");
     constexpr int SWIZZLE = LayoutV::PANEL * int(sizeof(T));
     constexpr uint32 PANEL_BYTES = LayoutV::ROWS * SWIZZLE;
     const uint64 v = matrix_descriptor(matrix_layout<SWIZZLE>(PANEL_BYTES), shared_address(sV));
@@ -57,8 +58,8 @@ __device__ __forceinline__ void wgmma_pv(float (&rO)[LayoutV::COLS / 2], uint32 
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
-        wgmma<T, LayoutV::COLS, true>(rO, rP[step], advance_descriptor(v, step * 16 * SWIZZLE),
-                                      accumulates || step > 0);
+        wgmma<T, 2 * COUNT, true>(rO, rP[step], advance_descriptor(v, step * 16 * SWIZZLE),
+                                  accumulates || step > 0);
     wgmma_commit();
 }
 
