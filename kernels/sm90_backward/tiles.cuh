@@ -24,8 +24,8 @@ constexpr int STEPS = BLOCK_N / 16;  // 16-column steps of P dO, dS Q, dS K
 
 constexpr int TURNS = 4;  // tiles whose turn may have come before the first of them is added to
 
-// Which tile of all heads' and batches' queries. A packed batch has room for tiles of each sequence:
-// bwd_scale.cu finds them there.
+// Which tile of all heads' and batches' queries. A packed batch has room for tiles of each
+// sequence: bwd_scale.cu finds them there.
 __device__ __forceinline__ int64 tile_of_dq(const BackwardParams& p, const Work& w, int head,
                                             int tile) {
     if constexpr (VARLEN) {
