@@ -21,7 +21,7 @@ __device__ __forceinline__ const TensorMap* map_vo(const HopperBackwardParams& p
     return of_keys ? &p.v_map : &p.dout_map;
 }
 
-// Where a row of the sequence is in the maps of its side, which begin with row `map_begin`. Those of
+// Where a row of the sequence is in the maps of its side, which begin with row `map_begin`. Maps of
 // a packed batch show all of its sequences, side by side.
 __device__ __forceinline__ int row_of_map(const Work& w, bool of_keys, int row, int map_begin) {
     if constexpr (VARLEN) return (of_keys ? w.start_kv : w.start_q) + row;

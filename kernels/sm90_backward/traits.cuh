@@ -46,7 +46,7 @@ enum NamedBarrier : int {
 
 constexpr int TURNS = 4;  // tiles whose turn may have come before the first of them is added to
 
-// Which tile of all heads' and batches' queries. A packed batch has room for tiles of each sequence:
+// Which tile of all heads' and batches' queries. A packed batch has room for each sequence's tiles:
 // bwd_scale.cu finds them there.
 __device__ __forceinline__ int64 tile_of_dq(const BackwardParams& p, const Work& w, int head,
                                             int tile) {
