@@ -430,6 +430,10 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "[<= for <]",
         "sm90/unseen_keys.cuh: if (begin <= 0 && end >= BLOCK_N) return; [< for <=]",
         "sm90/unseen_keys.cuh: if (begin <= 0 && end >= BLOCK_N) return; [> for >=]",
+        "sm90_backward/unseen_rows.cuh: if (begin <= 0 && end >= BLOCK_N) return; [< for <=]",
+        "sm90_backward/unseen_rows.cuh: if (begin <= 0 && end >= BLOCK_N) return; [> for >=]",
+        "sm90_backward/unseen_rows.cuh: for (int n = first; n < min(first + 16, TILES_N); ++n) { "
+        "[<= for <]",
         "ladder/scalar.cu: if (mask.needs_mask(block_first, block_first + BLOCK_M - 1, first_key, "
         "[0 for 1 in - 1]",
         "ladder/wmma_fused.cu: if (c.mask.needs_mask(c.first_query, c.first_query + BLOCK_M - 1, "
@@ -439,6 +443,10 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "backward/context.cuh: if (own >= work.seqlen_kv) return {0, 0}; [> for >=]",
         "bwd_sm90, backward/context.cuh: if (own >= work.seqlen_q) return {0, 0}; [> for >=]",
         "backward/differentiate.cuh: seen = seen && x.query < c.work.seqlen_q && [<= for <]",
+        "bwd_sm90.cu: if (nth < walk.count()) look_up_rows(*this, walk[nth], visible[0]); "
+        "[<= for <]",
+        "sm90_backward/unseen_rows.cuh: seen = seen && x.query < c.work.seqlen_q && "
+        "c.mask().visible(x.query, x.key); [<= for <]",
         "backward/work.cuh: return block >= 0 && w.first_row < w.seqlen_kv; [<= for <]",
         "bwd_sm80_bias.cu: if (c.first_row > 0 || c.lane >= QUAD) return; [> for >=]",
         "bwd_sm90.cu: return first < rows && tile * BLOCK_N < met.end && "
@@ -506,6 +514,10 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "sm90_backward/turns.cuh: last < granted && "
         "mbarrier_test_wait(&smem.added[last % TURNS], last / TURNS % 2); [<= for <]",
         "wmma_cp_async, ladder/block_wide.cuh: if (d >= TILES_D) break; [> for >=]",
+    ),
+    "for boundaries that fall, which a test of its own has: with them it never ends": (
+        "sm90_backward/turns.cuh: falls = falls || kv.boundary(n) > kv.boundary(n + 1); "
+        "[0 for 1 in + 1]",
     ),
     "columns of padding": (
         "ladder/block_wide.cuh: for (int d = part; d < HEAD_DIM; d += THREADS_PER_ROW) [<= for <]",
