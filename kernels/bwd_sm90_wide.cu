@@ -83,9 +83,11 @@ struct ConsumerDV : Consumer {
                                                  float (&rS)[BLOCK_N / 2]) {
         each_pair(smem.sShift[stage], lane, [&](int i, int n, int half, const float* shift) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e)
-                rS[i + e] =
-                    probability<MASKED>(*this, at, 0, half, n, e, Bits(), rS[i + e], shift[e]);
+            for (int e = 0; e < 2; ++e) {
+                float t = rS[i + e];
+                if constexpr (RULES & RULE_SCALE_FIRST) t *= p.softmax_scale;
+                rS[i + e] = probability<MASKED>(*this, at, 0, half, n, e, Bits(), t, shift[e]);
+            }
         });
     }
 

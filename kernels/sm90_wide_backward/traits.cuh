@@ -32,7 +32,7 @@ static_assert(CONSUMERS == 3 && BLOCK_M == ROWS && BLOCK_N == ROWS, "64 rows for
 static_assert(WARPS_M == CONSUMER_WARPS && WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV &&
                   CLUSTER == 1,
               "a consumer has all columns of its gradient");
-static_assert(OWNS_KEYS && !SUMS_DISTANCES && !RowRules<T, RULES>::CHANGES_SCORES,
+static_assert(OWNS_KEYS && !SUMS_DISTANCES && (RULES & SCORE_RULES & ~RULE_SCALE_FIRST) == 0,
               "P and dS come of S and dP one after the other, in different warpgroups");
 static_assert(HEAD_DIM % 64 == 0 && HEAD_DIM_V % 64 == 0 && COLS_DQ % 64 == 0, "whole panels");
 static_assert(GRADIENT_COLS >= HEAD_DIM && GRADIENT_COLS >= HEAD_DIM_V, "all columns in one block");

@@ -58,6 +58,7 @@ from side_by_side.results import (
 from flashcore_cupy.cpu import reference, reference_gradients
 from flashcore_cupy.cpu.emulator.backward import emulated_backward
 from flashcore_cupy.select import selector
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
 
 def cell_of(name: str) -> Cell:
@@ -1040,8 +1041,8 @@ def test_gradients_are_compiled_ahead_with_what_they_start_from(
     assert len({(c.head_dim, c.heads_kv, bool(c.lengths)) for c in wanted}) == 5
     backends.compile_ahead([backends.call_of(cell, kernel) for cell in wanted])
     built = {config for config, _ in asked}
-    names = {"auto": {"wgmma_sm90", "bwd_sm90", "bwd_sm80"}, "bwd_sm80": {"wgmma_sm90", kernel}}
-    assert {config.kernel for config in built} == names[kernel]
+    names = {*BACKWARD_KERNELS} if kernel == "auto" else {kernel}
+    assert {config.kernel for config in built} == {"wgmma_sm90", *names}
     for cell in wanted:
         few = replace(cell, lengths=cell.lengths[:1]) if cell.lengths else replace(cell, batch=1)
         shapes = few.q_shape, few.k_shape, few.v_shape
