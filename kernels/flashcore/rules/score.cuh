@@ -7,6 +7,7 @@
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/rules/dual.cuh>
 #include <flashcore/rules/key_bits.cuh>
+#include <flashcore/rules/listed_tiles.cuh>
 #include <flashcore/rules/mod_elements.cuh>
 #include <flashcore/rules/mods.cuh>
 
@@ -27,12 +28,13 @@ constexpr int RULE_SCALE_FIRST = 1024;   // scale before the maximum, for a scal
 constexpr int RULE_MASK_CHUNKS = 2048;   // 16 neighbouring keys of the mask in one aligned load
 constexpr int RULE_SOFTCAP_WIDE = 4096;  // a cap that most scores are far below
 constexpr int RULE_DROPOUT = 8192;       // after the softmax, see dropout.cuh
+constexpr int RULE_BLOCKS = 16384;       // lists of tiles, see listed_tiles.cuh
 
 // Rules that change a score, rather than hide a key.
 constexpr int CAPPING_RULES = RULE_SOFTCAP | RULE_SOFTCAP_WIDE;
 constexpr int SCORE_RULES =
     CAPPING_RULES | RULE_ALIBI | RULE_BIAS | RULE_BIAS_FP32 | RULE_SCORE_MOD | RULE_SCALE_FIRST;
-constexpr int HIDING_RULES = RULE_MASK | RULE_MASK_MOD;
+constexpr int HIDING_RULES = RULE_MASK | RULE_MASK_MOD | RULE_BLOCKS;
 
 // tanh by one exponential has an error of 1e-7; tanh.approx has 5e-4. The score's error is 1e-7 of
 // the cap, which is too much for fp32 inputs: those take tanhf. WIDE: the cap is so high that 1e-7
@@ -150,6 +152,48 @@ struct RowRules {
     // All lanes of the warp call it.
     template <bool MASKED, int PAIRS, int UNROLL, typename Mask>
     __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> visible(const Mask& mask, int key) const {
+        KeyBits<HIDES_KEYS, PAIRS> bits = looked_up<MASKED, PAIRS, UNROLL>(key);
+        if constexpr (HIDES_KEYS && MASKED)
+            bits.keep(mask.row_begin(query) - key, mask.row_end(query) - key);
+        return bits;
+    }
+
+    // The same in a listed tile, of whose blocks `blocks` are the query's: in full ones nothing is
+    // asked, and keys in blocks that are not listed are hidden.
+    template <bool MASKED, int PAIRS, int UNROLL, typename Mask>
+    __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> visible_in(const BlocksOfRow& blocks,
+                                                                     const Mask& mask,
+                                                                     int key) const {
+        KeyBits<HIDES_KEYS, PAIRS> bits;
+        if (!blocks.are_full()) bits = looked_up<MASKED, PAIRS, UNROLL>(key);
+        blocks.keep_listed(bits, key);
+        if constexpr (MASKED)
+            bits.keep(mask.row_begin(query) - key, mask.row_end(query) - key);
+        return bits;
+    }
+
+    // Whether the lists, the mask and mask_mod let the query see a key. The key need not exist.
+    __device__ __forceinline__ bool sees(int key) const {
+        bool seen = true;
+        if constexpr (RULES & RULE_BLOCKS) {
+            const int state = TileLists(params).state_of(batch, head, query, inside<true>(key));
+            if (state != BLOCK_MIXED) return state != 0;
+        }
+        if constexpr (RULES & RULE_MASK)
+            seen = gMask[inside<true>(key) * params.mask_strides.column] != 0;
+        if constexpr (RULES & RULE_MASK_MOD)
+            seen = seen && mask_mod(params.mod_args, batch, head, query, inside<true>(key));
+        return seen;
+    }
+
+  private:
+    // Key by key, or in pairs.
+    static constexpr bool LOOKS_UP_KEYS =
+        (RULES & RULE_MASK_MOD) != 0 || ((RULES & RULE_MASK) != 0 && !(RULES & RULE_MASK_CHUNKS));
+
+    // What the boolean mask and mask_mod say of PAIRS pairs of keys from `key` on.
+    template <bool MASKED, int PAIRS, int UNROLL>
+    __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> looked_up(int key) const {
         KeyBits<HIDES_KEYS, PAIRS> bits;
         if constexpr (LOOKS_UP_KEYS) {
 #pragma unroll(UNROLL)
@@ -180,25 +224,9 @@ struct RowRules {
                 bits.words[w] = LOOKS_UP_KEYS ? bits.words[w] & word : word;
             }
         }
-        if constexpr (HIDES_KEYS && MASKED)
-            bits.keep(mask.row_begin(query) - key, mask.row_end(query) - key);
+        if constexpr (HIDES_KEYS && !LOOKS_UP_KEYS && !(RULES & RULE_MASK_CHUNKS)) bits.set_all();
         return bits;
     }
-
-    // Whether the mask and mask_mod let the query see a key. The key need not exist.
-    __device__ __forceinline__ bool sees(int key) const {
-        bool seen = true;
-        if constexpr (RULES & RULE_MASK)
-            seen = gMask[inside<true>(key) * params.mask_strides.column] != 0;
-        if constexpr (RULES & RULE_MASK_MOD)
-            seen = seen && mask_mod(params.mod_args, batch, head, query, inside<true>(key));
-        return seen;
-    }
-
-  private:
-    // Key by key, or in pairs.
-    static constexpr bool LOOKS_UP_KEYS =
-        (RULES & RULE_MASK_MOD) != 0 || ((RULES & RULE_MASK) != 0 && !(RULES & RULE_MASK_CHUNKS));
 
     // Whether the query sees keys `key` and key + 1.
     template <bool MASKED>
