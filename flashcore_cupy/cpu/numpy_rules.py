@@ -218,9 +218,22 @@ class NumpyRules:
             parts.append(at.kv_idx <= at.q_idx + (self.offset + right))
         if at.keys.start < at.highest + self.offset - left:
             parts.append(at.kv_idx >= at.q_idx + (self.offset - left))
-        seen = (rule.seen(value, at, self) for rule, value in self._given)
-        parts += [part for part in seen if part is not None]
+        parts += self._looked_up(at)
         return reduce(np.logical_and, parts) if parts else np.ones(at.shape, np.bool_)
+
+    def _looked_up(self, at: Block) -> list[BoolArray]:
+        """Return where each rule lets the queries of a block see its keys."""
+        found = []
+        granted = [rule.granted(value, at, self) for rule, value in self._given]
+        for (rule, value), own in zip(self._given, granted, strict=True):
+            seen = rule.seen(value, at, self)
+            if seen is None:
+                continue
+            for other in granted:
+                if other is not None and other is not own:
+                    seen = seen | other
+            found.append(seen)
+        return found
 
     def doubtful(self, at: Block) -> list[Block]:
         """Return the parts of a block that need a look: in the rest all queries see all keys."""

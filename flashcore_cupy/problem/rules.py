@@ -9,8 +9,9 @@ batch, the query head, the query and the key:
     s = s + bias[b, h, i, j]                    bias
     s = score_mod(s, b, h, i, j)                score_mod
 
-and then query i sees key j where causal, window, mask and mask_mod all let it. What the softmax
-gives goes through dropout. To add a rule: its record here with a field of ``Rules``, its lines in
+and then query i sees key j where causal, window, mask and mask_mod all let it. With a block_mask,
+mask and mask_mod are asked in its mixed blocks alone; they let all pass in full ones, and nothing in
+empty ones. What the softmax gives goes through dropout. To add a rule: its record here with a field of ``Rules``, its lines in
 ``score.cuh``, its inputs in the selftest; all of it stands in CONTRIBUTING.md.
 
 Nothing here needs a GPU or CuPy: of arrays it takes shape, dtype, strides, and an address.
@@ -28,6 +29,7 @@ import numpy as np
 from flashcore_cupy.problem import blocks
 from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, ScoreShape
 from flashcore_cupy.problem.dropout import DropoutP
+from flashcore_cupy.problem.listed_blocks import BlockLists, BlockMaskRule
 from flashcore_cupy.problem.mods import (
     Mods,
     apply_score_mod,
@@ -72,6 +74,7 @@ class Rules:
     sink: bool = False
     dropout_p: float = 0.0
     mods: Mods | None = None
+    block_mask: BlockLists | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -357,7 +360,7 @@ class Sink(PerHeadRule):
 #: In the order in which they apply.
 RULES: tuple[Rule, ...] = (
     *(Window(), Softcap(), AlibiSlopes(), Bias(), ScoreMod()),
-    *(Mask(), MaskMod(), Sink(), DropoutP()),
+    *(BlockMaskRule(), Mask(), MaskMod(), Sink(), DropoutP()),
 )
 NO_RULES = Rules()
 
@@ -388,7 +391,7 @@ def describe_rules(scores: ScoreShape, dtype: str, *, packed: bool = False, **gi
         rule.name: rule.describe(given[rule.name], scores, dtype)
         for rule in RULES
         if (rule.takes == "value" and rule.name in given)
-        or (rule.takes in ("array", "numbers per head") and given.get(rule.name) is not None)
+        or (rule.takes not in ("value", "formula") and given.get(rule.name) is not None)
     }
     mods = (given.get("score_mod"), given.get("mask_mod"), given.get("mod_args") or {})
     return Rules(**described, mods=describe_mods(*mods))

@@ -20,7 +20,7 @@ _ELSEWHERE = {
     "attention_mask": "mask (boolean, True where a query attends) or bias (added to the scores)",
     "attn_bias": "bias",
     "attn_mask": "mask (boolean, True where a query attends) or bias (added to the scores)",
-    "block_mask": "mask_mod",
+    "block_mask": "mask_mod: a block mask has no gradient yet",
     "cu_seqlens": "cu_seqlens_q and cu_seqlens_k",
     "cu_seqlens_kv": "cu_seqlens_k",
     "deterministic": "nothing: the same call always gives the same bits",

@@ -33,7 +33,7 @@ _INTEGERS = [
     *("batch", "heads_q", "heads_kv", "group", "seqlen_q", "seqlen_kv", "causal_offset"),
     *("window_left", "window_right", "top_left", "m_blocks", "splits", "section"),
     *("gate_row", "gate_tiles", "rows_padded", "cols_padded"),
-    *("list_batches", "list_heads", "list_shift_q", "list_shift_kv"),
+    *(name for rule in RULES for name in rule.integers),
     *("tile_rows", "tile_keys", "tile_capacity"),
 ]
 

@@ -116,9 +116,9 @@ __device__ __forceinline__ void Consumer::softmax_of_listed(const ListedTile& at
         // Positions are among what was looked up; only rules that look up arrays still have to know
         // that keys may lie behind the sequence.
         if ((RULES & SCORE_RULES) && masked) {
-            find_maxima<true, true>(tile, max);
+            find_maxima<true, HIDES_KEYS>(tile, max);
         } else {
-            find_maxima<false, true>(tile, max);
+            find_maxima<false, HIDES_KEYS>(tile, max);
         }
         exponentiate(tile, max, factor);
     } else {

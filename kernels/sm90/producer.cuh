@@ -48,9 +48,10 @@ struct ListReader {
     const ListedTile* next;
     ListedTile ahead;
 
-    __device__ __forceinline__ ListReader(const HopperParams& p, const WorkTile& w)
-        : next(TileLists(p).entries(list_of(p, w)) + w.tiles.end - 1) {
-        if (w.tiles.end > 0) ahead = *next;
+    __device__ __forceinline__ ListReader(const HopperParams& p, const WorkTile& w) {
+        if (!LISTED || w.tiles.end == 0) return;
+        next = TileLists(p).entries(list_of(p, w)) + w.tiles.end - 1;
+        ahead = *next;
     }
     // Returns the tile at `place` of the list, which is the one before the last that was asked for.
     __device__ __forceinline__ ListedTile take(int place) {
@@ -60,24 +61,12 @@ struct ListReader {
     }
 };
 
-struct NoListReader {
-    __device__ __forceinline__ NoListReader(const HopperParams&, const WorkTile&) {}
-};
-template <bool USED>
-struct ListReaderOf {
-    using type = ListReader;
-};
-template <>
-struct ListReaderOf<false> {
-    using type = NoListReader;
-};
-
 // Starts all copies of a work tile.
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
                                            const WorkTile& w, StateQ& q, StateKV& kv) {
     const TileRange tiles = w.tiles;
     const Boxes boxes(p, w);
-    [[maybe_unused]] typename ListReaderOf<LISTED>::type list(p, w);
+    ListReader list(p, w);
 #pragma unroll 1
     for (int place = tiles.end - 1; place >= tiles.begin; --place) {
         const int stage = kv.stage;

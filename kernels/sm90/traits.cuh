@@ -100,15 +100,6 @@ struct ListedStages {
     ListedTile tile[NUM_STAGES];
     uint64 published[2];
 };
-struct NoListedStages {};
-template <bool USED>
-struct ListedStagesOf {
-    using type = ListedStages;
-};
-template <>
-struct ListedStagesOf<false> {
-    using type = NoListedStages;
-};
 
 // Tiles are swizzled as shared_layout.cuh says, which is TMA's and wgmma's swizzle, too. It counts
 // from multiples of 1024 bytes.
@@ -122,7 +113,7 @@ struct alignas(1024) SharedStorage {
     Pipeline<NUM_STAGES> k, v;
     WorkQueue work;  // in registers, a work tile would take a dozen of every thread
     int is_last;     // whether this CTA is the last one to arrive with a split of its rows
-    typename ListedStagesOf<LISTED>::type listed;
+    ListedStages listed;
     SeenKeysBuffers seen;
 };
 static_assert(Splits::SMEM_BYTES <= sizeof(SharedStorage::sK), "a split's partials fit over K");

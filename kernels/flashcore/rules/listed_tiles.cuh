@@ -27,6 +27,8 @@ struct BlocksOfRow {
     __device__ __forceinline__ bool are_empty() const { return states == 0; }
     __device__ __forceinline__ bool are_full() const { return (states & ALL_FULL) == ALL_FULL; }
 
+    template <int PAIRS>
+    __device__ __forceinline__ void keep_listed(KeyBits<false, PAIRS>&, int) const {}
     // Sets the bits of a lane's keys in full blocks, and clears those in empty blocks; key: the
     // lane's first.
     template <int PAIRS>

@@ -167,7 +167,7 @@ struct RowRules {
         KeyBits<HIDES_KEYS, PAIRS> bits;
         if (!blocks.are_full()) bits = looked_up<MASKED, PAIRS, UNROLL>(key);
         blocks.keep_listed(bits, key);
-        if constexpr (MASKED)
+        if constexpr (HIDES_KEYS && MASKED)
             bits.keep(mask.row_begin(query) - key, mask.row_end(query) - key);
         return bits;
     }
