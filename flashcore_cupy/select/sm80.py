@@ -44,6 +44,11 @@ class Sm80(TakesLists):
             reasons.append(
                 f"warps_n={t.warps_n}: their partials do not fit over K and V to be combined"
             )
+        if self.is_listed and 64 % (t.block_m // t.warps_m):
+            reasons.append(
+                f"block_m={t.block_m}, warps_m={t.warps_m}: with a block mask a warp has 16, 32 or "
+                f"64 rows"
+            )
         return reasons + self.unlisted("pack_gqa", "split_kv")
 
     def _unfit_columns(self) -> list[str]:
