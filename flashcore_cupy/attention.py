@@ -190,9 +190,9 @@ def attention(
     arguments = dict(
         layout=layout, softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, bias=bias, mask=mask, block_mask=block_mask, sink=sink,
-        dropout_p=dropout_p, rng=rng, score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant, kernel=kernel,
-        config=config, gate=gate,
+        dropout_p=dropout_p, rng=rng, score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant,
+        kernel=kernel, config=config, gate=gate,
     )  # fmt: skip
     return_lse = check_results(gate, return_lse, out)
     try:

@@ -111,8 +111,7 @@ __device__ __forceinline__ void attend_place(const Context& c, Rows& rows, Walk&
     if (!KV_TOGETHER && !has_v) fill_v(c, walk, place, walk.tile(place));
     if constexpr (LISTED && !SHARES_ROWS) {
         const BlocksOfRow blocks = walk.blocks_in(c);
-        const bool hidden =
-            (BOUNDED_RIGHT || BOUNDED_LEFT) && walk.needs_mask(c, walk.tile(place));
+        const bool hidden = (BOUNDED_RIGHT || BOUNDED_LEFT) && walk.needs_mask(c, walk.tile(place));
         if (blocks.are_empty()) {
             skip_tile(c, walk, at, place);
         } else if (blocks.are_full() && !hidden) {
@@ -166,10 +165,10 @@ __device__ __forceinline__ void skip_tile(const Context& c, Walk& walk, const Ti
 // ---- a block of rows ---------------------------------------------------------------------------
 
 __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
-    const TileRange all =
-        LISTED ? TileRange{0, TileLists(c.params).count(list_of(c.params, c.work))}
-               : visible_tiles<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M,
-                                                  SPLIT_KV ? c.params.splits : 1);
+    const TileRange all = LISTED
+                              ? TileRange{0, TileLists(c.params).count(list_of(c.params, c.work))}
+                              : visible_tiles<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M,
+                                                                 SPLIT_KV ? c.params.splits : 1);
     if (all.begin >= all.end) return;
     Walk walk(c, all);
     load_q(c);  // has no barrier of its own: that of the first K waits for it, too
@@ -189,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     Work work;
     const BlockSplit which = SPLIT_KV ? block_split(block_index(), grid_size() / params.splits)
                                       : BlockSplit{int(block_index()), 0};
-    if (!find_work<BOUNDED_RIGHT || LISTED, VARLEN, PACK_GQA>(params, BLOCK_M, work, which)) return;
+    if (!find_work < BOUNDED_RIGHT || LISTED, VARLEN, PACK_GQA > (params, BLOCK_M, work, which))
+        return;
     if (thread_index() == 0) {
         smem.kv.init(NUM_THREADS, NUM_THREADS);
         smem.work = work;

@@ -191,7 +191,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(CTA_THREADS, MIN_BLOCK
         smem.v.init(1, CONSUMER_WARPS);
         smem.work.init(CONSUMER_WARPS + 1);  // and the producer
         if constexpr (LISTED) init_listed(smem);
-        fence_mbarrier_init();               // TMA sees the new barriers
+        fence_mbarrier_init();  // TMA sees the new barriers
     }
     if (thread_index() == 3 * WARP_SIZE) {
         prefetch_tensormap(&params.k_map);

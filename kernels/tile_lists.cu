@@ -72,13 +72,13 @@ struct Lister {
     // lie in tiles from `begin` to before `end`.
     __device__ __forceinline__ void mark(int full, int begin, int end) {
         if (p.counts[full] == nullptr) return;
-        const int first_row = first_query >> p.list_shift_q, last_row = last_query >> p.list_shift_q;
+        const int first_row = first_query >> p.list_shift_q,
+                  last_row = last_query >> p.list_shift_q;
         const ListStrides& at = p.counts_strides[full];
         const BroadcastStrides& to = p.indices_strides[full];
         for (int row = first_row; row <= last_row; ++row) {
-            const int n = min(
-                p.counts[full][batch * at.batch + head_list * at.head + row * at.row],
-                p.capacity[full]);
+            const int n = min(p.counts[full][batch * at.batch + head_list * at.head + row * at.row],
+                              p.capacity[full]);
             const int* const indices =
                 p.indices[full] + (batch * to.batch + head_list * to.head + row * to.row);
             for (int i = lane(); i < n; i += WARP_SIZE)
@@ -114,24 +114,12 @@ struct Lister {
             states |= own << 8 * row;
             const int first_of_row = (first_query >> p.list_shift_q) + row << p.list_shift_q;
             const int last_of_row = first_of_row + (1 << p.list_shift_q) - 1;
-            const bool is_full =
-                (own & BlocksOfRow::ALL_FULL) == BlocksOfRow::ALL_FULL;
-            all_seen |= is_full && !mask.needs_mask(max(first_of_row, first_query),
-                                                    min(last_of_row, last_query), first_key,
-                                                    end_key);
+            const bool is_full = (own & BlocksOfRow::ALL_FULL) == BlocksOfRow::ALL_FULL;
+            all_seen |=
+                is_full && !mask.needs_mask(max(first_of_row, first_query),
+                                            min(last_of_row, last_query), first_key, end_key);
         }
         return {uint32(tile) | (all_seen ? 0 : ListedTile::HAS_UNSEEN), states};
-    }
-
-    // How many lanes up to this one have the condition.
-    __device__ __forceinline__ static int rank(bool condition) {
-        int sum = condition;
-#pragma unroll
-        for (int step = 1; step < WARP_SIZE; step *= 2) {
-            const int before = shfl(sum, max(lane() - step, 0));
-            if (lane() >= step) sum += before;
-        }
-        return sum;
     }
 
     __device__ __forceinline__ void list(int number) {
@@ -149,7 +137,7 @@ struct Lister {
             for (int first = begin; first < end; first += WARP_SIZE) {
                 const int tile = first + lane();
                 const ListedTile entry = tile < end ? entry_of(tile, begin) : ListedTile{0, 0};
-                const int nth = rank(entry.states != 0);
+                const int nth = warp_rank(entry.states != 0);
                 if (entry.states != 0 && count + nth <= p.tile_capacity)
                     entries[count + nth - 1] = entry;
                 count = min(count + shfl(nth, WARP_SIZE - 1), p.tile_capacity);

@@ -1,4 +1,4 @@
-"""Lists of blocks from grids, sparse rows and intervals, by NumPy or CuPy; a GPU is not waited for."""
+"""Lists of blocks from grids, sparse rows and intervals. A GPU is not waited for."""
 
 from __future__ import annotations
 
@@ -139,9 +139,14 @@ def of_intervals(intervals: Any, seqlens: tuple[int, int], block: tuple[int, int
     queries = blocks_of(seqlens[0], block[0])
     if array.dtype != np.int32:
         raise TypeError(f"intervals: got dtype {array.dtype.name}; use int32")
-    if not 3 <= array.ndim <= 5 or array.shape[-1] != 2 or array.shape[-3] not in (
-        seqlens[0],
-        queries,
+    if (
+        not 3 <= array.ndim <= 5
+        or array.shape[-1] != 2
+        or array.shape[-3]
+        not in (
+            seqlens[0],
+            queries,
+        )
     ):
         raise ValueError(
             f"intervals: got shape {tuple(array.shape)}; use (B or 1, heads or 1, rows, n, 2) with "
@@ -181,7 +186,8 @@ def _rule_of(shape: tuple[int, ...], per: int) -> InKernel:
     h = "h" if heads > 1 else "0"
     first = f"((({b}) * {heads} + {h}) * {rows}ll + q_idx / {per}) * {2 * n}"
     inside = (
-        f"(kv_idx >= fc_intervals[{first} + {2 * i}] && kv_idx < fc_intervals[{first} + {2 * i + 1}])"
+        f"(kv_idx >= fc_intervals[{first} + {2 * i}] && "
+        f"kv_idx < fc_intervals[{first} + {2 * i + 1}])"
         for i in range(n)
     )
 

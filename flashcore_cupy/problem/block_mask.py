@@ -72,10 +72,12 @@ class BlockMask:
         Axes in front may be missing. The first two are of mixed blocks, which need a rule here or
         beside the call; the others are of full ones. No array is copied.
         """
-        block = _checked_block(block)
-        seqlens = _length("seqlen_q", seqlen_q), _length("seqlen_kv", seqlen_kv)
+        block = checked_block(block)
+        seqlens = checked_length("seqlen_q", seqlen_q), checked_length("seqlen_kv", seqlen_kv)
         given = dict(
-            zip(LISTS, (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices), strict=True)
+            zip(
+                LISTS, (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices), strict=True
+            )
         )
         arrays = block_lists.checked(given, blocks_of(seqlens[0], block[0]))
         return cls(arrays, seqlens, block, mask_mod, mask, mod_args)
@@ -85,10 +87,12 @@ class BlockMask:
         cls, grid: Any, *, seqlen_q: int, seqlen_kv: int, block: tuple[int, int] = (128, 128)
     ) -> BlockMask:
         """Take a grid of blocks, (..., Qb, Kb) bool: True where a block is full, else empty."""
-        block = _checked_block(block)
+        block = checked_block(block)
         wanted = blocks_of(seqlen_q, block[0]), blocks_of(seqlen_kv, block[1])
         lists = block_lists.of_grid(grid, wanted)
-        return cls.from_lists(None, None, *lists, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, block=block)
+        return cls.from_lists(
+            None, None, *lists, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, block=block
+        )
 
     @classmethod
     def from_csr(
@@ -104,10 +108,12 @@ class BlockMask:
 
         Row i of a head has the key blocks indices[indptr[i]:indptr[i + 1]].
         """
-        block = _checked_block(block)
+        block = checked_block(block)
         wanted = blocks_of(seqlen_q, block[0]), blocks_of(seqlen_kv, block[1])
         lists = block_lists.of_csr(indptr, indices, wanted)
-        return cls.from_lists(None, None, *lists, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, block=block)
+        return cls.from_lists(
+            None, None, *lists, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, block=block
+        )
 
     @classmethod
     def from_intervals(
@@ -123,7 +129,7 @@ class BlockMask:
         A row has n intervals [begin, end), of which any may be empty. rows: Sq, or one for each
         block of queries. The mask keeps the intervals, as the rule of its mixed blocks.
         """
-        block = _checked_block(block)
+        block = checked_block(block)
         made = block_lists.of_intervals(intervals, (seqlen_q, seqlen_kv), block)
         return cls.from_lists(
             *made.lists,
@@ -151,9 +157,7 @@ class BlockMask:
                 f"a BlockMask.from_..., or a BlockMask of torch's FlexAttention"
             )
         block = (size, size) if isinstance(size, int) else tuple(size)
-        return cls.from_lists(
-            **given, seqlen_q=lengths[0], seqlen_kv=lengths[1], block=block
-        )
+        return cls.from_lists(**given, seqlen_q=lengths[0], seqlen_kv=lengths[1], block=block)
 
     @classmethod
     def of(cls, given: Any) -> BlockMask:
@@ -169,9 +173,7 @@ class BlockMask:
 
     def lists(self, *, cpu: bool) -> Lists:
         """The lists, as CuPy, or on the CPU NumPy, has them."""
-        arrays = {
-            name: rule_array(f"block_mask.{name}", x, cpu) for name, x in self.arrays.items()
-        }
+        arrays = {name: rule_array(f"block_mask.{name}", x, cpu) for name, x in self.arrays.items()}
         heads = self.shape[1] if isinstance(self.mask_mod, InKernel) else 1
         return Lists(arrays, self.block, self.seqlens, heads)
 
@@ -250,7 +252,8 @@ def _picture(grid: Any) -> list[str]:
     return lines
 
 
-def _checked_block(block: Any) -> tuple[int, int]:
+def checked_block(block: Any) -> tuple[int, int]:
+    """Return queries and keys of a block; ``ValueError`` unless each is one of ``BLOCK_SIZES``."""
     if isinstance(block, tuple | list) and len(block) == 2:
         sizes = tuple(block)
         if all(isinstance(n, int | np.integer) and n in BLOCK_SIZES for n in sizes):
@@ -259,7 +262,8 @@ def _checked_block(block: Any) -> tuple[int, int]:
     raise ValueError(f"block: got {shown(block)}; use (queries, keys), each {choices}")
 
 
-def _length(name: str, value: Any) -> int:
+def checked_length(name: str, value: Any) -> int:
+    """Return a size as an int from 0; ``TypeError`` or ``ValueError`` if it is none."""
     try:
         n = int(value.__index__())
     except Exception:  # of no integer, or of an array of any library that is none

@@ -1,4 +1,4 @@
-"""The rule of block masks: which blocks of scores are computed, and in which of them rules are asked.
+"""The rule of block masks: which blocks of scores are computed, and in which rules are asked.
 
 What a user makes is a ``block_mask.BlockMask``; here are its lists as a call takes them.
 """
@@ -104,9 +104,7 @@ class BlockMaskRule(Rule):
         strides = (
             tuple(s // 4 for s in arrays[name].strides) if name in arrays else () for name in LISTS
         )
-        return BlockLists(
-            value.block, batches, heads, (capacity[0], capacity[1]), tuple(strides)
-        )
+        return BlockLists(value.block, batches, heads, (capacity[0], capacity[1]), tuple(strides))
 
     def params(self, described: BlockLists) -> dict[str, Any]:
         """Return the sizes of lists and blocks."""

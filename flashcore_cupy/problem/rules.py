@@ -9,10 +9,9 @@ batch, the query head, the query and the key:
     s = s + bias[b, h, i, j]                    bias
     s = score_mod(s, b, h, i, j)                score_mod
 
-and then query i sees key j where causal, window, mask and mask_mod all let it. With a block_mask,
-mask and mask_mod are asked in its mixed blocks alone; they let all pass in full ones, and nothing in
-empty ones. What the softmax gives goes through dropout. To add a rule: its record here with a field of ``Rules``, its lines in
-``score.cuh``, its inputs in the selftest; all of it stands in CONTRIBUTING.md.
+and then query i sees key j where causal, window, mask and mask_mod all let it; a block_mask has the
+last two asked in mixed blocks alone. What the softmax gives goes through dropout. How to add a rule
+stands in CONTRIBUTING.md.
 
 Nothing here needs a GPU or CuPy: of arrays it takes shape, dtype, strides, and an address.
 """
@@ -68,7 +67,7 @@ class Rules:
     """Keys to the left and to the right of a query's own position; -1 is no bound."""
     softcap: float = 0.0
     alibi_slopes: tuple[int, int] | None = None
-    """Element strides of the slopes along batches and heads."""
+    """Element strides along batches and heads."""
     bias: Broadcast | None = None
     mask: Broadcast | None = None
     sink: bool = False

@@ -99,6 +99,18 @@ TILE_LISTS_PARAMS = np.dtype(
     align=True,
 )
 
+#: ``BlockMaskParams`` of ``block_mask.cu``: the same, and behind it the lists that it writes.
+BLOCK_MASK_PARAMS = np.dtype(
+    [
+        *((name, *field[:1]) for name, field in (ATTENTION_PARAMS.fields or {}).items()),
+        ("counts", "u8", (2,)),
+        ("indices", "u8", (2,)),
+        ("q_blocks", "i4"),
+        ("kv_blocks", "i4"),
+    ],
+    align=True,
+)
+
 _MAP_BYTES = 128
 
 

@@ -35,7 +35,7 @@ class TakesLists(KernelConfig):
 
     @classmethod
     def tile_for(cls, tile: Tile, problem: AttentionProblem) -> Tile:
-        """Of a block mask's problem: as many keys as divide a block, so that few tiles are mixed."""
+        """Of a block mask's problem: as many keys as divide a block: so few tiles are mixed."""
         lists = problem.rules.block_mask
         if lists is None:
             return tile
@@ -101,7 +101,9 @@ class TakesLists(KernelConfig):
 
 def _touched(size: int, block: int) -> int:
     """Blocks that so many neighbouring rows touch, wherever a multiple of the size begins."""
-    return size // block if size % block == 0 else 1 if block % size == 0 else (size - 2) // block + 2
+    return (
+        size // block if size % block == 0 else 1 if block % size == 0 else (size - 2) // block + 2
+    )
 
 
 @dataclass(frozen=True)
@@ -166,9 +168,7 @@ def _lists_of(problem: AttentionProblem, tile: Tile) -> tuple[int, int, int, int
     return lists.batches, lists.heads, m_blocks, max(1, min(tiles, listed))
 
 
-def _describe_tiles(
-    params: np.ndarray[Any, Any], problem: AttentionProblem, tile: Tile
-) -> None:
+def _describe_tiles(params: np.ndarray[Any, Any], problem: AttentionProblem, tile: Tile) -> None:
     params["tile_rows"], params["tile_keys"] = tile.block_m, tile.block_n
     params["tile_capacity"] = _lists_of(problem, tile)[-1]
 

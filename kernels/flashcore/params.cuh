@@ -54,8 +54,8 @@ struct AttentionParams {
     // Block masks: what tile_lists.cu has made of them (rules/listed_tiles.cuh).
     const void* tile_entries;  // ListedTile, (list_batches, list_heads, m_blocks, tile_capacity)
     const int* tile_counts;    // (list_batches, list_heads, m_blocks)
-    const uint64* rng;  // dropout: seed and offset, or null; then
-    uint64 rng_key;     // is made of them already (rules/dropout.cuh)
+    const uint64* rng;         // dropout: seed and offset, or null; then
+    uint64 rng_key;            // is made of them already (rules/dropout.cuh)
     Strides q_strides, k_strides, v_strides, o_strides;
     HeadStrides lse_strides, alibi_strides;
     BroadcastStrides bias_strides, mask_strides;

@@ -12,11 +12,12 @@
 
 namespace flashcore {
 
-// Looks up which of its keys of a tile this lane's rows see by `mask` and mask_mod; with a list, also
-// by the states of `blocks`. MASKED: by their positions, too.
+// Looks up which of its keys of a tile this lane's rows see by `mask` and mask_mod; with a list,
+// also by the states of `blocks`. MASKED: by their positions, too.
 template <bool MASKED, bool LOOKED_UP>
-__device__ __forceinline__ void look_up_keys(const Context& c, const BlocksOfRow& blocks, int tile,
-                                             KeyBits<LOOKED_UP, TILES_N> (&visible)[FRAGMENTS_M][2]) {
+__device__ __forceinline__ void look_up_keys(
+    const Context& c, const BlocksOfRow& blocks, int tile,
+    KeyBits<LOOKED_UP, TILES_N> (&visible)[FRAGMENTS_M][2]) {
     if constexpr (LOOKED_UP) {
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m)
@@ -25,8 +26,8 @@ __device__ __forceinline__ void look_up_keys(const Context& c, const BlocksOfRow
                 const RowRules<T, RULES> rules = c.rules_for(c.query(m, half));
                 const int key = c.first_key(tile);
                 if constexpr (LISTED) {
-                    visible[m][half] = rules.template visible_in<MASKED, TILES_N, TILES_N>(
-                        blocks, c.mask(), key);
+                    visible[m][half] =
+                        rules.template visible_in<MASKED, TILES_N, TILES_N>(blocks, c.mask(), key);
                 } else {
                     visible[m][half] =
                         rules.template visible<MASKED, TILES_N, TILES_N>(c.mask(), key);

@@ -54,8 +54,7 @@ __device__ __forceinline__ void Consumer::look_up_blocks(const ListedTile& at) {
 __device__ __forceinline__ bool Consumer::look_up_listed(const ListedTile& at) {
     const bool masked = needs_mask(at.tile());
     // Keys behind the sequence need no look: TMA has left out their values.
-    const bool looks_up =
-        !blocks_in(at).are_full() || ((BOUNDED_RIGHT || BOUNDED_LEFT) && masked);
+    const bool looks_up = !blocks_in(at).are_full() || ((BOUNDED_RIGHT || BOUNDED_LEFT) && masked);
     seen = Bits();
     if (looks_up) {
         if (masked) {

@@ -76,7 +76,8 @@ __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage&
             tile = listed.tile();
             kv.wait_empty(smem.k);
             if (elect_one()) smem.listed.tile[stage] = listed;
-            warp_sync();  // the lane that arrives at K's barrier comes after the one that has written
+            // Whichever lane arrives at K's barrier, it comes after the one that has written.
+            warp_sync();
         }
         kv.wait_empty(smem.k);
         load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &smem.k.full[stage], boxes.k(tile),

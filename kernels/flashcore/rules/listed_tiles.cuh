@@ -6,6 +6,8 @@
 // states of all blocks that the tile touches. A list is ascending, and has no tile twice.
 #pragma once
 #include <flashcore/params.cuh>
+#include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
 #include <flashcore/rules/key_bits.cuh>
 #include <flashcore/types.cuh>
 
@@ -54,6 +56,18 @@ struct alignas(8) ListedTile {
     __device__ __forceinline__ int tile() const { return int(word & ~HAS_UNSEEN); }
     __device__ __forceinline__ bool has_unseen() const { return (word & HAS_UNSEEN) != 0; }
 };
+
+// In how many lanes up to this one the condition holds. All lanes of a warp call it.
+__device__ __forceinline__ int warp_rank(bool condition) {
+    const int lane = thread_index() % WARP_SIZE;
+    int sum = condition;
+#pragma unroll
+    for (int step = 1; step < WARP_SIZE; step *= 2) {
+        const int before = shfl(sum, max(lane - step, 0));
+        if (lane >= step) sum += before;
+    }
+    return sum;
+}
 
 struct TileLists {
     const AttentionParams& p;

@@ -53,8 +53,8 @@ template <bool MASKED, int PAIRS, bool LOOKED_UP, typename T, int RULES, int GAT
 __device__ __forceinline__ void apply_rules(Row row, const RowRules<T, RULES>& rules,
                                             const GateRow<GATE>& gate,
                                             const PositionMask<RIGHT, LEFT>& mask, int query,
-                                            const KeyBits<LOOKED_UP, PAIRS>& visible,
-                                            int first_key, Each each) {
+                                            const KeyBits<LOOKED_UP, PAIRS>& visible, int first_key,
+                                            Each each) {
     using ThisRow = RowRules<T, RULES>;
     // Relative to this lane's first key, so that each comparison is with a constant.
     const int begin = mask.row_begin(query) - first_key;
@@ -78,10 +78,12 @@ __device__ __forceinline__ void apply_rules(Row row, const RowRules<T, RULES>& r
 // The same. Returns the largest of `max` and of the row's scores, of all four lanes.
 template <bool MASKED, int PAIRS, bool LOOKED_UP, typename T, int RULES, int GATE, bool RIGHT,
           bool LEFT, typename Row>
-__device__ __forceinline__ float apply_rules_and_find_max(
-    Row row, const RowRules<T, RULES>& rules, const GateRow<GATE>& gate,
-    const PositionMask<RIGHT, LEFT>& mask, int query, const KeyBits<LOOKED_UP, PAIRS>& visible,
-    int first_key, float max) {
+__device__ __forceinline__ float apply_rules_and_find_max(Row row, const RowRules<T, RULES>& rules,
+                                                          const GateRow<GATE>& gate,
+                                                          const PositionMask<RIGHT, LEFT>& mask,
+                                                          int query,
+                                                          const KeyBits<LOOKED_UP, PAIRS>& visible,
+                                                          int first_key, float max) {
     float chain[2] = {max, NEG_INFINITY};  // of even and odd keys: two independent chains
     const auto raise = [&](int e, float s) { chain[e] = fmaxf(chain[e], s); };
     apply_rules<MASKED, PAIRS>(row, rules, gate, mask, query, visible, first_key, raise);
