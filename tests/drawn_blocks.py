@@ -56,14 +56,22 @@ class Drawn:
             *lists, seqlen_q=self.seqlens[0], seqlen_kv=self.seqlens[1], block=self.block
         )
 
-    def dense(self, heads: int) -> np.ndarray:
-        """Where a query sees a key, (B or 1, heads, Sq, Skv), the mixed blocks by ``rule``."""
-        states = np.repeat(self.states, heads // self.states.shape[1], axis=1)
+    def elements(self, state: int | None) -> np.ndarray:
+        """Where blocks have a state, or are listed at all, (B or 1, heads or 1, Sq, Skv)."""
+        states = self.states
         for axis, size in enumerate(self.block, 2):
             states = np.repeat(states, size, axis=axis)
         states = states[:, :, : self.seqlens[0], : self.seqlens[1]]
+        return states != EMPTY if state is None else states == state
+
+    def dense(self, heads: int) -> np.ndarray:
+        """Where a query sees a key, (B or 1, heads, Sq, Skv), the mixed blocks by ``rule``."""
+        full, mixed = (
+            np.repeat(self.elements(state), heads // self.states.shape[1], axis=1)
+            for state in (FULL, MIXED)
+        )
         h, q_idx, kv_idx = np.ogrid[:heads, : self.seqlens[0], : self.seqlens[1]]
-        return (states == FULL) | ((states == MIXED) & rule(0, h, q_idx, kv_idx))
+        return full | (mixed & rule(0, h, q_idx, kv_idx))
 
 
 def drawn(
