@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashcore_cupy.problem.attention_problem import Causal
+from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray, ScoreShape
 from flashcore_cupy.problem.mod_elements import MOD_ARGS, mod_args_among
 from flashcore_cupy.problem.mods import check_mods
@@ -122,6 +123,8 @@ class NumpyRules:
             return rule.describe(value, self.scores, "float64")
         if rule.takes == "formula" or value is None:
             return value
+        if isinstance(value, BlockMask):
+            value = value.lists(cpu=True)
         scores = self.scores
         if self.sequence is not None and value.ndim == 2 and len(value) > self.sequence:
             # A packed batch passes the slopes of all its sequences to each of them.

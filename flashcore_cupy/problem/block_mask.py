@@ -171,11 +171,15 @@ class BlockMask:
         """Whether it has a list of mixed blocks, as long as that may be."""
         return "kv_indices" in self.arrays and self.arrays["kv_indices"].shape[-1] > 0
 
+    @property
+    def rule_heads(self) -> int:
+        """Heads that its own rule tells apart: 1, or all of q."""
+        return self.shape[1] if isinstance(self.mask_mod, InKernel) else 1
+
     def lists(self, *, cpu: bool) -> Lists:
         """The lists, as CuPy, or on the CPU NumPy, has them."""
         arrays = {name: rule_array(f"block_mask.{name}", x, cpu) for name, x in self.arrays.items()}
-        heads = self.shape[1] if isinstance(self.mask_mod, InKernel) else 1
-        return Lists(arrays, self.block, self.seqlens, heads)
+        return Lists(arrays, self.block, self.seqlens, self.rule_heads)
 
     def beside(self, rules: Mapping[str, Any], *, in_kernel: bool) -> dict[str, Any]:
         """A call's rules with those that the mask has for its mixed blocks, unless they are given.
