@@ -73,6 +73,7 @@ for name, (cuda, rule) in PATTERNS.items():
     used = {key: xp.asarray(x) for key, x in ARRAYS.items() if key in cuda}
 
     def on_blocks(b, h, q_idx, kv_idx, rule=rule, **_):
+        """Ask the rule, as NumPy's way takes it."""
         return rule(q_idx, kv_idx)
 
     made = block_mask(

@@ -26,6 +26,7 @@ _TILES = 512
 """``TILES`` in ``tile_lists.cu``."""
 _ENTRY_INTS = 2
 """Of an entry, ``ListedTile``."""
+_LISTERS_TILE = Tile(MMA, MMA, warps_m=1)
 
 
 class TakesLists(KernelConfig):
@@ -114,7 +115,7 @@ class TileLister(KernelConfig):
     entries = ("tile_lists",)
     params: ClassVar[np.dtype[Any]] = TILE_LISTS_PARAMS
 
-    listed: Tile = Tile(MMA, MMA, warps_m=1)
+    listed: Tile = _LISTERS_TILE
     """Of the kernel that walks over the lists."""
 
     def unfit(self) -> list[str]:
@@ -171,6 +172,3 @@ def _lists_of(problem: AttentionProblem, tile: Tile) -> tuple[int, int, int, int
 def _describe_tiles(params: np.ndarray[Any, Any], problem: AttentionProblem, tile: Tile) -> None:
     params["tile_rows"], params["tile_keys"] = tile.block_m, tile.block_n
     params["tile_capacity"] = _lists_of(problem, tile)[-1]
-
-
-_LISTERS_TILE = Tile(MMA, MMA, warps_m=1)

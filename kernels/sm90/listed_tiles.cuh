@@ -28,7 +28,9 @@ __device__ __forceinline__ void init_listed(SharedStorage& smem) {
 // Waits for the K of the next stage, and returns which tile it is.
 __device__ __forceinline__ ListedTile Consumer::wait_listed() {
     kv.wait_full(smem.k);
-    return smem.listed.tile[kv.stage];
+    const ListedTile at = smem.listed.tile[kv.stage];
+    warp_sync();  // all lanes have read it before one of them releases K's stage
+    return at;
 }
 
 // The blocks that this consumer's rows meet in a tile.

@@ -71,15 +71,14 @@ __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage&
     for (int place = tiles.end - 1; place >= tiles.begin; --place) {
         const int stage = kv.stage;
         int tile = place;
+        kv.wait_empty(smem.k);
         if constexpr (LISTED) {
             const ListedTile listed = list.take(place);
             tile = listed.tile();
-            kv.wait_empty(smem.k);
             if (elect_one()) smem.listed.tile[stage] = listed;
             // Whichever lane arrives at K's barrier, it comes after the one that has written.
             warp_sync();
         }
-        kv.wait_empty(smem.k);
         load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &smem.k.full[stage], boxes.k(tile),
                                         POLICY_KV);
         // K before Q: its stage is free earlier, for the block before releases Q after its last K.

@@ -198,7 +198,7 @@ def test_a_mask_of_other_sizes_is_refused() -> None:
     turned["full_kv_indices"] = indices.reshape(1, 3, 4, 3)
     with pytest.raises(ValueError, match="lists of 3 heads, but q has 4"):
         attention(q, k, v, block_mask=_lists(**turned))
-    with pytest.raises(TypeError, match="block_mask: got dict; use flashcore_cupy.block_mask"):
+    with pytest.raises(TypeError, match=r"block_mask: got dict; use flashcore_cupy\.block_mask"):
         attention(q, k, v, block_mask={})
     with pytest.raises(ValueError, match="its intervals are of 2 heads, but q has 4"):
         own = BlockMask.from_intervals(np.zeros((1, 2, 200, 1, 2), np.int32), **SIZES)
