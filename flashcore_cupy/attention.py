@@ -170,9 +170,8 @@ def attention(
         something wrong.
     """
     plain = (
-        alibi_slopes is None and bias is None and mask is None and sink is None
-        and block_mask is None
-        and score_mod is None and mask_mod is None and mod_args is None
+        alibi_slopes is None and bias is None and mask is None and block_mask is None
+        and sink is None and score_mod is None and mask_mod is None and mod_args is None
         and cu_seqlens_q is None and cu_seqlens_k is None and rng is None and not unknown
         and config is None and gate is None and stream is None and return_lse.__class__ is bool
     )  # fmt: skip
@@ -182,8 +181,7 @@ def attention(
             dropout_p, dropout_p.__class__, softmax_scale, softmax_scale.__class__,
             batch_invariant, batch_invariant.__class__,
         )  # fmt: skip
-        done = launch_cache.launch_again(q, k, v, out, return_lse, choices)
-        if done is not None:
+        if (done := launch_cache.launch_again(q, k, v, out, return_lse, choices)) is not None:
             return done
     leave_dynamo()
     check_names("attention", unknown, ARGUMENTS)

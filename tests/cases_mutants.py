@@ -199,6 +199,11 @@ _LISTED = {
     "seed": 19,
     "unseen": (slice(64, 128), slice(192, 256)),
 }
+#: Only one of two consumers has blocks, in one tile after the other; and blocks of rows follow.
+_LISTED_ALONE = {
+    **{"block_mask": "64x64 11", "mask_mod": "thirds", "seqlen_q": 100, "seqlen_kv": 900},
+    **{"heads": 4, "heads_kv": 4, "multiprocessors": 1},
+}
 _OWN_32 = {"block_m": 32, "block_n": 32, "warps_m": 2}
 _OWN_32_ONE_STAGE = {"block_m": 32, "block_n": 16, "warps_m": 2, "num_stages": 1}
 _OWN_128 = {"block_m": 128, "block_n": 64, "warps_m": 8, "num_stages": 2}
@@ -259,6 +264,7 @@ TRIALS = (
     _sm90("packed, window", _ONE, **_PACKED_WINDOW, **_HEAD),
     _sm90("dropout", _ONE, **_DROPPED),
     _sm90("listed", _TWO | {"block_n": 128}, **_LISTED, **_HEAD),
+    _sm90("listed, many", _TWO | {"block_n": 64}, **_LISTED_ALONE),
     _sm90("listed, causal", _TWO | {"block_n": 64}, causal=True, **_LISTED, **_HEAD),
     # fwd_sm90_cluster.cu
     _cluster("two CTAs", _PAIR, causal=True, seqlen_kv=300, **_HEAD, head_dim=64, head_dim_v=72),
@@ -378,6 +384,11 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "(LEFT && first_key < row_begin(last_query)); [<= for <]",
         "flashcore/rules/key_bits.cuh: for (int n = w * 16; n < min(w * 16 + 16, PAIRS); ++n) "
         "[<= for <]",
+        "flashcore/rules/listed_tiles.cuh: for (int c = 0; c < MOST_BLOCKS; ++c) { [<= for <]",
+        "flashcore/rules/listed_tiles.cuh: if (end <= 0 || begin >= 8 * PAIRS) continue; "
+        "[< for <=]",
+        "flashcore/rules/listed_tiles.cuh: if (end <= 0 || begin >= 8 * PAIRS) continue; "
+        "[> for >=]",
         "flashcore/tile/tile_copy.cuh: if (first_valid <= 0 && end_valid >= ROWS) { [< for <=]",
         "flashcore/tile/tile_copy.cuh: if (first_valid <= 0 && end_valid >= ROWS) { [> for >=]",
         "sm80/producer.cuh: return tile >= tiles.end || (BOUNDED_LEFT && tile < tiles.begin); "

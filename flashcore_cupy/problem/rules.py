@@ -64,7 +64,7 @@ class Rules:
     """The rules of one call, described without their data; hashable, so that they key a cache."""
 
     window: tuple[int, int] = NO_WINDOW
-    """Keys to the left and to the right of a query's own position; -1 is no bound."""
+    """Keys to the left and right of a query's own position; -1 is no bound."""
     softcap: float = 0.0
     alibi_slopes: tuple[int, int] | None = None
     """Element strides along batches and heads."""
@@ -94,8 +94,8 @@ class Rules:
 
     def bits(self, dtype: str) -> tuple[str, ...]:
         """The names in ``RULE_BITS`` of what a kernel for q of a dtype is built with."""
-        bits = [name for rule, x in self.given for name in rule.bits(x, dtype)]
-        return tuple(bits + [name for rule, x in self.given for name in rule.loads(x)])
+        loads = (name for rule, x in self.given for name in rule.loads(x))
+        return (*(name for rule, x in self.given for name in rule.bits(x, dtype)), *loads)
 
     @property
     def differ_by_head(self) -> bool:
@@ -111,9 +111,8 @@ class Window(Rule):
 
     def describe(self, value: Any, scores: ScoreShape, dtype: str) -> tuple[int, int]:
         """Return (left, right), -1 for a side that hides nothing."""
-        wrong = (
-            f"window: got {shown(value)}; use (left, right), each an int from 0, or -1 for no bound"
-        )
+        use = "use (left, right), each an int from 0, or -1 for no bound"
+        wrong = f"window: got {shown(value)}; {use}"
         if not isinstance(value, tuple | list) or len(value) != 2:
             raise ValueError(wrong)
         sides = []
@@ -221,8 +220,8 @@ class AlibiSlopes(PerHeadRule):
 
     def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """No distance is longer than both sequences."""
-        longest = scores.seqlen_q + scores.seqlen_kv
-        return before.rounded(before.largest + float(np.abs(value).max()) * longest)
+        grown = float(np.abs(value).max()) * (scores.seqlen_q + scores.seqlen_kv)
+        return before.rounded(before.largest + grown)
 
 
 class Bias(BroadcastRule):
@@ -384,8 +383,7 @@ def describe_rules(scores: ScoreShape, dtype: str, *, packed: bool = False, **gi
                 f"{rule.name}: not with cu_seqlens, whose sequences have no common shape; "
                 f"use {rule.when_packed} with mod_args"
             )
-    wrong = set(given) - {rule.name for rule in RULES} - {"mod_args", "rng"}
-    assert not wrong, f"no rules: {wrong}"
+    assert set(given) <= {rule.name for rule in RULES} | {"mod_args", "rng"}, f"no rules: {given}"
     described = {
         rule.name: rule.describe(given[rule.name], scores, dtype)
         for rule in RULES

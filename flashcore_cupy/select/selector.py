@@ -46,6 +46,8 @@ class Selection:
     def explained(self, arch: str) -> list[str]:
         """Return a line for the kernel on its target, and one for each that was passed over."""
         lines = [f"{self.name} on {arch}: {self.describe()}"]
+        if isinstance(self.config, TakesLists):
+            lines += self.config.told()
         return lines + [f"passed over {name}: {reason}" for name, reason in self.passed_over]
 
 

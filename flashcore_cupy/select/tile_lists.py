@@ -71,6 +71,16 @@ class TakesLists(KernelConfig):
                     f"blocks of {block}"
                 )
 
+    def told(self) -> list[str]:
+        """What ``explain`` says of the lists."""
+        if not self.is_listed:
+            return []
+        t = self.tile
+        return [
+            f"block mask: a launch ahead lists tiles of {t.block_m} queries and {t.block_n} keys; "
+            f"no others are loaded, and rules that hide keys are asked in mixed ones alone"
+        ]
+
     def before(self) -> tuple[KernelConfig, ...]:
         """What makes the lists."""
         if not self.is_listed:

@@ -211,7 +211,8 @@ def test_what_has_no_block_mask_says_so() -> None:
         explain(q, k, v, block_mask=_lists(), kernel="wmma_fused_64")
     with pytest.raises(ValueError, match="kernel 'cluster_sm90': has no block_mask"):
         explain(q, k, v, block_mask=_lists(), kernel="cluster_sm90")
-    assert ", blocks, " in explain(q, k, v, block_mask=_lists(), kernel="mma_sm80")
+    told = explain(q, k, v, block_mask=_lists(), kernel="mma_sm80")
+    assert ", blocks, " in told and "a launch ahead lists tiles of 32 queries and 128 keys" in told
     o, lse = attention(q, k, v, return_lse=True)
     with pytest.raises(TypeError, match="no argument 'block_mask': use mask_mod"):
         attention_backward(o, q, k, v, o, lse, block_mask=_lists())

@@ -103,7 +103,6 @@ HIDES: tuple[Choice, ...] = (
     {"mask_mod": "blocks"},
     {"mask_mod": "allowed"},
     {"block_mask": "128x64 1h", "mask_mod": "thirds"},
-    {"block_mask": "64x128 b1", "mask": "qk"},
 )
 SINKS: tuple[Choice, ...] = (
     {},

@@ -10,6 +10,7 @@
 #include <flashcore/rules/listed_tiles.cuh>
 #include <flashcore/rules/mod_elements.cuh>
 #include <flashcore/rules/mods.cuh>
+#include <flashcore/rules/row_array.cuh>
 #include <flashcore/rules/softcap.cuh>
 
 namespace flashcore {
@@ -90,7 +91,8 @@ struct RowRules {
         const int keys[2] = {inside<MASKED>(key), inside<MASKED>(key + 1)};
         float bias[2] = {};
         if constexpr (RULES & (RULE_BIAS | RULE_BIAS_FP32))
-            load_two<MASKED, (RULES & RULE_BIAS_PAIRS) != 0>(bias, gBias, params.bias_strides, key);
+            load_two<MASKED, (RULES & RULE_BIAS_PAIRS) != 0>(bias, gBias, params.bias_strides, key,
+                                                             last_key);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             s[e] *= params.softmax_scale;
@@ -221,7 +223,8 @@ struct RowRules {
     __device__ __forceinline__ void see(bool (&visible)[2], int key) const {
         float seen[2] = {1.0f, 1.0f};
         if constexpr ((RULES & RULE_MASK) && !(RULES & RULE_MASK_CHUNKS))
-            load_two<MASKED, (RULES & RULE_MASK_PAIRS) != 0>(seen, gMask, params.mask_strides, key);
+            load_two<MASKED, (RULES & RULE_MASK_PAIRS) != 0>(seen, gMask, params.mask_strides, key,
+                                                             last_key);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             visible[e] = seen[e] != 0.0f;
@@ -238,23 +241,6 @@ struct RowRules {
 
     __device__ __forceinline__ int64 row_offset(const BroadcastStrides& s) const {
         return batch * s.batch + head * s.head + query * s.row;
-    }
-
-    // PAIRS: rows hold an even number of keys, so a pair that begins inside a row ends inside it.
-    template <bool MASKED, bool PAIRS, typename E>
-    __device__ __forceinline__ void load_two(float (&x)[2], const E* gRow,
-                                             const BroadcastStrides& s, int key) const {
-        E two[2];
-        if constexpr (PAIRS) {
-            const int first = MASKED ? min(key, last_key & ~1) : key;
-            *reinterpret_cast<Vector<2 * sizeof(E)>*>(two) =
-                *reinterpret_cast<const Vector<2 * sizeof(E)>*>(gRow + first);
-        } else {
-            two[0] = gRow[inside<MASKED>(key) * s.column];
-            two[1] = gRow[inside<MASKED>(key + 1) * s.column];
-        }
-        x[0] = to_float(two[0]);
-        x[1] = to_float(two[1]);
     }
 };
 

@@ -47,8 +47,8 @@ struct SeenKeys {
         return {warp_any(word != 0), !warp_any(has_word && word != Bits::all(lane % WORDS))};
     }
 
-    // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Of `warps` warps each has
-    // as many rows.
+    // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Of `warps` warps each
+    // has as many rows.
     template <typename Layout, typename T>
     __device__ __forceinline__ void clear_unseen(T* sV, int warp, int warps = NUM_WARPS) const {
 #pragma unroll 1
