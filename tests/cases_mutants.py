@@ -214,6 +214,7 @@ _DROPS = {"dropout_p": 0.3}
 #: A number is that at which they are no longer dropped.
 _DROPPED = _DROPS | {"seed": 1, "seqlen_q": 150, "seqlen_kv": 170}
 _40 = {"head_dim": 40, "head_dim_v": 56}
+_192 = {"head_dim": 192, "head_dim_v": 192}
 _96 = {"head_dim": 96, "head_dim_v": 96}
 _BOTH_SIDES = {"window": (33, 7), "seqlen_q": 90, "seqlen_kv": 130}
 _FEW = {"heads": 8, "seqlen_q": 3, "alibi": "h"} | _ODD
@@ -265,6 +266,7 @@ TRIALS = (
     _sm90("dropout", _ONE, **_DROPPED),
     _sm90("listed", _TWO | {"block_n": 128}, **_LISTED, **_HEAD),
     _sm90("listed, many", _TWO | {"block_n": 64}, **_LISTED_ALONE),
+    _sm90("listed, no turns", _TWO | {"block_n": 64}, **_LISTED_ALONE, **_192),
     _sm90("listed, causal", _TWO | {"block_n": 64}, causal=True, **_LISTED, **_HEAD),
     # fwd_sm90_cluster.cu
     _cluster("two CTAs", _PAIR, causal=True, seqlen_kv=300, **_HEAD, head_dim=64, head_dim_v=72),

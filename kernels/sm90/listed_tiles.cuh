@@ -22,7 +22,8 @@
 namespace flashcore {
 
 __device__ __forceinline__ void init_listed(SharedStorage& smem) {
-    for (int i = 0; i < 2; ++i) mbarrier_init(&smem.listed.published[i], CONSUMER_WARPS);
+    mbarrier_init(&smem.listed.published[0], CONSUMER_WARPS);
+    mbarrier_init(&smem.listed.published[1], CONSUMER_WARPS);
 }
 
 // Waits for the K of the next stage, and returns which tile it is.
