@@ -188,8 +188,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     Work work;
     const BlockSplit which = SPLIT_KV ? block_split(block_index(), grid_size() / params.splits)
                                       : BlockSplit{int(block_index()), 0};
-    if (!find_work < BOUNDED_RIGHT || LISTED, VARLEN, PACK_GQA > (params, BLOCK_M, work, which))
-        return;
+    if (!find_work<LAST_FIRST, VARLEN, PACK_GQA>(params, BLOCK_M, work, which)) return;
     if (thread_index() == 0) {
         smem.kv.init(NUM_THREADS, NUM_THREADS);
         smem.work = work;

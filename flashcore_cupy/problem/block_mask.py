@@ -133,7 +133,9 @@ class BlockMask:
         made = block_lists.of_intervals(intervals, (seqlen_q, seqlen_kv), block)
         return cls.from_lists(
             *made.lists,
-            **{"seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv, "block": block},
+            seqlen_q=seqlen_q,
+            seqlen_kv=seqlen_kv,
+            block=block,
             mask_mod=made.mask_mod,
             mod_args=made.mod_args,
         )

@@ -37,7 +37,8 @@ class Lists:
     @cached_property
     def grid(self) -> Array:
         """The state of each block, (B or 1, heads or 1, Qb, Kb), of NumPy's arrays."""
-        return state_grid(self.arrays, self.block, self.seqlens, np)
+        grid: Array = state_grid(self.arrays, self.block, self.seqlens, np)
+        return grid
 
 
 class BlockLists(NamedTuple):

@@ -46,6 +46,8 @@ enum NamedBarrier : int {
 constexpr bool MOVES_REGISTERS = CONSUMERS > 1 || MIN_BLOCKS > 1;
 constexpr int LAUNCH_REGISTERS = 65536 / (MIN_BLOCKS * CTA_THREADS) / 8 * 8;
 constexpr bool LISTED = (RULES & RULE_BLOCKS) != 0;  // walks over lists of tiles
+// A head's last blocks of rows first: under a causal mask, and often in lists, they are the longest.
+constexpr bool LAST_FIRST = BOUNDED_RIGHT || LISTED;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 || MIN_BLOCKS > 1 ? 32
                                    : VARLEN || LISTED               ? 40
                                                                     : 24;
@@ -84,8 +86,8 @@ static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,
 
 using StateQ = PipelineState<Q_STAGES>;
 using StateKV = PipelineState<NUM_STAGES>;
-using Scheduler = TileScheduler<BLOCK_M, BLOCK_N, Positions, BOUNDED_RIGHT || LISTED, VARLEN,
-                                PACK_GQA, SPLIT_KV, CLUSTER, LISTED>;
+using Scheduler = TileScheduler<BLOCK_M, BLOCK_N, Positions, LAST_FIRST, VARLEN, PACK_GQA, SPLIT_KV,
+                                CLUSTER, LISTED>;
 using Splits = SplitRows<BLOCK_M, HEAD_DIM_V, CLUSTER>;
 
 // A double buffer: a warp may publish the keys that it sees of one tile while another warp still
