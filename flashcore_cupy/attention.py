@@ -38,6 +38,7 @@ def attention(
     alibi_slopes: Any = None,
     bias: Any = None,
     mask: Any = None,
+    block_mask: Any = None,
     sink: Any = None,
     dropout_p: float = 0.0,
     rng: Any = None,
@@ -94,6 +95,10 @@ def attention(
         Added to the scores; q's dtype or float32. The broadcast is not made.
     mask : array of bool, broadcastable to (B, Hq, Sq, Skv)
         True where a query attends.
+    block_mask : BlockMask, or one of torch's FlexAttention
+        Which blocks of scores are computed. Empty ones are never loaded; mask and mask_mod, or the
+        rule that the block mask has itself, are asked in its mixed blocks alone. Not with
+        cu_seqlens.
     sink : array or list, (Hq,)
         A logit per query head that joins the softmax's denominator, and so the LSE, without a value
         (gpt-oss). Real numbers, taken as float32.
@@ -165,8 +170,8 @@ def attention(
         something wrong.
     """
     plain = (
-        alibi_slopes is None and bias is None and mask is None and sink is None
-        and score_mod is None and mask_mod is None and mod_args is None
+        alibi_slopes is None and bias is None and mask is None and block_mask is None
+        and sink is None and score_mod is None and mask_mod is None and mod_args is None
         and cu_seqlens_q is None and cu_seqlens_k is None and rng is None and not unknown
         and config is None and gate is None and stream is None and return_lse.__class__ is bool
     )  # fmt: skip
@@ -176,17 +181,16 @@ def attention(
             dropout_p, dropout_p.__class__, softmax_scale, softmax_scale.__class__,
             batch_invariant, batch_invariant.__class__,
         )  # fmt: skip
-        done = launch_cache.launch_again(q, k, v, out, return_lse, choices)
-        if done is not None:
+        if (done := launch_cache.launch_again(q, k, v, out, return_lse, choices)) is not None:
             return done
     leave_dynamo()
     check_names("attention", unknown, ARGUMENTS)
     arguments = dict(
         layout=layout, softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink, dropout_p=dropout_p, rng=rng,
-        score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant, kernel=kernel,
-        config=config, gate=gate,
+        alibi_slopes=alibi_slopes, bias=bias, mask=mask, block_mask=block_mask, sink=sink,
+        dropout_p=dropout_p, rng=rng, score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant,
+        kernel=kernel, config=config, gate=gate,
     )  # fmt: skip
     return_lse = check_results(gate, return_lse, out)
     try:

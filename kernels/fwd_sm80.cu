@@ -50,29 +50,29 @@ namespace flashcore {
 // ---- the main loop: one tile of keys -----------------------------------------------------------
 
 __device__ __forceinline__ void skip_tile(const Context& c, Walk& walk, const TileStage& at,
-                                          int tile);
+                                          int place);
+template <typename Seen>
 __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
                                                 int tile, const float (&shift)[FRAGMENTS_M][2],
-                                                const Bits& seen, const Kept& kept, uint32 p,
+                                                const Seen& seen, const Kept& kept, uint32 p,
                                                 uint32 v);
 
+// LOOKED_UP: whether masks are looked up, of the tile at `place`.
+template <bool LOOKED_UP>
 __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& walk,
-                                            const Operands& operands, int tile) {
-    const Operands first = KEEPS_OPERANDS ? operands : Operands(c);
-    const TileStage at = walk.stage_of(tile);
-    const bool has_v = EARLY_V && tile == walk.all.begin;
-    if (!KV_TOGETHER && !has_v) fill_v(c, walk, tile);
-
+                                            const Operands& first, const BlocksOfRow& blocks,
+                                            const TileStage& at, int place) {
+    const int tile = walk.tile(place);
     // Masks are looked up before there are scores: both together do not fit the registers.
     const bool needs_mask = walk.needs_mask(c, tile);
-    Visible visible;
+    Visible<LOOKED_UP> visible;
     if (needs_mask) {
-        look_up_keys<true>(c, tile, visible);
+        look_up_keys<true>(c, blocks, tile, visible);
     } else {
-        look_up_keys<false>(c, tile, visible);
+        look_up_keys<false>(c, blocks, tile, visible);
     }
-    const Bits seen = seen_keys(c, visible);
-    if (SKIPS_TILES && !seen.any_in_warp()) return skip_tile(c, walk, at, tile);
+    const Bits<LOOKED_UP> seen = seen_keys(c, visible);
+    if (SKIPS_TILES && !seen.any_in_warp()) return skip_tile(c, walk, at, place);
 
     Kept kept;
     look_up_kept(c, tile, kept);
@@ -86,7 +86,7 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     float shift[FRAGMENTS_M][2];  // what its exponents subtract
     // With masks, look_up_keys has left out keys by their positions already; only rules that look
     // up arrays still have to know that keys may lie behind the sequence.
-    if (needs_mask && (!HIDES_KEYS || RULES & SCORE_RULES)) {
+    if (needs_mask && (!LOOKED_UP || RULES & SCORE_RULES)) {
         find_maxima<true>(c, rows, rS, tile, visible, max);
     } else {
         find_maxima<false>(c, rows, rS, tile, visible, max);
@@ -96,17 +96,41 @@ __device__ __forceinline__ void attend_tile(const Context& c, Rows& rows, Walk& 
     raise_maxima(c, rows, tile, max, shift);
     // The next copy is asked for this late because slower warps still read the stage that it
     // overwrites. Right after S the kernel would be up to 8 % slower.
-    if (tile + 1 < walk.all.end) fill_tile(c, walk, tile + 1);
+    if (place + 1 < walk.all.end) fill_tile(c, walk, place + 1, walk.next_tile(place));
     multiply_values(c, rows, rS, tile, shift, seen, kept, first.p,
                     first.v + at.stage * LayoutV::BYTES);
     release(c, at.barriers_v);  // V, and K with it where they share barriers
 }
 
+// The same, at the next place of the walk: waits for nothing yet, and finds out what to look up.
+__device__ __forceinline__ void attend_place(const Context& c, Rows& rows, Walk& walk,
+                                             const Operands& operands, int place) {
+    const Operands first = KEEPS_OPERANDS ? operands : Operands(c);
+    const TileStage at = walk.stage_of(place);
+    const bool has_v = EARLY_V && place == walk.all.begin;
+    if (!KV_TOGETHER && !has_v) fill_v(c, walk, place, walk.tile(place));
+    if constexpr (LISTED && !SHARES_ROWS) {
+        const BlocksOfRow blocks = walk.blocks_in(c);
+        const bool hidden = (BOUNDED_RIGHT || BOUNDED_LEFT) && walk.needs_mask(c, walk.tile(place));
+        if (blocks.are_empty()) {
+            skip_tile(c, walk, at, place);
+        } else if (blocks.are_full() && !hidden) {
+            attend_tile<false>(c, rows, walk, first, blocks, at, place);
+        } else {
+            attend_tile<true>(c, rows, walk, first, blocks, at, place);
+        }
+    } else {
+        const BlocksOfRow blocks = LISTED ? walk.blocks_in(c) : BlocksOfRow();
+        attend_tile<HIDES_KEYS>(c, rows, walk, first, blocks, at, place);
+    }
+}
+
 // O += P V, in steps of keys: the exponentials of a step are computed while the tensor cores
 // multiply the step before. Warps that share rows first exchange P through shared memory.
+template <typename Seen>
 __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, const Scores& rS,
                                                 int tile, const float (&shift)[FRAGMENTS_M][2],
-                                                const Bits& seen, const Kept& kept, uint32 p,
+                                                const Seen& seen, const Kept& kept, uint32 p,
                                                 uint32 v) {
     const int first_pair = Sharing::first_pair(c.first_row(), c.warp_d * KEYS_PER_WARP);
 #pragma unroll
@@ -130,10 +154,10 @@ __device__ __forceinline__ void multiply_values(const Context& c, Rows& rows, co
 
 // A warp whose rows see no key of the tile copies its part of the tiles, and computes nothing.
 __device__ __forceinline__ void skip_tile(const Context& c, Walk& walk, const TileStage& at,
-                                          int tile) {
+                                          int place) {
     wait_full(c, at, at.barriers_k);
     if (!KV_TOGETHER) release(c, at.barriers_k);
-    if (tile + 1 < walk.all.end) fill_tile(c, walk, tile + 1);
+    if (place + 1 < walk.all.end) fill_tile(c, walk, place + 1, walk.next_tile(place));
     if (!KV_TOGETHER) wait_full(c, at, at.barriers_v);
     release(c, at.barriers_v);  // V, and K with it where they share barriers
 }
@@ -141,16 +165,21 @@ __device__ __forceinline__ void skip_tile(const Context& c, Walk& walk, const Ti
 // ---- a block of rows ---------------------------------------------------------------------------
 
 __device__ __forceinline__ void attend(const Context& c, Rows& rows) {
-    const TileRange all = visible_tiles<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M,
-                                                           SPLIT_KV ? c.params.splits : 1);
+    const TileRange all = LISTED
+                              ? TileRange{0, TileLists(c.params).count(list_of(c.params, c.work))}
+                              : visible_tiles<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M,
+                                                                 SPLIT_KV ? c.params.splits : 1);
     if (all.begin >= all.end) return;
     Walk walk(c, all);
     load_q(c);  // has no barrier of its own: that of the first K waits for it, too
-    fill_tile(c, walk, all.begin);
-    if (EARLY_V) fill_v(c, walk, all.begin);
+    fill_tile(c, walk, all.begin, walk.tile(all.begin));
+    if (EARLY_V) fill_v(c, walk, all.begin, walk.tile(all.begin));
     const Operands first(c);
 #pragma unroll 1
-    for (int tile = all.begin; tile < all.end; ++tile) attend_tile(c, rows, walk, first, tile);
+    for (int place = all.begin; place < all.end; ++place) {
+        attend_place(c, rows, walk, first, place);
+        walk.advance(place);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
@@ -159,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     Work work;
     const BlockSplit which = SPLIT_KV ? block_split(block_index(), grid_size() / params.splits)
                                       : BlockSplit{int(block_index()), 0};
-    if (!find_work<BOUNDED_RIGHT, VARLEN, PACK_GQA>(params, BLOCK_M, work, which)) return;
+    if (!find_work<LAST_FIRST, VARLEN, PACK_GQA>(params, BLOCK_M, work, which)) return;
     if (thread_index() == 0) {
         smem.kv.init(NUM_THREADS, NUM_THREADS);
         smem.work = work;

@@ -41,6 +41,7 @@
 #include <flashcore/tile/wgmma_tile.cuh>
 #include <sm90/consumer.cuh>
 #include <sm90/epilogue.cuh>
+#include <sm90/listed_tiles.cuh>
 #include <sm90/producer.cuh>
 #include <sm90/softmax.cuh>
 #include <sm90/traits.cuh>
@@ -112,7 +113,9 @@ __device__ __forceinline__ void Consumer::attend() {
     } else {
         q.wait_full(smem.q);
         skip_tiles(all.end - mine.end);
-        if constexpr (HIDES_KEYS) {
+        if constexpr (LISTED) {
+            attend_listed_tiles(mine.end);
+        } else if constexpr (HIDES_KEYS) {
             attend_seen_tiles(mine);
         } else {
             attend_tiles(mine);
@@ -187,7 +190,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(CTA_THREADS, MIN_BLOCK
         smem.k.init(1, CONSUMER_WARPS);
         smem.v.init(1, CONSUMER_WARPS);
         smem.work.init(CONSUMER_WARPS + 1);  // and the producer
-        fence_mbarrier_init();               // TMA sees the new barriers
+        if constexpr (LISTED) init_listed(smem);
+        fence_mbarrier_init();  // TMA sees the new barriers
     }
     if (thread_index() == 3 * WARP_SIZE) {
         prefetch_tensormap(&params.k_map);

@@ -200,6 +200,20 @@ _NO_KEYS = {"window": (33, 7), "causal": "top-left", "seqlen_q": 150, "seqlen_kv
 _MASKS = {"mask": "qk", "mask_mod": "blocks", "window": (100, -1)}
 #: With blocks of 64 queries, the first keys, or the last ones, are hidden from a whole block.
 _BROADCAST = {"mask": "b11k", "mask_mod": "blocks", "seqlen_q": 100, "seqlen_kv": 96}
+#: Some keys are in no block that is listed, but in tiles that are.
+_LISTED = {
+    "block_mask": "64x64 11",
+    "mask_mod": "thirds",
+    "seqlen_q": 150,
+    "seqlen_kv": 300,
+    "seed": 19,
+    "unseen": (slice(64, 128), slice(192, 256)),
+}
+#: Only one of two consumers has blocks, in one tile after the other; and blocks of rows follow.
+_LISTED_ALONE = {
+    **{"block_mask": "64x64 11", "mask_mod": "thirds", "seqlen_q": 100, "seqlen_kv": 900},
+    **{"heads": 4, "heads_kv": 4, "multiprocessors": 1},
+}
 _OWN_32 = {"block_m": 32, "block_n": 32, "warps_m": 2}
 _OWN_32_ONE_STAGE = {"block_m": 32, "block_n": 16, "warps_m": 2, "num_stages": 1}
 _OWN_128 = {"block_m": 128, "block_n": 64, "warps_m": 8, "num_stages": 2}
@@ -238,6 +252,7 @@ _DROPS = {"dropout_p": 0.3}
 _DROPPED = _DROPS | {"seed": 1, "seqlen_q": 150, "seqlen_kv": 170}
 _200 = {"head_dim": 200, "head_dim_v": 136}
 _40 = {"head_dim": 40, "head_dim_v": 56}
+_192 = {"head_dim": 192, "head_dim_v": 192}
 _96 = {"head_dim": 96, "head_dim_v": 96}
 _BOTH_SIDES = {"window": (33, 7), "seqlen_q": 90, "seqlen_kv": 130}
 _FEW = {"heads": 8, "seqlen_q": 3, "alibi": "h"} | _ODD
@@ -261,6 +276,7 @@ TRIALS = (
     _sm80("far scores, gate", _TWO_STAGES, gate="softmax", **_GATED, **_HEAD),
     _sm80("gate", _TWO_STAGES, gate="softmax", seqlen_kv=75, **_HEAD),
     _sm80("blocks", _ONE_STAGE, mask_mod="blocks", seqlen_kv=250, **_HEAD),
+    _sm80("listed", _TWO_STAGES | {"block_n": 128}, **_LISTED, **_HEAD),
     _sm80("many threads", _MANY_THREADS, seqlen_kv=50, softcap=1000.0, **_HEAD),
     _sm80("misaligned", _ONE_STAGE, view="misaligned", bias="qk", softcap=5.0, **_HEAD),
     _sm80("float32", {"block_m": 32, "warps_m": 2}, dtype="float32", gate="qk", **_HEAD),
@@ -286,6 +302,10 @@ TRIALS = (
     _sm90("packed, first rows", _ONE, **_FIRST_ROWS, **_HEAD),
     _sm90("packed, window", _ONE, **_PACKED_WINDOW, **_HEAD),
     _sm90("dropout", _ONE, **_DROPPED),
+    _sm90("listed", _TWO | {"block_n": 128}, **_LISTED, **_HEAD),
+    _sm90("listed, many", _TWO | {"block_n": 64}, **_LISTED_ALONE),
+    _sm90("listed, no turns", _TWO | {"block_n": 64}, **_LISTED_ALONE, **_192),
+    _sm90("listed, causal", _TWO | {"block_n": 64}, causal=True, **_LISTED, **_HEAD),
     # fwd_sm90_cluster.cu
     _cluster("two CTAs", _PAIR, causal=True, seqlen_kv=300, **_HEAD, head_dim=64, head_dim_v=72),
     _cluster("masks", _GROUP, seqlen_kv=304, **_MASKS, **_HEAD),
@@ -424,6 +444,11 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "(LEFT && first_key < row_begin(last_query)); [<= for <]",
         "flashcore/rules/key_bits.cuh: for (int n = w * 16; n < min(w * 16 + 16, PAIRS); ++n) "
         "[<= for <]",
+        "flashcore/rules/listed_tiles.cuh: for (int c = 0; c < MOST_BLOCKS; ++c) { [<= for <]",
+        "flashcore/rules/listed_tiles.cuh: if (end <= 0 || begin >= 8 * PAIRS) continue; "
+        "[< for <=]",
+        "flashcore/rules/listed_tiles.cuh: if (end <= 0 || begin >= 8 * PAIRS) continue; "
+        "[> for >=]",
         "flashcore/tile/tile_copy.cuh: if (first_valid <= 0 && end_valid >= ROWS) { [< for <=]",
         "flashcore/tile/tile_copy.cuh: if (first_valid <= 0 && end_valid >= ROWS) { [> for >=]",
         "sm80/producer.cuh: return tile >= tiles.end || (BOUNDED_LEFT && tile < tiles.begin); "

@@ -24,21 +24,25 @@ from flashcore_cupy import attention as attend
 from flashcore_cupy.attention import plan
 from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import builds
-from flashcore_cupy.problem.array_spec import ArraySpec, spec_of_copy
+from flashcore_cupy.problem.array_spec import ArraySpec, spec_of, spec_of_copy
 from flashcore_cupy.problem.attention_problem import AttentionProblem, describe
 from flashcore_cupy.problem.gradients import contiguous_gradients
+from flashcore_cupy.problem.listed_blocks import LISTS, Lists
 from flashcore_cupy.problem.rules import RULES, describe_rules
 from flashcore_cupy.select import selector
 from flashcore_cupy.select.backward import select_backward
 from flashcore_cupy.select.config import KernelConfig
+from side_by_side import patterns
 from side_by_side.cells import DTYPE, UNBOUNDED, Cell
-from side_by_side.results import FA4, FLASH2, OURS, SDPA, VARLEN
+from side_by_side.results import FA4, FLASH2, FLEX, OURS, SDPA, VARLEN
 from side_by_side.timing import reason_of
 
 #: Enqueues one attention on the current stream, and returns its output, a (B, H, Sq, D) tensor,
 #: or (H, total, D) of packed sequences.
 Run = Callable[[], Any]
 
+#: Times that torch may compile a function; 8 by default.
+_RECOMPILED = 256
 _SDP = {
     "torch-flash2": "FLASH_ATTENTION",
     "torch-cudnn": "CUDNN_ATTENTION",
@@ -209,6 +213,10 @@ class Ours:
         if cell.lengths:
             starts = as_cupy(self._torch, inputs.cu_seqlens)
             rules |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+        if cell.pattern:
+            import cupy
+
+            rules["block_mask"] = patterns.ours(cell.pattern, cell.seqlen_q, cupy.asarray)
         return rules
 
 
@@ -247,8 +255,8 @@ class Torch(OnTorch):
         self._choose = choices.sdpa_kernel
 
     def takes(self, cell: Cell) -> bool:
-        """All but packed sequences."""
-        return not cell.lengths
+        """All but packed sequences and block masks."""
+        return not (cell.lengths or cell.pattern)
 
     def bind(self, cell: Cell, inputs: Inputs) -> Run:
         """Look at the arguments once; the call is torch's own."""
@@ -300,6 +308,32 @@ class TorchVarlen(OnTorch):
         return functools.partial(varlen_attn, inputs.q, inputs.k, inputs.v, *at, **rules)
 
 
+class Flex(OnTorch):
+    """torch's ``flex_attention``, compiled for each shape, with its own block mask."""
+
+    def takes(self, cell: Cell) -> bool:
+        """Block masks alone."""
+        return bool(cell.pattern)
+
+    def bind(self, cell: Cell, inputs: Inputs) -> Run:
+        """Make the block mask, and compile; the call is torch's own."""
+        return self.public_call(cell, inputs)
+
+    def public_call(self, cell: Cell, inputs: Inputs) -> Run:
+        """The call, (B, H, Sq, D). Raises ``RuntimeError`` where this torch does not have it."""
+        try:
+            flex = importlib.import_module("torch.nn.attention.flex_attention")
+        except ImportError:
+            raise RuntimeError("this torch has no flex_attention; 2.5 is the first") from None
+        dynamo = importlib.import_module("torch._dynamo").config
+        for limit in ("recompile_limit", "cache_size_limit"):  # since torch 2.7, and before
+            if hasattr(dynamo, limit):  # every cell is another shape, or another rule
+                setattr(dynamo, limit, max(getattr(dynamo, limit), _RECOMPILED))
+        compiled = self._torch.compile(flex.flex_attention, dynamic=False)
+        made = patterns.of_flex(self._torch, cell.pattern, cell.seqlen_q, inputs.q.device)
+        return functools.partial(compiled, *inputs.heads_first, block_mask=made)
+
+
 class FlashAttention4(OnTorch):
     """FlashAttention-4's CuTe kernels, which are compiled at the first call of a kind."""
 
@@ -325,8 +359,8 @@ class FlashAttention4(OnTorch):
             return "of unknown version"
 
     def takes(self, cell: Cell) -> bool:
-        """Every cell."""
-        return True
+        """Every cell but block masks."""
+        return not cell.pattern
 
     def bind(self, cell: Cell, inputs: Inputs) -> Run:
         """Look at the arguments once; the call is the package's own."""
@@ -357,7 +391,7 @@ class FlashAttention4(OnTorch):
 def torchs(torch: Any) -> list[Backend]:
     """All of torch's, in the order of ``results.PEERS``."""
     varlen = [TorchVarlen(torch, name) for name in (FLASH2, VARLEN)]
-    return [*(Torch(torch, name) for name in SDPA), *varlen]
+    return [*(Torch(torch, name) for name in SDPA), *varlen, Flex(torch, FLEX)]
 
 
 def first_result(run: Run, selected: Callable[[], Any]) -> Any:
@@ -404,12 +438,31 @@ def call_of(cell: Cell, kernel: str = "auto") -> Call:
     q, k, v = (dense(shape, ml_dtypes.bfloat16) for shape in shapes)
     packed = {"sequences": cell.batch} if cell.lengths else {}
     rules = {"layout": "bshd", **packed, **cell.rules}
+    if cell.pattern:
+        rules |= _described_blocks(cell)
     return Call(q, k, v, rules, kernel, cell.is_backward)
+
+
+def _described_blocks(cell: Cell) -> dict[str, Any]:
+    """A cell's block mask without its data, as ``patterns.ours`` makes it."""
+    rows = -(-cell.seqlen_q // patterns.BLOCK)
+    shapes = [(1, 1, rows, *[rows] * (n % 2)) for n in range(4)]
+    specs = {name: dense(shape, np.int32) for name, shape in zip(LISTS, shapes, strict=True)}
+    arrays = patterns.numpy_arrays(cell.pattern, cell.seqlen_q)
+    if cell.pattern == "random-blocks":  # full blocks alone, which need no rule
+        specs, arrays = {name: specs[name] for name in LISTS[2:]}, {}
+    lists = Lists(specs, (patterns.BLOCK,) * 2, (cell.seqlen_q, cell.seqlen_kv))
+    found: dict[str, Any] = {"block_mask": lists}
+    if len(specs) == len(LISTS):
+        found["mask_mod"] = patterns.PATTERNS[cell.pattern].cuda
+        found["mod_args"] = {name: spec_of(x) for name, x in arrays.items()}
+    return found
 
 
 def problem_of(call: Call) -> AttentionProblem:
     """What a call asks for. Raises ``TypeError`` or ``ValueError`` as the call does."""
-    rules = {name: call.rules[name] for name in {rule.name for rule in RULES} & call.rules.keys()}
+    named = {rule.name for rule in RULES} | {"mod_args"}
+    rules = {name: call.rules[name] for name in named & call.rules.keys()}
     others = {name: x for name, x in call.rules.items() if name not in rules}
     problem = describe(call.q, call.k, call.v, **others)
     described = describe_rules(problem.scores, problem.dtype, packed=problem.packed, **rules)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from side_by_side import patterns
+
 #: Every group, with what one of its cells is measured in.
 UNITS = {
     "grid": "TFLOP/s",
@@ -21,6 +23,7 @@ UNITS = {
     "decode": "GB/s",
     "variants": "TFLOP/s",
     "varlen": "TFLOP/s",
+    "blocks": "TFLOP/s",
     "backward": "TFLOP/s",
     "percall": "us",
 }
@@ -53,6 +56,8 @@ class Cell:
     """Packed sequences: queries of each, which are as many as its keys."""
     head_dim_v: int = 0
     """Columns of v where they are not as many as k's; 0: they are."""
+    pattern: str = ""
+    """Of block masks: a name in ``patterns.PATTERNS``; Sq = Skv."""
 
     @property
     def is_backward(self) -> bool:
@@ -99,8 +104,10 @@ class Cell:
     def pairs(self) -> float:
         """(query, key) pairs per head, of all sequences.
 
-        Exact for packed sequences and for a window; half of all where causal alone.
+        Exact for packed sequences, block masks and a window; half of all where causal alone.
         """
+        if self.pattern:
+            return float(self.batch * patterns.pairs(self.pattern, self.seqlen_q))
         if self.lengths:
             return float(sum(self._visible_pairs(n, n) for n in self.lengths))
         if self.window != UNBOUNDED:
@@ -164,6 +171,7 @@ def cells(group: str) -> list[Cell]:
         "decode": _decode,
         "variants": _variants,
         "varlen": _varlen,
+        "blocks": _blocks,
         "backward": _backward,
         "percall": _percall,
     }
@@ -260,6 +268,20 @@ def _packed(group: str, name: str, lengths: Sequence[int], head_dim: int, causal
     heads, longest = 2048 // head_dim, max(lengths)
     sizes = len(lengths), heads, heads, longest, longest, head_dim
     return Cell(group, f"{name}D{head_dim}c{causal:d}", *sizes, causal, lengths=tuple(lengths))
+
+
+def _blocks() -> list[Cell]:
+    """Each pattern at two lengths, 2048 columns over all heads."""
+    return [
+        Cell(
+            *("blocks", f"{name}D{head_dim}S{seqlen}", 2, 2048 // head_dim, 2048 // head_dim),
+            *(seqlen, seqlen, head_dim),
+            pattern=name,
+        )
+        for head_dim in (64, 128)
+        for seqlen in (8192, 32768)
+        for name in patterns.PATTERNS
+    ]
 
 
 def _backward() -> list[Cell]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashcore_cupy.cpu import reference
+from side_by_side import patterns
 from side_by_side.backends import Inputs, to_numpy
 from side_by_side.cells import Cell
 
@@ -81,8 +82,11 @@ def _check_head(torch: Any, cell: Cell, inputs: Inputs, got: Any, b: int, h: int
     rows = sample_rows(q.shape[2])
     chosen = torch.as_tensor(rows, device=got.device)
     result = to_numpy(torch, got.swapaxes(-3, -2)[at][:, h][chosen])[None, None]
-    expected, _ = reference.oracle(q, k, v, rows=rows, **cell.rules)
-    naive = reference.naive(q, k, v, rows=rows, **cell.rules)
+    rules = cell.rules
+    if cell.pattern:
+        rules |= patterns.for_numpy(cell.pattern, cell.seqlen_q)
+    expected, _ = reference.oracle(q, k, v, rows=rows, **rules)
+    naive = reference.naive(q, k, v, rows=rows, **rules)
     judged = reference.compare(result, expected, naive)
     if not judged.ok:
         raise WrongResultError(f"wrong: b={b} h={h}, rows sampled: {judged.reason}")

@@ -22,6 +22,7 @@ METHODS = {
     "decode": "per call in a replayed CUDA graph; inputs rotate over at least 3x the L2",
     "variants": _COLD,
     "varlen": _COLD,
+    "blocks": f"{_COLD}; block masks are there",
     "backward": f"{_COLD}; o and its log-sum-exp are there",
     "percall": "wall time of 200 calls from Python and their wait; GPU time from a replayed graph",
 }
@@ -50,6 +51,7 @@ class Bench:
             "decode": self._decode,
             "variants": self._cold,
             "varlen": self._cold,
+            "blocks": self._cold,
             "backward": self._cold,
             "percall": self._percall,
         }

@@ -10,11 +10,11 @@ from flashcore_cupy.cli.plots import require_matplotlib
 from side_by_side.cells import DTYPE, Cell
 from side_by_side.results import BACKENDS, FA4, FIXED, NAMES, OURS, OURS_ANY, Report, Row
 
-_HUES = ("#2f6f9f", "#b07a2e", "#7a3f8f", "#4f9d69", "#2a9d9d", "#c8443c")
+_HUES = ("#2f6f9f", "#b07a2e", "#7a3f8f", "#4f9d69", "#2a9d9d", "#8a8a2a", "#c8443c")
 _COLORS = dict(zip(BACKENDS, _HUES, strict=True))
 _LABELS = {name: name for name in NAMES} | {OURS: "FlashCore", FA4: "FlashAttention-4"}
 _LABELS |= {OURS_ANY: "FlashCore, in any order", f"{FA4}-det": "FlashAttention-4, deterministic"}
-_MARKERS = dict(zip(BACKENDS, "os^vPD", strict=True))
+_MARKERS = dict(zip(BACKENDS, "os^vPXD", strict=True))
 # Drawn as another, but dashed.
 _LIKE = {OURS_ANY: OURS} | {name: name.removesuffix("-det") for name in FIXED}
 _SUBTITLE = {"loc": "left", "fontsize": 10, "color": "#444444"}

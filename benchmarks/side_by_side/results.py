@@ -20,8 +20,10 @@ CUDNN = "torch-cudnn"
 SDPA = (FLASH2, CUDNN, "torch-efficient")
 #: torch's varlen_attn: packed sequences alone.
 VARLEN = "torch-varlen"
+#: torch's flex_attention, compiled: block masks alone.
+FLEX = "torch-flex"
 FA4 = "fa4"
-PEERS = (*SDPA, VARLEN, FA4)
+PEERS = (*SDPA, VARLEN, FLEX, FA4)
 BACKENDS = (OURS, *PEERS)
 #: Of the backward pass: ours that adds in any order, and peers that repeat their bits, as "ours"
 #: does.

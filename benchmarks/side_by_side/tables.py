@@ -18,6 +18,7 @@ _TITLES = {
     "decode": "Decode, one query per sequence",
     "variants": "Grouped queries, windows, other head dims",
     "varlen": "Packed sequences",
+    "blocks": "Block masks, B=2",
     "backward": "Gradients of q, k and v",
     "percall": "Calls from Python (time on the GPU)",
 }

@@ -91,7 +91,7 @@ def rules_of(call: Call) -> dict[str, Any]:
     problem = call.problem
     arrays = {rule.name: call.arrays[rule.name] for rule in RULES if rule.name in call.arrays}
     found: dict[str, Any] = {"softmax_scale": problem.softmax_scale, "causal": problem.causal}
-    found["rng"] = call.arrays.get("rng", call.rng)
+    found["rng"], found["block_mask"] = call.arrays.get("rng", call.rng), call.lists
     return {**found, **problem.rules.values, **arrays, **call.formulas, "mod_args": call.mod_args}
 
 

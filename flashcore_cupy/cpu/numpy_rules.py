@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashcore_cupy.problem.attention_problem import Causal
+from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.blocks import Array, Block, BoolArray, ScoreShape
 from flashcore_cupy.problem.mod_elements import MOD_ARGS, mod_args_among
 from flashcore_cupy.problem.mods import check_mods
@@ -122,6 +123,8 @@ class NumpyRules:
             return rule.describe(value, self.scores, "float64")
         if rule.takes == "formula" or value is None:
             return value
+        if isinstance(value, BlockMask):
+            value = value.lists(cpu=True)
         scores = self.scores
         if self.sequence is not None and value.ndim == 2 and len(value) > self.sequence:
             # A packed batch passes the slopes of all its sequences to each of them.
@@ -218,9 +221,22 @@ class NumpyRules:
             parts.append(at.kv_idx <= at.q_idx + (self.offset + right))
         if at.keys.start < at.highest + self.offset - left:
             parts.append(at.kv_idx >= at.q_idx + (self.offset - left))
-        seen = (rule.seen(value, at, self) for rule, value in self._given)
-        parts += [part for part in seen if part is not None]
+        parts += self._looked_up(at)
         return reduce(np.logical_and, parts) if parts else np.ones(at.shape, np.bool_)
+
+    def _looked_up(self, at: Block) -> list[BoolArray]:
+        """Return where each rule lets the queries of a block see its keys."""
+        found = []
+        granted = [rule.granted(value, at, self) for rule, value in self._given]
+        for (rule, value), own in zip(self._given, granted, strict=True):
+            seen = rule.seen(value, at, self)
+            if seen is None:
+                continue
+            for other in granted:
+                if other is not None and other is not own:
+                    seen = seen | other
+            found.append(seen)
+        return found
 
     def doubtful(self, at: Block) -> list[Block]:
         """Return the parts of a block that need a look: in the rest all queries see all keys."""

@@ -36,6 +36,7 @@ _REFUSED = {
     "out": "it is written in place, which has no gradient; leave it out, use the result",
     "stream": "work is ordered by who differentiates or traces; leave it out",
     "gate": "what a gate returns has no gradient; leave it out",
+    "block_mask": "has no gradient yet; pass the same rule as mask_mod, or detach q, k and v",
 }
 #: How many axes an array has, a batch's before them, where these are not four.
 _AXES = {name: 2 for name in PER_HEAD} | {"lse": 3, "dlse": 3}

@@ -42,7 +42,7 @@ INPUTS = ("q", "k", "v", *(rule.name for rule in RULES if rule.has_gradient))
 #: All that attention_backward() takes by name.
 BACKWARD_ARGUMENTS = (
     *("do", "o", "lse", "dlse", "wrt", "deterministic", "accumulate", "score_mod_grad"),
-    *(name for name in ARGUMENTS if name != "return_lse"),
+    *(name for name in ARGUMENTS if name not in ("return_lse", "block_mask")),
 )
 _DEFAULTS: Mapping[str, Any] = {
     "wrt": ("q", "k", "v"), "deterministic": True, "accumulate": False, "score_mod_grad": None,

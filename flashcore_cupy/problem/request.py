@@ -30,6 +30,8 @@ from flashcore_cupy.problem.attention_problem import (
     check_dimensions,
     describe,
 )
+from flashcore_cupy.problem.block_mask import BlockMask
+from flashcore_cupy.problem.listed_blocks import Lists
 from flashcore_cupy.problem.mods import check_mod_args, check_mods
 from flashcore_cupy.problem.rng import check_rng, integer_key, missing_rng
 from flashcore_cupy.problem.rule_arrays import few_numbers, rule_array
@@ -52,6 +54,8 @@ class Call:
     """Seed and offset, if they are not in an array of ``arrays``."""
     kernel: str
     config: Mapping[str, object] | None
+    lists: Lists | None = None
+    """Of the block mask."""
 
     @property
     def rng_key(self) -> int:
@@ -77,6 +81,8 @@ class Call:
             for rule in RULES
             if rule.pointer is not None and rule.name in arrays
         }
+        if self.lists is not None:
+            found |= self.lists.arrays
         if "rng" in arrays:
             found["rng"] = arrays["rng"]
         for name, argument in (("cu_seqlens_q", "cu_seqlens_q"), ("cu_seqlens_kv", "cu_seqlens_k")):
@@ -117,12 +123,12 @@ class Request:
         expressions; by default that is so on a GPU, and where a kernel is named. Raises
         ``TypeError`` or ``ValueError`` naming the argument, what it got and what works.
         """
-        request = self._plain()
+        if in_kernel is None:
+            in_kernel = on_gpu or self.kernel != "auto"
+        request, lists = self._plain()._listed(on_gpu, in_kernel)
         mod_args, arrays = request._rule_arrays(on_gpu)
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_elements(name, x)
-        if in_kernel is None:
-            in_kernel = on_gpu or self.kernel != "auto"
         if in_kernel and not on_gpu:
             request._check_for_kernel({"q": q, "k": k, "v": v, **arrays}, mod_args)
         sequences = request._boundaries(q, k, v, on_gpu)
@@ -143,9 +149,18 @@ class Request:
             named = {f"mod_args[{name!r}]": x for name, x in mod_args.items()}
             check_overlaps("out", out, arrays | named)
             given["out"] = out
-        formulas = {name: self.rules.get(name) for name in _FORMULAS if not in_kernel}
+        formulas = {name: request.rules.get(name) for name in _FORMULAS if not in_kernel}
         formulas = {name: x for name, x in formulas.items() if x is not None}
-        return Call(problem, given, mod_args, formulas, rng, self.kernel, self.config)
+        return Call(problem, given, mod_args, formulas, rng, self.kernel, self.config, lists)
+
+    def _listed(self, on_gpu: bool, in_kernel: bool) -> tuple[Request, Lists | None]:
+        """The same with a block mask's lists in its place, and with the rule that it brings."""
+        if self.rules.get("block_mask") is None:
+            return self, None
+        block_mask = BlockMask.of(self.rules["block_mask"])
+        lists = block_mask.lists(cpu=not on_gpu)
+        rules = block_mask.beside(self.rules, in_kernel=in_kernel) | {"block_mask": lists}
+        return replace(self, rules=rules), lists
 
     def _plain(self) -> Request:
         """The same with plain flags and numbers."""

@@ -69,7 +69,7 @@ class Rule:
 
     name: ClassVar[str]
     default: ClassVar[Any] = None
-    takes: ClassVar[Literal["value", "array", "numbers per head", "formula"]] = "array"
+    takes: ClassVar[Literal["value", "array", "numbers per head", "formula", "blocks"]] = "array"
     acts_on: ClassVar[Literal["scores", "keys", "positions", "sum", "probabilities"]] = "scores"
     """It changes scores; or it hides keys, one by one or all that are too far; or it joins the sum
     of a row's exponentials; or it changes what the softmax gives."""
@@ -83,6 +83,8 @@ class Rule:
     """Those of that array, in the field ``<pointer>_strides``; None if a kernel needs none."""
     numbers: ClassVar[tuple[str, ...]] = ()
     """More fields of ``AttentionParams``, float32."""
+    integers: ClassVar[tuple[str, ...]] = ()
+    """And int32."""
     when_packed: ClassVar[str | None] = None
     """What to use instead in a packed batch; None if it goes with one."""
     has_gradient: ClassVar[bool] = False
@@ -137,6 +139,10 @@ class Rule:
 
     def seen(self, value: Any, at: Block, around: Around) -> BoolArray | None:
         """Return where the queries of a block see its keys, (M, N); None for everywhere."""
+        return None
+
+    def granted(self, value: Any, at: Block, around: Around) -> BoolArray | None:
+        """Return where no other rule that hides keys one by one is asked; None for nowhere."""
         return None
 
 

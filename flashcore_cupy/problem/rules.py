@@ -9,9 +9,9 @@ batch, the query head, the query and the key:
     s = s + bias[b, h, i, j]                    bias
     s = score_mod(s, b, h, i, j)                score_mod
 
-and then query i sees key j where causal, window, mask and mask_mod all let it. What the softmax
-gives goes through dropout. To add a rule: its record here with a field of ``Rules``, its lines in
-``score.cuh``, its inputs in the selftest; all of it stands in CONTRIBUTING.md.
+and then query i sees key j where causal, window, mask and mask_mod all let it; a block_mask has the
+last two asked in mixed blocks alone. What the softmax gives goes through dropout. How to add a rule
+stands in CONTRIBUTING.md.
 
 Nothing here needs a GPU or CuPy: of arrays it takes shape, dtype, strides, and an address.
 """
@@ -28,6 +28,7 @@ import numpy as np
 from flashcore_cupy.problem import blocks
 from flashcore_cupy.problem.blocks import Around, Array, Block, BoolArray, ScoreShape
 from flashcore_cupy.problem.dropout import DropoutP
+from flashcore_cupy.problem.listed_blocks import BlockLists, BlockMaskRule
 from flashcore_cupy.problem.mods import (
     Mods,
     apply_score_mod,
@@ -63,15 +64,16 @@ class Rules:
     """The rules of one call, described without their data; hashable, so that they key a cache."""
 
     window: tuple[int, int] = NO_WINDOW
-    """Keys to the left and to the right of a query's own position; -1 is no bound."""
+    """Keys to the left and right of a query's own position; -1 is no bound."""
     softcap: float = 0.0
     alibi_slopes: tuple[int, int] | None = None
-    """Element strides of the slopes along batches and heads."""
+    """Element strides along batches and heads."""
     bias: Broadcast | None = None
     mask: Broadcast | None = None
     sink: bool = False
     dropout_p: float = 0.0
     mods: Mods | None = None
+    block_mask: BlockLists | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,8 +94,8 @@ class Rules:
 
     def bits(self, dtype: str) -> tuple[str, ...]:
         """The names in ``RULE_BITS`` of what a kernel for q of a dtype is built with."""
-        bits = [name for rule, x in self.given for name in rule.bits(x, dtype)]
-        return tuple(bits + [name for rule, x in self.given for name in rule.loads(x)])
+        loads = (name for rule, x in self.given for name in rule.loads(x))
+        return (*(name for rule, x in self.given for name in rule.bits(x, dtype)), *loads)
 
     @property
     def differ_by_head(self) -> bool:
@@ -109,9 +111,8 @@ class Window(Rule):
 
     def describe(self, value: Any, scores: ScoreShape, dtype: str) -> tuple[int, int]:
         """Return (left, right), -1 for a side that hides nothing."""
-        wrong = (
-            f"window: got {shown(value)}; use (left, right), each an int from 0, or -1 for no bound"
-        )
+        use = "use (left, right), each an int from 0, or -1 for no bound"
+        wrong = f"window: got {shown(value)}; {use}"
         if not isinstance(value, tuple | list) or len(value) != 2:
             raise ValueError(wrong)
         sides = []
@@ -219,8 +220,8 @@ class AlibiSlopes(PerHeadRule):
 
     def bounds(self, value: Any, before: Bounds, scores: ScoreShape) -> Bounds:
         """No distance is longer than both sequences."""
-        longest = scores.seqlen_q + scores.seqlen_kv
-        return before.rounded(before.largest + float(np.abs(value).max()) * longest)
+        grown = float(np.abs(value).max()) * (scores.seqlen_q + scores.seqlen_kv)
+        return before.rounded(before.largest + grown)
 
 
 class Bias(BroadcastRule):
@@ -357,7 +358,7 @@ class Sink(PerHeadRule):
 #: In the order in which they apply.
 RULES: tuple[Rule, ...] = (
     *(Window(), Softcap(), AlibiSlopes(), Bias(), ScoreMod()),
-    *(Mask(), MaskMod(), Sink(), DropoutP()),
+    *(BlockMaskRule(), Mask(), MaskMod(), Sink(), DropoutP()),
 )
 NO_RULES = Rules()
 
@@ -382,13 +383,12 @@ def describe_rules(scores: ScoreShape, dtype: str, *, packed: bool = False, **gi
                 f"{rule.name}: not with cu_seqlens, whose sequences have no common shape; "
                 f"use {rule.when_packed} with mod_args"
             )
-    wrong = set(given) - {rule.name for rule in RULES} - {"mod_args", "rng"}
-    assert not wrong, f"no rules: {wrong}"
+    assert set(given) <= {rule.name for rule in RULES} | {"mod_args", "rng"}, f"no rules: {given}"
     described = {
         rule.name: rule.describe(given[rule.name], scores, dtype)
         for rule in RULES
         if (rule.takes == "value" and rule.name in given)
-        or (rule.takes in ("array", "numbers per head") and given.get(rule.name) is not None)
+        or (rule.takes not in ("value", "formula") and given.get(rule.name) is not None)
     }
     mods = (given.get("score_mod"), given.get("mask_mod"), given.get("mod_args") or {})
     return Rules(**described, mods=describe_mods(*mods))

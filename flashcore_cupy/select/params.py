@@ -25,11 +25,16 @@ _POINTERS = [
     *("q_scale", "k_scale", "v_scale"),
     *(rule.pointer for rule in RULES if rule.pointer is not None),
 ]
-_MORE_POINTERS = ["cu_seqlens_q", "cu_seqlens_kv", "split_partials", "counters", "rng"]
+_MORE_POINTERS = [
+    *("cu_seqlens_q", "cu_seqlens_kv", "split_partials", "counters"),
+    *("tile_entries", "tile_counts", "rng"),
+]
 _INTEGERS = [
     *("batch", "heads_q", "heads_kv", "group", "seqlen_q", "seqlen_kv", "causal_offset"),
     *("window_left", "window_right", "top_left", "m_blocks", "splits", "section"),
     *("gate_row", "gate_tiles", "rows_padded", "cols_padded"),
+    *(name for rule in RULES for name in rule.integers),
+    *("tile_rows", "tile_keys", "tile_capacity"),
 ]
 
 #: ``AttentionParams``: what every attention kernel takes.
@@ -76,6 +81,32 @@ MOD_ARGS_PARAMS = np.dtype(
         *((name, *field[:1]) for name, field in (BACKWARD_PARAMS.fields or {}).items()),
         ("mod_gradient", "u8"),
         ("first_sum", "i4"),
+    ],
+    align=True,
+)
+
+#: ``TileListsParams`` of ``tile_lists.cu``: the same as all take, and behind it a block mask's
+#: lists, of mixed blocks and of full ones. Strides in elements.
+TILE_LISTS_PARAMS = np.dtype(
+    [
+        *((name, *field[:1]) for name, field in (ATTENTION_PARAMS.fields or {}).items()),
+        ("counts", "u8", (2,)),
+        ("indices", "u8", (2,)),
+        ("counts_strides", "i8", (2, 3)),
+        ("indices_strides", "i8", (2, 4)),
+        ("capacity", "i4", (2,)),
+    ],
+    align=True,
+)
+
+#: ``BlockMaskParams`` of ``block_mask.cu``: the same, and behind it the lists that it writes.
+BLOCK_MASK_PARAMS = np.dtype(
+    [
+        *((name, *field[:1]) for name, field in (ATTENTION_PARAMS.fields or {}).items()),
+        ("counts", "u8", (2,)),
+        ("indices", "u8", (2,)),
+        ("q_blocks", "i4"),
+        ("kv_blocks", "i4"),
     ],
     align=True,
 )

@@ -13,6 +13,7 @@ from flashcore_cupy.select.grids import check_sizes
 from flashcore_cupy.select.registry import AUTO_ORDER, KERNELS, Kernel
 from flashcore_cupy.select.row import Row
 from flashcore_cupy.select.table import ROWS
+from flashcore_cupy.select.tile_lists import TakesLists
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Selection:
     def explained(self, arch: str) -> list[str]:
         """Return a line for the kernel on its target, and one for each that was passed over."""
         lines = [f"{self.name} on {arch}: {self.describe()}"]
+        if isinstance(self.config, TakesLists):
+            lines += self.config.told()
         return lines + [f"passed over {name}: {reason}" for name, reason in self.passed_over]
 
 
@@ -69,6 +72,10 @@ def configure(
         raise ValueError(f"takes {' and '.join(kernel.dtypes)}, not {problem.dtype}")
     _refuse(kernel.family.why_not_on(arch))
     kernel.family.check_problem(problem)
+    if problem.rules.block_mask is not None:
+        family = kernel.family
+        if not (issubclass(family, TakesLists) and family.takes_blocks):
+            raise ValueError("has no block_mask")
     if auto:
         _refuse(kernel.family.why_slow(problem))
     dims = (problem.head_dim, problem.head_dim_v)
@@ -100,7 +107,10 @@ def configure_row(
 ) -> KernelConfig:
     """Join a row with a problem, for any target; ``ValueError`` says what is wrong with a tile."""
     kernel = KERNELS[row.kernel]
-    tile = row.tile.override(overrides or {})
+    tile = row.tile
+    if issubclass(kernel.family, TakesLists):
+        tile = kernel.family.tile_for(tile, problem)
+    tile = tile.override(overrides or {})
     config = kernel.family.of(kernel.name, row.dims, tile, problem)
     config.check()
     config.check_heads(problem)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem
-from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.grids import Split, fastest_split
+from flashcore_cupy.select.tile_lists import TakesLists
 from flashcore_cupy.select.units import MMA, WARP_SIZE, panel_cols, round_up
 
 _NAMED_BARRIERS = 15  # the sixteenth is __syncthreads's
@@ -14,7 +14,7 @@ _WORK_BYTES = 96
 _SPLIT_KEYS, _COMBINE_KEYS = 256, 24
 
 
-class Sm80(KernelConfig):
+class Sm80(TakesLists):
     """Scores, probabilities and output stay in registers; K and V arrive by cp.async."""
 
     source = "fwd_sm80.cu"
@@ -44,7 +44,12 @@ class Sm80(KernelConfig):
             reasons.append(
                 f"warps_n={t.warps_n}: their partials do not fit over K and V to be combined"
             )
-        return reasons
+        if self.is_listed and 64 % (t.block_m // t.warps_m):
+            reasons.append(
+                f"block_m={t.block_m}, warps_m={t.warps_m}: with a block mask a warp has 16, 32 or "
+                f"64 rows"
+            )
+        return reasons + self.unlisted("pack_gqa", "split_kv")
 
     def _unfit_columns(self) -> list[str]:
         """Why warps cannot share rows, each with a part of the columns of O."""

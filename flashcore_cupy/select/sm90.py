@@ -9,7 +9,7 @@ import numpy as np
 
 from flashcore_cupy.cuda.targets import HOPPER, smem_limit
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, Operand
-from flashcore_cupy.select.config import KernelConfig
+from flashcore_cupy.select.config import KernelConfig, Tile
 from flashcore_cupy.select.grids import (
     Split,
     blocks_per_head,
@@ -27,6 +27,7 @@ from flashcore_cupy.select.tensor_view import (
     is_addressable,
     view_of,
 )
+from flashcore_cupy.select.tile_lists import TakesLists
 from flashcore_cupy.select.units import MAX_GRID, MMA, WARP_SIZE, WARPGROUP_WARPS, panel_cols
 
 ROWS_OF_WARPGROUP = 64
@@ -44,7 +45,7 @@ _L2_BYTES, _MANY_BLOCKS, _MANY_ROUNDS = 34_000_000, 40, 8
 
 
 @dataclass(frozen=True)
-class Sm90(KernelConfig):
+class Sm90(TakesLists):
     """One warpgroup loads by TMA; the others overlap softmax with products by wgmma."""
 
     source = "fwd_sm90.cu"
@@ -101,6 +102,15 @@ class Sm90(KernelConfig):
                 f"packs groups of 1, 2, 4, ... {self.tile.block_m} heads, not of {group}"
             )
 
+    @classmethod
+    def tile_for(cls, tile: Tile, problem: AttentionProblem) -> Tile:
+        """Of a block mask's problem also: queries of one block of the mask, or of whole ones."""
+        tile = super().tile_for(tile, problem)
+        lists = problem.rules.block_mask
+        if lists is None or tile.block_m <= 128:
+            return tile
+        return replace(tile, block_m=128, warps_m=8, num_stages=2)
+
     # --- tiles ------------------------------------------------------------------------------------
 
     def unfit(self) -> list[str]:
@@ -129,7 +139,7 @@ class Sm90(KernelConfig):
             reasons.append(f"wgmma_sm90 has no {', '.join(others)}")
         if self.head_dim % 32 or self.head_dim_v % 32:
             reasons.append("wgmma_sm90 has tiles of 32, 64, 96, ... columns")
-        return reasons
+        return reasons + self.unlisted("pack_gqa", "split_kv")
 
     @property
     def num_warps(self) -> int:

@@ -31,6 +31,7 @@ class Sm90Cluster(Sm90):
     source = "fwd_sm90_cluster.cu"
     entries = ("fwd_sm90_cluster",)
     takes_packed = False
+    takes_blocks = False
     overlaps_launches = True
     own_switches = ("one_tile", "alone")
 

@@ -146,6 +146,8 @@ _48_KEYS = _choice(replace(_MMA_2, block_n=48), max_arch=89, spills_with=PER_SCO
 _64_KEYS = _choice(_MMA_2, min_arch=90, spills_with=PER_SCORE)
 # Rules take registers, too.
 _RULED = _choice(replace(_MMA_64, min_blocks=2))
+_RULED_128 = _choice(replace(_MMA_64, min_blocks=2), spills_with=("bias_fp32+blocks",))
+_KEYS_32 = _choice(replace(_MMA_64, block_n=32))  # for all rules; not yet timed
 # D=64: 1 to 11 % faster than _RULED.
 _RULED_64 = _choice(replace(_MMA_2, min_blocks=2))
 _WIDE = _choice(_MMA_64)
@@ -163,7 +165,8 @@ _SM80_ROWS = (
                                                                    _RULED_64),
     *_sm80(80,  _one(128),           _few(128),           _SOME,   _TWO_STAGES, _RULED),
     *_sm80(96,  _one(128),           _few(128), _few(64), _SOME,   _TWO_STAGES, _RULED),
-    *_sm80(128, _one(128),           _few(128), _few(64), _SOME,   _64_KEYS, _48_KEYS, _RULED),
+    *_sm80(128, _one(128),           _few(128), _few(64), _SOME,   _64_KEYS, _48_KEYS, _RULED_128,
+                                                                   _KEYS_32),
     *_sm80(192, _one(128), _one(64), _few(64), _few(32),           _WIDE),
     *_sm80(256, _one(128), _one(64), _few(64), _few(32),           _COLUMNS, _WIDE),
     # (D, Dv) and wider heads, for whatever grid
@@ -171,7 +174,7 @@ _SM80_ROWS = (
     *_sm80((64, 256),  _choice(_MMA_64, spills_with=PER_SCORE),
                        _choice(replace(_MMA_64, block_n=32))),
     *_sm80(512,        _choice(replace(_MMA_64, warps_d=4), max_arch=90,
-                               spills_with=("bias_fp32+mask",)),
+                               spills_with=("bias_fp32+mask", "blocks")),
                        _choice(replace(_MMA, block_m=32, block_n=32, warps_m=2, warps_d=2))),
 )
 # fmt: on

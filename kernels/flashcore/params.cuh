@@ -51,8 +51,11 @@ struct AttentionParams {
     // 0 between launches. fwd_sm80: for each block of rows, how many of its splits have arrived.
     // fwd_sm90: WorkCounters.
     int* counters;
-    const uint64* rng;  // dropout: seed and offset, or null; then
-    uint64 rng_key;     // is made of them already (rules/dropout.cuh)
+    // Block masks: what tile_lists.cu has made of them (rules/listed_tiles.cuh).
+    const void* tile_entries;  // ListedTile, (list_batches, list_heads, m_blocks, tile_capacity)
+    const int* tile_counts;    // (list_batches, list_heads, m_blocks)
+    const uint64* rng;         // dropout: seed and offset, or null; then
+    uint64 rng_key;            // is made of them already (rules/dropout.cuh)
     Strides q_strides, k_strides, v_strides, o_strides;
     HeadStrides lse_strides, alibi_strides;
     BroadcastStrides bias_strides, mask_strides;
@@ -73,6 +76,13 @@ struct AttentionParams {
     int gate_tiles;     // tiles per row in gate_tile_max
     int rows_padded;    // scratch rows: Sq rounded up to the tile
     int cols_padded;    // scratch columns: seqlen_kv rounded up to the tile
+    int list_batches;   // block masks: 1, or B
+    int list_heads;     // a divisor of Hq: so many neighbouring heads of q share a list
+    int list_shift_q;   // a block of the mask has 2^list_shift_q queries
+    int list_shift_kv;  // and 2^list_shift_kv keys
+    int tile_rows;      // queries and keys of the tiles in the lists
+    int tile_keys;
+    int tile_capacity;  // entries that a list has room for
     float softmax_scale;
     float scale_log2;  // softmax_scale * log2(e): exp(x) = exp2(x * log2(e))
     float softcap, inverse_softcap;

@@ -35,9 +35,12 @@ struct TileStage {
     uint32 parity;
 };
 
-// The walk over the keys: which tiles, and what this thread keeps from one to the next.
+// The walk over the keys: which tiles, and what this thread keeps from one to the next. With a list
+// a tile has a place in it; without one its place is its number.
 struct Walk {
-    TileRange all;
+    TileRange all;  // places
+    const ListedTile* entries;
+    ListedTile now, ahead;    // at this place, and at the next
     TileRange kept_unmasked;  // see unmasked
     // This thread's first piece of the next K and the next V to be copied, and the shared address
     // of that piece in sK[0]. It has the same offset in sV[0].
@@ -52,7 +55,31 @@ struct Walk {
           kept_unmasked(unmasked(c)),
           next_k(CopyK::first_piece(c.smem.gK, c.params.k_strides.row, all.begin * BLOCK_N)),
           next_v(CopyV::first_piece(c.smem.gV, c.params.v_strides.row, all.begin * BLOCK_N)),
-          target(CopyK::first_target(c.smem.sK[0])) {}
+          target(CopyK::first_target(c.smem.sK[0])) {
+        if constexpr (LISTED) {
+            entries = TileLists(c.params).entries(list_of(c.params, c.work));
+            now = entries[all.begin];
+            ahead = entries[min(all.begin + 1, all.end - 1)];
+        }
+    }
+
+    // The tile at this place, and the one at the next.
+    __device__ __forceinline__ int tile(int place) const { return LISTED ? now.tile() : place; }
+    __device__ __forceinline__ int next_tile(int place) const {
+        return LISTED ? ahead.tile() : place + 1;
+    }
+    // Goes on to the next place.
+    __device__ __forceinline__ void advance(int place) {
+        if constexpr (LISTED) {
+            now = ahead;
+            ahead = entries[min(place + 2, all.end - 1)];
+        }
+    }
+    // The blocks of a mask that the warp's rows meet in this tile.
+    __device__ __forceinline__ BlocksOfRow blocks_in(const Context& c) const {
+        return TileLists(c.params).blocks_of(now, c.work.first_row,
+                                             c.work.first_row + c.first_row());
+    }
 
     // Whether positions hide some key of the tile from some row of the block.
     __device__ __forceinline__ bool needs_mask(const Context& c, int tile) const {
@@ -64,8 +91,8 @@ struct Walk {
         return unmasked_tiles<BLOCK_N, PACK_GQA>(c.work, c.mask(), 0, BLOCK_M);
     }
 
-    __device__ __forceinline__ TileStage stage_of(int tile) const {
-        const uint32 nth = tile - all.begin;
+    __device__ __forceinline__ TileStage stage_of(int place) const {
+        const uint32 nth = place - all.begin;
         const int stage = nth % NUM_STAGES;
         return {stage, stage, KV_TOGETHER ? stage : 1, nth / NUM_STAGES % 2};
     }
@@ -129,17 +156,17 @@ __device__ __forceinline__ void release(const Context& c, int barriers) {
     mbarrier_arrive(&c.smem.kv.empty[barriers]);
 }
 
-// Starts to copy K of a tile; and V, too, where they share barriers.
-__device__ __forceinline__ void fill_tile(const Context& c, Walk& walk, int tile) {
-    const TileStage at = walk.stage_of(tile);
+// Starts to copy K of the tile at a place; and V, too, where they share barriers.
+__device__ __forceinline__ void fill_tile(const Context& c, Walk& walk, int place, int tile) {
+    const TileStage at = walk.stage_of(place);
     wait_empty(c, at, at.barriers_k);
     load_k(c, walk, tile, at.stage);
     if (KV_TOGETHER) load_v(c, walk, tile, at.stage);
     commit(c, at.barriers_k);
 }
-// Starts to copy V of a tile, where it has barriers of its own.
-__device__ __forceinline__ void fill_v(const Context& c, Walk& walk, int tile) {
-    const TileStage at = walk.stage_of(tile);
+// Starts to copy V of the tile at a place, where it has barriers of its own.
+__device__ __forceinline__ void fill_v(const Context& c, Walk& walk, int place, int tile) {
+    const TileStage at = walk.stage_of(place);
     wait_empty(c, at, at.barriers_v);
     load_v(c, walk, tile, at.stage);
     commit(c, at.barriers_v);

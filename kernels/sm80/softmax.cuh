@@ -12,25 +12,36 @@
 
 namespace flashcore {
 
-// Looks up which of its keys of a tile this lane's rows see by `mask` and mask_mod. MASKED: by
-// their positions, too.
-template <bool MASKED>
-__device__ __forceinline__ void look_up_keys(const Context& c, int tile, Visible& visible) {
-    if constexpr (HIDES_KEYS) {
+// Looks up which of its keys of a tile this lane's rows see by `mask` and mask_mod; with a list,
+// also by the states of `blocks`. MASKED: by their positions, too.
+template <bool MASKED, bool LOOKED_UP>
+__device__ __forceinline__ void look_up_keys(
+    const Context& c, const BlocksOfRow& blocks, int tile,
+    KeyBits<LOOKED_UP, TILES_N> (&visible)[FRAGMENTS_M][2]) {
+    if constexpr (LOOKED_UP) {
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                visible[m][half] =
-                    c.rules_for(c.query(m, half))
-                        .template visible<MASKED, TILES_N, TILES_N>(c.mask(), c.first_key(tile));
+            for (int half = 0; half < 2; ++half) {
+                const RowRules<T, RULES> rules = c.rules_for(c.query(m, half));
+                const int key = c.first_key(tile);
+                if constexpr (LISTED) {
+                    visible[m][half] =
+                        rules.template visible_in<MASKED, TILES_N, TILES_N>(blocks, c.mask(), key);
+                } else {
+                    visible[m][half] =
+                        rules.template visible<MASKED, TILES_N, TILES_N>(c.mask(), key);
+                }
+            }
     }
 }
 
 // Returns which keys some row of the warp sees.
-__device__ __forceinline__ Bits seen_keys(const Context& c, const Visible& visible) {
-    Bits seen;
-    if constexpr (HIDES_KEYS) {
+template <bool LOOKED_UP>
+__device__ __forceinline__ KeyBits<LOOKED_UP, TILES_N> seen_keys(
+    const Context& c, const KeyBits<LOOKED_UP, TILES_N> (&visible)[FRAGMENTS_M][2]) {
+    KeyBits<LOOKED_UP, TILES_N> seen;
+    if constexpr (LOOKED_UP) {
 #pragma unroll
         for (int m = 0; m < FRAGMENTS_M; ++m)
 #pragma unroll
@@ -50,10 +61,10 @@ __device__ __forceinline__ void look_up_kept(const Context& c, int tile, Kept& k
 
 // Applies the rules, sets hidden scores to -inf, and finds the rows' new maxima over the keys that
 // this warp has.
-template <bool MASKED>
-__device__ __forceinline__ void find_maxima(const Context& c, const Rows& rows, Scores& rS,
-                                            int tile, const Visible& visible,
-                                            float (&max)[FRAGMENTS_M][2]) {
+template <bool MASKED, bool LOOKED_UP>
+__device__ __forceinline__ void find_maxima(
+    const Context& c, const Rows& rows, Scores& rS, int tile,
+    const KeyBits<LOOKED_UP, TILES_N> (&visible)[FRAGMENTS_M][2], float (&max)[FRAGMENTS_M][2]) {
 #pragma unroll
     for (int m = 0; m < FRAGMENTS_M; ++m) {
 #pragma unroll

@@ -41,8 +41,11 @@ constexpr bool EARLY_V = !KV_TOGETHER && SPLIT_KV;
 // sm_90 on for the operands, too. With more threads there are enough for the copies alone, from
 // sm_90 on. fp32 and CTAs of 512 threads have none to spare.
 constexpr bool HAS_ROOM = NUM_THREADS * MIN_BLOCKS <= 256;
+constexpr bool LISTED = (RULES & RULE_BLOCKS) != 0;  // walks over a list: tiles are not neighbours
+// A head's last blocks of rows first: under a causal mask, and often in lists, they are the longest.
+constexpr bool LAST_FIRST = BOUNDED_RIGHT || LISTED;
 constexpr bool KEEPS_COPIES =
-    sizeof(T) == 2 && NUM_THREADS <= 256 && (HAS_ROOM || CUDA_ARCH >= 900);
+    sizeof(T) == 2 && NUM_THREADS <= 256 && (HAS_ROOM || CUDA_ARCH >= 900) && !LISTED;
 constexpr bool KEEPS_EDGES = KEEPS_COPIES && HAS_ROOM;
 constexpr bool KEEPS_OPERANDS = KEEPS_EDGES && CUDA_ARCH >= 900;
 constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
@@ -61,12 +64,18 @@ using Scores = Products::Scores;
 using Probabilities = Products::Probabilities;
 using Rows = WarpRows<FRAGMENTS_M, TILES_D>;
 using Sharing = RowSharing<T, WARPS_D, BLOCK_M, BLOCK_N>;
-using Bits = KeyBits<HIDES_KEYS, TILES_N>;
-using Visible = Bits[FRAGMENTS_M][2];  // with masks: which of its keys each of a lane's rows sees
+// With masks: which of its keys each of a lane's rows sees. Of full tiles nothing is looked up.
+template <bool LOOKED_UP>
+using Bits = KeyBits<LOOKED_UP, TILES_N>;
+template <bool LOOKED_UP>
+using Visible = Bits<LOOKED_UP>[FRAGMENTS_M][2];
 using Kept = KeptBits<RULES, TILES_N>[FRAGMENTS_M][2];  // with dropout: which probabilities
 // Warps that share rows need all of V, but each looks up its own keys alone: they exchange them.
 using Seen = SeenKeys<HIDES_KEYS && SHARES_ROWS, WARPS_M * WARPS_D, KEYS_PER_WARP>;
 
+static_assert(!LISTED || !(PACK_GQA || SPLIT_KV || VARLEN),
+              "a list is of one head's queries, of one length, and is walked over as a whole");
+static_assert(!LISTED || 64 % ROWS_PER_WARP == 0, "a warp's rows are of one block of queries");
 static_assert(!DROPS<RULES> || !PACK_GQA, "with dropout, a lane's rows are of one head");
 static_assert(BLOCK_M % (16 * WARPS_M) == 0, "warps own whole 16-row fragments of the tile");
 static_assert(BLOCK_N % (16 * WARPS_N * WARPS_D) == 0, "warps own whole 16-key steps of the tile");

@@ -1,6 +1,6 @@
 // consumer.cuh - one of the warpgroups of fwd_sm90.cu that compute: what it has in registers, which
 // rows are its own, and the two products. Its other methods are defined in the entry file and in
-// unseen_keys, softmax and epilogue.
+// unseen_keys, listed_tiles, softmax and epilogue.
 #pragma once
 #include <config.cuh>
 #include <flashcore/debug.cuh>
@@ -130,10 +130,24 @@ struct Consumer {
     __device__ __forceinline__ SeenExtent sync_seen_keys();
     __device__ __forceinline__ void clear_unseen_together();
 
+    // listed_tiles.cuh
+    __device__ __forceinline__ void attend_listed_tiles(int left);
+    __device__ __forceinline__ ListedTile wait_listed();
+    __device__ __forceinline__ BlocksOfRow blocks_in(const ListedTile& at) const;
+    __device__ __forceinline__ bool look_up_listed(const ListedTile& at);
+    template <bool MASKED>
+    __device__ __forceinline__ void look_up_blocks(const ListedTile& at);
+    __device__ __forceinline__ void publish_seen();
+    __device__ __forceinline__ void await_published() const;
+    __device__ __forceinline__ void softmax_of_listed(const ListedTile& at, bool looked_up,
+                                                      float (&factor)[2]);
+    __device__ __forceinline__ void start_listed_pv(const StateKV& v, const ListedTile& at);
+    __device__ __forceinline__ void skip_listed(const ListedTile& at);
+
     // softmax.cuh
     __device__ __forceinline__ void look_up_kept(int tile);
     __device__ __forceinline__ void softmax_of(int tile, float (&factor)[2]);
-    template <bool MASKED>
+    template <bool MASKED, bool LOOKED_UP>
     __device__ __forceinline__ void find_maxima(int tile, float (&max)[2]);
     __device__ __forceinline__ void exponentiate(int tile, const float (&max)[2],
                                                  float (&factor)[2]);

@@ -43,19 +43,46 @@ struct Boxes {
     __device__ __forceinline__ auto v(int tile) const { return keys(&p.v_map, tile, v_map_begin); }
 };
 
+// With lists: the tiles of a work tile in the order in which they are loaded, one read ahead.
+struct ListReader {
+    const ListedTile* next;
+    ListedTile ahead;
+
+    __device__ __forceinline__ ListReader(const HopperParams& p, const WorkTile& w) {
+        if (!LISTED || w.tiles.end == 0) return;
+        next = TileLists(p).entries(list_of(p, w)) + w.tiles.end - 1;
+        ahead = *next;
+    }
+    // Returns the tile at `place` of the list, which is the one before the last that was asked for.
+    __device__ __forceinline__ ListedTile take(int place) {
+        const ListedTile found = ahead;
+        if (place > 0) ahead = *--next;
+        return found;
+    }
+};
+
 // Starts all copies of a work tile.
 __device__ __forceinline__ void load_block(const HopperParams& p, SharedStorage& smem,
                                            const WorkTile& w, StateQ& q, StateKV& kv) {
     const TileRange tiles = w.tiles;
     const Boxes boxes(p, w);
+    ListReader list(p, w);
 #pragma unroll 1
-    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+    for (int place = tiles.end - 1; place >= tiles.begin; --place) {
         const int stage = kv.stage;
+        int tile = place;
         kv.wait_empty(smem.k);
+        if constexpr (LISTED) {
+            const ListedTile listed = list.take(place);
+            tile = listed.tile();
+            if (elect_one()) smem.listed.tile[stage] = listed;
+            // Whichever lane arrives at K's barrier, it comes after the one that has written.
+            warp_sync();
+        }
         load_tile_tma<LayoutK, BLOCK_N>(smem.sK[stage], &smem.k.full[stage], boxes.k(tile),
                                         POLICY_KV);
         // K before Q: its stage is free earlier, for the block before releases Q after its last K.
-        if (tile == tiles.end - 1) {
+        if (place == tiles.end - 1) {
             q.wait_empty(smem.q);
             load_tile_tma<LayoutQ, ROWS>(smem.sQ[q.stage], &smem.q.full[q.stage], boxes.q(),
                                          EVICT_FIRST);

@@ -17,8 +17,9 @@ __device__ __forceinline__ void Consumer::look_up_kept(int tile) {
     flashcore::look_up_kept<RULES>(params, work_tile(), query(0), first_key(tile), kept);
 }
 
-// Applies the rules, sets hidden scores to -inf, and finds both rows' new maxima.
-template <bool MASKED>
+// Applies the rules, sets hidden scores to -inf, and finds both rows' new maxima. LOOKED_UP: hidden
+// are the keys that are not in `visible`.
+template <bool MASKED, bool LOOKED_UP>
 __device__ __forceinline__ void Consumer::find_maxima(int tile, float (&max)[2]) {
     const int first_key = this->first_key(tile);
 #pragma unroll
@@ -27,8 +28,10 @@ __device__ __forceinline__ void Consumer::find_maxima(int tile, float (&max)[2])
         const GateRow<GATE> gate = gate_row(q);
         const RowRules<T, RULES> rules = rules_for(q);
         const auto row = [&](int n, int e) -> float& { return rS[4 * n + 2 * half + e]; };
-        max[half] = apply_rules_and_find_max<MASKED>(row, rules, gate, mask(), q.query,
-                                                     visible[half], first_key, state[half].max);
+        KeyBits<LOOKED_UP, TILES_N> keys;
+        if constexpr (LOOKED_UP) keys = visible[half];
+        max[half] = apply_rules_and_find_max<MASKED>(row, rules, gate, mask(), q.query, keys,
+                                                     first_key, state[half].max);
     }
 }
 
@@ -65,10 +68,10 @@ __device__ __forceinline__ void Consumer::softmax_of(int tile, float (&factor)[2
     // With masks, look_up_keys has left out keys by their positions already; only rules that look
     // up arrays still have to know that keys may lie behind the sequence.
     if ((!HIDES_KEYS || RULES & SCORE_RULES) && needs_mask(tile)) {
-        find_maxima<true>(tile, max);
+        find_maxima<true, HIDES_KEYS>(tile, max);
         exponentiate(tile, max, factor);
     } else {
-        find_maxima<false>(tile, max);
+        find_maxima<false, HIDES_KEYS>(tile, max);
         exponentiate(tile, max, factor);
     }
 }
@@ -90,8 +93,11 @@ __device__ __forceinline__ bool Consumer::has_far_rows() const {
 
 // Computes those rows again, without tensor cores.
 __device__ __forceinline__ void Consumer::attend_exactly() {
-    const TileRange tiles = tiles_of(params, work_tile(), index);
     const Positions positions = mask();
+    // A list has places, not tiles; keys that are not listed are left out one by one.
+    const TileRange tiles =
+        LISTED ? visible_tiles<BLOCK_N, PACK_GQA>(work_tile(), positions, 0, BLOCK_M, 1)
+               : tiles_of(params, work_tile(), index);
     const KeySpan keys = {tiles.begin * BLOCK_N, min(tiles.end * BLOCK_N, work_tile().seqlen_kv)};
     const auto all = [](int) { return true; };
 #pragma unroll

@@ -45,7 +45,12 @@ enum NamedBarrier : int {
 // have.
 constexpr bool MOVES_REGISTERS = CONSUMERS > 1 || MIN_BLOCKS > 1;
 constexpr int LAUNCH_REGISTERS = 65536 / (MIN_BLOCKS * CTA_THREADS) / 8 * 8;
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 || MIN_BLOCKS > 1 ? 32 : VARLEN ? 40 : 24;
+constexpr bool LISTED = (RULES & RULE_BLOCKS) != 0;  // walks over lists of tiles
+// A head's last blocks of rows first: under a causal mask, and often in lists, they are the longest.
+constexpr bool LAST_FIRST = BOUNDED_RIGHT || LISTED;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 || MIN_BLOCKS > 1 ? 32
+                                   : VARLEN || LISTED               ? 40
+                                                                    : 24;
 constexpr int SHARE_REGISTERS =
     (LAUNCH_REGISTERS * CTA_THREADS - PRODUCER_REGISTERS * WARPGROUP_THREADS) / CONSUMER_THREADS /
     8 * 8;
@@ -61,10 +66,10 @@ using Bits = KeyBits<HIDES_KEYS, TILES_N>;
 constexpr uint64 POLICY_KV = PACK_GQA ? EVICT_FIRST : EVICT_LAST;
 // Ping-pong: consumers take turns at starting products, so that the softmax of one runs during the
 // products of another. Heads wider than 128 have enough products to hide the softmax without turns.
-// With masks all consumers synchronise at every tile, which leaves no room for turns. In a short
-// causal block three consumers have different numbers of tiles, and turns would delay them: blocks
-// of up to SHORT_BLOCK tiles go without.
-constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && !HIDES_KEYS;
+// With masks all consumers synchronise at every tile, which leaves no room for turns; with lists
+// nobody waits for long. In a short causal block three consumers have different numbers of tiles,
+// and turns would delay them: blocks of up to SHORT_BLOCK tiles go without.
+constexpr bool HAS_TURNS = CONSUMERS > 1 && HEAD_DIM <= 128 && (!HIDES_KEYS || LISTED);
 constexpr int SHORT_BLOCK = BOUNDED_RIGHT && CONSUMERS == 3 ? 4 : 0;
 
 static_assert(BLOCK_M == ROWS * CONSUMERS && WARPS_M == CONSUMER_WARPS, "64 rows per consumer");
@@ -74,19 +79,28 @@ static_assert(STAGED_COLS == 0 || !PACK_GQA && ALIGN_BYTES == 16 && WRITES_OUTPU
 static_assert(!DROPS<RULES> || !PACK_GQA, "with dropout, a lane's rows are of one head");
 static_assert(CONSUMERS == 1 || !(PACK_GQA || SPLIT_KV), "for few rows: one consumer has them all");
 static_assert(LayoutK::SWIZZLED && LayoutV::SWIZZLED, "head dims of whole panels");
+static_assert(!LISTED || !(PACK_GQA || SPLIT_KV || VARLEN),
+              "a list is of one head's queries, of one length, and is walked over as a whole");
 static_assert(!(RULES & RULE_MASK) || RULES & RULE_MASK_CHUNKS,
               "masks that are read key by key are faster in fwd_sm80");
 
 using StateQ = PipelineState<Q_STAGES>;
 using StateKV = PipelineState<NUM_STAGES>;
-using Scheduler =
-    TileScheduler<BLOCK_M, BLOCK_N, Positions, BOUNDED_RIGHT, VARLEN, PACK_GQA, SPLIT_KV, CLUSTER>;
+using Scheduler = TileScheduler<BLOCK_M, BLOCK_N, Positions, LAST_FIRST, VARLEN, PACK_GQA, SPLIT_KV,
+                                CLUSTER, LISTED>;
 using Splits = SplitRows<BLOCK_M, HEAD_DIM_V, CLUSTER>;
 
 // A double buffer: a warp may publish the keys that it sees of one tile while another warp still
 // reads what was published for the tile before.
 struct alignas(HIDES_KEYS ? 1024 : 4) SeenKeysBuffers {
     SeenKeys<HIDES_KEYS, CONSUMER_WARPS, BLOCK_N> buffer[2];
+};
+
+// With lists: which tile a stage holds; and for each buffer of SeenKeysBuffers a barrier, whose
+// phase is over when all consumers' warps have published.
+struct ListedStages {
+    ListedTile tile[NUM_STAGES];
+    uint64 published[2];
 };
 
 // Tiles are swizzled as shared_layout.cuh says, which is TMA's and wgmma's swizzle, too. It counts
@@ -101,6 +115,7 @@ struct alignas(1024) SharedStorage {
     Pipeline<NUM_STAGES> k, v;
     WorkQueue work;  // in registers, a work tile would take a dozen of every thread
     int is_last;     // whether this CTA is the last one to arrive with a split of its rows
+    ListedStages listed;
     SeenKeysBuffers seen;
 };
 static_assert(Splits::SMEM_BYTES <= sizeof(SharedStorage::sK), "a split's partials fit over K");
@@ -122,7 +137,7 @@ __device__ __forceinline__ int rows_of(const Work& w) {
 }
 
 // The tiles of keys, among the block's, that some row of a consumer sees. Where consumers
-// synchronise at every tile, all of them walk over all tiles.
+// synchronise at every tile, and with lists, all of them walk over all tiles.
 __device__ __forceinline__ TileRange tiles_of(const AttentionParams& p, const WorkTile& w,
                                               int consumer) {
     if (CONSUMERS == 1 || HIDES_KEYS) return w.tiles;

@@ -185,6 +185,7 @@ def test_a_product_ends_late_or_soon(unchecked: Any) -> None:
 
 SM80 = small("mma_sm80", seqlen_q=40, seqlen_kv=600, view="strided")
 SM90 = small("wgmma_sm90", heads=14, seqlen_q=130, seqlen_kv=600)
+LISTED = {"block_mask": "64x128 1h", "mask_mod": "thirds", "seqlen_q": 200, "seqlen_kv": 300}
 KERNELS = {
     "mma_sm80": ("sm_80", SM80),
     "split keys": ("sm_80", small("mma_sm80", heads=8, seqlen_q=3, seqlen_kv=1500)),
@@ -192,6 +193,8 @@ KERNELS = {
     "wgmma_sm90": ("sm_90a", SM90),
     "clusters": ("sm_90a", small("wgmma_sm90", heads=8, seqlen_q=2, seqlen_kv=3000)),
     "packed": ("sm_90a", packed(small("wgmma_sm90", heads=4), ((77, 100), (33, 0), (0, 5)))),
+    "lists, mma_sm80": ("sm_80", small("mma_sm80", **LISTED)),
+    "lists, wgmma_sm90": ("sm_90a", small("wgmma_sm90", batch_invariant=True, **LISTED)),
     "peers": ("sm_90a", small("cluster_sm90", heads=8, seqlen_q=2, seqlen_kv=300)),
     "warpgroups": (
         "sm_90a",

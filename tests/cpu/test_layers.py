@@ -120,6 +120,7 @@ def test_device_folders_are_known() -> None:
     assert {"", "flashcore"} <= folders <= {"", "flashcore", *FAMILIES}
     assert {_device_name(path) for path in DEVICE_FILES if path.parent == KERNELS} == {
         "config.cuh",
+        *("block_mask.cu", "tile_lists.cu"),  # what makes and reads block masks
         *(path.name for path in KERNELS.glob("[fb]wd_*.cu")),
     }
 

@@ -31,6 +31,7 @@ from side_by_side import (
     gate,
     gradient_gate,
     measure,
+    patterns,
     plots,
     tables,
     timing,
@@ -43,6 +44,7 @@ from side_by_side.results import (
     FA4_FIXED,
     FLASH2,
     FLASH2_FIXED,
+    FLEX,
     LOAD,
     OURS,
     OURS_ANY,
@@ -411,7 +413,9 @@ def test_a_failing_backend_leaves_its_reason_and_the_others_their_figures(
     assert row.us("torch-cudnn") == 2 * row.us(OURS) and row.check == "fine"
     assert row.speedup_to_best() == (None if cell.is_backward else 2.0)
     assert row.entries[OURS].note == "ours's kernel"
-    assert list(row.entries) == [n for n in BACKENDS if n != VARLEN or group == "varlen"]
+    assert list(row.entries) == [
+        n for n in BACKENDS if n != FLEX and (n != VARLEN or group == "varlen")
+    ]
     if group == "percall":
         assert (row.us(OURS), row.entries[OURS].gpu_us) == (20.0, 2.0)
     else:
@@ -473,7 +477,7 @@ def test_cells_of_gradients_have_backends_and_a_gate_of_their_own(judged: list[A
     assert not report.ok
 
 
-@pytest.mark.parametrize("group", ["grid", "variants", "varlen", "backward"])
+@pytest.mark.parametrize("group", ["grid", "variants", "varlen", "blocks", "backward"])
 def test_long_calls_are_timed_as_graphs_of_one(group: str, judged: list[Any]) -> None:
     fake = FakeBackend(OURS, 2.0)
     assert bench_of(fake).row(cells.cells(group)[0]).us(OURS) == 2.0
@@ -678,7 +682,7 @@ def test_sampled_rows_fit_any_length() -> None:
 def made_up() -> Report:
     """A figure for everything but torch-efficient at head dim 256, and ours once."""
     rows = []
-    speeds = dict(zip(BACKENDS, (620.0, 330.0, 600.0, 210.0, 340.0, 610.0), strict=True))
+    speeds = dict(zip(BACKENDS, (620.0, 330.0, 600.0, 210.0, 340.0, 250.0, 610.0), strict=True))
     speeds |= {OURS_ANY: 640.0, FLASH2_FIXED: 220.0, FA4_FIXED: 500.0}
     packed = (OURS, "torch-flash2", VARLEN, FA4)
     backward = (OURS, OURS_ANY, FLASH2, CUDNN, FA4, FLASH2_FIXED, FA4_FIXED)
@@ -687,6 +691,7 @@ def made_up() -> Report:
             entries = {}
             there = packed if cell.lengths else (OURS, *SDPA, FA4)
             there = backward if cell.is_backward else there
+            there = (OURS, FLEX) if cell.pattern else there
             for name, speed in ((name, speeds[name]) for name in there):
                 rate = speed * min(1.0, 0.4 + cell.seqlen_q / 8192) * (0.8 if cell.causal else 1)
                 us = {"GB/s": cell.kv_bytes / 4.2e6, "us": 4 + 4e3 / speed}.get(
@@ -788,14 +793,14 @@ def test_the_pictures_show_every_backend(saved: Path, tmp_path: Path) -> None:
     names += ["backward_d64.png", "backward_d128.png", "decode.png", "varlen.png"]
     assert [path.name for path in written] == names
     absent = {
-        "grid_d256.png": ("torch-efficient", VARLEN),
-        "varlen.png": ("torch-cudnn", "torch-efficient"),
-        **{f"backward_d{dim}.png": ("torch-efficient", VARLEN) for dim in (64, 128)},
+        "grid_d256.png": ("torch-efficient", VARLEN, FLEX),
+        "varlen.png": ("torch-cudnn", "torch-efficient", FLEX),
+        **{f"backward_d{dim}.png": ("torch-efficient", VARLEN, FLEX) for dim in (64, 128)},
     }
     for path in written:
         picture = imread(path)[..., :3]
         for name in BACKENDS:
-            drawn = name not in absent.get(path.name, (VARLEN,))
+            drawn = name not in absent.get(path.name, (VARLEN, FLEX))
             color = [int(plots._COLORS[name][i : i + 2], 16) / 255 for i in (1, 3, 5)]
             seen = int((np.abs(picture - color).max(axis=-1) < 0.01).sum())
             assert (seen > 200) == drawn, (path.name, name, seen)
@@ -1065,3 +1070,11 @@ def test_a_kernel_is_of_its_pass() -> None:
     assert peers._of_pass("bwd_sm80", is_backward=False) == "auto"
     assert peers._of_pass("mma_sm80", is_backward=True) == "auto"
     assert peers._of_pass("mma_sm80", is_backward=False) == "mma_sm80"
+
+
+@pytest.mark.parametrize("name", patterns.PATTERNS)
+def test_pairs_of_a_pattern_are_those_that_its_rule_lets_see(name: str) -> None:
+    seqlen = 5000
+    at = np.arange(seqlen)
+    seen = patterns.for_numpy(name, seqlen)["mask_mod"](0, 0, at[:, None], at[None, :])
+    assert patterns.pairs(name, seqlen) == np.broadcast_to(seen, (seqlen, seqlen)).sum()

@@ -30,7 +30,9 @@ from flashcore_cupy.cpu.reference import (
 )
 from flashcore_cupy.cpu.tiled_attention import sequences
 from flashcore_cupy.problem import rules as records
+from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.blocks import Block
+from flashcore_cupy.problem.listed_blocks import EMPTY, MIXED
 
 B, HQ, HKV, SQ, SKV = 2, 4, 2, 9, 13
 FULL = (B, HQ, SQ, SKV)
@@ -88,6 +90,7 @@ def one_score(
     mask: Any = None,
     score_mod: Any = None,
     mask_mod: Any = None,
+    block_mask: Any = None,
     mod_args: Any = None,
     sequence: int | None = None,
 ) -> float:
@@ -99,8 +102,12 @@ def one_score(
     sees = not causal or j <= place
     sees = sees and (window[0] == -1 or place - window[0] <= j)
     sees = sees and (window[1] == -1 or j <= place + window[1])
-    sees = sees and (mask is None or bool(np.broadcast_to(mask, full)[at]))
-    sees = sees and (mask_mod is None or bool(mask_mod(number, h, i, j, **mods)))
+    state = MIXED if block_mask is None else block_mask.to_dense()[0, h, i // 64, j // 64]
+    if state == EMPTY:
+        return -math.inf
+    if state == MIXED:
+        sees = sees and (mask is None or bool(np.broadcast_to(mask, full)[at]))
+        sees = sees and (mask_mod is None or bool(mask_mod(number, h, i, j, **mods)))
     if not sees:
         return -math.inf
     score = product * (q_shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
@@ -161,6 +168,13 @@ def sparse(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
     return (q_idx + 2 * kv_idx + b + h) % 3 != 0
 
 
+#: Of heads whose one block is full, mixed, empty, and full.
+OF_HEADS = BlockMask.from_lists(
+    *(np.array(n, np.int32).reshape(1, HQ, 1, *axes) for n, axes in (
+        ([0, 1, 0, 0], ()), ([0] * HQ, (1,)), ([1, 0, 0, 1], ()), ([0] * HQ, (1,))
+    )),
+    seqlen_q=SQ, seqlen_kv=SKV, block=(64, 64),
+)  # fmt: skip
 RULES: dict[str, dict[str, Any]] = {
     "none": {},
     "scale": {"softmax_scale": -0.4},
@@ -180,6 +194,7 @@ RULES: dict[str, dict[str, Any]] = {
     "dropout": {"dropout_p": 0.4, "rng": (3, 1)},
     "score_mod": {"score_mod": drift},
     "mask_mod": {"mask_mod": sparse},
+    "block_mask": {"block_mask": OF_HEADS, "mask_mod": sparse},
     "mask_mod by key": {"mask_mod": lambda b, h, q_idx, kv_idx: kv_idx % 2 == b},
 }
 

@@ -21,8 +21,11 @@ from flashcore_cupy.problem.attention_problem import (
     Layout,
     contiguous_problem,
 )
+from flashcore_cupy.problem.block_lists import packed as packed_lists
+from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.problem.gradients import INPUTS, BackwardGate
+from flashcore_cupy.problem.listed_blocks import FULL, LISTS, MIXED, blocks_of
 from flashcore_cupy.problem.rules import NO_RULES, RULES, Rules
 from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
@@ -99,6 +102,7 @@ HIDES: tuple[Choice, ...] = (
     {"mask_mod": "thirds"},
     {"mask_mod": "blocks"},
     {"mask_mod": "allowed"},
+    {"block_mask": "128x64 1h", "mask_mod": "thirds"},
 )
 SINKS: tuple[Choice, ...] = (
     {},
@@ -116,6 +120,7 @@ GATE_RULES: tuple[Choice, ...] = (
     {"score_mod": "table"},
     {"mask": "bhqk"},
     {"mask_mod": "thirds"},
+    {"block_mask": "64x64 11", "mask_mod": "thirds"},
     {"sink": True},
     {"dropout_p": 0.3},
 )
@@ -155,6 +160,9 @@ class Case:
     """Rather than q's dtype."""
     mask: str = ""
     """Axes of the mask."""
+    block_mask: str = ""
+    """Sizes of a block mask's blocks, and the axes of its lists, as "64x128 1h"; a mask or a
+    mask_mod has to be beside it, for its mixed blocks."""
     sink: bool = False
     dropout_p: float = 0.0
     score_mod: str = ""
@@ -216,6 +224,7 @@ class Case:
             "alibi": self.alibi,
             "bias": self.bias and f"{self.bias}{' fp32' if self.bias_fp32 else ''}",
             "mask": self.mask,
+            "blocks": self.block_mask,
             "score_mod": self.score_mod,
             "mask_mod": self.mask_mod,
             "dropout": f"{self.dropout_p:g}" if self.dropout_p else "",
@@ -290,6 +299,8 @@ class Case:
             arrays["mask"] = rng.random(self._axes(self.mask)) < 0.7
             if "q" in self.mask and self.seqlen_q > 1:
                 arrays["mask"][..., :1, :] = False  # a query that sees nothing
+        if self.block_mask:
+            arrays |= self._lists(rng)
         if self.sink:
             arrays["sink"] = rng.standard_normal(self.heads).astype(np.float32)
         for mod in self.mods.values():
@@ -321,6 +332,10 @@ class Case:
         rules = self._values | {
             rule.name: arrays[rule.name] for rule in RULES if rule.name in arrays
         }
+        if self.block_mask:
+            lists = {name: arrays[name] for name in LISTS}
+            seqlens = self.seqlen_q, self.seqlen_kv
+            rules["block_mask"] = BlockMask(lists, seqlens, self._block)
         if self.dropout_p:
             rules["rng"] = (self.seed, 2**40)
         rules |= {name: mod.cuda if cuda else mod.python for name, mod in self.mods.items()}
@@ -339,6 +354,19 @@ class Case:
             **self.rules(arrays, cuda=cuda),
             **{name: arrays[name] for name in boundaries},
         }
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        queries, keys = self.block_mask.split()[0].split("x")
+        return int(queries), int(keys)
+
+    def _lists(self, rng: np.random.Generator) -> dict[str, Array]:
+        """Of blocks that are empty, mixed or full, a third of each; the first row has none."""
+        rows, keys = map(blocks_of, (self.seqlen_q, self.seqlen_kv), self._block)
+        states = rng.choice(3, (*self._axes(self.block_mask.split()[1]), rows, keys))
+        states[..., :1, :] *= rows == 1
+        lists = (packed_lists(states == state, np) for state in (MIXED, FULL))
+        return dict(zip(LISTS, (x for pair in lists for x in pair), strict=True))
 
     def _axes(self, axes: str) -> tuple[int, ...]:
         sizes = {

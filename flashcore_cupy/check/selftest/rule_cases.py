@@ -25,6 +25,7 @@ from flashcore_cupy.check.selftest.case import (
 from flashcore_cupy.problem.attention_problem import ITEMSIZE
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.select import registry, selector
+from flashcore_cupy.select.tile_lists import TakesLists
 from flashcore_cupy.select.units import round_up
 
 #: Of q and k, and of v: between the table's rows, and apart from each other.
@@ -212,9 +213,14 @@ def takes_views(kernel: str) -> tuple[View, ...]:
 
 
 def _taken(kernel: str, choices: Sequence[Choice]) -> list[Choice]:
-    """Without memory that the kernel cannot read."""
-    views = takes_views(kernel)
-    return [choice for choice in choices if choice.get("view", views[0]) in views]
+    """Without memory that the kernel cannot read, and block masks that it does not take."""
+    views, family = takes_views(kernel), registry.KERNELS[kernel].family
+    listed = issubclass(family, TakesLists) and family.takes_blocks
+    return [
+        choice
+        for choice in choices
+        if choice.get("view", views[0]) in views and (listed or "block_mask" not in choice)
+    ]
 
 
 def takes_dims(kernel: str, dtype: str, dims: tuple[int, int]) -> bool:

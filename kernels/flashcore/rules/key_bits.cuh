@@ -57,15 +57,31 @@ struct KeyBits {
         return has(n, e) ? value : 0.0f;
     }
 
-    // Clears the bits of keys outside [begin, end), counted from the lane's first key.
-    __device__ __forceinline__ void keep(int begin, int end) {
+    __device__ __forceinline__ void set_all() {
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) words[w] = all(w);
+    }
+
+    // The bits of keys in [begin, end), counted from the lane's first key.
+    __device__ static __forceinline__ KeyBits between(int begin, int end) {
         KeyBits inside;
 #pragma unroll
         for (int n = 0; n < PAIRS; ++n)
 #pragma unroll
             for (int e = 0; e < 2; ++e) inside.set(n, e, n * 8 + e >= begin && n * 8 + e < end);
+        return inside;
+    }
+    // Clears the bits of keys outside [begin, end).
+    __device__ __forceinline__ void keep(int begin, int end) {
+        const KeyBits inside = between(begin, end);
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) words[w] &= inside.words[w];
+    }
+    // Clears the bits of keys in [begin, end).
+    __device__ __forceinline__ void clear(int begin, int end) {
+        const KeyBits inside = between(begin, end);
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) words[w] &= ~inside.words[w];
     }
 
     __device__ __forceinline__ void add(const KeyBits& other) {
@@ -89,6 +105,7 @@ struct KeyBits<false, PAIRS> {
     __device__ __forceinline__ uint32 select(int, uint32 values) const { return values; }
     __device__ __forceinline__ float select(int, int, float value) const { return value; }
     __device__ __forceinline__ bool any_in_warp() const { return true; }
+    __device__ __forceinline__ void set_all() {}
     __device__ __forceinline__ void add(const KeyBits&) {}
     __device__ __forceinline__ void add_rows() {}
 };

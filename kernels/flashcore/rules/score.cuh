@@ -7,8 +7,11 @@
 #include <flashcore/ptx/thread.cuh>
 #include <flashcore/rules/dual.cuh>
 #include <flashcore/rules/key_bits.cuh>
+#include <flashcore/rules/listed_tiles.cuh>
 #include <flashcore/rules/mod_elements.cuh>
 #include <flashcore/rules/mods.cuh>
+#include <flashcore/rules/row_array.cuh>
+#include <flashcore/rules/softcap.cuh>
 
 namespace flashcore {
 
@@ -27,25 +30,13 @@ constexpr int RULE_SCALE_FIRST = 1024;   // scale before the maximum, for a scal
 constexpr int RULE_MASK_CHUNKS = 2048;   // 16 neighbouring keys of the mask in one aligned load
 constexpr int RULE_SOFTCAP_WIDE = 4096;  // a cap that most scores are far below
 constexpr int RULE_DROPOUT = 8192;       // after the softmax, see dropout.cuh
+constexpr int RULE_BLOCKS = 16384;       // lists of tiles, see listed_tiles.cuh
 
 // Rules that change a score, rather than hide a key.
 constexpr int CAPPING_RULES = RULE_SOFTCAP | RULE_SOFTCAP_WIDE;
 constexpr int SCORE_RULES =
     CAPPING_RULES | RULE_ALIBI | RULE_BIAS | RULE_BIAS_FP32 | RULE_SCORE_MOD | RULE_SCALE_FIRST;
-constexpr int HIDING_RULES = RULE_MASK | RULE_MASK_MOD;
-
-// tanh by one exponential has an error of 1e-7; tanh.approx has 5e-4. The score's error is 1e-7 of
-// the cap, which is too much for fp32 inputs: those take tanhf. WIDE: the cap is so high that 1e-7
-// of it is too much for scores near 0, too; there Taylor's series to x^7 has an error of 4e-7 of x.
-template <typename T, bool WIDE>
-__device__ __forceinline__ float tanh_for(float x) {
-    if constexpr (sizeof(T) == 4) return tanhf(x);
-    const float far = 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2.0f * LOG2_E * x));
-    if constexpr (!WIDE) return far;
-    const float y = x * x;
-    const float near = x + x * y * (-1.0f / 3 + y * (2.0f / 15 + y * (-17.0f / 315)));
-    return fabsf(x) < 0.25f ? near : far;
-}
+constexpr int HIDING_RULES = RULE_MASK | RULE_MASK_MOD | RULE_BLOCKS;
 
 template <typename T, bool FP32>
 struct BiasType {
@@ -100,7 +91,8 @@ struct RowRules {
         const int keys[2] = {inside<MASKED>(key), inside<MASKED>(key + 1)};
         float bias[2] = {};
         if constexpr (RULES & (RULE_BIAS | RULE_BIAS_FP32))
-            load_two<MASKED, (RULES & RULE_BIAS_PAIRS) != 0>(bias, gBias, params.bias_strides, key);
+            load_two<MASKED, (RULES & RULE_BIAS_PAIRS) != 0>(bias, gBias, params.bias_strides, key,
+                                                             last_key);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             s[e] *= params.softmax_scale;
@@ -150,6 +142,48 @@ struct RowRules {
     // All lanes of the warp call it.
     template <bool MASKED, int PAIRS, int UNROLL, typename Mask>
     __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> visible(const Mask& mask, int key) const {
+        KeyBits<HIDES_KEYS, PAIRS> bits = looked_up<MASKED, PAIRS, UNROLL>(key);
+        if constexpr (HIDES_KEYS && MASKED)
+            bits.keep(mask.row_begin(query) - key, mask.row_end(query) - key);
+        return bits;
+    }
+
+    // The same in a listed tile, of whose blocks `blocks` are the query's: in full ones nothing is
+    // asked, and keys in blocks that are not listed are hidden.
+    template <bool MASKED, int PAIRS, int UNROLL, typename Mask>
+    __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> visible_in(const BlocksOfRow& blocks,
+                                                                     const Mask& mask,
+                                                                     int key) const {
+        KeyBits<HIDES_KEYS, PAIRS> bits;
+        if (!blocks.are_full()) bits = looked_up<MASKED, PAIRS, UNROLL>(key);
+        blocks.keep_listed(bits, key);
+        if constexpr (HIDES_KEYS && MASKED)
+            bits.keep(mask.row_begin(query) - key, mask.row_end(query) - key);
+        return bits;
+    }
+
+    // Whether the lists, the mask and mask_mod let the query see a key. The key need not exist.
+    __device__ __forceinline__ bool sees(int key) const {
+        bool seen = true;
+        if constexpr (RULES & RULE_BLOCKS) {
+            const int state = TileLists(params).state_of(batch, head, query, inside<true>(key));
+            if (state != BLOCK_MIXED) return state != 0;
+        }
+        if constexpr (RULES & RULE_MASK)
+            seen = gMask[inside<true>(key) * params.mask_strides.column] != 0;
+        if constexpr (RULES & RULE_MASK_MOD)
+            seen = seen && mask_mod(params.mod_args, batch, head, query, inside<true>(key));
+        return seen;
+    }
+
+  private:
+    // Key by key, or in pairs.
+    static constexpr bool LOOKS_UP_KEYS =
+        (RULES & RULE_MASK_MOD) != 0 || ((RULES & RULE_MASK) != 0 && !(RULES & RULE_MASK_CHUNKS));
+
+    // What the boolean mask and mask_mod say of PAIRS pairs of keys from `key` on.
+    template <bool MASKED, int PAIRS, int UNROLL>
+    __device__ __forceinline__ KeyBits<HIDES_KEYS, PAIRS> looked_up(int key) const {
         KeyBits<HIDES_KEYS, PAIRS> bits;
         if constexpr (LOOKS_UP_KEYS) {
 #pragma unroll(UNROLL)
@@ -180,32 +214,17 @@ struct RowRules {
                 bits.words[w] = LOOKS_UP_KEYS ? bits.words[w] & word : word;
             }
         }
-        if constexpr (HIDES_KEYS && MASKED)
-            bits.keep(mask.row_begin(query) - key, mask.row_end(query) - key);
+        if constexpr (HIDES_KEYS && !LOOKS_UP_KEYS && !(RULES & RULE_MASK_CHUNKS)) bits.set_all();
         return bits;
     }
-
-    // Whether the mask and mask_mod let the query see a key. The key need not exist.
-    __device__ __forceinline__ bool sees(int key) const {
-        bool seen = true;
-        if constexpr (RULES & RULE_MASK)
-            seen = gMask[inside<true>(key) * params.mask_strides.column] != 0;
-        if constexpr (RULES & RULE_MASK_MOD)
-            seen = seen && mask_mod(params.mod_args, batch, head, query, inside<true>(key));
-        return seen;
-    }
-
-  private:
-    // Key by key, or in pairs.
-    static constexpr bool LOOKS_UP_KEYS =
-        (RULES & RULE_MASK_MOD) != 0 || ((RULES & RULE_MASK) != 0 && !(RULES & RULE_MASK_CHUNKS));
 
     // Whether the query sees keys `key` and key + 1.
     template <bool MASKED>
     __device__ __forceinline__ void see(bool (&visible)[2], int key) const {
         float seen[2] = {1.0f, 1.0f};
         if constexpr ((RULES & RULE_MASK) && !(RULES & RULE_MASK_CHUNKS))
-            load_two<MASKED, (RULES & RULE_MASK_PAIRS) != 0>(seen, gMask, params.mask_strides, key);
+            load_two<MASKED, (RULES & RULE_MASK_PAIRS) != 0>(seen, gMask, params.mask_strides, key,
+                                                             last_key);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             visible[e] = seen[e] != 0.0f;
@@ -222,23 +241,6 @@ struct RowRules {
 
     __device__ __forceinline__ int64 row_offset(const BroadcastStrides& s) const {
         return batch * s.batch + head * s.head + query * s.row;
-    }
-
-    // PAIRS: rows hold an even number of keys, so a pair that begins inside a row ends inside it.
-    template <bool MASKED, bool PAIRS, typename E>
-    __device__ __forceinline__ void load_two(float (&x)[2], const E* gRow,
-                                             const BroadcastStrides& s, int key) const {
-        E two[2];
-        if constexpr (PAIRS) {
-            const int first = MASKED ? min(key, last_key & ~1) : key;
-            *reinterpret_cast<Vector<2 * sizeof(E)>*>(two) =
-                *reinterpret_cast<const Vector<2 * sizeof(E)>*>(gRow + first);
-        } else {
-            two[0] = gRow[inside<MASKED>(key) * s.column];
-            two[1] = gRow[inside<MASKED>(key + 1) * s.column];
-        }
-        x[0] = to_float(two[0]);
-        x[1] = to_float(two[1]);
     }
 };
 

@@ -59,12 +59,12 @@ struct SeenKeys {
         return word >> Bits::bit(key / 8, key % 2) & 1u;
     }
 
-    // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Each warp has every
-    // NUM_WARPS-th row.
+    // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Of `warps` warps each
+    // has as many rows.
     template <typename Layout, typename T>
-    __device__ __forceinline__ void clear_unseen(T* sV, int warp) const {
+    __device__ __forceinline__ void clear_unseen(T* sV, int warp, int warps = NUM_WARPS) const {
 #pragma unroll 1
-        for (int key = warp; key < KEYS; key += NUM_WARPS) {
+        for (int key = warp; key < KEYS; key += warps) {
             if (seen(key % 8 / 2, key / 128) >> Bits::bit(key / 8, key % 2) & 1u) continue;
             for (int d = thread_index() % WARP_SIZE * 2; d < Layout::COLS; d += 2 * WARP_SIZE)
                 *reinterpret_cast<uint32*>(sV + Layout::element(key, d)) = 0;
@@ -90,7 +90,7 @@ struct SeenKeys<false, NUM_WARPS, KEYS> {
     __device__ __forceinline__ Bits by(int) const { return {}; }
     __device__ __forceinline__ SeenExtent extent() const { return {true, true}; }
     template <typename Layout, typename T>
-    __device__ __forceinline__ void clear_unseen(T*, int) const {}
+    __device__ __forceinline__ void clear_unseen(T*, int, int = NUM_WARPS) const {}
 };
 
 }  // namespace flashcore

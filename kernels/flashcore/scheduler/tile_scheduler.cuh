@@ -14,7 +14,7 @@ namespace flashcore {
 struct WorkTile : Work {
     int block;        // the number of the block of rows among all blocks
     int first_query;  // the query of its row 0
-    TileRange tiles;  // the tiles of keys that some of its rows see
+    TileRange tiles;  // the tiles of keys that some of its rows see; with lists: places in its list
 };
 
 // Whether this work tile says that there is no more work.
@@ -88,7 +88,7 @@ __device__ __forceinline__ int splits_of(const AttentionParams& p) {
 // The scheduling warp. What it has claimed no other CTA can do any more, so it claims at most one
 // block ahead of the block that is being loaded.
 template <int BLOCK_M, int BLOCK_N, typename Mask, bool LAST_FIRST, bool VARLEN, bool PACK_GQA,
-          bool SPLIT_KV, int CLUSTER>
+          bool SPLIT_KV, int CLUSTER, bool LISTED = false>
 struct TileScheduler {
     // Splits are for few blocks, which all run at once in any order.
     static constexpr bool SORTED = VARLEN && !SPLIT_KV;
@@ -146,6 +146,10 @@ struct TileScheduler {
             const Mask mask(params, next.seqlen_kv, next.diagonal);
             next.block = which.block;
             next.first_query = query_of<PACK_GQA>(next, 0);
+            if constexpr (LISTED) {
+                next.tiles = {0, TileLists(params).count(list_of(params, next))};
+                return true;
+            }
             next.tiles = visible_tiles<BLOCK_N, PACK_GQA>(next, mask, 0, BLOCK_M,
                                                           splits_of<SPLIT_KV, CLUSTER>(params));
             return true;

@@ -7,6 +7,7 @@
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/thread.cuh>
+#include <flashcore/rules/listed_tiles.cuh>
 #include <flashcore/rules/position_mask.cuh>
 #include <flashcore/scheduler/packed_batch.cuh>
 
@@ -92,6 +93,11 @@ __device__ __forceinline__ TileRange unmasked_tiles(const Work& w, const Mask& m
                                                     int end_row) {
     return {div_up(mask.row_begin(last_query_of<PACK_GQA>(w, end_row)), BLOCK_N),
             max(mask.row_end(query_of<PACK_GQA>(w, first_row)), 0) / BLOCK_N};
+}
+
+// Block masks: the number of the list that a block of rows walks over.
+__device__ __forceinline__ int list_of(const AttentionParams& p, const Work& w) {
+    return TileLists(p).number(w.batch, w.head, w.first_row / p.tile_rows);
 }
 
 // A block of rows, and a split of its keys.

@@ -45,14 +45,16 @@ __device__ __forceinline__ void look_up_kept(const AttentionParams& params, cons
 }
 
 // Applies the rules to the lane's PAIRS pairs of keys, and sets the scores of hidden keys to -inf:
-// keys that are not in `visible`; without masks, where MASKED, keys that the query does not see by
-// its position. Calls each(e, score) for every score. The query may lie behind the sequence's last.
-template <bool MASKED, int PAIRS, typename T, int RULES, int GATE, bool RIGHT, bool LEFT,
-          typename Row, typename Each>
-__device__ __forceinline__ void apply_rules(
-    Row row, const RowRules<T, RULES>& rules, const GateRow<GATE>& gate,
-    const PositionMask<RIGHT, LEFT>& mask, int query,
-    const KeyBits<RowRules<T, RULES>::HIDES_KEYS, PAIRS>& visible, int first_key, Each each) {
+// keys that are not in `visible`; where nothing was LOOKED_UP, and MASKED, keys that the query does
+// not see by its position. Calls each(e, score) for every score. The query may lie behind the
+// sequence's last.
+template <bool MASKED, int PAIRS, bool LOOKED_UP, typename T, int RULES, int GATE, bool RIGHT,
+          bool LEFT, typename Row, typename Each>
+__device__ __forceinline__ void apply_rules(Row row, const RowRules<T, RULES>& rules,
+                                            const GateRow<GATE>& gate,
+                                            const PositionMask<RIGHT, LEFT>& mask, int query,
+                                            const KeyBits<LOOKED_UP, PAIRS>& visible, int first_key,
+                                            Each each) {
     using ThisRow = RowRules<T, RULES>;
     // Relative to this lane's first key, so that each comparison is with a constant.
     const int begin = mask.row_begin(query) - first_key;
@@ -65,7 +67,7 @@ __device__ __forceinline__ void apply_rules(
         for (int e = 0; e < 2; ++e) {
             const int key = n * 8 + e;
             bool seen = visible.has(n, e);
-            if (MASKED && !ThisRow::HIDES_KEYS) seen = key < end && (!LEFT || key >= begin);
+            if (MASKED && !LOOKED_UP) seen = key < end && (!LEFT || key >= begin);
             gate.score(first_key + key, s[e], seen);
             row(n, e) = seen ? gate.raw_score(s[e]) : NEG_INFINITY;
             each(e, row(n, e));
@@ -74,12 +76,14 @@ __device__ __forceinline__ void apply_rules(
 }
 
 // The same. Returns the largest of `max` and of the row's scores, of all four lanes.
-template <bool MASKED, int PAIRS, typename T, int RULES, int GATE, bool RIGHT, bool LEFT,
-          typename Row>
-__device__ __forceinline__ float apply_rules_and_find_max(
-    Row row, const RowRules<T, RULES>& rules, const GateRow<GATE>& gate,
-    const PositionMask<RIGHT, LEFT>& mask, int query,
-    const KeyBits<RowRules<T, RULES>::HIDES_KEYS, PAIRS>& visible, int first_key, float max) {
+template <bool MASKED, int PAIRS, bool LOOKED_UP, typename T, int RULES, int GATE, bool RIGHT,
+          bool LEFT, typename Row>
+__device__ __forceinline__ float apply_rules_and_find_max(Row row, const RowRules<T, RULES>& rules,
+                                                          const GateRow<GATE>& gate,
+                                                          const PositionMask<RIGHT, LEFT>& mask,
+                                                          int query,
+                                                          const KeyBits<LOOKED_UP, PAIRS>& visible,
+                                                          int first_key, float max) {
     float chain[2] = {max, NEG_INFINITY};  // of even and odd keys: two independent chains
     const auto raise = [&](int e, float s) { chain[e] = fmaxf(chain[e], s); };
     apply_rules<MASKED, PAIRS>(row, rules, gate, mask, query, visible, first_key, raise);

@@ -1,0 +1,201 @@
+"""Lists of blocks from grids, sparse rows and intervals. A GPU is not waited for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flashcore_cupy.problem import interop
+from flashcore_cupy.problem.listed_blocks import LISTS, blocks_of
+
+
+class InKernel(NamedTuple):
+    """A rule in both of its forms: for kernels, and for NumPy."""
+
+    cuda: str
+    python: Callable[..., Any]
+
+
+class Made(NamedTuple):
+    """Lists of mixed and of full blocks, and the rule of the mixed ones."""
+
+    lists: tuple[Any, Any, Any, Any]
+    mask_mod: InKernel
+    mod_args: Mapping[str, Any]
+
+
+def module_of(x: Any) -> Any:
+    """NumPy or CuPy, whichever an array is of."""
+    return np if isinstance(x, np.ndarray) else sys.modules["cupy"]
+
+
+def checked(given: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The lists that are given, (B or 1, heads or 1, Qb) and (..., Qb, capacity), without copies.
+
+    Raises ``TypeError`` or ``ValueError`` naming the list.
+    """
+    found: dict[str, Any] = {}
+    for counts, indices in (LISTS[:2], LISTS[2:]):
+        pair = {name: given[name] for name in (counts, indices) if given[name] is not None}
+        if len(pair) == 1:
+            (only,) = pair
+            missing = indices if only == counts else counts
+            raise ValueError(f"{missing}: got none with {only}; counts and indices go together")
+        found |= {name: _list(name, x, 3 if name == counts else 4) for name, x in pair.items()}
+        if pair and found[counts].shape != found[indices].shape[:3]:
+            raise ValueError(
+                f"{indices}: got shape {tuple(found[indices].shape)}; use that of {counts}, "
+                f"{tuple(found[counts].shape)}, and an axis of indices"
+            )
+    if not found:
+        raise ValueError("kv_num_blocks: got no lists; pass those of mixed or of full blocks")
+    counted = [found[name] for name in LISTS[::2] if name in found]
+    for name, x in zip((n for n in LISTS[::2] if n in found), counted, strict=True):
+        if x.shape[2] != rows:
+            raise ValueError(
+                f"{name}: has {x.shape[2]} blocks of queries; these lengths have {rows}"
+            )
+        if x.shape != counted[0].shape:
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}; use that of kv_num_blocks, "
+                f"{tuple(counted[0].shape)}"
+            )
+    return found
+
+
+def _list(name: str, x: Any, axes: int) -> Any:
+    """A list as CuPy or NumPy has it, with all of its axes."""
+    array, _ = interop.taken(name, x)
+    if array.dtype != np.int32:
+        raise TypeError(f"{name}: got dtype {array.dtype.name}; use int32")
+    if not axes - 2 <= array.ndim <= axes:
+        raise ValueError(
+            f"{name}: got shape {tuple(array.shape)}; use (B or 1, heads or 1, Qb"
+            + (")" if axes == 3 else ", capacity)")
+        )
+    return array[(None,) * (axes - array.ndim)]
+
+
+def of_grid(grid: Any, wanted: tuple[int, int]) -> tuple[Any, Any]:
+    """Counts and indices of the blocks that are True, (..., Qb, Kb)."""
+    array, _ = interop.taken("grid", grid)
+    if array.dtype != np.bool_:
+        raise TypeError(f"grid: got dtype {array.dtype.name}; use bool, True where a block is full")
+    if not 2 <= array.ndim <= 4 or array.shape[-2:] != wanted:
+        raise ValueError(
+            f"grid: got shape {tuple(array.shape)}; use (B or 1, heads or 1, Qb, Kb) with "
+            f"(Qb, Kb) = {wanted}"
+        )
+    return packed(array, module_of(array))
+
+
+def packed(grid: Any, xp: Any) -> tuple[Any, Any]:
+    """Counts and ascending indices, int32, of what is True along the last axis."""
+    *rows, columns = grid.shape
+    flat = grid.reshape(-1, columns)
+    place = xp.cumsum(flat, axis=1, dtype=xp.int64) - 1
+    row = xp.arange(len(flat), dtype=xp.int64)[:, None] * columns
+    # The last element takes what is False.
+    target = xp.where(flat, row + place, flat.size)
+    indices = xp.zeros(flat.size + 1, xp.int32)
+    indices[target.reshape(-1)] = xp.broadcast_to(
+        xp.arange(columns, dtype=xp.int32), flat.shape
+    ).reshape(-1)
+    counts = flat.sum(axis=1, dtype=xp.int32).reshape(rows)
+    return counts, indices[:-1].reshape(*rows, columns)
+
+
+def of_csr(indptr: Any, indices: Any, wanted: tuple[int, int]) -> tuple[Any, Any]:
+    """Counts and indices of rows of a sparse matrix."""
+    starts, _ = interop.taken("indptr", indptr)
+    values, _ = interop.taken("indices", indices)
+    for name, x in (("indptr", starts), ("indices", values)):
+        if x.dtype != np.int32:
+            raise TypeError(f"{name}: got dtype {x.dtype.name}; use int32")
+    if not 1 <= starts.ndim <= 3 or starts.shape[-1] != wanted[0] + 1:
+        raise ValueError(
+            f"indptr: got shape {tuple(starts.shape)}; use (B or 1, heads or 1, Qb + 1) with "
+            f"Qb + 1 = {wanted[0] + 1}"
+        )
+    if values.ndim != 1:
+        raise ValueError(f"indices: got shape {tuple(values.shape)}; use (nnz,)")
+    xp = module_of(starts)
+    begin, end = (x.astype(xp.int64) for x in (starts[..., :-1], starts[..., 1:]))
+    begin, end = xp.clip(begin, 0, len(values)), xp.clip(end, 0, len(values))
+    capacity = min(wanted[1], len(values))
+    counts = xp.clip(end - begin, 0, capacity).astype(xp.int32)
+    place = begin[..., None] + xp.arange(capacity)
+    found = values[xp.minimum(place, max(0, len(values) - 1))] if capacity else None
+    empty = xp.zeros((*begin.shape, 0), xp.int32)
+    return counts, empty if found is None else xp.ascontiguousarray(found)
+
+
+def of_intervals(intervals: Any, seqlens: tuple[int, int], block: tuple[int, int]) -> Made:
+    """Mixed and full blocks of intervals (..., rows, n, 2), and the rule that they are."""
+    array, _ = interop.taken("intervals", intervals)
+    queries = blocks_of(seqlens[0], block[0])
+    if array.dtype != np.int32:
+        raise TypeError(f"intervals: got dtype {array.dtype.name}; use int32")
+    if (
+        not 3 <= array.ndim <= 5
+        or array.shape[-1] != 2
+        or array.shape[-3]
+        not in (
+            seqlens[0],
+            queries,
+        )
+    ):
+        raise ValueError(
+            f"intervals: got shape {tuple(array.shape)}; use (B or 1, heads or 1, rows, n, 2) with "
+            f"rows = {seqlens[0]}, one for each query, or {queries}, one for each block of them"
+        )
+    xp = module_of(array)
+    array = xp.ascontiguousarray(array[(None,) * (5 - array.ndim)])
+    per = 1 if array.shape[2] == seqlens[0] else block[0]
+    some, every = _covered(array, seqlens, block, per, xp)
+    lists = (*packed(some & ~every, xp), *packed(every, xp))
+    rule = _rule_of(array.shape, per)
+    return Made(lists, rule, {"fc_intervals": array})
+
+
+def _covered(
+    intervals: Any, seqlens: tuple[int, int], block: tuple[int, int], per: int, xp: Any
+) -> tuple[Any, Any]:
+    """Which blocks some query sees a key of, and in which each sees all: (..., Qb, Kb)."""
+    begin = xp.arange(blocks_of(seqlens[1], block[1])) * block[1]
+    end = xp.minimum(begin + block[1], seqlens[1])
+    low, high = (intervals[..., side][..., None] for side in (0, 1))
+    some = ((low < end) & (high > begin) & (low < high)).any(axis=-2)  # (..., rows, Kb)
+    every = ((low <= begin) & (high >= end)).any(axis=-2)
+    if per > 1:
+        return some, every
+    rows = blocks_of(seqlens[0], block[0])
+    shape = (*some.shape[:2], rows * block[0], some.shape[-1])
+    by_row = (*some.shape[:2], rows, block[0], some.shape[-1])
+    all_some, all_every = xp.zeros(shape, xp.bool_), xp.ones(shape, xp.bool_)
+    all_some[:, :, : seqlens[0]], all_every[:, :, : seqlens[0]] = some, every
+    return all_some.reshape(by_row).any(axis=3), all_every.reshape(by_row).all(axis=3)
+
+
+def _rule_of(shape: tuple[int, ...], per: int) -> InKernel:
+    batches, heads, rows, n, _ = shape
+    b = "b" if batches > 1 else "0"
+    h = "h" if heads > 1 else "0"
+    first = f"((({b}) * {heads} + {h}) * {rows}ll + q_idx / {per}) * {2 * n}"
+    inside = (
+        f"(kv_idx >= fc_intervals[{first} + {2 * i}] && "
+        f"kv_idx < fc_intervals[{first} + {2 * i + 1}])"
+        for i in range(n)
+    )
+
+    def python(b: Any, h: Any, q_idx: Any, kv_idx: Any, *, fc_intervals: Any, **_: Any) -> Any:
+        own = fc_intervals[b if batches > 1 else 0, h if heads > 1 else 0][q_idx[:, 0] // per]
+        seen = np.zeros((len(own), kv_idx.shape[1]), np.bool_)
+        for i in range(n):
+            seen |= (kv_idx >= own[:, i, :1]) & (kv_idx < own[:, i, 1:])
+        return seen
+
+    return InKernel(" || ".join(inside) if n else "false", python)
