@@ -214,6 +214,11 @@ _LISTED_ALONE = {
     **{"block_mask": "64x64 11", "mask_mod": "thirds", "seqlen_q": 100, "seqlen_kv": 900},
     **{"heads": 4, "heads_kv": 4, "multiprocessors": 1},
 }
+#: So many blocks that each lane of tile_lists.cu has several.
+_LISTED_LONG = {
+    **{"block_mask": "64x64 11", "mask_mod": "thirds", "seqlen_q": 20, "seqlen_kv": 1500},
+    "seed": 2,
+}
 _OWN_32 = {"block_m": 32, "block_n": 32, "warps_m": 2}
 _OWN_32_ONE_STAGE = {"block_m": 32, "block_n": 16, "warps_m": 2, "num_stages": 1}
 _OWN_128 = {"block_m": 128, "block_n": 64, "warps_m": 8, "num_stages": 2}
@@ -277,6 +282,7 @@ TRIALS = (
     _sm80("gate", _TWO_STAGES, gate="softmax", seqlen_kv=75, **_HEAD),
     _sm80("blocks", _ONE_STAGE, mask_mod="blocks", seqlen_kv=250, **_HEAD),
     _sm80("listed", _TWO_STAGES | {"block_n": 128}, **_LISTED, **_HEAD),
+    _sm80("listed, many", _ONE_STAGE, **_LISTED_LONG, **_HEAD),
     _sm80("many threads", _MANY_THREADS, seqlen_kv=50, softcap=1000.0, **_HEAD),
     _sm80("misaligned", _ONE_STAGE, view="misaligned", bias="qk", softcap=5.0, **_HEAD),
     _sm80("float32", {"block_m": 32, "warps_m": 2}, dtype="float32", gate="qk", **_HEAD),
@@ -390,6 +396,13 @@ _LIVE: dict[str, tuple[str, ...]] = {
     "for a warp that pauses while all others go round the stages, which none does here": (
         "sm90_backward/producer.cuh: state.wait_empty(smem.vo)",
     ),
+    "for lists that have a block twice, or more tiles than are taken at a time": (
+        "tile_lists.cu: warp_sync() #2",
+        "tile_lists.cu: warp_sync() #4",
+    ),
+    "for a consumer that is two tiles ahead of another one, which no schedule brings about": (
+        "sm90/listed_tiles.cuh: await_published() #2",
+    ),
     "for launches that overlap, which those of the emulator do not": (
         "fwd_sm90_cluster.cu: griddepcontrol_wait()",
     ),
@@ -416,6 +429,8 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "min(first_query + BLOCK_M, p.seqlen_q) - 1; [0 for 1 in - 1]",
     ),
     "keys or queries more, which the mask hides": (
+        "mma_sm80, tile_lists.cu: last_query = min(first_query + p.tile_rows, "
+        "p.seqlen_q) - 1; [0 for 1 in - 1]",
         "backward/work.cuh: if (rows.begin >= rows.end) tiles = {0, 0}; [> for >=]",
         "bwd_sm90.cu: return first < rows && tile * BLOCK_N < met.end && "
         "(tile + 1) * BLOCK_N > met.begin; [<= for <] #2",
@@ -435,6 +450,10 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "for (int key = keys.begin; key < keys.end; key += 2) { [<= for <]",
     ),
     "the way with masks, or with missing rows, where the other one would do": (
+        "tile_lists.cu: const int blocks = ((end_key - 1) >> p.list_shift_kv) - "
+        "first_block(tile) + 1; [0 for 1 in - 1]",
+        "tile_lists.cu: const int last_of_row = first_of_row + (1 << p.list_shift_q) - "
+        "1; [0 for 1 in - 1]",
         "backward/work.cuh: return end_query > w.seqlen_q || [>= for >]",
         "backward/work.cuh: c.mask().needs_mask(first_query, end_query - 1, first_key, end_key); "
         "[0 for 1 in - 1]",
@@ -525,6 +544,14 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "section = max(section, div_up(8 * int(grid_size()), blocks)); [> for >=]",
     ),
     "once more, and there is nothing": (
+        "tile_lists.cu: if (block < 0 || block >= end_block()) return; [> for >=]",
+        "tile_lists.cu: for (int begin = first_tile; begin < end_tile; begin += TILES) { "
+        "[<= for <]",
+        "tile_lists.cu: for (int i = lane(); i < end - begin; i += WARP_SIZE) [<= for <]",
+        "tile_lists.cu: for (int first = begin; first < end; first += WARP_SIZE) { [<= for <]",
+        "tile_lists.cu: const int last = min(last_key / p.tile_keys, end - 1); [0 for 1 in - 1]",
+        "mma_sm80, tile_lists.cu: for (int c = blocks; c < MOST_BLOCKS; ++c) own |= "
+        "uint32(BLOCK_FULL) << 2 * c; [<= for <]",
         "flashcore/scheduler/packed_batch.cuh: if (group < q.pieces()) continue; [<= for <]",
         "sm90/unseen_keys.cuh: const int end = work_tile().start_kv + last < BLOCK_N "
         "? last - tile * BLOCK_N : BLOCK_N; [<= for <]",
