@@ -173,11 +173,10 @@ def _configure_row(
 
     family, slopes = BACKWARD_KERNELS[name], "dalibi_slopes" in asked
     keys = queries = bias = heads = scale = None
-    has_queries = attention.seqlen_q > 0
-    wants_keys = bool(asked.keys() & {"dk", "dv"}) or (family.one_pass and has_queries)
+    wants_keys = not asked.keys().isdisjoint(family.of_keys)
     tile = row.keys.override(changes)
     columns = family.dq_columns(row.head_dim, tile)
-    adds_dq = wants_keys and "dq" in asked and not slopes and columns > 0 and has_queries
+    adds_dq = wants_keys and "dq" in asked and not slopes and columns > 0 and attention.seqlen_q > 0
     if wants_keys:
         ordered = adds_dq and problem.deterministic
         keys = of(family, tile, row.dims, owns_keys=True, adds_dq=adds_dq, ordered=ordered)
@@ -192,7 +191,7 @@ def _configure_row(
         )
     tile = row.queries.override(changes)
     mods = BackwardModArgs.of_each(name, row.dims, tile, problem)
-    if ("dq" in asked and not (adds_dq or family.one_pass)) or slopes or mods:
+    if ("dq" in asked and not adds_dq and "dq" not in family.of_keys) or slopes or mods:
         queries = of(family, tile, row.dims, sums_distances=slopes, elements=problem.elements)
     if "dbias" in asked:
         plain = rows_of("bwd_sm80", attention)[-1]

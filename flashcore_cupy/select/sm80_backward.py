@@ -112,8 +112,8 @@ class Sm80Backward(KernelConfig):
     takes_packed = True
     idea: ClassVar[str] = "mma.sync: keys walk over queries for dK and dV, queries over keys for dQ"
     """A sentence for the ladder."""
-    one_pass: ClassVar[bool] = False
-    """Has no pass over queries: blocks of keys add to dq, also where dq alone is asked for."""
+    of_keys: ClassVar[tuple[str, ...]] = ("dk", "dv")
+    """Which gradients need the pass over blocks of keys; with dq among them there is no other."""
 
     owns_keys: bool = False
     """Whose gradients a thread block computes, in a tile of block_m of its own rows by block_n of

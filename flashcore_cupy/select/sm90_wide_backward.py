@@ -21,7 +21,7 @@ class Sm90WideBackward(Sm90Backward):
     source = "bwd_sm90_wide.cu"
     entries = ("bwd_sm90_wide",)
     idea: ClassVar[str] = "for wide heads: a warpgroup for each gradient, which hand on P and dS"
-    one_pass = True
+    of_keys = ("dq", "dk", "dv")
     takes_packed = False
     lacks: ClassVar[tuple[str, ...]] = ("mask", "mask_mod")
 

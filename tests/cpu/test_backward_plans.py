@@ -242,4 +242,5 @@ def test_which_kernel_wide_heads_get(name: str, wrt: tuple[str, ...]) -> None:
     configs = [x for x in (got.keys, got.queries) if x is not None]
     assert {(x.head_dim, x.head_dim_v) for x in configs} == {dims}
     if kernel == "bwd_sm90_wide":
+        assert got.keys is not None
         assert got.queries is None and (got.scale is not None) is ("q" in wrt)
