@@ -1,7 +1,7 @@
 """Every row of the table, built for every target: no spills, no local memory, no warnings.
 
-All are built where ``CI`` is set, elsewhere a third of them, another one each day. Nothing here
-needs a GPU. All builds go through one parallel warm-up into the session's cache.
+Where ``CI`` is set all are built for the main target; else, and for others, a third of them, another
+one each day. Nothing here needs a GPU. All builds go through one parallel warm-up into the session's cache.
 """
 
 from __future__ import annotations
@@ -146,7 +146,10 @@ def _other_rows(row: Row, config: KernelConfig | None, *, narrow: bool) -> Kerne
 
 
 WANTED = {
-    (kernel, arch): todays([c for row in selector.rows_of(kernel) for c in _configs(row, arch)])
+    (kernel, arch): todays(
+        [c for row in selector.rows_of(kernel) for c in _configs(row, arch)],
+        always=lambda _, arch=arch: arch == MAIN_TARGET,  # type: ignore[misc]
+    )
     for kernel in registry.KERNELS
     for arch in targets.TARGETS
 }
