@@ -110,7 +110,7 @@ struct Lister {
             for (int c = 0; c < MOST_BLOCKS; ++c)
                 own |= uint32(smem.state[tile - begin][row][c]) << 2 * c;
             if (own == 0) continue;
-            for (int c = blocks; c < MOST_BLOCKS; ++c) own |= uint32(BLOCK_FULL) << 2 * c;
+            own |= BlocksOfRow::ALL_FULL & ~0u << 2 * blocks;  // those that it does not touch
             states |= own << 8 * row;
             const int first_of_row = (first_query >> p.list_shift_q) + row << p.list_shift_q;
             const int last_of_row = first_of_row + (1 << p.list_shift_q) - 1;

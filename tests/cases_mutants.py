@@ -429,7 +429,7 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "min(first_query + BLOCK_M, p.seqlen_q) - 1; [0 for 1 in - 1]",
     ),
     "keys or queries more, which the mask hides": (
-        "mma_sm80, tile_lists.cu: last_query = min(first_query + p.tile_rows, "
+        "tile_lists.cu: last_query = min(first_query + p.tile_rows, "
         "p.seqlen_q) - 1; [0 for 1 in - 1]",
         "backward/work.cuh: if (rows.begin >= rows.end) tiles = {0, 0}; [> for >=]",
         "bwd_sm90.cu: return first < rows && tile * BLOCK_N < met.end && "
@@ -550,8 +550,6 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "tile_lists.cu: for (int i = lane(); i < end - begin; i += WARP_SIZE) [<= for <]",
         "tile_lists.cu: for (int first = begin; first < end; first += WARP_SIZE) { [<= for <]",
         "tile_lists.cu: const int last = min(last_key / p.tile_keys, end - 1); [0 for 1 in - 1]",
-        "mma_sm80, tile_lists.cu: for (int c = blocks; c < MOST_BLOCKS; ++c) own |= "
-        "uint32(BLOCK_FULL) << 2 * c; [<= for <]",
         "flashcore/scheduler/packed_batch.cuh: if (group < q.pieces()) continue; [<= for <]",
         "sm90/unseen_keys.cuh: const int end = work_tile().start_kv + last < BLOCK_N "
         "? last - tile * BLOCK_N : BLOCK_N; [<= for <]",
