@@ -1,7 +1,8 @@
 """Every row of the table, built for every target: no spills, no local memory, no warnings.
 
-Where ``CI`` is set all are built for the main target; else, and for others, a third of them, another
-one each day. Nothing here needs a GPU. All builds go through one parallel warm-up into the session's cache.
+Where ``CI`` is set all are built for the main target. Else, and for others, it is a third of them,
+another one each day. Nothing here needs a GPU. All builds go through one parallel warm-up into the
+session's cache.
 """
 
 from __future__ import annotations
