@@ -21,7 +21,7 @@ HOPPER = "sm_90a"
 
 
 def test_cases_are_distinct_and_run_on_hopper() -> None:
-    assert len(set(CASES)) == len(CASES) and 200 < len(CASES) < 700
+    assert len(set(CASES)) == len(CASES) and 200 < len(CASES) < 800
     assert matrix.runnable(CASES, HOPPER) == CASES
     assert {case.kernel for case in matrix.runnable(CASES, "sm_80")} == {"bwd_sm80"}
     assert matrix.runnable(CASES, "sm_75") == []
@@ -56,8 +56,9 @@ def test_every_choice_meets_every_kernel(kernel: str) -> None:
         "only": {"", *INPUTS},
         "boundaries": {"host", "device"},
     }
-    if kernel == "bwd_sm90_wide":  # no rule that changes scores, no dropout
-        lacking = {"softcap": 0.0, "alibi": "", "bias": "", "dropout_p": 0.0, "score_mod": ""}
+    if kernel == "bwd_sm90_wide":  # no rule that changes scores or hides keys, no dropout
+        lacking = {"softcap": 0.0, "dropout_p": 0.0, "boundaries": "host"}
+        lacking |= dict.fromkeys(("alibi", "bias", "score_mod", "mask", "mask_mod"), "")
         wanted |= {name: {value} for name, value in lacking.items()}
         wanted["only"] = {"", "q", "k", "v", "sink"}
     for name, values in wanted.items():

@@ -77,7 +77,8 @@ def _cases_of(kernel: str) -> Iterator[Case]:
         )  # fmt: skip
     yield from _in_any_order(kernel, dtypes)
     yield from _pairs(kernel, dtypes)
-    yield from _packed_pairs(kernel, dtypes)
+    if BACKWARD_KERNELS[kernel].takes_packed:
+        yield from _packed_pairs(kernel, dtypes)
     yield from _gates(kernel, dtypes)
 
 
