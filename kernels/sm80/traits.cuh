@@ -42,7 +42,7 @@ constexpr bool EARLY_V = !KV_TOGETHER && SPLIT_KV;
 // sm_90 on. fp32 and CTAs of 512 threads have none to spare.
 constexpr bool HAS_ROOM = NUM_THREADS * MIN_BLOCKS <= 256;
 constexpr bool LISTED = (RULES & RULE_BLOCKS) != 0;  // walks over a list: tiles are not neighbours
-// A head's last blocks of rows first: under a causal mask, and often in lists, they are the longest.
+// A head's last blocks of rows first: they are the longest under a causal mask, often in lists.
 constexpr bool LAST_FIRST = BOUNDED_RIGHT || LISTED;
 constexpr bool KEEPS_COPIES =
     sizeof(T) == 2 && NUM_THREADS <= 256 && (HAS_ROOM || CUDA_ARCH >= 900) && !LISTED;

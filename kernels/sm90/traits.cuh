@@ -46,7 +46,7 @@ enum NamedBarrier : int {
 constexpr bool MOVES_REGISTERS = CONSUMERS > 1 || MIN_BLOCKS > 1;
 constexpr int LAUNCH_REGISTERS = 65536 / (MIN_BLOCKS * CTA_THREADS) / 8 * 8;
 constexpr bool LISTED = (RULES & RULE_BLOCKS) != 0;  // walks over lists of tiles
-// A head's last blocks of rows first: under a causal mask, and often in lists, they are the longest.
+// A head's last blocks of rows first: they are the longest under a causal mask, often in lists.
 constexpr bool LAST_FIRST = BOUNDED_RIGHT || LISTED;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 || MIN_BLOCKS > 1 ? 32
                                    : VARLEN || LISTED               ? 40
