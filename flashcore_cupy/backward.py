@@ -12,6 +12,7 @@ from flashcore_cupy.launch.backward import bind_backward
 from flashcore_cupy.launch.backward import explain_backward as explain_on_gpu
 from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.attention_problem import Causal, Layout
+from flashcore_cupy.problem.block_mask import refuse_gradient
 from flashcore_cupy.problem.gradients import (
     BACKWARD_ARGUMENTS,
     BackwardCall,
@@ -167,10 +168,10 @@ def attention_backward(
     operands = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse}
     known_by = None if unknown or stream is not None else _choices(arguments)
     if known_by is not None:
-        done = backward_cache.launch_again(operands, known_by)
-        if done is not None:
+        if (done := backward_cache.launch_again(operands, known_by)) is not None:
             return done
     leave_dynamo()
+    refuse_gradient(unknown)
     check_names("attention_backward", unknown, BACKWARD_ARGUMENTS)
     request = BackwardRequest.taken(arguments)
     gpu = interop.gpu_of("q", q)
@@ -193,6 +194,7 @@ def plan_backward(
     holds the arrays. With NumPy arrays and a kernel by name, ``launch()`` emulates it.
     """
     leave_dynamo()
+    refuse_gradient(arguments)
     check_names("plan_backward", arguments, set(BACKWARD_ARGUMENTS) - {"stream"})
     request = BackwardRequest.taken(arguments)
     operands = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse}
@@ -226,6 +228,7 @@ def explain_backward(
     launches nothing.
     """
     leave_dynamo()
+    refuse_gradient(arguments)
     check_names("explain_backward", arguments, BACKWARD_ARGUMENTS)
     request = BackwardRequest.taken(arguments)
     operands = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse}

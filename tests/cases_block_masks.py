@@ -164,3 +164,24 @@ def test_intervals(on: Place) -> None:
     j = np.arange(300)
     dense = ((j >= intervals[..., :1]) & (j < intervals[..., 1:])).any(axis=3)
     check(on.run(q, k, v, block_mask=made), q, k, v, mask=dense)
+
+
+@everywhere(*KERNELS)
+def test_a_plan_reads_the_lists_at_each_launch(on: Place) -> None:
+    if on.is_numpy:  # which has no plans
+        return
+    rng = np.random.default_rng(19)
+    q, k, v = reference.make_inputs(
+        "normal", batch=1, heads=1, head_dim=64, seqlen=140, seqlen_kv=200
+    )
+    first, then = (drawn(rng, (140, 200), (64, 64)) for _ in range(2))
+    block_mask, other = (mask.mask(on.xp, rng) for mask in (first, then))
+    bound = on.launched(q, k, v, block_mask=block_mask, mask_mod=MASK_MOD)
+    once = on.to_host(bound.arrays["o"]).copy()
+    bound.launch()
+    np.testing.assert_array_equal(on.to_host(bound.arrays["o"]), once)
+    check(once, q, k, v, mask=first.dense(1))
+    for name, x in other.arrays.items():
+        block_mask.arrays[name][...] = x
+    bound.launch()
+    check(on.to_host(bound.arrays["o"]), q, k, v, mask=then.dense(1))

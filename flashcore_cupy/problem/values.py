@@ -20,7 +20,6 @@ _ELSEWHERE = {
     "attention_mask": "mask (boolean, True where a query attends) or bias (added to the scores)",
     "attn_bias": "bias",
     "attn_mask": "mask (boolean, True where a query attends) or bias (added to the scores)",
-    "block_mask": "mask_mod (a block mask has no gradient yet)",
     "cu_seqlens": "cu_seqlens_q and cu_seqlens_k",
     "cu_seqlens_kv": "cu_seqlens_k",
     "deterministic": "nothing: the same call always gives the same bits",
@@ -83,8 +82,7 @@ def check_names(function: str, given: Iterable[str], known: Iterable[str]) -> No
         if name in names:
             continue
         meant = [name] if name in _ELSEWHERE else get_close_matches(name, {*names, *_ELSEWHERE}, 1)
-        ours = meant[0] if meant else ""
-        ours = ours if ours in names else _ELSEWHERE.get(ours, ours)
+        ours = _ELSEWHERE.get(meant[0], meant[0]) if meant else ""
         unneeded = ours.partition("nothing: ")[2]
         hint = f"; leave it out: {unneeded}" if unneeded else f": use {ours}" if ours else ""
         raise TypeError(f"{function}() has no argument {name!r}{hint}")
