@@ -218,9 +218,7 @@ def _launch_tensors(given: tuple[Any, ...], choices: tuple[Any, ...]) -> Gradien
     return None if results is None else Gradients(**dict(zip(known.results, results, strict=True)))
 
 
-def find_tensors(
-    given: tuple[Any, ...], device: int, choices: tuple[Any, ...]
-) -> KnownCall | None:
+def find_tensors(given: tuple[Any, ...], device: int, choices: tuple[Any, ...]) -> KnownCall | None:
     """A call on tensors that have a place, if it is remembered."""
     try:
         return _known.get(_tensor_key(given, device, choices))

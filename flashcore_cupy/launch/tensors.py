@@ -12,8 +12,6 @@ from collections.abc import Collection, Iterable
 from types import SimpleNamespace
 from typing import Any
 
-from flashcore_cupy.problem.attention_problem import MAX_ALIGN
-
 #: What is asked of torch and of CuPy at each call; None until ``connect``.
 _asked: Any = None
 
