@@ -95,10 +95,17 @@ def _launch_again(
     place = tensors.place((do,))
     if place is None or place[0] != found.device or not found.holds(*saved):
         return None
-    addresses = [do.data_ptr(), *found.addresses]
-    known = _known(found, wanted, do, saved, addresses)
+    pdo = do.data_ptr()
+    pq, pk, pv, po, plse = found.addresses
+    # All else that the backward cache knows a pass by is the forward pass's, if alignment is.
+    aligned = (pdo | pq | pk | pv | po | plse) % MAX_ALIGN == 0
+    kind = (wanted, do.stride(), do.dtype)
+    known = found.known.gradients.get(kind) if aligned else None
+    if known is None:
+        known = _ask(found, wanted, do, saved, kind if aligned else None)
     if known is None or launch_cache.is_other_environment():
         return None
+    addresses = [pdo, pq, pk, pv, po, plse]
     gradients = backward_cache.launch_on_tensors(known, addresses, do, *place)
     if gradients is None or len(gradients) == len(wanted):
         return gradients
@@ -106,30 +113,21 @@ def _launch_again(
     return [next(upcoming) if is_wanted else None for is_wanted in wanted]
 
 
-def _known(
+def _ask(
     found: FoundTensors,
     wanted: tuple[bool, ...],
     do: Any,
     saved: tuple[Any, ...],
-    addresses: list[int],
+    kind: tuple[Any, ...] | None,
 ) -> backward_cache.KnownCall | None:
-    """What the backward cache knows of a pass; asked once for each kind of do.
-
-    All else that it knows a call by is the forward pass's, if alignment is.
-    """
-    union = 0
-    for address in addresses:
-        union |= address
-    kinds = found.known.gradients
-    kind = (wanted, do.stride(), do.dtype, union % MAX_ALIGN)
-    known: backward_cache.KnownCall | None = kinds.get(kind)
-    if known is None:
-        choices = _backward_choices(found.choices, wanted)
-        known = backward_cache.find_tensors((do, *saved, None), found.device, choices)
-        if known is not None and union % MAX_ALIGN == 0:  # which is that of each address
-            if len(kinds) >= _MOST_KINDS:
-                kinds.clear()
-            kinds[kind] = known
+    """What the backward cache knows of a pass; by its kind, if given, it is not asked again."""
+    choices = _backward_choices(found.choices, wanted)
+    known = backward_cache.find_tensors((do, *saved, None), found.device, choices)
+    if known is not None and kind is not None:
+        kinds = found.known.gradients
+        if len(kinds) >= _MOST_KINDS:
+            kinds.clear()
+        kinds[kind] = known
     return known
 
 

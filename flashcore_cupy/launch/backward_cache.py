@@ -6,10 +6,8 @@ whatever is to be refused, takes the long way.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -237,13 +235,17 @@ def launch_on_tensors(
         shapes = [shape for shape, _ in known.results.values()]
         scratch = tensors.pattern(q, (known.scratch_size,), float32=True)
         known.patterns = [*(tensors.pattern(q, shape) for shape in shapes), scratch]
-    made = list(map(tensors.like, known.patterns))
+    made = tensors.like(known.patterns)
     placed = [x.data_ptr() for x in made]
-    if functools.reduce(operator.or_, placed) % MAX_ALIGN:
+    union = 0
+    for address in placed:
+        union |= address
+    if union % MAX_ALIGN:
         return None
+    made.pop()
     at = placed.pop()
     known.launch(addresses + placed, at, device, stream)
-    return made[:-1]
+    return made
 
 
 def _misaligned(results: Iterable[Any]) -> bool:

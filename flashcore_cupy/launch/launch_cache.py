@@ -250,8 +250,10 @@ class FoundTensors:
                 tensors.pattern(q, known.output_shape),
                 tensors.pattern(q, known.lse_shape, float32=True),
             ]
-        out = tensors.like(known.patterns[0])
-        lse = tensors.like(known.patterns[1]) if return_lse else None
+        if return_lse:
+            out, lse = tensors.like(known.patterns)
+        else:
+            (out,), lse = tensors.like(known.patterns[:1]), None
         addresses = (*self.addresses, out.data_ptr(), 0 if lse is None else lse.data_ptr())
         self.addresses = addresses
         bound = known.blocks.pop() if known.blocks else _BoundBlock(known.params.copy())

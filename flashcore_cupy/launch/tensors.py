@@ -123,6 +123,7 @@ def pattern(q: Any, shape: tuple[int, ...], *, float32: bool = False) -> Any:
     return q.detach().new_empty((1,) * len(shape), dtype=dtype).expand(shape)
 
 
-def like(pattern: Any) -> Any:
-    """A new contiguous tensor; torch's own memory."""
-    return _asked.empty_like(pattern)
+def like(patterns: Iterable[Any]) -> list[Any]:
+    """New contiguous tensors; torch's own memory."""
+    empty_like = _asked.empty_like
+    return [empty_like(x) for x in patterns]
