@@ -370,6 +370,21 @@ def test_an_output_without_a_gradient(gpu: _Gpu) -> None:
     assert found[0].abs().max() > 0 and (found[2] == 0).all()
 
 
+def test_gradients_that_torch_batches_are_refused_by_torch_as_ever(gpu: _Gpu) -> None:
+    """They have no memory of their own."""
+    know(gpu)
+    given = leaves()
+    do = torch.randn(3, *SHAPE)
+    for long_way in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if long_way:
+                patch.setattr(launch_cache, "_differentiate", None)
+            o = attention(*given)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(o, given, do, is_grads_batched=True)
+    assert gpu.launched == ["forward"]
+
+
 def test_hooks_of_results_and_leaves(gpu: _Gpu) -> None:
     know(gpu)
     given = leaves()
