@@ -295,8 +295,9 @@ def _integrated(by: str, q: Any, k: Any, v: Any, arguments: dict[str, Any]) -> A
         from flashcore_cupy.integrations import jax_attention
 
         return jax_attention.attend(q, k, v, given)
-    from flashcore_cupy.integrations import torch_attention
+    from flashcore_cupy.integrations import torch_again, torch_attention
 
+    torch_again.connect()
     return torch_attention.eager_attend()(q, k, v, given)
 
 

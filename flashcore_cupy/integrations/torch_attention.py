@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,23 +170,32 @@ def _keep(ctx: Any, names: str, options: Options, arrays: Any, output: Any) -> N
 
 def _gradients(ctx: Any, do: Any, dlse: Any) -> Any:
     """One for each argument of a forward function; None for what requires none."""
-    *arrays, o, lse = ctx.saved_tensors
-    names = ctx.names.split()
-    wanted = ctx.needs_input_grad[2:]
-    wrt = " ".join(name for name, is_wanted in zip(names, wanted, strict=True) if is_wanted)
+    found = gradients(ctx.names, ctx.options, ctx.saved_tensors, ctx.needs_input_grad[2:], do, dlse)
+    return None, None, *found
+
+
+def gradients(
+    names: str, options: Options, saved: Any, wanted: Sequence[bool], do: Any, dlse: Any
+) -> Any:
+    """One for each of the arrays, by their names; None for what is not wanted.
+
+    ``saved``: the arrays, o and lse.
+    """
+    *arrays, o, lse = saved
+    wrt = " ".join(name for name, is_wanted in zip(names.split(), wanted, strict=True) if is_wanted)
     if do is None:
         do = torch.zeros_like(o)
     # Not +=, for dynamo has in `arrays` a tuple.
     arrays = [*arrays, o, lse, do] if dlse is None else [*arrays, o, lse, do, dlse]
-    names = f"{ctx.names} o lse do" if dlse is None else f"{ctx.names} o lse do dlse"
+    given = f"{names} o lse do" if dlse is None else f"{names} o lse do dlse"
     if torch.compiler.is_compiling():  # which has no second derivatives either
-        results = torch.ops.flashcore.attention_backward(arrays, names, ctx.options, wrt)
+        results = torch.ops.flashcore.attention_backward(arrays, given, options, wrt)
     elif torch.is_grad_enabled() or _is_recorded(arrays):
-        results = Gradients.apply(names, _text(ctx.options), wrt, *arrays)
+        results = Gradients.apply(given, _text(options), wrt, *arrays)
     else:
-        results = _backward_of_tensors(arrays, names, ctx.options, wrt)
+        results = _backward_of_tensors(arrays, given, options, wrt)
     found = iter(results)
-    return None, None, *(next(found) if is_wanted else None for is_wanted in wanted)
+    return [next(found) if is_wanted else None for is_wanted in wanted]
 
 
 class Gradients(torch.autograd.Function):

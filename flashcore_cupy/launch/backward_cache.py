@@ -26,10 +26,10 @@ from flashcore_cupy.select.units import round_up
 
 _LIMIT = 4096  # problems remembered; beyond, all are forgotten
 _Q = 1  # the place of q among a call's operands
-_known: dict[Any, _KnownCall] = {}
+_known: dict[Any, KnownCall] = {}
 
 
-class _KnownCall:
+class KnownCall:
     """All that a call's launches need besides its arrays' addresses."""
 
     def __init__(self, bound: GpuBackward, given: Iterable[str]) -> None:
@@ -48,8 +48,58 @@ class _KnownCall:
             _KnownLaunch(step, launch.params, names, shown, addresses)
             for step, launch, shown in zip(bound.steps, bound.launches, views, strict=True)
         ]
-        # A call takes a block for each launch and puts them back, so that threads never share one.
-        self.blocks: list[list[ParameterBlock]] = []
+        self.shared = _shared(self.launches)
+        # A call takes a list and puts it back, so that threads never share one.
+        self.blocks: list[_BoundBlocks] = []
+        #: New results and scratch of torch's are like these; they are made when first asked for.
+        self.patterns: list[Any] = []
+
+    def launch(self, addresses: list[int], scratch: int, device: int, stream: int) -> None:
+        """Hand the launches to the driver; ``addresses``: of what is given, and of the results."""
+        import cupy
+
+        addresses += [scratch + 4 * first for first in self.scratch]
+        bound = self.blocks.pop() if self.blocks else _BoundBlocks(self)
+        if bound.addresses != addresses:
+            for n in bound.own:
+                self.launches[n].move(bound.each[n], addresses)
+            bound.addresses = addresses
+        launch_kernel = cupy.cuda.driver.launchKernel
+        cupy.cuda.runtime.setDevice(device)  # as enter_context() does, for a new thread
+        for geometry, address in bound.steps:
+            launch_kernel(*geometry, stream, address, 0)
+        self.blocks.append(bound)
+
+
+class _BoundBlocks:
+    """Parameter blocks of a call's launches, and the addresses that they hold."""
+
+    __slots__ = ("addresses", "each", "own", "steps")
+
+    def __init__(self, known: KnownCall) -> None:
+        self.addresses: list[int] = []
+        self.own = sorted(set(known.shared))
+        made = {n: known.launches[n].params.copy() for n in self.own}
+        self.each = [made[n] for n in known.shared]
+        pairs = zip(known.launches, self.each, strict=True)
+        self.steps = [(launch.geometry, block.address) for launch, block in pairs]
+
+
+def _shared(launches: list[_KnownLaunch]) -> list[int]:
+    """Whose parameters each launch takes: the longest that begin with its own.
+
+    A kernel reads as much of them as it knows, and most know the same.
+    """
+    contents = [launch.params.words.tobytes() for launch in launches]
+    longest_first = sorted(range(len(launches)), key=lambda n: -len(contents[n]))
+    return [
+        next(
+            n
+            for n in longest_first
+            if contents[n].startswith(own) and launches[n].places == launch.places
+        )
+        for launch, own in zip(launches, contents, strict=True)
+    ]
 
 
 class _KnownLaunch:
@@ -114,7 +164,7 @@ def remember(bound: GpuBackward, operands: Mapping[str, Any], choices: tuple[Any
         return
     if len(_known) >= _LIMIT:
         _known.clear()
-    _known[key] = _KnownCall(bound, given)
+    _known[key] = KnownCall(bound, given)
 
 
 def launch_again(operands: Mapping[str, Any], choices: tuple[Any, ...]) -> Gradients | None:
@@ -149,7 +199,8 @@ def launch_again(operands: Mapping[str, Any], choices: tuple[Any, ...]) -> Gradi
         return None
     scratch = empty(known.scratch_size, np.float32)
     addresses = [x.data.ptr for x in (*given, *results) if x is not None]
-    return _launch(known, addresses, scratch.data.ptr, device, stream, results)
+    known.launch(addresses, scratch.data.ptr, device, stream)
+    return Gradients(**dict(zip(known.results, results, strict=True)))
 
 
 def _launch_tensors(given: tuple[Any, ...], choices: tuple[Any, ...]) -> Gradients | None:
@@ -157,42 +208,44 @@ def _launch_tensors(given: tuple[Any, ...], choices: tuple[Any, ...]) -> Gradien
     place = tensors.place(given)
     if place is None:
         return None
-    device, stream = place
-    try:
-        known = _known.get(_tensor_key(given, device, choices))
-    except TypeError:  # what is wrong, or cannot be hashed: for the long way
-        return None
+    known = find_tensors(given, place[0], choices)
     if known is None or launch_cache.is_other_environment():
         return None
-    q = given[_Q]
-    # Of plain calls: of the dtype of q, k and v, which is one.
-    results = [tensors.empty(q, shape) for shape, _ in known.results.values()]
-    if tensors.is_misaligned(results):
+    addresses = [x.data_ptr() for x in given if x is not None]
+    results = launch_on_tensors(known, addresses, given[_Q], *place)
+    return None if results is None else Gradients(**dict(zip(known.results, results, strict=True)))
+
+
+def find_tensors(given: tuple[Any, ...], device: int, choices: tuple[Any, ...]) -> KnownCall | None:
+    """A call on tensors that have a place, if it is remembered."""
+    try:
+        return _known.get(_tensor_key(given, device, choices))
+    except TypeError:  # what is wrong, or cannot be hashed: for the long way
         return None
-    scratch = tensors.empty(q, (known.scratch_size,), float32=True)
-    addresses = [x.data_ptr() for x in (*given, *results) if x is not None]
-    return _launch(known, addresses, scratch.data_ptr(), device, stream, results)
 
 
-def _launch(
-    known: _KnownCall,
-    addresses: list[int],
-    scratch: int,
-    device: int,
-    stream: int,
-    results: list[Any],
-) -> Gradients:
-    import cupy
+def launch_on_tensors(
+    known: KnownCall, addresses: list[int], q: Any, device: int, stream: int
+) -> list[Any] | None:
+    """Launch a call on tensors, by their addresses; returns gradients.
 
-    addresses += [scratch + 4 * first for first in known.scratch]
-    blocks = known.blocks.pop() if known.blocks else [x.params.copy() for x in known.launches]
-    launch_kernel = cupy.cuda.driver.launchKernel
-    cupy.cuda.runtime.setDevice(device)  # as enter_context() does, for a new thread
-    for launch, block in zip(known.launches, blocks, strict=True):
-        launch.move(block, addresses)
-        launch_kernel(*launch.geometry, stream, block.address, 0)
-    known.blocks.append(blocks)
-    return Gradients(**dict(zip(known.results, results, strict=True)))
+    None where an allocator has given memory that is not as the kernels are built for.
+    """
+    if not known.patterns:  # of the dtype of q, k and v, which is one
+        shapes = [shape for shape, _ in known.results.values()]
+        scratch = tensors.pattern(q, (known.scratch_size,), float32=True)
+        known.patterns = [*(tensors.pattern(q, shape) for shape in shapes), scratch]
+    made = tensors.like(known.patterns)
+    placed = [x.data_ptr() for x in made]
+    union = 0
+    for address in placed:
+        union |= address
+    if union % MAX_ALIGN:
+        return None
+    made.pop()
+    at = placed.pop()
+    known.launch(addresses + placed, at, device, stream)
+    return made
 
 
 def _misaligned(results: Iterable[Any]) -> bool:

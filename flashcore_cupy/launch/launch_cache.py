@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from numbers import Number
 from typing import Any
 
@@ -48,8 +49,19 @@ _set_device: Any = None
 _current_stream: Any = None
 _is_captured: Any = None
 _launch_kernel: Any = None
+#: What launches a known call on tensors that require a gradient, if there is something that does.
+_differentiate: Callable[..., Any] | None = None
 #: How many environment variables there were when the environment was last asked.
 _variable_count = -1
+
+
+def connect(differentiate: Callable[[Any, Any, Any, bool, tuple[Any, ...]], Any]) -> None:
+    """Say what launches known calls on tensors that require a gradient.
+
+    It takes q, k, v, return_lse and choices, as ``launch_again`` has them, and may return None.
+    """
+    global _differentiate
+    _differentiate = differentiate
 
 
 class _KnownCall:
@@ -70,6 +82,10 @@ class _KnownCall:
             addresses = {name: plan.arrays[name].data.ptr for name in "qkvo"}
             self.maps = Maps(views, addresses, plan.selection.config.params)
         self.workspace_bytes = plan.workspace_bytes if any(plan.workspace_bytes) else None
+        #: New results of torch's are like these; they are made when first asked for.
+        self.patterns: list[Any] = []
+        #: What launches its gradients on tensors, by what that depends on besides.
+        self.gradients: dict[Any, Any] = {}
         # A call takes one and puts it back, so that threads never share one.
         self.blocks: list[_BoundBlock] = []
 
@@ -176,29 +192,89 @@ def launch_again(
 
 def _launch_tensors(q: Any, k: Any, v: Any, return_lse: bool, choices: tuple[Any, ...]) -> Any:
     """``launch_again`` for tensors; the results are, too."""
-    place = tensors.place((q, k, v))
+    if tensors.differentiates(q, k, v):
+        return _differentiate and _differentiate(q, k, v, return_lse, choices)
+    found = find_tensors(q, k, v, return_lse, choices)
+    if found is None:
+        return None
+    out, lse = found.launch(q, return_lse)
+    return out if lse is None else (out, lse)
+
+
+def find_tensors(
+    q: Any, k: Any, v: Any, return_lse: bool, choices: tuple[Any, ...]
+) -> FoundTensors | None:
+    """A call on tensors, if it is remembered; whether they require a gradient is not looked at."""
+    place = tensors.place((q, k, v), gradients=True)
     if place is None or tensors.is_cast(q.dtype):
         return None
     device, stream = place
-    pq, pk, pv = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    addresses = pq, pk, pv = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    key = _tensor_key((q, k, v), pq | pk | pv, return_lse, device, choices)
     try:
-        known = _known.get(_tensor_key((q, k, v), pq | pk | pv, return_lse, device, choices))
+        known = _known.get(key)
     except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
         return None
     if known is None or is_other_environment():
         return None
-    out = tensors.empty(q, known.output_shape)
-    lse = tensors.empty(q, known.lse_shape, float32=True) if return_lse else None
-    addresses = (pq, pk, pv, out.data_ptr(), 0 if lse is None else lse.data_ptr())
-    bound = known.blocks.pop() if known.blocks else _BoundBlock(known.params.copy())
-    if bound.addresses != addresses:
-        bound.move(addresses, known.maps)
-    if known.workspace_bytes is None or _current_stream().ptr == stream:
-        _launch(known, bound, device, stream)
-    else:  # a workspace is CuPy's, and its current stream's
-        with entered(device, interop.stream_of(q)):
+    return FoundTensors(known, key, addresses, device, stream)
+
+
+class FoundTensors:
+    """A call on tensors that is remembered, at the addresses that it has this time."""
+
+    __slots__ = ("addresses", "device", "key", "known", "stream")
+
+    def __init__(
+        self,
+        known: _KnownCall,
+        key: tuple[Any, ...],
+        addresses: tuple[int, ...],
+        device: int,
+        stream: int,
+    ) -> None:
+        self.known, self.key, self.addresses = known, key, addresses
+        self.device, self.stream = device, stream
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """As ``launch_again`` has got them."""
+        choices: tuple[Any, ...] = self.key[4]
+        return choices
+
+    def launch(self, q: Any, return_lse: bool) -> tuple[Any, Any]:
+        """Launch it; returns the output, and the log-sum-exp or None. Their addresses are kept."""
+        known, device, stream = self.known, self.device, self.stream
+        if not known.patterns:
+            known.patterns = [
+                tensors.pattern(q, known.output_shape),
+                tensors.pattern(q, known.lse_shape, float32=True),
+            ]
+        if return_lse:
+            out, lse = tensors.like(known.patterns)
+        else:
+            (out,), lse = tensors.like(known.patterns[:1]), None
+        addresses = (*self.addresses, out.data_ptr(), 0 if lse is None else lse.data_ptr())
+        self.addresses = addresses
+        bound = known.blocks.pop() if known.blocks else _BoundBlock(known.params.copy())
+        if bound.addresses != addresses:
+            bound.move(addresses, known.maps)
+        if known.workspace_bytes is None or _current_stream().ptr == stream:
             _launch(known, bound, device, stream)
-    return out if lse is None else (out, lse)
+        else:  # a workspace is CuPy's, and its current stream's
+            with entered(device, interop.stream_of(q)):
+                _launch(known, bound, device, stream)
+        return out, lse
+
+    def holds(self, q: Any, k: Any, v: Any, o: Any, lse: Any) -> bool:
+        """Whether these are what was launched, where it was, and in the same strides."""
+        return (
+            self.addresses
+            == (q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr())
+            and self.key[0] == tensors.forms(q, k, v)
+            and o.is_contiguous()
+            and lse.is_contiguous()
+        )
 
 
 def _launch(known: _KnownCall, bound: _BoundBlock, device: int, stream: int) -> None:
@@ -255,10 +331,8 @@ def _tensor_key(
     choices: tuple[Any, ...],
 ) -> tuple[Any, ...]:
     """The same of tensors q, k and v, which have no output yet."""
-    q, k, v = given
     return (
-        *tensors.form(q), *tensors.form(k), *tensors.form(v),
-        addresses % MAX_ALIGN, return_lse, device, choices,
+        tensors.forms(*given), addresses % MAX_ALIGN, return_lse, device, choices,
         None if choices[0] is NO_WINDOW else tuple(map(type, choices[0])),
     )  # fmt: skip
 

@@ -171,7 +171,8 @@ def test_a_repeated_call_launches_what_the_long_way_would(driver: _Driver, arch:
         for n, launch in enumerate(want):
             geometry, stream, contents = driver.launches[n]
             assert geometry[:2] == (100 + n, launch.grid) and stream == 7
-            assert contents == ParameterBlock(launch.params).words.tobytes()
+            own = ParameterBlock(launch.params).words.tobytes()
+            assert contents[: len(own)] == own, "what comes behind is another launch's"
     assert set(driver.devices_set) == {0}, "a new thread has no context"
 
 

@@ -53,6 +53,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         classes=(_Tensor,),
         strided=torch.strided,
         float32=torch.float32,
+        empty_like=torch.empty_like,
         is_grad_enabled=torch.is_grad_enabled,
         is_autocast_enabled=lambda where: False,
         autocast_dtype=lambda where: torch.bfloat16,
@@ -77,9 +78,15 @@ def test_plain_tensors_have_a_place(asked: SimpleNamespace) -> None:
     leaf = tensor(2).requires_grad_()
     with torch.no_grad():
         assert tensors.place((leaf,)) == (GPU, STREAM)
-    assert not tensors.differentiates(*given[::2]) and tensors.differentiates(given[0], leaf)
-    with torch.no_grad():
-        assert not tensors.differentiates(given[0], leaf)
+    x = given[0]
+    assert tensors.place((x, leaf)) is None
+    assert tensors.place((x, leaf), gradients=True) == (GPU, STREAM)
+    assert not tensors.differentiates(x, x, x)
+    for three in ((leaf, x, x), (x, leaf, x), (x, x, leaf)):
+        assert tensors.differentiates(*three)
+        with torch.no_grad():
+            assert not tensors.differentiates(*three)
+    assert not tensors.differentiates(leaf, x, np.zeros(2))
 
 
 SPECIAL = {
@@ -158,6 +165,7 @@ class _Known:
         self.geometry, self.overlapping, self.maps = (1,), None, None
         self.workspace_bytes: Any = None
         self.blocks: list[Any] = []
+        self.patterns: list[Any] = []
 
 
 @contextlib.contextmanager
