@@ -167,9 +167,8 @@ def attention_backward(
     )  # fmt: skip
     operands = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse}
     known_by = None if unknown or stream is not None else _choices(arguments)
-    if known_by is not None:
-        if (done := backward_cache.launch_again(operands, known_by)) is not None:
-            return done
+    if known_by and (done := backward_cache.launch_again(operands, known_by)) is not None:
+        return done
     leave_dynamo()
     refuse_gradient(unknown)
     check_names("attention_backward", unknown, BACKWARD_ARGUMENTS)
