@@ -421,6 +421,18 @@ def test_leaves_that_get_other_data_take_the_long_way(gpu: _Gpu) -> None:
         given[0].data = torch.randn(SHAPE)
 
 
+def test_kernels_of_the_environment_between_the_passes(
+    gpu: _Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    know(gpu)
+    given = leaves()
+    gradients(given)
+    o = attention(*given)
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_80")
+    o.backward(torch.ones(SHAPE))
+    assert gpu.launched == [*BOTH, "forward"] and gpu.long == ["backward"]
+
+
 def test_hooks_put_on_what_was_saved_later(gpu: _Gpu) -> None:
     know(gpu)
     given = leaves()
