@@ -342,7 +342,8 @@ def test_what_changes_before_backward_is_noticed(gpu: _Gpu) -> None:
 def test_second_derivatives_raise(gpu: _Gpu) -> None:
     know(gpu)
     q, k, v = leaves()
-    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    o = attention(q, k, v)
+    (dq,) = torch.autograd.grad(o, q, torch.ones(SHAPE), create_graph=True)
     assert gpu.launched == ["forward"]
     with pytest.raises(RuntimeError, match="attention\\(\\) has no second derivative"):
         (dq.square().sum() + q.sum()).backward()
@@ -351,6 +352,9 @@ def test_second_derivatives_raise(gpu: _Gpu) -> None:
 @pytest.mark.parametrize("how", ["expanded", "turned"])
 def test_gradients_of_the_output_in_other_strides(gpu: _Gpu, how: str) -> None:
     know(gpu)
+    gradients(leaves())
+    assert gpu.launched == BOTH
+    gpu.launched.clear()
     given = leaves()
     do = torch.randn(1, 1, 1, 1).expand(SHAPE)
     if how == "turned":
@@ -415,6 +419,18 @@ def test_leaves_that_get_other_data_take_the_long_way(gpu: _Gpu) -> None:
         o.backward(torch.ones(SHAPE))
         assert gpu.launched == ["forward"] and gpu.long == ["backward"]
         given[0].data = torch.randn(SHAPE)
+
+
+def test_kernels_of_the_environment_between_the_passes(
+    gpu: _Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    know(gpu)
+    given = leaves()
+    gradients(given)
+    o = attention(*given)
+    monkeypatch.setenv("FLASHCORE_ARCH", "sm_80")
+    o.backward(torch.ones(SHAPE))
+    assert gpu.launched == [*BOTH, "forward"] and gpu.long == ["backward"]
 
 
 def test_hooks_put_on_what_was_saved_later(gpu: _Gpu) -> None:
