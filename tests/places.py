@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -201,7 +202,10 @@ def _in_turn(axes: list[tuple[str, tuple[Any, ...]]]) -> tuple[str, tuple[Any, .
 
 
 def _name_of(value: Any) -> str | None:
-    return str(value) if isinstance(value, (dict, tuple)) else None
+    """The same in each process: no functions' addresses."""
+    if not isinstance(value, (dict, tuple)):
+        return None
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def everywhere(*kernels: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

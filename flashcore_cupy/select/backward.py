@@ -120,6 +120,9 @@ def _select(
     meant = (n for n, x in BACKWARD_KERNELS.items() if x.is_meant_for(problem.attention))
     for name in meant if kernel == "auto" else (kernel,):
         try:
+            why_slow = BACKWARD_KERNELS[name].why_slow(problem.attention)
+            if kernel == "auto" and why_slow:
+                raise ValueError(why_slow)
             selection = _configure(name, problem, arch, dict(changes))
         except ValueError as error:
             passed_over.append((name, str(error)))

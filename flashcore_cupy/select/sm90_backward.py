@@ -53,6 +53,12 @@ class Sm90Backward(Sm80Backward):
         return None
 
     @classmethod
+    def why_slow(cls, problem: AttentionProblem) -> str | None:
+        """Masks are looked up for each element, a few at a time: registers are full."""
+        masks = [str(name) for name in ("mask", "mask_mod") if name in problem.rules.names]
+        return f"is slower than bwd_sm80 with {' and '.join(masks)}" if masks else None
+
+    @classmethod
     def dq_columns(cls, head_dim: int, tile: Tile) -> int:
         """Of 64 queries a consumer has 64 columns, or each has all 64 of some tiles."""
         shared = _BOX_ROWS * (tile.warps_m // WARPGROUP_WARPS)
