@@ -514,7 +514,7 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "ladder/wmma_unfused.cu: if (num_tiles > 0) load_pv(smem, params, gP, gV, 0); [>= for >]",
     ),
     "both ways give the same where both sides are equal": (
-        "flashcore/rules/score.cuh: return fabsf(x) < 0.25f ? near : far; [<= for <]",
+        "flashcore/rules/softcap.cuh: return fabsf(x) < 0.25f ? near : far; [<= for <]",
         "mma_sm80, flashcore/scheduler/work.cuh: if (splits > 1) { [>= for >]",
         "wgmma_sm90, flashcore/scheduler/work.cuh: if (splits > 1) { [>= for >]",
         "mma_sm80, flashcore/scheduler/work.cuh: "

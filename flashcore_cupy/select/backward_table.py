@@ -82,7 +82,13 @@ _BIAS_AND_DROPOUT = ("bias+dropout", "bias_fp32+dropout")
 ROWS = (
     _sm90(64, keys=_tma(128, 64), queries=_tma(128, 64)),
     _sm90(96, keys=_tma(128, 64), queries=_tma(128, 64)),
-    _sm90(128, keys=_tma(128, 64), queries=_tma(128, 64), score_rules=False),
+    _sm90(
+        128,
+        keys=_tma(128, 64),
+        queries=_tma(128, 64),
+        score_rules=False,
+        spills_with=("mask", "mask_mod"),
+    ),
     _sm90(128, keys=_tma(64, 64), queries=_tma(128, 64), spills_with=_BIAS_AND_DROPOUT),
     _wide(192, head_dim_v=128),
     _wide(192),
