@@ -322,9 +322,9 @@ def test_hopper_s_struct_begins_with_the_others() -> None:
     shared, own = params.ATTENTION_PARAMS.fields, params.HOPPER_PARAMS.fields
     assert {name: own[name] for name in shared} == dict(shared)
     offsets = [own[f"{name}_map"][1] for name in "qkvo"]
-    assert offsets == [576, 704, 832, 960] and params.HOPPER_PARAMS.itemsize == 1088
+    assert offsets == [640, 768, 896, 1024] and params.HOPPER_PARAMS.itemsize == 1152
     problem = contiguous_problem(1, 8, 300, 64)
-    assert config_of(problem).params_bytes == 1088
+    assert config_of(problem).params_bytes == 1152
     assert fixed(problem, KERNEL).dtype == params.HOPPER_PARAMS
     assert fixed(problem, KERNEL)["seqlen_q"] == 300
 
