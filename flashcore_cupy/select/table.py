@@ -174,7 +174,7 @@ _SM80_ROWS = (
     *_sm80((64, 256),  _choice(_MMA_64, spills_with=PER_SCORE),
                        _choice(replace(_MMA_64, block_n=32))),
     *_sm80(512,        _choice(replace(_MMA_64, warps_d=4), max_arch=90,
-                               spills_with=("bias_fp32+mask", "blocks")),
+                               spills_with=("bias_fp32+mask", "score_mod+mask_mod", "blocks")),
                        _choice(replace(_MMA, block_m=32, block_n=32, warps_m=2, warps_d=2))),
 )
 # fmt: on
