@@ -1,5 +1,7 @@
 """What a call costs from Python: on arrays that were seen before, on some in turn, and on new ones.
 
+Then on the same arrays with rules: a mask, a bias, dropout by two integers, a block mask.
+
 ``python benchmarks/calls.py --json calls.json``; needs this package installed (or PYTHONPATH=.) and
 a GPU with mma.sync (sm_80 or later); ``wgmma_sm90`` is measured where there is wgmma.
 
@@ -28,7 +30,25 @@ from flashcore_cupy.jit import compiler
 
 SHAPE = (1, 8, 64, 64)
 RUNS, CALLS, SETS = 200, 20, 5
-ARRAYS = ("the same", f"{SETS} sets in turn", "new")
+RULES = ("mask", "bias", "dropout", "block mask")
+ARRAYS = ("the same", f"{SETS} sets in turn", "new", *RULES)
+
+
+def rules_of(arrays: str) -> dict[str, Any]:
+    """What a call brings besides q, k, v and out."""
+    import cupy
+
+    seqlen = SHAPE[2]
+    if arrays == "mask":
+        return {"mask": cupy.random.random((seqlen, seqlen)) < 0.9}
+    if arrays == "bias":
+        return {"bias": cupy.random.random((SHAPE[1], 1, seqlen), dtype=cupy.float32)}
+    if arrays == "dropout":
+        return {"dropout_p": 0.1, "rng": (1, 2)}
+    if arrays == "block mask":
+        lengths = {"seqlen_q": seqlen, "seqlen_kv": seqlen}
+        return {"block_mask": flashcore_cupy.block_mask(mask_mod="kv_idx <= q_idx", **lengths)}
+    return {}
 
 
 def sets_of_arrays(arrays: str) -> Iterator[tuple[Any, Any, Any, Any]]:
@@ -41,7 +61,7 @@ def sets_of_arrays(arrays: str) -> Iterator[tuple[Any, Any, Any, Any]]:
         q, k, v, out = (rng.standard_normal(SHAPE, dtype=cupy.float32) for _ in range(4))
         return q.astype("float16"), k.astype("float16"), v.astype("float16"), out.astype("float16")
 
-    known = [new() for _ in range(1 if arrays == "the same" else SETS)]
+    known = [new() for _ in range(SETS if "turn" in arrays else 1)]
     while True:
         if arrays == "new":
             known.append(new())
@@ -50,7 +70,7 @@ def sets_of_arrays(arrays: str) -> Iterator[tuple[Any, Any, Any, Any]]:
             yield from known
 
 
-def run(kernel: str, arrays: Iterator[tuple[Any, Any, Any, Any]]) -> float:
+def run(kernel: str, arrays: Iterator[tuple[Any, Any, Any, Any]], rules: dict[str, Any]) -> float:
     """Microseconds per call of some calls in a row."""
     import cupy
 
@@ -58,7 +78,7 @@ def run(kernel: str, arrays: Iterator[tuple[Any, Any, Any, Any]]) -> float:
     cupy.cuda.Device().synchronize()
     start = time.perf_counter()
     for q, k, v, out in upcoming:
-        flashcore_cupy.attention(q, k, v, out=out, kernel=kernel)
+        flashcore_cupy.attention(q, k, v, out=out, kernel=kernel, **rules)
     seconds = time.perf_counter() - start
     cupy.cuda.Device().synchronize()
     return seconds / CALLS * 1e6
@@ -68,10 +88,11 @@ def measure(kernels: tuple[str, ...], report: Callable[[str, str, float], None])
     """Report the median of every kernel on every kind of arrays."""
     for arrays in ARRAYS:
         sources = {kernel: sets_of_arrays(arrays) for kernel in kernels}
+        rules = rules_of(arrays)
         times: dict[str, list[float]] = {kernel: [] for kernel in kernels}
         for turn in range(RUNS + 5):
             for kernel in kernels:
-                us = run(kernel, sources[kernel])
+                us = run(kernel, sources[kernel], rules)
                 if turn >= 5:  # the first ones compile, and are remembered
                     times[kernel].append(us)
         for kernel in kernels:
@@ -93,7 +114,7 @@ def main(json_path: Path | None) -> None:
     measure(
         kernels, lambda *row: rows.append(dict(zip(("arrays", "kernel", "us"), row, strict=True)))
     )
-    table = Table("arrays", *(f"{kernel}, us" for kernel in kernels))
+    table = Table("arrays, or the rule", *(f"{kernel}, us" for kernel in kernels))
     for arrays in ARRAYS:
         times = {row["kernel"]: row["us"] for row in rows if row["arrays"] == arrays}
         table.add_row(arrays, *(f"{times[kernel]:.2f}" for kernel in kernels))

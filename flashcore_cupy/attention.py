@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from flashcore_cupy.backward import attention_backward
 from flashcore_cupy.cuda import captures
 from flashcore_cupy.integrations import dynamo, engine
-from flashcore_cupy.launch import launch_cache, tensors
+from flashcore_cupy.launch import launch_cache, ruled_cache, tensors
 from flashcore_cupy.launch.bind import bind
 from flashcore_cupy.launch.bind import explain as explain_on_gpu
 from flashcore_cupy.problem import interop
@@ -22,6 +22,12 @@ from flashcore_cupy.select.plan import Plan
 __all__ = ["attention", "explain", "plan"]
 
 Mod = str | Callable[..., Any]
+
+#: Arguments that a call is known by in ``ruled_cache``; without them it is in ``launch_cache``.
+_KNOWN_RULES = (
+    *("alibi_slopes", "bias", "mask", "block_mask", "sink", "rng", "score_mod", "mask_mod"),
+    *("mod_args", "cu_seqlens_q", "cu_seqlens_k"),
+)
 
 
 @untraced
@@ -169,19 +175,30 @@ def attention(
         A kernel is to be emulated, and there is no C++ compiler; or the emulated kernel does
         something wrong.
     """
-    plain = (
-        alibi_slopes is None and bias is None and mask is None and block_mask is None
-        and sink is None and score_mod is None and mask_mod is None and mod_args is None
-        and cu_seqlens_q is None and cu_seqlens_k is None and rng is None and not unknown
-        and config is None and gate is None and stream is None and return_lse.__class__ is bool
-    )  # fmt: skip
-    if plain:
+    choices = None
+    if (
+        config is None and gate is None and stream is None and not unknown
+        and return_lse.__class__ is bool
+    ):  # fmt: skip
         choices = (
             window, layout, kernel, causal, causal.__class__, softcap, softcap.__class__,
             dropout_p, dropout_p.__class__, softmax_scale, softmax_scale.__class__,
             batch_invariant, batch_invariant.__class__,
         )  # fmt: skip
-        if (done := launch_cache.launch_again(q, k, v, out, return_lse, choices)) is not None:
+        if (
+            alibi_slopes is None and bias is None and mask is None and block_mask is None
+            and sink is None and rng is None and score_mod is None and mask_mod is None
+            and mod_args is None and cu_seqlens_q is None and cu_seqlens_k is None
+        ):  # fmt: skip
+            done = launch_cache.launch_again(q, k, v, out, return_lse, choices)
+        else:
+            rules = dict(
+                alibi_slopes=alibi_slopes, bias=bias, mask=mask, block_mask=block_mask, sink=sink,
+                rng=rng, score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
+                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            )  # fmt: skip
+            done = ruled_cache.launch_again(q, k, v, out, return_lse, choices, rules)
+        if done is not None:
             return done
     leave_dynamo()
     check_names("attention", unknown, ARGUMENTS)
@@ -194,7 +211,7 @@ def attention(
     )  # fmt: skip
     return_lse = check_results(gate, return_lse, out)
     try:
-        return _attend(arguments, q, k, v, out, stream, return_lse, choices if plain else None)
+        return _attend(arguments, q, k, v, out, stream, return_lse, choices)
     except Traced as traced:
         by = traced.by
     return _integrated(by, q, k, v, arguments | dict(return_lse=return_lse, out=out, stream=stream))
@@ -284,7 +301,8 @@ def _attend(
     q, k, v = interop.in_autocast(q, k, v)
     if gpu is None:
         return _on_host(request, q, k, v, out, stream, return_lse)
-    return _on_gpu(gpu, request, q, k, v, out, stream, return_lse, known_by)
+    rules = {name: arguments[name] for name in _KNOWN_RULES if arguments[name] is not None}
+    return _on_gpu(gpu, request, q, k, v, out, stream, return_lse, known_by, rules)
 
 
 def _integrated(by: str, q: Any, k: Any, v: Any, arguments: dict[str, Any]) -> Any:
@@ -345,8 +363,12 @@ def _on_gpu(
     stream: Any,
     return_lse: bool,
     known_by: tuple[Any, ...] | None,
+    rules: dict[str, Any],
 ) -> Any:
-    """Launch a call; ``known_by`` says what the launch cache is to know it by, if it may."""
+    """Launch a call.
+
+    ``known_by``, with the rules that are given: what a launch cache is to know it by, if it may.
+    """
     stream = interop.stream_of(q) if stream is None else stream
     with entered(gpu, stream), captures.captured_call():
         given = (q, k, v)
@@ -357,8 +379,12 @@ def _on_gpu(
         bound.launch()
         if request.gate in ("qk", "softmax"):
             return interop.returned(bound.gate_output(), kind)
-        if known_by is not None:
-            launch_cache.remember(bound, known_by, out_given=out is not None, given=given)
+        out_given = out is not None
+        if known_by is not None and not rules:
+            launch_cache.remember(bound, known_by, out_given=out_given, given=given)
+        elif known_by is not None:
+            names = tuple(call.mod_args)
+            ruled_cache.remember(bound, given, rules, known_by, mod_args=names, out_given=out_given)
         o = interop.returned(bound.arrays["o"], out_kind, out)
         return (o, interop.returned(bound.arrays["lse"], kind)) if return_lse else o
 

@@ -31,9 +31,10 @@ __all__ = ["attention_backward", "explain_backward", "plan_backward"]
 
 Mod = str | Callable[..., Any]
 
-_NOT_KNOWN = (
-    *("alibi_slopes", "bias", "mask", "sink", "score_mod", "score_mod_grad", "mask_mod"),
-    *("mod_args", "cu_seqlens_q", "cu_seqlens_k", "config", "gate", "out", "rng"),
+_NOT_KNOWN = ("config", "gate", "out")
+_KNOWN_RULES = (
+    *("alibi_slopes", "bias", "mask", "sink", "rng", "score_mod", "score_mod_grad", "mask_mod"),
+    *("mod_args", "cu_seqlens_q", "cu_seqlens_k"),
 )
 _KNOWN_BY = (
     *("layout", "kernel", "causal", "softcap", "softmax_scale", "dropout_p"),
@@ -167,7 +168,7 @@ def attention_backward(
     )  # fmt: skip
     operands = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse}
     known_by = None if unknown or stream is not None else _choices(arguments)
-    if known_by and (done := backward_cache.launch_again(operands, known_by)) is not None:
+    if known_by and (done := backward_cache.launch_again(operands, *known_by)) is not None:
         return done
     leave_dynamo()
     refuse_gradient(unknown)
@@ -245,15 +246,17 @@ def explain_backward(
         return explain_on_gpu(_described(request, operands, on_gpu=True, empty=cupy.empty)[0])
 
 
-def _choices(arguments: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What the launch cache may know a call by; None if the call is one that it has not."""
+def _choices(arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What the launch cache may know a call by, choices and rules; None of one that it has not."""
     if arguments["accumulate"] is not False:
         return None
     for name in _NOT_KNOWN:
         if arguments[name] is not None:
             return None
     others = [arguments[name] for name in _KNOWN_BY]
-    return (arguments["wrt"], arguments["window"], *others, *[x.__class__ for x in others])
+    rules = {name: x for name in _KNOWN_RULES if (x := arguments[name]) is not None}
+    choices = (arguments["wrt"], arguments["window"], *others, *[x.__class__ for x in others])
+    return choices, rules
 
 
 def _on_host(request: BackwardRequest, operands: dict[str, Any], stream: Any) -> Any:
@@ -278,7 +281,9 @@ def _plan_on_host(request: BackwardRequest, operands: dict[str, Any]) -> Backwar
 
 
 def _on_gpu(
-    request: BackwardRequest, operands: dict[str, Any], known_by: tuple[Any, ...] | None
+    request: BackwardRequest,
+    operands: dict[str, Any],
+    known_by: tuple[tuple[Any, ...], dict[str, Any]] | None,
 ) -> Any:
     """Launch a call; ``known_by`` says what the launch cache is to know it by, if it may."""
     import cupy
@@ -287,7 +292,7 @@ def _on_gpu(
     bound = bind_backward(call)
     bound.launch()
     if known_by is not None:
-        backward_cache.remember(bound, operands, known_by)
+        backward_cache.remember(bound, operands, *known_by, tuple(call.forward.mod_args))
     return _returned(request, call, kinds, None if request.gate is None else bound.gate_output())
 
 

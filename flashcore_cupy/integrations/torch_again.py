@@ -15,6 +15,7 @@ import torch
 
 from flashcore_cupy.integrations import torch_attention
 from flashcore_cupy.launch import backward_cache, launch_cache, tensors
+from flashcore_cupy.launch.known_call import KnownCall
 from flashcore_cupy.launch.launch_cache import FoundTensors
 from flashcore_cupy.problem.attention_problem import MAX_ALIGN
 
@@ -119,7 +120,7 @@ def _ask(
     do: Any,
     saved: tuple[Any, ...],
     kind: tuple[Any, ...] | None,
-) -> backward_cache.KnownCall | None:
+) -> KnownCall | None:
     """What the backward cache knows of a pass; by its kind, if given, it is not asked again."""
     choices = _backward_choices(found.choices, wanted)
     known = backward_cache.find_tensors((do, *saved, None), found.device, choices)

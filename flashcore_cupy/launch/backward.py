@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,8 @@ from flashcore_cupy.select.backward import (
 )
 from flashcore_cupy.select.backward_plan import BackwardPlan
 from flashcore_cupy.select.config import check_overrides
-from flashcore_cupy.select.plan import Launch, Params
+from flashcore_cupy.select.plan import Launch, Params, copied
+from flashcore_cupy.select.tensor_view import View
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,21 @@ class GpuBackward(BackwardPlan):
     kernels: tuple[LoadedKernel, ...] = ()
     launches: tuple[Launch, ...] = ()
     steps: tuple[Step, ...] = ()
+    params: Params | None = None
+    """What the kernels take, without addresses."""
+
+    def launches_at(
+        self, addresses: Mapping[str, int], encode: Callable[[int, View], Params]
+    ) -> list[Launch]:
+        """All launches, if the arrays of these names lie there; ``encode`` makes tensor maps."""
+        assert self.params is not None
+        count = sum(name.startswith("mod_args[") for name in addresses)
+        mod_args = [addresses[f"mod_args[{index}]"] for index in range(count)]
+        params = copied(self.params)
+        launches = backward_launches(
+            self.problem, self.selection, params, addresses, mod_args, encode
+        )
+        return list(launches)
 
     @property
     def compiled(self) -> tuple[compiler.CompiledKernel, ...]:
@@ -71,19 +88,15 @@ def bind_backward(call: BackwardCall) -> GpuBackward:
     shapes = prepared.selection.scratch(problem.attention)
     scratch = {name: cupy.empty(shape, np.float32) for name, shape in shapes.items()}
     arrays = {**inputs, **results, **scratch, **gates.allocate_backward(problem, cupy)}
-    addresses = {name: array.data.ptr for name, array in arrays.items()}
-    mod_args = tuple(forward.mod_args.values())
-    pointers = [array.data.ptr for array in mod_args]
-    params = prepared.params.copy()
+    arrays |= {f"mod_args[{n}]": x for n, x in enumerate(forward.mod_args.values())}
+    params = copied(prepared.params)
     params["rng_key"] = forward.rng_key
-    launches = tuple(
-        backward_launches(
-            problem, prepared.selection, params, addresses, pointers, tensor_map.encode
-        )
-    )
-    steps = tuple(step_of(prepared.kernels[launch.number], launch) for launch in launches)
-    arrays |= {f"mod_args[{n}]": x for n, x in enumerate(mod_args)}
-    return GpuBackward(problem, prepared.selection, arrays, prepared.kernels, launches, steps)
+    bound = GpuBackward(problem, prepared.selection, arrays, prepared.kernels, params=params)
+    addresses = {name: array.data.ptr for name, array in arrays.items()}
+    launches = bound.launches_at(addresses, tensor_map.encode)
+    bound.launches = tuple(launches)
+    bound.steps = tuple(step_of(prepared.kernels[launch.number], launch) for launch in launches)
+    return bound
 
 
 def explain_backward(call: BackwardCall) -> str:

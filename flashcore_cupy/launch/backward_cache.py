@@ -1,191 +1,134 @@
 """The launch cache of the backward pass: a repeated call allocates, writes addresses, and launches.
 
-As ``launch_cache``, for gradients of plain calls that go to new arrays, or tensors. All else, and
-whatever is to be refused, takes the long way.
+As ``launch_cache`` and ``ruled_cache``, for gradients that go to new arrays, or tensors. All else,
+and whatever is to be refused, takes the long way.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.launch import launch_cache, tensor_map, tensors
+from flashcore_cupy.launch import launch_cache, tensors
 from flashcore_cupy.launch.backward import GpuBackward
-from flashcore_cupy.launch.parameter_block import ParameterBlock
-from flashcore_cupy.launch.plan import Step
+from flashcore_cupy.launch.known_call import KnownCall, maps_in
+from flashcore_cupy.launch.taken_apart import (
+    NOTHING,
+    TakenApart,
+    address_of,
+    are_on,
+    form_of,
+    pointers_of,
+    take_apart,
+)
 from flashcore_cupy.problem.attention_problem import MAX_ALIGN
-from flashcore_cupy.problem.gradients import Gradients
+from flashcore_cupy.problem.gradients import Gradients, gathered
+from flashcore_cupy.problem.rng import integer_key
 from flashcore_cupy.select.backward import pointer_of
 from flashcore_cupy.select.plan import Params
 from flashcore_cupy.select.tensor_view import View
-from flashcore_cupy.select.units import round_up
 
 _LIMIT = 4096  # problems remembered; beyond, all are forgotten
 _Q = 1  # the place of q among a call's operands
+_FLOAT32 = np.dtype(np.float32)
+_NO_RULES: Mapping[str, Any] = {}
 _known: dict[Any, KnownCall] = {}
 
 
-class KnownCall:
-    """All that a call's launches need besides its arrays' addresses."""
+def remember(
+    bound: GpuBackward,
+    operands: Mapping[str, Any],
+    choices: tuple[Any, ...],
+    rules: Mapping[str, Any] = _NO_RULES,
+    mod_args: Sequence[str] = (),
+) -> None:
+    """Keep what was found out for a call whose results are new arrays.
 
-    def __init__(self, bound: GpuBackward, given: Iterable[str]) -> None:
-        problem = bound.problem
-        results = {result.name: bound.arrays[result.name] for result in problem.results}
-        self.results = {name: (x.shape, x.dtype) for name, x in results.items()}
-        scratch = bound.selection.scratch(problem.attention)
-        # One allocation for all, in floats: where each begins in it, and the end of the last.
-        sizes = [round_up(math.prod(shape), MAX_ALIGN) for shape in scratch.values()]
-        *self.scratch, self.scratch_size = itertools.accumulate(sizes, initial=0)
-        # In the order of the addresses of each call.
-        names = [*map(pointer_of, given), *results, *scratch]
-        addresses = [bound.arrays[name].data.ptr for name in names]
-        views = (bound.selection.views(launch.config, problem) for launch in bound.launches)
-        self.launches = [
-            _KnownLaunch(step, launch.params, names, shown, addresses)
-            for step, launch, shown in zip(bound.steps, bound.launches, views, strict=True)
-        ]
-        self.shared = _shared(self.launches)
-        # A call takes a list and puts it back, so that threads never share one.
-        self.blocks: list[_BoundBlocks] = []
-        #: New results and scratch of torch's are like these; they are made when first asked for.
-        self.patterns: list[Any] = []
-
-    def launch(self, addresses: list[int], scratch: int, device: int, stream: int) -> None:
-        """Hand the launches to the driver; ``addresses``: of what is given, and of the results."""
-        import cupy
-
-        addresses += [scratch + 4 * first for first in self.scratch]
-        bound = self.blocks.pop() if self.blocks else _BoundBlocks(self)
-        if bound.addresses != addresses:
-            for n in bound.own:
-                self.launches[n].move(bound.each[n], addresses)
-            bound.addresses = addresses
-        launch_kernel = cupy.cuda.driver.launchKernel
-        cupy.cuda.runtime.setDevice(device)  # as enter_context() does, for a new thread
-        for geometry, address in bound.steps:
-            launch_kernel(*geometry, stream, address, 0)
-        self.blocks.append(bound)
-
-
-class _BoundBlocks:
-    """Parameter blocks of a call's launches, and the addresses that they hold."""
-
-    __slots__ = ("addresses", "each", "own", "steps")
-
-    def __init__(self, known: KnownCall) -> None:
-        self.addresses: list[int] = []
-        self.own = sorted(set(known.shared))
-        made = {n: known.launches[n].params.copy() for n in self.own}
-        self.each = [made[n] for n in known.shared]
-        pairs = zip(known.launches, self.each, strict=True)
-        self.steps = [(launch.geometry, block.address) for launch, block in pairs]
-
-
-def _shared(launches: list[_KnownLaunch]) -> list[int]:
-    """Whose parameters each launch takes: the longest that begin with its own.
-
-    A kernel reads as much of them as it knows, and most know the same.
-    """
-    contents = [launch.params.words.tobytes() for launch in launches]
-    longest_first = sorted(range(len(launches)), key=lambda n: -len(contents[n]))
-    return [
-        next(
-            n
-            for n in longest_first
-            if contents[n].startswith(own) and launches[n].places == launch.places
-        )
-        for launch, own in zip(launches, contents, strict=True)
-    ]
-
-
-class _KnownLaunch:
-    """One launch, and where its parameters hold which array's address."""
-
-    def __init__(
-        self,
-        step: Step,
-        params: Params,
-        names: list[str],
-        views: Iterable[View],
-        addresses: list[int],
-    ) -> None:
-        self.geometry = (step.function, step.grid, 1, 1, step.block, 1, 1, step.smem_bytes)
-        self.params = step.params
-        fields: Mapping[str, Any] = params.dtype.fields or {}
-        self.places = [fields[name][1] // 8 for name in names]
-        self.q = names.index("q")
-        self.maps = [(v, names.index(v.name), fields[f"{v.name}_map"][1]) for v in views]
-        self.movable = all(
-            tensor_map.movable(addresses[n] or addresses[self.q], view) for view, n, _ in self.maps
-        )
-
-    def move(self, block: ParameterBlock, addresses: list[int]) -> None:
-        """Have the parameters hold other addresses."""
-        words = block.words
-        for place, address in zip(self.places, addresses, strict=True):
-            words[place] = address
-        for view, n, offset in self.maps:
-            # An array without elements may have no address; its map is never used.
-            address = addresses[n] or addresses[self.q]
-            if self.movable:
-                words[offset // 8] = address + view.offset
-            else:
-                encoded = tensor_map.encode(address, view).view("u1")
-                block.bytes[offset : offset + encoded.size] = encoded
-
-
-def remember(bound: GpuBackward, operands: Mapping[str, Any], choices: tuple[Any, ...]) -> None:
-    """Keep what was found out for a call without rule arrays, whose results are new arrays.
-
-    ``operands``: as the caller gave them, q, k, v, do, o, lse and dlse; ``choices``: what else
-    there is, as ``launch_again`` gets it.
+    ``operands``: as the caller gave them, do, q, k, v, o, lse and dlse; ``choices`` and ``rules``:
+    what else there is, as ``launch_again`` gets it; ``mod_args``: the names of the mods' arrays in
+    the order of the call's.
     """
     import cupy
 
-    given = {name: x for name, x in operands.items() if x is not None}
-    of_torch = tensors.connect(given.values())
-    if not of_torch and any(x.__class__ is not cupy.ndarray for x in given.values()):
+    taken = take_apart(rules)
+    if taken is None:
         return
-    addresses = [x.data_ptr() if of_torch else x.data.ptr for x in given.values()]
-    if addresses != [bound.arrays[pointer_of(name)].data.ptr for name in given]:
-        return  # copied
+    named = {name: x for name, x in operands.items() if x is not None}
+    given, ndarray = [*named.values(), *taken.arrays], cupy.ndarray
+    of_torch = tensors.connect(given)
+    if not of_torch and any(x.__class__ is not ndarray for x in given):
+        return
+    names = [*map(pointer_of, named), *pointers_of(taken, mod_args)]
+    places = [address_of(x, ndarray) for x in given]
+    if places != [bound.arrays[n].data.ptr if n in bound.arrays else None for n in names]:
+        return  # copied, or not asked for
     settled = launch_cache.are_settled((*choices[0], *choices[1], *choices[2:]))
-    if not settled or launch_cache.is_overridden() or _misaligned(bound.gradients):
+    if not settled or launch_cache.is_overridden():
         return
-    key_of = _tensor_key if of_torch else _key
-    key = key_of(tuple(operands.values()), cupy.cuda.runtime.getDevice(), choices)
+    results = [bound.arrays[result.name] for result in bound.problem.results]
+    if _misaligned(results) or (of_torch and not _are_like(bound.arrays["q"].dtype, results)):
+        return
+    device = cupy.cuda.runtime.getDevice()
     try:
+        key = _key(tuple(operands.values()), taken, device, choices, ndarray)
         hash(key)
     except TypeError:  # a list is legal, but keys nothing
         return
     if len(_known) >= _LIMIT:
         _known.clear()
-    _known[key] = KnownCall(bound, given)
+    _known[key] = _known_call(bound, names)
 
 
-def launch_again(operands: Mapping[str, Any], choices: tuple[Any, ...]) -> Gradients | None:
+def _known_call(bound: GpuBackward, inputs: Sequence[str]) -> KnownCall:
+    """Its addresses are those of the inputs and of the results, and the key of dropout."""
+    problem = bound.problem
+    results = {result.name: bound.arrays[result.name] for result in problem.results}
+    scratch = bound.selection.scratch(problem.attention)
+
+    def written(at: Mapping[str, int]) -> list[Params]:
+        return [launch.params for launch in bound.launches_at(at, _no_map)]
+
+    return KnownCall(
+        bound.steps,
+        [maps_in(x.config, bound.selection.views(x.config, problem)) for x in bound.launches],
+        written,
+        {name: bound.arrays[name].data.ptr for name in (*inputs, *results)} | {"rng_key": 0},
+        {name: 4 * math.prod(shape) for name, shape in scratch.items()},
+        {name: (x.shape, x.dtype) for name, x in results.items()},
+    )
+
+
+def _no_map(address: int, view: View) -> Params:
+    """A tensor map is moved by itself."""
+    return np.zeros(16, np.uint64)
+
+
+def launch_again(
+    operands: Mapping[str, Any],
+    choices: tuple[Any, ...],
+    rules: Mapping[str, Any] = _NO_RULES,
+) -> Gradients | None:
     """Launch a call that is remembered and return its gradients; None if it is not.
 
     ``choices``: wrt, the window, then others and their classes, for True and 1 are equal, but not
-    the same argument.
+    the same argument. ``rules``: the other arguments that are given, by name.
     """
-    if not _known:
+    if not _known or (taken := take_apart(rules)) is None:
         return None
     import cupy
 
-    given = tuple(operands.values())
-    if given[0].__class__ is not cupy.ndarray:
-        return _launch_tensors(given, choices)
-    ndarray, device = cupy.ndarray, cupy.cuda.runtime.getDevice()
-    for x in given:
-        if x is not None and (x.__class__ is not ndarray or x.data.device_id != device):
-            return None
+    operand = tuple(operands.values())
+    if operand[0].__class__ is not cupy.ndarray:
+        return _launch_tensors(operand, taken, choices)
+    given = [x for x in (*operand, *taken.arrays) if x is not None]
+    device = cupy.cuda.runtime.getDevice()
+    if not are_on(device, given, cupy.ndarray):
+        return None
     try:
-        known = _known.get(_key(given, device, choices))
+        known = _known.get(_key(operand, taken, device, choices, cupy.ndarray))
     except (TypeError, AttributeError):  # what is wrong, or cannot be hashed: for the long way
         return None
     if known is None or launch_cache.is_other_environment():
@@ -198,43 +141,57 @@ def launch_again(operands: Mapping[str, Any], choices: tuple[Any, ...]) -> Gradi
     if _misaligned(results):
         return None
     scratch = empty(known.scratch_size, np.float32)
-    addresses = [x.data.ptr for x in (*given, *results) if x is not None]
-    known.launch(addresses, scratch.data.ptr, device, stream)
-    return Gradients(**dict(zip(known.results, results, strict=True)))
+    addresses = [x.data.ptr for x in (*given, *results)]
+    known.launch([*addresses, integer_key(taken.rng)], scratch.data.ptr, device, stream)
+    return gathered(dict(zip(known.results, results, strict=True)))
 
 
-def _launch_tensors(given: tuple[Any, ...], choices: tuple[Any, ...]) -> Gradients | None:
+def _launch_tensors(
+    operand: tuple[Any, ...], taken: TakenApart, choices: tuple[Any, ...]
+) -> Gradients | None:
     """``launch_again`` for tensors; the gradients are, too."""
-    place = tensors.place(given)
+    place = tensors.place((*operand, *taken.arrays))
     if place is None:
         return None
-    known = find_tensors(given, place[0], choices)
+    known = find_tensors(operand, place[0], choices, taken)
     if known is None or launch_cache.is_other_environment():
         return None
-    addresses = [x.data_ptr() for x in given if x is not None]
-    results = launch_on_tensors(known, addresses, given[_Q], *place)
-    return None if results is None else Gradients(**dict(zip(known.results, results, strict=True)))
+    addresses = [x.data_ptr() for x in (*operand, *taken.arrays) if x is not None]
+    results = launch_on_tensors(known, addresses, operand[_Q], *place, rng=taken.rng)
+    return None if results is None else gathered(dict(zip(known.results, results, strict=True)))
 
 
-def find_tensors(given: tuple[Any, ...], device: int, choices: tuple[Any, ...]) -> KnownCall | None:
+def find_tensors(
+    operand: tuple[Any, ...],
+    device: int,
+    choices: tuple[Any, ...],
+    taken: TakenApart = NOTHING,
+) -> KnownCall | None:
     """A call on tensors that have a place, if it is remembered."""
     try:
-        return _known.get(_tensor_key(given, device, choices))
+        return _known.get(_key(operand, taken, device, choices, None))
     except TypeError:  # what is wrong, or cannot be hashed: for the long way
         return None
 
 
 def launch_on_tensors(
-    known: KnownCall, addresses: list[int], q: Any, device: int, stream: int
+    known: KnownCall,
+    addresses: list[int],
+    q: Any,
+    device: int,
+    stream: int,
+    *,
+    rng: tuple[int, int] | None = None,
 ) -> list[Any] | None:
     """Launch a call on tensors, by their addresses; returns gradients.
 
     None where an allocator has given memory that is not as the kernels are built for.
     """
-    if not known.patterns:  # of the dtype of q, k and v, which is one
-        shapes = [shape for shape, _ in known.results.values()]
-        scratch = tensors.pattern(q, (known.scratch_size,), float32=True)
-        known.patterns = [*(tensors.pattern(q, shape) for shape in shapes), scratch]
+    if not known.patterns:
+        kinds = [*known.results.values(), ((known.scratch_size,), _FLOAT32)]
+        known.patterns = [
+            tensors.pattern(q, shape, float32=dtype == _FLOAT32) for shape, dtype in kinds
+        ]
     made = tensors.like(known.patterns)
     placed = [x.data_ptr() for x in made]
     union = 0
@@ -244,32 +201,30 @@ def launch_on_tensors(
         return None
     made.pop()
     at = placed.pop()
-    known.launch(addresses + placed, at, device, stream)
+    known.launch([*addresses, *placed, integer_key(rng)], at, device, stream)
     return made
+
+
+def _are_like(dtype: Any, results: Iterable[Any]) -> bool:
+    """Whether tensors for these results are made like q, or are of float32."""
+    return all(x.dtype in (dtype, _FLOAT32) for x in results)
 
 
 def _misaligned(results: Iterable[Any]) -> bool:
     """Whether an allocator has given memory that is not as the kernels are built for."""
-    return any(x is not None and x.data.ptr % MAX_ALIGN for x in results)
+    return any(x.data.ptr % MAX_ALIGN for x in results)
 
 
-def _key(given: tuple[Any, ...], device: int, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+def _key(
+    operand: tuple[Any, ...],
+    taken: TakenApart,
+    device: int,
+    choices: tuple[Any, ...],
+    ndarray: Any,
+) -> tuple[Any, ...]:
     """All that launches depend on but the addresses themselves."""
     return (
         # Each by itself: kernels differ in what they load.
-        *[
-            x if x is None else (
-                x.shape, x._c_contiguous or x.strides, x.dtype, x.data.ptr % MAX_ALIGN
-            )
-            for x in given
-        ],
-        device, choices, tuple(map(type, choices[1])),
-    )  # fmt: skip
-
-
-def _tensor_key(given: tuple[Any, ...], device: int, choices: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same of tensors."""
-    return (
-        *[x if x is None else (*tensors.form(x), x.data_ptr() % MAX_ALIGN) for x in given],
-        device, choices, tuple(map(type, choices[1])),
+        *[x if x is None else form_of(x, ndarray) for x in (*operand, *taken.arrays)],
+        taken.key, device, choices, tuple(map(type, choices[1])),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from flashcore_cupy.launch.workspace import allocate, workspace
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand
 from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.parameters import fixed_params
-from flashcore_cupy.select.plan import Launch, Plan
+from flashcore_cupy.select.plan import Launch, Params, Plan, copied
 from flashcore_cupy.select.selector import Selection
 from flashcore_cupy.select.units import round_up
 
@@ -121,6 +121,10 @@ class GpuPlan(Plan):
     steps: tuple[Step, ...] = ()
     workspace_bytes: tuple[int, int] = (0, 0)
     """Of split_partials and counters, if the arrays have those."""
+    params: Params | None = None
+    """What the last kernel takes, without addresses."""
+    blocks: int = 0
+    """Thread blocks of the last launch."""
 
     @property
     def compiled(self) -> tuple[compiler.CompiledKernel, ...]:
@@ -133,6 +137,14 @@ class GpuPlan(Plan):
         A graph that the stream is captured into keeps the arrays, too.
         """
         launch_steps(self.steps, self.arrays)
+
+    def launches_at(self, addresses: Mapping[str, int]) -> list[Launch]:
+        """All launches, if the arrays of these names lie there."""
+        assert self.params is not None
+        count = sum(name.startswith("mod_args[") for name in addresses)
+        mod_args = [addresses[f"mod_args[{index}]"] for index in range(count)]
+        launches = self.launches(copied(self.params), addresses, mod_args, self.blocks)
+        return [launch._replace(params=copied(launch.params)) for launch in launches]
 
     @property
     def array_module(self) -> Any:
@@ -179,7 +191,7 @@ def make_plan(
     if plan.is_empty:
         return plan
     plan.add_scratch(cupy.empty)
-    params = prepared.params.copy()
+    params = copied(prepared.params)
     params["rng_key"] = rng_key
     for name, words in tensor_map.maps_of(plan.views, plan.arrays).items():
         params[f"{name}_map"] = words
@@ -189,10 +201,9 @@ def make_plan(
         area = (allocate if own_workspace else workspace)(*plan.workspace_bytes)
         plan.arrays["split_partials"] = area.partials_array
         plan.arrays["counters"] = area.counter_array
-    addresses = {name: array.data.ptr for name, array in plan.arrays.items()}
     plan.arrays |= {f"mod_args[{index}]": array for index, array in enumerate(mod_args)}
-    pointers = [array.data.ptr for array in mod_args]
-    launches = plan.launches(params, addresses, pointers, work.blocks)
+    plan.params, plan.blocks = params, work.blocks
+    launches = plan.launches_at({name: array.data.ptr for name, array in plan.arrays.items()})
     plan.steps = tuple(step_of(plan.kernels[launch.number], launch) for launch in launches)
     return plan
 

@@ -17,7 +17,7 @@ import numpy as np
 
 #: Numbers are below this, and dropout_p is a multiple of its inverse.
 UNIT = 2**16
-_WORD, _HALF = 2**32 - 1, 2**16 - 1
+_LONG, _WORD, _HALF = 2**64 - 1, 2**32 - 1, 2**16 - 1
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _MIX = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -48,6 +48,13 @@ def key_of(rng: Any) -> Any:
     x = (x ^ (x >> 30)) * _MIX[0]
     x = (x ^ (x >> 27)) * _MIX[1]
     return rng[:1] + (x ^ (x >> 31))
+
+
+def integer_key_of(seed: int, offset: int) -> int:
+    """``key_of`` two integers: an array takes longer to make than all else of a repeated call."""
+    x = (offset ^ (offset >> 30)) * int(_MIX[0]) & _LONG
+    x = (x ^ (x >> 27)) * int(_MIX[1]) & _LONG
+    return seed + (x ^ (x >> 31)) & _LONG
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from flashcore_cupy.cuda import captures
 from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.array_spec import address_of, aligned
 from flashcore_cupy.problem.dropout import rounded_dropout
-from flashcore_cupy.problem.philox import Dropout, key_of
+from flashcore_cupy.problem.philox import Dropout, integer_key_of
 from flashcore_cupy.problem.values import shown
 
 _USE = "pass rng=(seed, offset), two integers from 0 to 2**64 - 1, or an array (2,) of 64 bits each"
@@ -65,7 +65,7 @@ def missing_rng(dropout_p: float) -> ValueError:
 
 def integer_key(rng: Any) -> int:
     """The generator's key of a tuple of two integers; 0 for none."""
-    return 0 if rng is None else int(key_of(np.array(rng, np.uint64))[0])
+    return 0 if rng is None else integer_key_of(*rng)
 
 
 def dropout_mask(

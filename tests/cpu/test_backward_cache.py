@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from noted_launches import Array, Driver, install
 
 import flashcore_cupy
 from flashcore_cupy import backward
@@ -18,8 +19,6 @@ from flashcore_cupy.launch.plan import Step
 from flashcore_cupy.problem.attention_problem import contiguous_problem
 from flashcore_cupy.problem.gradients import BACKWARD_ARGUMENTS, Gradients, contiguous_gradients
 from flashcore_cupy.select.backward import (
-    BackwardSelection,
-    backward_launches,
     backward_params,
     pointer_of,
     select_backward,
@@ -32,89 +31,21 @@ CHOICES = (
 )
 
 
-class _Data(NamedTuple):
-    ptr: int
-    device_id: int = 0
-
-
-class _Array:
-    """A CuPy array, as far as a repeated call looks at it."""
-
-    def __init__(
-        self, shape: Any, dtype: Any = "float16", ptr: int = 0, device: int = 0, strides: Any = None
-    ) -> None:
-        self.shape, self.dtype, self.data = shape, np.dtype(dtype), _Data(ptr, device)
-        self.strides = strides or np.empty(shape, dtype).strides
-        self._c_contiguous = strides is None
-
-
-class _Driver:
-    """What a repeated call asks of CuPy, which has no GPU here: memory, and launches."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[tuple[Any, ...], int, bytes]] = []
-        self.made: list[_Array] = []
-        self.blocks: dict[int, ParameterBlock] = {}
-        self.next, self.step, self.stream, self.captured, self.device = 2**40, 512, 7, False, 0
-        self.devices_set: list[int] = []
-
-    def empty(self, shape: Any, dtype: Any) -> _Array:
-        self.made.append(_Array(shape, dtype, self.next))
-        self.next += self.step
-        return self.made[-1]
-
-    def launch(self, *arguments: Any) -> None:
-        *geometry, stream, address, extra = arguments
-        assert extra == 0
-        contents = self.blocks[address].words.tobytes()
-        self.launches.append((tuple(geometry), stream, contents))
-
-
 @pytest.fixture(params=[True, False], ids=["maps move", "maps are encoded"])
-def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> _Driver:
-    driver = _Driver()
-    runtime = SimpleNamespace(
-        getDevice=lambda: driver.device,
-        setDevice=driver.devices_set.append,
-        streamIsCapturing=lambda stream: driver.captured,
-    )
-    cuda = SimpleNamespace(
-        runtime=runtime,
-        driver=SimpleNamespace(launchKernel=driver.launch),
-        get_current_stream=lambda: SimpleNamespace(ptr=driver.stream),
-    )
-    fake = SimpleNamespace(ndarray=_Array, empty=driver.empty, cuda=cuda)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
+def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(backward_cache, "_known", {})
-    for variable in ("FLASHCORE_KERNELS_DIR", "FLASHCORE_ARCH"):
-        monkeypatch.delenv(variable, raising=False)
-
-    def encode(address: int, view: Any) -> np.ndarray[Any, Any]:
-        words = np.full(16, hash(view) % 2**32, np.uint64)
-        words[0] = address + view.offset
-        words[3] += np.uint64(0 if request.param else address % 997)
-        return words
-
-    init = ParameterBlock.__init__
-
-    def noted(self: ParameterBlock, params: Any) -> None:
-        init(self, params)
-        driver.blocks[self.address] = self
-
-    monkeypatch.setattr(tensor_map, "encode", encode)
-    monkeypatch.setattr(ParameterBlock, "__init__", noted)
-    return driver
+    return install(monkeypatch, movable=request.param)
 
 
-def operands(first: int = 2**30, **changes: _Array) -> dict[str, Any]:
+def operands(first: int = 2**30, **changes: Array) -> dict[str, Any]:
     made: dict[str, Any] = {
-        name: _Array(SHAPE, ptr=first + 2**20 * n) for n, name in enumerate(["do", *"qkvo"])
+        name: Array(SHAPE, ptr=first + 2**20 * n) for n, name in enumerate(["do", *"qkvo"])
     }
-    made["lse"] = _Array(SHAPE[:3], "float32", first + 2**28)
+    made["lse"] = Array(SHAPE[:3], "float32", first + 2**28)
     return made | {"dlse": None} | changes
 
 
-def bound_to(given: dict[str, Any], driver: _Driver, arch: str = "sm_90a") -> GpuBackward:
+def bound_to(given: dict[str, Any], driver: Driver, arch: str = "sm_90a") -> GpuBackward:
     """What the long way makes of a call."""
     attention = contiguous_problem(*SHAPE[:2], SHAPE[2], SHAPE[3], causal=True)
     problem = contiguous_gradients(attention)
@@ -123,27 +54,27 @@ def bound_to(given: dict[str, Any], driver: _Driver, arch: str = "sm_90a") -> Gp
     arrays |= {result.name: driver.empty(result.shape, result.dtype) for result in problem.results}
     shapes = selection.scratch(attention)
     arrays |= {name: driver.empty(shape, "float32") for name, shape in shapes.items()}
-    launches = tuple(launches_of(problem, selection, arrays))
-    steps = tuple(
+    bound = GpuBackward(problem, selection, arrays, params=backward_params(problem, selection))
+    bound.launches = tuple(launches_of(bound, arrays))
+    bound.steps = tuple(
         Step(
             100 + x.number, x.grid, x.config.threads, x.config.smem_bytes, ParameterBlock(x.params)
         )
-        for x in launches
+        for x in bound.launches
     )
-    return GpuBackward(problem, selection, arrays, (), launches, steps)
+    return bound
 
 
-def launches_of(problem: Any, selection: BackwardSelection, arrays: dict[str, Any]) -> Any:
+def launches_of(bound: GpuBackward, arrays: dict[str, Any]) -> Any:
     addresses = {name: x.data.ptr for name, x in arrays.items()}
-    params = backward_params(problem, selection)
-    return backward_launches(problem, selection, params, addresses, [], tensor_map.encode)
+    return bound.launches_at(addresses, tensor_map.encode)
 
 
-def parts_of(memory: _Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Array]:
+def parts_of(memory: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
     """Arrays of float32 one behind the other, each where the widest load may begin."""
     first, found = memory.data.ptr, {}
     for name, shape in shapes.items():
-        found[name] = _Array(shape, "float32", first)
+        found[name] = Array(shape, "float32", first)
         first += -(-4 * int(np.prod(shape)) // 64) * 64
     assert memory.dtype == np.float32
     assert first == memory.data.ptr + 4 * int(np.prod(memory.shape))
@@ -151,7 +82,7 @@ def parts_of(memory: _Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, _A
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
-def test_a_repeated_call_launches_what_the_long_way_would(driver: _Driver, arch: str) -> None:
+def test_a_repeated_call_launches_what_the_long_way_would(driver: Driver, arch: str) -> None:
     given = operands()
     assert backward_cache.launch_again(given, CHOICES) is None
     bound = bound_to(given, driver, arch)
@@ -166,7 +97,7 @@ def test_a_repeated_call_launches_what_the_long_way_would(driver: _Driver, arch:
         (memory,) = driver.made[3:]
         new |= parts_of(memory, bound.selection.scratch(bound.problem.attention))
         new |= {pointer_of(name): x for name, x in other.items() if x is not None}
-        want = list(launches_of(bound.problem, bound.selection, new))
+        want = launches_of(bound, new)
         assert len(driver.launches) == len(want) >= 3
         for n, launch in enumerate(want):
             geometry, stream, contents = driver.launches[n]
@@ -176,7 +107,7 @@ def test_a_repeated_call_launches_what_the_long_way_would(driver: _Driver, arch:
     assert set(driver.devices_set) == {0}, "a new thread has no context"
 
 
-def test_what_a_call_is_known_by(driver: _Driver) -> None:
+def test_what_a_call_is_known_by(driver: Driver) -> None:
     given = operands()
     backward_cache.remember(bound_to(given, driver), given, CHOICES)
 
@@ -192,16 +123,16 @@ def test_what_a_call_is_known_by(driver: _Driver) -> None:
         x = given[name]
         last = (*x.shape[:-1], x.shape[-1] + 1)
         for other in (
-            _Array(last, x.dtype, x.data.ptr),
-            _Array(x.shape, "int16", x.data.ptr),
-            _Array(x.shape, x.dtype, x.data.ptr + 4),
-            _Array(x.shape, x.dtype, x.data.ptr, device=1),
-            _Array(x.shape, x.dtype, x.data.ptr, strides=(2**20, *x.strides[1:])),
+            Array(last, x.dtype, x.data.ptr),
+            Array(x.shape, "int16", x.data.ptr),
+            Array(x.shape, x.dtype, x.data.ptr + 4),
+            Array(x.shape, x.dtype, x.data.ptr, device=1),
+            Array(x.shape, x.dtype, x.data.ptr, strides=(2**20, *x.strides[1:])),
             np.zeros(x.shape, x.dtype),
             None,
         ):
             assert again({name: other}) is None, (name, other)
-    assert again({"dlse": _Array(SHAPE[:3], "float32", 512)}) is None
+    assert again({"dlse": Array(SHAPE[:3], "float32", 512)}) is None
     for choices in (
         {"wrt": ("q", "k")},
         {"wrt": ["q", "k", "v"]},
@@ -223,7 +154,7 @@ def test_what_a_call_is_known_by(driver: _Driver) -> None:
 
 
 def test_other_kernels_of_the_environment_are_not_missed(
-    driver: _Driver, monkeypatch: pytest.MonkeyPatch
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = operands()
     bound = bound_to(given, driver)
@@ -240,12 +171,12 @@ def test_other_kernels_of_the_environment_are_not_missed(
     assert launch_cache._variable_count > 0
 
 
-def test_what_is_not_remembered(driver: _Driver) -> None:
+def test_what_is_not_remembered(driver: Driver) -> None:
     given = operands()
     bound = bound_to(given, driver)
     for changed, choices in (
         (given | {"q": np.zeros(SHAPE, np.float16)}, CHOICES),
-        (given | {"o": _Array(SHAPE, ptr=12345 * 16)}, CHOICES),  # it was copied
+        (given | {"o": Array(SHAPE, ptr=12345 * 16)}, CHOICES),  # it was copied
         (given, (["q", "k", "v"], *CHOICES[1:])),
         (given, (*CHOICES[:8], SimpleNamespace(), *CHOICES[9:])),
     ):
@@ -256,14 +187,14 @@ def test_what_is_not_remembered(driver: _Driver) -> None:
     assert not backward_cache._known
 
 
-def test_an_allocator_may_give_less_aligned_memory_later(driver: _Driver) -> None:
+def test_an_allocator_may_give_less_aligned_memory_later(driver: Driver) -> None:
     given = operands()
     backward_cache.remember(bound_to(given, driver), given, CHOICES)
     driver.next += 4
     assert backward_cache.launch_again(given, CHOICES) is None and not driver.launches
 
 
-def test_calls_at_the_same_time_have_blocks_of_their_own(driver: _Driver) -> None:
+def test_calls_at_the_same_time_have_blocks_of_their_own(driver: Driver) -> None:
     given = operands()
     backward_cache.remember(bound_to(given, driver), given, CHOICES)
     launch, inner = driver.launch, []
@@ -285,7 +216,7 @@ def test_calls_at_the_same_time_have_blocks_of_their_own(driver: _Driver) -> Non
     assert set(q[len(known.launches) :]) == {2**30 + 2**20}
 
 
-def test_not_all_are_kept_for_good(driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_all_are_kept_for_good(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward_cache, "_LIMIT", 2)
     given = operands()
     bound = bound_to(given, driver)
@@ -302,7 +233,7 @@ def test_not_all_are_kept_for_good(driver: _Driver, monkeypatch: pytest.MonkeyPa
         ({"causal": True, "window": (5, -1), "softcap": 2.0, "layout": "bshd"}, True),
         ({"wrt": ("q",), "deterministic": False, "batch_invariant": True}, True),
         ({"dropout_p": 0.1}, True),
-        ({"dropout_p": 0.1, "rng": (1, 2)}, False),
+        ({"dropout_p": 0.1, "rng": (1, 2)}, True),
         ({"out": {"dq": 1}}, False),
         ({"accumulate": True}, False),
         ({"accumulate": 0}, False),
@@ -310,9 +241,7 @@ def test_not_all_are_kept_for_good(driver: _Driver, monkeypatch: pytest.MonkeyPa
         ({"config": {}}, False),
         ({"stream": 7}, False),
         ({"mystery": 7}, False),
-        *(({name: 1}, False) for name in ("alibi_slopes", "bias", "mask", "sink")),
-        *(({name: 1}, False) for name in ("score_mod", "score_mod_grad", "mask_mod", "mod_args")),
-        *(({name: 1}, False) for name in ("cu_seqlens_q", "cu_seqlens_k")),
+        *(({name: 1}, True) for name in backward._KNOWN_RULES),
     ],
 )
 def test_which_calls_are_looked_for(
@@ -320,15 +249,15 @@ def test_which_calls_are_looked_for(
 ) -> None:
     """All arguments key a call, or keep it from being looked for."""
     found = Gradients(dq=1)
-    keys: list[tuple[Any, ...]] = []
+    keys: list[Any] = []
 
-    def launch_again(operands: Any, choices: tuple[Any, ...]) -> Gradients:
+    def launch_again(operands: Any, choices: tuple[Any, ...], rules: Any) -> Gradients:
         assert list(operands) == ["do", "q", "k", "v", "o", "lse", "dlse"]
-        keys.append(choices)
+        keys.append((choices, rules))
         return found
 
     monkeypatch.setattr(backward_cache, "launch_again", launch_again)
-    given = {**operands(), "dlse": None}
+    given = dict.fromkeys(["do", "q", "k", "v", "o", "lse"], object())
     try:
         got = flashcore_cupy.attention_backward(**given, **arguments)
     except (TypeError, ValueError):
@@ -340,6 +269,7 @@ def test_which_calls_are_looked_for(
 
 
 def test_an_argument_that_is_new_has_to_be_thought_of() -> None:
-    known = {*backward._KNOWN_BY, *backward._NOT_KNOWN, "wrt", "window", "accumulate"}
+    known = {*backward._KNOWN_BY, *backward._KNOWN_RULES, *backward._NOT_KNOWN}
+    known |= {"wrt", "window", "accumulate"}
     beside = {"stream", "do", "o", "lse", "dlse", "q", "k", "v"}
     assert known == set(BACKWARD_ARGUMENTS) - beside

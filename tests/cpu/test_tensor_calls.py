@@ -13,25 +13,7 @@ import pytest
 from flashcore_cupy.launch import launch_cache, tensors
 
 torch = pytest.importorskip("torch")
-
-GPU, STREAM = 0, 7
-
-
-class _Tensor(torch.Tensor):  # type: ignore[misc]
-    """One on a GPU, as far as a repeated call looks at it."""
-
-    gpu, nth = GPU, 0
-
-    def get_device(self) -> int:
-        return self.gpu
-
-    def new_empty(self, shape: Any, dtype: Any = None) -> Any:
-        made = torch.Tensor.new_empty(self, shape, dtype=dtype or self.dtype)
-        return made.as_subclass(_Tensor)
-
-
-def tensor(*shape: int, dtype: Any = torch.float16) -> Any:
-    return torch.zeros(shape, dtype=dtype).as_subclass(_Tensor)
+from noted_tensors import GPU, STREAM, Tensor, answers, tensor  # noqa: E402
 
 
 def like_cupy(x: Any) -> Any:
@@ -48,24 +30,7 @@ def like_cupy(x: Any) -> Any:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What torch and CuPy answer; as on a GPU, where nothing is special."""
-    own = SimpleNamespace(
-        classes=(_Tensor,),
-        strided=torch.strided,
-        float32=torch.float32,
-        empty_like=torch.empty_like,
-        is_grad_enabled=torch.is_grad_enabled,
-        is_autocast_enabled=lambda where: False,
-        autocast_dtype=lambda where: torch.bfloat16,
-        are_transforms_active=lambda: False,
-        count_modes=lambda: 0,
-        is_tracing=lambda: False,
-        stream=lambda gpu: STREAM,
-        forward_ad=SimpleNamespace(_current_level=-1),
-        current_device=lambda: GPU,
-        current_stream=lambda: SimpleNamespace(ptr=0),
-        is_captured=lambda stream: False,
-    )
+    own = answers()
     monkeypatch.setattr(tensors, "_asked", own)
     return own
 
@@ -110,7 +75,7 @@ def test_where_something_is_special_the_long_way_is_taken(
 
 
 def test_tensors_that_are_more_than_their_memory(asked: SimpleNamespace) -> None:
-    class Other(_Tensor):
+    class Other(Tensor):
         pass
 
     elsewhere = tensor(2)

@@ -25,7 +25,6 @@ from flashcore_cupy.launch.plan import Step
 from flashcore_cupy.problem.attention_problem import contiguous_problem
 from flashcore_cupy.problem.gradients import contiguous_gradients
 from flashcore_cupy.select.backward import (
-    backward_launches,
     backward_params,
     pointer_of,
     select_backward,
@@ -118,9 +117,9 @@ class _Gpu:
         given_arrays = {n: x if x is None else like_cupy(x) for n, x in operands.items()}
         arguments = (attention_backward.__kwdefaults__ or {}) | rules | {"wrt": (*wrt.split(),)}
         bound = self.bound(given_arrays, arguments, results)
-        choices = backward._choices(arguments)
-        assert choices is not None
-        backward_cache.remember(bound, operands, choices)
+        known_by = backward._choices(arguments)
+        assert known_by is not None and not known_by[1]
+        backward_cache.remember(bound, operands, *known_by)
         return results
 
     def bound(self, given: dict[str, Any], arguments: dict[str, Any], results: Any) -> GpuBackward:
@@ -135,10 +134,9 @@ class _Gpu:
         scratch = selection.scratch(problem)
         arrays |= {n: like_cupy(torch.empty(shape)) for n, shape in scratch.items()}
         params = backward_params(gradients, selection)
+        bound = GpuBackward(gradients, selection, arrays, params=params)
         addresses = {name: x.data.ptr for name, x in arrays.items()}
-        launches = tuple(
-            backward_launches(gradients, selection, params, addresses, [], lambda at, view: params)
-        )
+        bound.launches = (*bound.launches_at(addresses, lambda at, view: params),)
         fields = {name: field[1] // 8 for name, field in (params.dtype.fields or {}).items()}
         rules = {n: arguments[n] for n in ("causal", "softcap", "window", "softmax_scale")}
         shapes = {name: x.shape for name, x in arrays.items()}
@@ -154,12 +152,12 @@ class _Gpu:
                 memory(words[fields[f"d{name}"]], x.shape)[...] = x
 
         self.work.append(work)
-        last = len(launches) - 1
-        steps = tuple(
+        last = len(bound.launches) - 1
+        bound.steps = tuple(
             Step(len(self.work) if n == last else 0, x.grid, 1, 0, ParameterBlock(x.params))
-            for n, x in enumerate(launches)
+            for n, x in enumerate(bound.launches)
         )
-        return GpuBackward(gradients, selection, arrays, (), launches, steps)
+        return bound
 
 
 _long_forward = torch_attention._forward_of_tensors
@@ -635,6 +633,5 @@ def test_results_are_what_engines_calls_have(gpu: _Gpu) -> None:
     assert isinstance(text, str) and choices_of(engine._decoded(text)) == choices
     arguments = (attention_backward.__kwdefaults__ or {}) | options | {"wrt": ("q", "v")}
     arguments["kernel"] = "auto"
-    assert torch_again._backward_choices(choices, (True, False, True)) == backward._choices(
-        arguments
-    )
+    known_by = backward._choices(arguments)
+    assert known_by == (torch_again._backward_choices(choices, (True, False, True)), {})

@@ -1,0 +1,444 @@
+"""Repeated calls with rules hand the driver what a first call would, by every kernel."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import zlib
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from noted_launches import Array, Driver, install
+from places import PACKED, RULED
+
+from flashcore_cupy import attention, attention_backward
+from flashcore_cupy.jit import compiler
+from flashcore_cupy.launch import (
+    backward,
+    backward_cache,
+    bind,
+    launch_cache,
+    plan,
+    ruled_cache,
+    tensors,
+)
+from flashcore_cupy.launch.plan import LoadedKernel
+from flashcore_cupy.problem.block_mask import BlockMask
+from flashcore_cupy.problem.philox import key_of
+from flashcore_cupy.problem.request import Request
+from flashcore_cupy.problem.rng import integer_key
+from flashcore_cupy.problem.rules import NO_WINDOW
+from flashcore_cupy.select.registry import KERNELS
+
+B, H, S, T, D = 2, 4, 300, 400, 64
+attention_module = sys.modules["flashcore_cupy.attention"]
+backward_module = sys.modules["flashcore_cupy.backward"]
+
+
+@functools.cache
+def loaded(config: Any, place: Any) -> LoadedKernel:
+    """A kernel that nobody has built."""
+    pointers = {n: SimpleNamespace(ptr=zlib.crc32(f"{n}{config}".encode())) for n in config.entries}
+    compiled: Any = SimpleNamespace(entries={n: SimpleNamespace(registers=128) for n in pointers})
+    return LoadedKernel(config, compiled, pointers)
+
+
+@pytest.fixture(params=[True, False], ids=["maps move", "maps are encoded"])
+def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    driver = install(monkeypatch, movable=request.param)
+    driver.step = 64  # as parts of one allocation lie
+    for module in (launch_cache, ruled_cache, backward_cache):
+        monkeypatch.setattr(module, "_known", {})
+    for module in (plan, backward):
+        monkeypatch.setattr(module, "load_kernel", loaded)
+    monkeypatch.setattr(compiler, "device_arch", lambda device=None: "sm_90a")
+    monkeypatch.setattr(bind, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(plan, "can_overlap_launches", lambda: False)
+    return driver
+
+
+class Arrays:
+    """Arrays of one call; another start gives others."""
+
+    def __init__(self, first: int) -> None:
+        self.next = first
+
+    def __call__(self, *shape: int, dtype: str = "float16", strides: Any = None) -> Array:
+        self.next += 2**26 + 64
+        return Array(shape, dtype, self.next, strides=strides)
+
+
+def lists(new: Arrays, **rule: Any) -> BlockMask:
+    rows, columns = -(-S // 128), -(-T // 128)
+    shapes = (1, H, rows), (1, H, rows, columns)
+    arrays = [new(*shape, dtype="int32") for shape in (*shapes, *shapes)]
+    return BlockMask.from_lists(*arrays, seqlen_q=S, seqlen_kv=T, **rule)
+
+
+def flex(new: Arrays) -> Any:
+    """A BlockMask of torch's, by its attributes; with full blocks alone."""
+    mask = lists(new)
+    names = "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
+    found = dict.fromkeys(names[:2]) | {n: mask.arrays[n] for n in names[2:]}
+    empty = new(1, H, 3, dtype="int32"), new(1, H, 3, 0, dtype="int32")
+    found |= dict(zip(names[:2], empty, strict=True))
+    return SimpleNamespace(**found, BLOCK_SIZE=(128, 128), seq_lengths=(S, T))
+
+
+#: What a call brings besides q, k and v, from new arrays.
+RULES: dict[str, Any] = {
+    "slopes": lambda new: {"alibi_slopes": new(H, dtype="float32"), "causal": True},
+    "bias": lambda new: {"bias": new(1, H, S, T), "window": (50, 20)},
+    "bias of float32": lambda new: {"bias": new(H, 1, T, dtype="float32")},
+    "mask": lambda new: {"mask": new(S, T, dtype="bool"), "softcap": 3.0},
+    "sink": lambda new: {"sink": new(H, dtype="float32"), "softmax_scale": 0.25},
+    "mods": lambda new: {
+        "score_mod": "score + x[h] * y[b]",
+        "mask_mod": "kv_idx % 2 == 0 || q_idx < y[b]",
+        "mod_args": {"x": new(H, dtype="float32"), "y": new(B)},
+    },
+    "dropout": lambda new: {"dropout_p": 0.1, "rng": (new.next % 2**63, 2**64 - 1)},
+    "dropout of an array": lambda new: {"dropout_p": 0.1, "rng": new(2, dtype="uint64")},
+    "all": lambda new: {
+        "alibi_slopes": new(B, H, dtype="float32"), "bias": new(S, T),
+        "mask": new(B, 1, 1, T, dtype="bool"), "sink": new(H, dtype="float32"),
+        "dropout_p": 0.5, "rng": (1, 2), "score_mod": "tanhf(score)", "causal": "top-left",
+    },
+}  # fmt: skip
+BLOCKS: dict[str, Any] = {
+    "lists": lambda new: {"block_mask": lists(new), "mask_mod": "q_idx >= kv_idx"},
+    "lists with a rule": lambda new: {
+        "block_mask": lists(new, mask_mod="q_idx > x[b]", mod_args={"x": new(B)}),
+        "score_mod": "score * z[h]", "mod_args": {"z": new(H)},
+    },
+    "lists with a mask": lambda new: {
+        "block_mask": lists(new, mask=new(S, T, dtype="bool")), "causal": True,
+    },
+    "flex": lambda new: {"block_mask": flex(new)},
+}  # fmt: skip
+
+
+LISTED = [name for name in RULED if KERNELS[name].family.takes_blocks]
+
+
+def operands(new: Arrays) -> tuple[Array, Array, Array]:
+    return new(B, H, S, D), new(B, 2, T, D), new(B, 2, T, D)
+
+
+def of_packed(new: Arrays) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    bounds = {f"cu_seqlens_{x}": new(5, dtype="int32") for x in "qk"}
+    return (new(S, H, D), new(T, 2, D), new(T, 2, D)), {**bounds, "causal": True}
+
+
+def call(kernel: str, given: Any, rules: dict[str, Any], **more: Any) -> Any:
+    return attention(*given, kernel=kernel, **rules, **more)
+
+
+def check(driver: Driver, make: Any, run: Any, *, known: Any, bind_name: tuple[Any, str]) -> None:
+    """What a second call launches is what a first call with the same arrays would launch."""
+    run(*make(Arrays(2**30)))
+    assert len(known) == 1, "it is remembered"
+    place = driver.next
+    for start in (2**33, 2**35 + 2**12, 2**33):
+        driver.next = place
+        driver.launches.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*bind_name, None)  # the long way is closed
+            run(*make(Arrays(start)))
+        got = driver.launches[:]
+        kept = dict(known)
+        known.clear()
+        driver.next = place
+        driver.launches.clear()
+        run(*make(Arrays(start)))
+        assert len(got) == len(driver.launches) > 0
+        for one, other in zip(got, driver.launches, strict=True):
+            assert one[:2] == other[:2]
+            assert one.contents.startswith(other.contents), "what is behind is another launch's"
+        known.clear()
+        known.update(kept)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        *((kernel, name) for kernel in RULED for name in RULES),
+        *((kernel, name) for kernel in LISTED for name in BLOCKS),
+    ],
+)
+@pytest.mark.parametrize("lse", [False, True])
+def test_a_repeated_call_launches_what_a_first_would(
+    driver: Driver, kernel: str, name: str, lse: bool
+) -> None:
+    check(
+        driver,
+        lambda new: (operands(new), {**RULES, **BLOCKS}[name](new)),
+        lambda given, rules: call(kernel, given, rules, return_lse=lse),
+        known=ruled_cache._known,
+        bind_name=(attention_module, "bind"),
+    )
+
+
+@pytest.mark.parametrize("kernel", PACKED)
+def test_packed_batches(driver: Driver, kernel: str) -> None:
+    check(
+        driver,
+        of_packed,
+        lambda given, rules: call(kernel, given, rules),
+        known=ruled_cache._known,
+        bind_name=(attention_module, "bind"),
+    )
+
+
+GRADIENTS: dict[str, tuple[str, ...]] = {
+    "slopes": ("q", "alibi_slopes"),
+    "bias": ("q", "k", "v", "bias"),
+    "bias of float32": ("bias",),
+    "sink": ("k", "sink"),
+    "mods": ("q", "k", "v", "mod_args.x"),
+}
+
+
+def take_gradients(kernel: str, name: str, given: Any, rules: dict[str, Any], **more: Any) -> Any:
+    do, o, lse, *qkv = given
+    wrt = GRADIENTS.get(name, ("q", "k", "v"))
+    return attention_backward(do, *qkv, o, lse, wrt=wrt, kernel=kernel, **rules, **more)
+
+
+def of_gradients(new: Arrays, make: Any) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    first = new(B, H, S, D), new(B, H, S, D), new(B, H, S, dtype="float32")
+    return (*first, *operands(new)), make(new)
+
+
+@pytest.mark.parametrize("kernel", ["bwd_sm80", "bwd_sm90"])
+@pytest.mark.parametrize("name", RULES)
+def test_gradients_of_a_repeated_call(driver: Driver, kernel: str, name: str) -> None:
+    if name == "mods" and kernel == "bwd_sm90":
+        kernel = "auto"  # it has no gradients of mod_args
+    check(
+        driver,
+        lambda new: of_gradients(new, RULES[name]),
+        lambda given, rules: take_gradients(kernel, name, given, rules),
+        known=backward_cache._known,
+        bind_name=(backward_module, "bind_backward"),
+    )
+
+
+def test_gradients_of_packed_batches(driver: Driver) -> None:
+    def make(new: Arrays) -> Any:
+        lse = new(H, S, dtype="float32")
+        qkv, rules = of_packed(new)
+        return (new(S, H, D), new(S, H, D), lse, *qkv), rules
+
+    check(
+        driver,
+        make,
+        lambda given, rules: take_gradients("auto", "packed", given, rules),
+        known=backward_cache._known,
+        bind_name=(backward_module, "bind_backward"),
+    )
+
+
+# --- what a call is known by ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def closed(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The long way does nothing but say so."""
+
+    def take(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the long way")
+
+    return lambda: monkeypatch.setattr(attention_module, "bind", take)
+
+
+def takes_long_way(given: Any, rules: dict[str, Any], **more: Any) -> bool:
+    try:
+        attention(*given, **rules, **more)
+    except RuntimeError as error:
+        assert str(error) == "the long way"
+        return True
+    return False
+
+
+def test_calls_that_differ_are_told_apart(driver: Driver, closed: Any) -> None:
+    new = Arrays(2**30)
+    given, rules = operands(new), RULES["mods"](new) | {"bias": new(1, H, S, T)}
+    attention(*given, **rules)
+    closed()
+    assert not takes_long_way(given, rules)
+    x, y = rules["mod_args"]["x"], rules["mod_args"]["y"]
+    others: list[dict[str, Any]] = [
+        {"score_mod": "score"},
+        {"mask_mod": None},
+        {"mod_args": {"x": x, "y": Array(y.shape, "float32", y.data.ptr)}},
+        {"mod_args": {"x": x, "y": Array((B, 1), y.dtype, y.data.ptr)}},
+        {"mod_args": {"x": Array(x.shape, x.dtype, x.data.ptr + 4), "y": y}},
+        {"bias": new(1, 1, S, T)},
+        {"bias": new(1, H, S, T, dtype="float32")},
+        {"bias": new(1, H, S, T, strides=(0, 2 * S * (T + 8), 2 * (T + 8), 2))},
+        {"bias": None},
+        {"sink": new(H, dtype="float32")},
+        {"causal": True},
+        {"window": (5, 5)},
+        {"return_lse": True},
+        {"batch_invariant": True},
+        {"kernel": "mma_sm80"},
+        {"out": new(B, H, S, D)},
+        {"dropout_p": 0.1, "rng": (1, 2)},
+    ]
+    for changes in others:
+        assert takes_long_way(given, rules | changes), changes
+    assert not takes_long_way(given, rules), "what was asked for in between changes nothing"
+    reordered = rules | {"mod_args": {"y": y, "x": x}}
+    assert takes_long_way(given, reordered), "their order is that of the kernel's pointers"
+
+
+def test_a_key_of_dropout_is_new_in_each_call(driver: Driver, closed: Any) -> None:
+    new = Arrays(2**30)
+    given = operands(new)
+    attention(*given, dropout_p=0.1, rng=(1, 2))
+    closed()
+    seen = set()
+    for rng in ((1, 3), (2, 2), [2**64 - 1, 2**63], (0, 0)):
+        driver.launches.clear()
+        assert not takes_long_way(given, {"dropout_p": 0.1, "rng": rng})
+        (launch,) = driver.launches
+        (known,) = ruled_cache._known.values()
+        words = np.frombuffer(launch.contents, np.uint64)
+        key = integer_key((rng[0], rng[1]))
+        assert key == int(key_of(np.array(rng, np.uint64))[0])
+        assert [int(words[x.word]) for x in known.launches[0].places if x.which == 4] == [key]
+        seen.add(key)
+    assert len(seen) == 4
+    for wrong in ((1,), (1, -1), (1, 2**64), (1.0, 2), "12", None):
+        with pytest.raises((TypeError, ValueError), match="rng"):
+            attention(*given, dropout_p=0.1, rng=wrong)
+
+
+def test_an_output_is_given(driver: Driver, closed: Any) -> None:
+    new = Arrays(2**30)
+    given, mask, out = operands(new), new(S, T, dtype="bool"), new(B, H, S, D)
+    attention(*given, mask=mask, out=out)
+    closed()
+    assert not takes_long_way(given, {"mask": mask}, out=new(B, H, S, D))
+    inside = Array((B, H, S, D), "float16", mask.data.ptr + 16 * 100)
+    for taken in (given[0], inside):
+        with pytest.raises(ValueError, match="out: overlaps"):
+            attention(*given, mask=mask, out=taken)
+
+
+def test_what_is_not_this_gpus_takes_the_long_way(driver: Driver, closed: Any) -> None:
+    new = Arrays(2**30)
+    given, mask = operands(new), new(S, T, dtype="bool")
+    attention(*given, mask=mask)
+    closed()
+    driver.captured = True  # what it allocates is the graph's
+    with pytest.raises(AttributeError, match="get_allocator"):
+        attention(*given, mask=mask)
+    driver.captured = False
+    other = Array(mask.shape, mask.dtype, mask.data.ptr, device=1)
+    with pytest.raises(ValueError, match="mask: on GPU 1"):
+        attention(*given, mask=other)
+    with pytest.raises(TypeError, match="mask"):
+        attention(*given, mask=np.ones((S, T), bool))
+    assert not takes_long_way(given, {"mask": mask})
+
+
+def test_what_was_converted_is_not_remembered(driver: Driver) -> None:
+    new = Arrays(2**30)
+    given = operands(new)
+    turned = Array((B, H, S, D), ptr=new.next, strides=(H * S * D * 2, S * D * 2, 2, S * 2))
+    attention(*given, mask_mod="kv_idx > 3", config={})
+    assert not ruled_cache._known
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "load_kernel", loaded)
+        copied = SimpleNamespace(array=lambda x, **_: new(*x.shape))
+        patch.setattr(sys.modules["cupy"], "array", copied.array, raising=False)
+        attention(turned, *given[1:], mask_mod="kv_idx > 3")
+    assert not ruled_cache._known, "q was copied"
+
+
+def test_results_are_where_the_last_launch_writes(driver: Driver) -> None:
+    new = Arrays(2**30)
+    given, rules = operands(new), {"block_mask": lists(new, mask_mod="kv_idx > q_idx")}
+    for _ in range(2):
+        driver.made.clear()
+        o, lse = attention(*given, return_lse=True, **rules)
+        assert (o.shape, o.dtype, lse.shape) == ((B, H, S, D), np.float16, (B, H, S))
+        assert driver.made[0] is o and driver.made[1] is lse
+    first, last = (np.frombuffer(x.contents, np.uint64) for x in driver.launches[-2:])
+    assert {o.data.ptr, lse.data.ptr} <= set(last.tolist())
+    assert o.data.ptr not in first.tolist()
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+def of_tensors(x: Any) -> Any:
+    """What the long way sees: the memory of tensors as CuPy's arrays."""
+    if isinstance(x, dict):
+        return {name: of_tensors(value) for name, value in x.items()}
+    if isinstance(x, BlockMask):
+        return replace(x, arrays=of_tensors(x.arrays))
+    if isinstance(x, tuple) or not hasattr(x, "data_ptr"):
+        return x
+    return Array(tuple(x.shape), str(x.dtype).removeprefix("torch."), x.data_ptr())
+
+
+@pytest.mark.parametrize("name", ["mask", "dropout", "block mask", "mods"])
+@pytest.mark.parametrize("lse", [False, True])
+def test_tensors(driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str, lse: bool) -> None:
+    torch = pytest.importorskip("torch")
+    from noted_tensors import answers, tensor
+
+    asked = answers()
+    monkeypatch.setattr(tensors, "_asked", asked)
+    monkeypatch.setattr(tensors, "connect", lambda given: bool(given))
+
+    def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = tensor(B, H, S, D), tensor(B, 2, T, D), tensor(B, 2, T, D)
+        if name == "mask":
+            return given, {"mask": tensor(S, T, dtype=torch.bool)}
+        if name == "dropout":
+            return given, {"dropout_p": 0.25, "rng": (given[0].data_ptr(), 3)}
+        if name == "mods":
+            return given, {"score_mod": "score * x[h]", "mod_args": {"x": tensor(H)}}
+        lists_of_cupy = lists(Arrays(given[0].data_ptr()), mask_mod="kv_idx < q_idx")
+        return given, {"block_mask": lists_of_cupy}
+
+    given, rules = make()
+    defaults = attention.__kwdefaults__ or {}
+    request = Request.of({n: x for n, x in of_tensors(rules).items()})
+    call = request.call(*map(of_tensors, given), None, on_gpu=True)
+    bound = bind.bind(call, want_lse=lse, own_workspace=False)
+    rules.pop("dropout_p", None)
+    choices = (NO_WINDOW, "bhsd", defaults["kernel"], 0.0, float)
+    ruled_cache.remember(bound, given, rules, choices, mod_args=[*call.mod_args], out_given=False)
+    assert len(ruled_cache._known) == 1
+
+    def again(given: Any, rules: dict[str, Any]) -> Any:
+        return ruled_cache.launch_again(*given, None, lse, choices, rules)
+
+    given, rules = make()
+    rules.pop("dropout_p", None)
+    made = again(given, rules)
+    o, *rest = made if lse else (made,)
+    assert (o.shape, o.dtype) == ((B, H, S, D), torch.float16) and len(rest) == lse
+    assert not lse or (rest[0].shape, rest[0].dtype) == ((B, H, S), torch.float32)
+    words = np.frombuffer(driver.launches[-1].contents, np.uint64).tolist()
+    assert words[:5] == [*(x.data_ptr() for x in (*given, o)), rest[0].data_ptr() if lse else 0]
+    taken = ruled_cache.take_apart(rules)
+    assert {x.data.ptr if isinstance(x, Array) else x.data_ptr() for x in taken.arrays} <= {
+        *words, *np.frombuffer(driver.launches[0].contents, np.uint64).tolist(),
+    }  # fmt: skip
+    asked.is_autocast_enabled = lambda where: True
+    assert again(given, rules) is None
+    asked.is_autocast_enabled = lambda where: False
+    assert again((given[0].requires_grad_(), *given[1:]), rules) is None
+    with torch.no_grad():
+        assert again(given, rules) is not None
+    assert again((of_tensors(given[0]), *given[1:]), rules) is None
