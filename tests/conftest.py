@@ -7,11 +7,20 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PROBES, ROOT, compiler_skip_reason, gpu_skip_reason, kernels_skip_reason
+from helpers import (
+    PROBES,
+    ROOT,
+    compiler_skip_reason,
+    gpu_skip_reason,
+    kernels_skip_reason,
+    today,
+)
 
 #: A folder is a marker: what its tests need, and what says why that is not here.
 NEEDS = {
@@ -109,7 +118,8 @@ def on(request: pytest.FixtureRequest) -> Any:
     """Where attention runs in this folder, a ``Place``."""
     from places import place_of
 
-    return place_of(request.path)
+    turn = zlib.crc32(request.node.nodeid.encode()) + today()
+    return replace(place_of(request.path), turn=turn)
 
 
 @pytest.fixture

@@ -45,16 +45,23 @@ def compiler_skip_reason() -> str | None:
     return None if importlib.util.find_spec("cupy") else "CuPy, which brings NVRTC, is missing"
 
 
-def todays(every: list[T]) -> list[T]:
-    """A tenth, another one each day, and the first of all; where ``BUILD_ALL`` is set, all.
+#: Whether to try all that otherwise takes turns from day to day: for who changes a kernel.
+TEST_ALL = bool(os.environ.get("TEST_ALL"))
 
-    To build all rows takes half an hour of two cores, of the twenty minutes that all tests may
-    take. Whoever changes a kernel or its table builds all.
+
+def today() -> int:
+    """A number that is one more each day; in UTC, so that all workers of a session agree."""
+    return datetime.datetime.now(datetime.timezone.utc).date().toordinal()
+
+
+def todays(every: list[T]) -> list[T]:
+    """A tenth, another one each day, and the first of all.
+
+    To build all rows takes an hour of two cores, of the twenty minutes that all tests may take.
     """
-    if os.environ.get("BUILD_ALL"):
+    if TEST_ALL:
         return every
-    day = datetime.datetime.now(datetime.timezone.utc).date().toordinal() % 10
-    return [one for n, one in enumerate(every) if n == 0 or n % 10 == day]
+    return [one for n, one in enumerate(every) if n == 0 or n % 10 == today() % 10]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from helpers import ROOT, gpu_skip_reason, one_at_a_time, runs_here
+from helpers import ROOT, TEST_ALL, gpu_skip_reason, one_at_a_time, runs_here
 
 from flashcore_cupy.attention import attention, plan
 from flashcore_cupy.check.selftest.case import Mod
@@ -47,6 +47,8 @@ class Place:
     also: Mapping[str, Any] = field(default_factory=dict)
     schedules: Iterator[Schedule] = field(default_factory=schedules)
     """Of emulated launches; from the first on in each test."""
+    turn: int = 0
+    """Of the test's rows, and of days: whose it is, where not all is tried at once."""
 
     @property
     def is_numpy(self) -> bool:
@@ -112,6 +114,23 @@ class Place:
     def few(self, *values: Any) -> tuple[Any, ...]:
         """These; emulated, every third."""
         return values[:: 3 if self.is_emulated else 1]
+
+    def by_turns(self, kernels: tuple[str, ...]) -> tuple[str, ...]:
+        """These; emulated, one of those that take rules, and two of the ladder's others."""
+        if not self.is_emulated or TEST_ALL:
+            return kernels
+        large = [name for name in kernels if name in RULED]
+        small = [name for name in kernels if name not in RULED]
+        kept = {
+            names[n % len(names)]
+            for names, n in (
+                (large, self.turn),
+                (small, self.turn),
+                (small, self.turn + len(small) // 2),
+            )
+            if names
+        }
+        return tuple(name for name in kernels if name in kept)
 
     def by(self, kernel: str, size: str | None = None) -> Place:
         """The same place with a kernel, and with the tile that a size gets on a GPU.
@@ -219,7 +238,8 @@ def everywhere(*kernels: str) -> Callable[[Callable[..., None]], Callable[..., N
                 return
             failed = {}
             chosen = rest.get("size"), rest.get("dtype")
-            for name in (name for name in kernels if on.takes(name, *chosen)):
+            taken = tuple(name for name in kernels if on.takes(name, *chosen))
+            for name in on.by_turns(taken):
                 try:
                     test(on=on.by(name, chosen[0]), **rest)
                 except AssertionError as error:

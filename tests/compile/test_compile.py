@@ -1,6 +1,6 @@
 """Every row of the table, built for every target: no spills, no local memory, no warnings.
 
-Where ``BUILD_ALL`` is set it is all of them, else a tenth, another one each day. Nothing here needs
+Where ``TEST_ALL`` is set it is all of them, else a tenth, another one each day. Nothing here needs
 a GPU. All builds go through one parallel warm-up into the session's cache.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import mutants
 import pytest
 from cases_mutants import KNOWN, TRIALS
-from helpers import ROOT
+from helpers import ROOT, today
 
 from flashcore_cupy.cpu.emulator.build import why_not
 
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
 def test_a_tenth_of_the_broken_places_is_found() -> None:
-    tenth = datetime.datetime.now(datetime.timezone.utc).date().toordinal() % 10
+    tenth = today() % 10
     script = str(ROOT / "tests" / "mutate_barriers.py")
     done = subprocess.run(
         [sys.executable, script, "--tenth", str(tenth)], capture_output=True, text=True, check=False
