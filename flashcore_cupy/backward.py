@@ -12,7 +12,6 @@ from flashcore_cupy.launch.backward import bind_backward
 from flashcore_cupy.launch.backward import explain_backward as explain_on_gpu
 from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.attention_problem import Causal, Layout
-from flashcore_cupy.problem.block_mask import refuse_gradient
 from flashcore_cupy.problem.gradients import (
     BACKWARD_ARGUMENTS,
     BackwardCall,
@@ -31,7 +30,7 @@ __all__ = ["attention_backward", "explain_backward", "plan_backward"]
 
 Mod = str | Callable[..., Any]
 
-_NOT_KNOWN = ("config", "gate", "out")
+_NOT_KNOWN = ("config", "gate", "out", "block_mask")  # which is looked at in each call
 _KNOWN_RULES = (
     *("alibi_slopes", "bias", "mask", "sink", "rng", "score_mod", "score_mod_grad", "mask_mod"),
     *("mod_args", "cu_seqlens_q", "cu_seqlens_k"),
@@ -63,6 +62,7 @@ def attention_backward(
     alibi_slopes: Any = None,
     bias: Any = None,
     mask: Any = None,
+    block_mask: Any = None,
     sink: Any = None,
     dropout_p: float = 0.0,
     rng: Any = None,
@@ -121,6 +121,9 @@ def attention_backward(
         gradients of the whole.
     layout, softmax_scale, causal, window, softcap, alibi_slopes, bias, mask, sink
         As ``attention`` had them.
+    block_mask : BlockMask, or one of torch's FlexAttention
+        As ``attention`` had it, with the rule of its mixed blocks beside it if it has none itself.
+        Kernels look up each element's block, for which they compute all blocks.
     dropout_p, rng, score_mod, mask_mod, mod_args, cu_seqlens_q, cu_seqlens_k, batch_invariant
         As ``attention`` had them.
     score_mod_grad : str or callable, optional
@@ -160,10 +163,10 @@ def attention_backward(
     """
     arguments = dict(
         layout=layout, softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, bias=bias, mask=mask, sink=sink, dropout_p=dropout_p, rng=rng,
-        score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant, kernel=kernel,
-        config=config, wrt=wrt, deterministic=deterministic, accumulate=accumulate,
+        alibi_slopes=alibi_slopes, bias=bias, mask=mask, block_mask=block_mask, sink=sink,
+        dropout_p=dropout_p, rng=rng, score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant,
+        kernel=kernel, config=config, wrt=wrt, deterministic=deterministic, accumulate=accumulate,
         score_mod_grad=score_mod_grad, out=out, gate=gate,
     )  # fmt: skip
     operands = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse}
@@ -171,7 +174,6 @@ def attention_backward(
     if known_by and (done := backward_cache.launch_again(operands, *known_by)) is not None:
         return done
     leave_dynamo()
-    refuse_gradient(unknown)
     check_names("attention_backward", unknown, BACKWARD_ARGUMENTS)
     request = BackwardRequest.taken(arguments)
     gpu = interop.gpu_of("q", q)
@@ -194,7 +196,6 @@ def plan_backward(
     holds the arrays. With NumPy arrays and a kernel by name, ``launch()`` emulates it.
     """
     leave_dynamo()
-    refuse_gradient(arguments)
     check_names("plan_backward", arguments, set(BACKWARD_ARGUMENTS) - {"stream"})
     request = BackwardRequest.taken(arguments)
     operands = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse}
@@ -228,7 +229,6 @@ def explain_backward(
     launches nothing.
     """
     leave_dynamo()
-    refuse_gradient(arguments)
     check_names("explain_backward", arguments, BACKWARD_ARGUMENTS)
     request = BackwardRequest.taken(arguments)
     operands = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": dlse}

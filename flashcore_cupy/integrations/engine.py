@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flashcore_cupy.problem import interop
+from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.gradients import INPUTS, Gradients, by_result
 from flashcore_cupy.problem.mod_elements import MOD_ARGS, check_differentiated
 from flashcore_cupy.problem.rules import RULES
@@ -36,10 +37,11 @@ _REFUSED = {
     "out": "it is written in place, which has no gradient; leave it out, use the result",
     "stream": "work is ordered by who differentiates or traces; leave it out",
     "gate": "what a gate returns has no gradient; leave it out",
-    "block_mask": "has no gradient yet; pass the same rule as mask_mod, or detach q, k and v",
 }
 #: How many axes an array has, a batch's before them, where these are not four.
 _AXES = {name: 2 for name in PER_HEAD} | {"lse": 3, "dlse": 3}
+
+_BLOCK_MASK = "block_mask."  # before the names of its lists
 
 _functions: dict[str, Callable[..., Any]] = {}
 _kept_functions: list[Callable[..., Any]] = []
@@ -50,15 +52,21 @@ def connect(attention: Callable[..., Any], attention_backward: Callable[..., Gra
     _functions.update(attention=attention, attention_backward=attention_backward)
 
 
-def split(arguments: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
+def split(arguments: Mapping[str, Any], *, in_kernel: bool) -> tuple[Arrays, dict[str, Any]]:
     """A call's arguments besides q, k and v: those that may be arrays, and the others.
 
-    Raises ``ValueError`` for what means nothing here, ``TypeError`` for mod_args without names.
+    ``in_kernel``: mods are expressions. Raises ``ValueError`` for what means nothing here,
+    ``TypeError`` for mod_args without names.
     """
     given = {name: x for name, x in arguments.items() if x is not None}
     for name, why in _REFUSED.items():
         if name in given:
             raise ValueError(f"{name}: {why}")
+    lists: Arrays = {}
+    if "block_mask" in given:
+        mask = BlockMask.of(given["block_mask"])
+        lists = {f"{_BLOCK_MASK}{name}": x for name, x in mask.arrays.items()}
+        given = mask.beside(given, in_kernel=in_kernel) | {"block_mask": (mask.seqlens, mask.block)}
     arrays = {name: given.pop(name) for name in OTHERS if name in given}
     if isinstance(arrays.get("rng"), tuple | list):  # two integers
         given["rng"] = arrays.pop("rng")
@@ -66,7 +74,7 @@ def split(arguments: Mapping[str, Any]) -> tuple[Arrays, dict[str, Any]]:
     if not isinstance(mod_args, Mapping):
         raise TypeError(f"mod_args: got {type(mod_args).__name__}; use a dict of names and arrays")
     arrays |= {f"{MOD_ARGS}{name}": x for name, x in mod_args.items()}
-    return arrays, given
+    return arrays | lists, given
 
 
 def has_gradient(name: str) -> bool:
@@ -126,7 +134,7 @@ def forward(options: Options, arrays: Arrays, out: Any = None) -> tuple[Any, Any
     given.pop("deterministic", None)
 
     def call(arrays: Arrays, out: Any = None) -> tuple[Any, Any]:
-        o, lse = _functions["attention"](**keywords(arrays), **given, return_lse=True, out=out)
+        o, lse = _functions["attention"](**joined(arrays, given), return_lse=True, out=out)
         return o, lse
 
     if not (axes := _mapped_axes(arrays)):
@@ -147,7 +155,7 @@ def backward(
         *_, given["kernel"] = BACKWARD_KERNELS  # emulated as well, by the one for all problems
 
     def call(arrays: Arrays, out: Any = None) -> tuple[Any, ...]:
-        found = _functions["attention_backward"](**keywords(arrays), **given, wrt=wrt, out=out)
+        found = _functions["attention_backward"](**joined(arrays, given), wrt=wrt, out=out)
         gradients = by_result(found)
         return tuple(gradients[f"d{name}"] for name in wrt)
 
@@ -188,7 +196,7 @@ def _folded(flat: Arrays, options: Mapping[str, Any]) -> Arrays | None:
     """
     if {"sink", "cu_seqlens_q", "rng"} & flat.keys():
         return None
-    if {"score_mod", "mask_mod"} & options.keys() or options.get("dropout_p"):
+    if {"score_mod", "mask_mod", "block_mask"} & options.keys() or options.get("dropout_p"):
         return None
     folded = {}
     batch = flat["q"].shape[1]
@@ -201,11 +209,18 @@ def _folded(flat: Arrays, options: Mapping[str, Any]) -> Arrays | None:
     return folded
 
 
-def keywords(arrays: Arrays) -> Arrays:
-    """Arrays as arguments: with mod_args."""
-    mod_args = {n.removeprefix(MOD_ARGS): x for n, x in arrays.items() if n.startswith(MOD_ARGS)}
-    others = {name: x for name, x in arrays.items() if not name.startswith(MOD_ARGS)}
-    return others | {"mod_args": mod_args} if mod_args else others
+def joined(arrays: Arrays, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that ``split`` has parted."""
+    found = {**options}
+    for prefix, name in ((MOD_ARGS, "mod_args"), (_BLOCK_MASK, "block_mask")):
+        own = {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
+        arrays = {n: x for n, x in arrays.items() if not n.startswith(prefix)}
+        if own and prefix == MOD_ARGS:
+            found[name] = own
+        elif own:
+            seqlens, block = options[name]
+            found[name] = BlockMask(own, tuple(seqlens), tuple(block))
+    return found | arrays
 
 
 def _decoded(options: Options) -> dict[str, Any]:

@@ -21,7 +21,8 @@ _FORWARD, _BACKWARD = "flashcore_attention", "flashcore_attention_backward"
 
 def attend(q: Any, k: Any, v: Any, arguments: Mapping[str, Any]) -> Any:
     """``attention`` of arrays of which some are traced. ``arguments``: those that are given."""
-    arrays, options = engine.split(arguments)
+    in_kernel = jax.default_backend() == "gpu" or arguments.get("kernel", "auto") != "auto"
+    arrays, options = engine.split(arguments, in_kernel=in_kernel)
     return_lse = options.pop("return_lse", False)
     options = engine.plain(options)
     arrays = {"q": q, "k": k, "v": v} | arrays
@@ -153,7 +154,7 @@ def _check(arrays: engine.Arrays, options: Mapping[str, Any]) -> None:
     mods = (options.get("score_mod"), options.get("mask_mod"))
     in_kernel = any(isinstance(mod, str) for mod in mods) or None
     own = {name: x for name, x in options.items() if name != "deterministic"}
-    request = Request.of(engine.keywords(given) | own)
+    request = Request.of(engine.joined(given, own))
     request.call(q, k, v, None, on_gpu=False, in_kernel=in_kernel)
 
 

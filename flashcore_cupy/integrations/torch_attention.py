@@ -52,7 +52,8 @@ def attend(q: Any, k: Any, v: Any, arguments: Mapping[str, Any]) -> Any:
             f"q: got {type(q).__name__} beside tensors of torch that require a gradient or are "
             f"traced; use a torch.Tensor"
         )
-    arrays, options = engine.split(arguments)
+    in_kernel = q.is_cuda or arguments.get("kernel", "auto") != "auto"
+    arrays, options = engine.split(arguments, in_kernel=in_kernel)
     return_lse = options.pop("return_lse", False)
     named = {"q": q, "k": k, "v": v} | arrays
     named = {name: _tensor(name, x, q.device) for name, x in named.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def of_grid(grid: Any, wanted: tuple[int, int]) -> tuple[Any, Any]:
 def packed(grid: Any, xp: Any) -> tuple[Any, Any]:
     """Counts and ascending indices, int32, of what is True along the last axis."""
     *rows, columns = grid.shape
-    flat = grid.reshape(-1, columns)
+    flat = grid.reshape(math.prod(rows), columns)
     place = xp.cumsum(flat, axis=1, dtype=xp.int64) - 1
     row = xp.arange(len(flat), dtype=xp.int64)[:, None] * columns
     # The last element takes what is False.

@@ -279,12 +279,6 @@ def checked_length(name: str, value: Any) -> int:
     return n
 
 
-def refuse_gradient(arguments: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if a backward pass is given a block mask."""
-    if arguments.get("block_mask") is not None:
-        raise ValueError("block_mask: has no gradient yet; pass the same rule as mask_mod")
-
-
 def _joined(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     for name in own.keys() & given.keys():
         if own[name] is not given[name]:

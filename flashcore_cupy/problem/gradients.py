@@ -25,6 +25,7 @@ from flashcore_cupy.problem.attention_problem import (
     dtype_beside,
     operand,
 )
+from flashcore_cupy.problem.blocks_as_rule import as_rule
 from flashcore_cupy.problem.mod_elements import (
     MOD_ARGS,
     check_differentiated,
@@ -42,7 +43,7 @@ INPUTS = ("q", "k", "v", *(rule.name for rule in RULES if rule.has_gradient))
 #: All that attention_backward() takes by name.
 BACKWARD_ARGUMENTS = (
     *("do", "o", "lse", "dlse", "wrt", "deterministic", "accumulate", "score_mod_grad"),
-    *(name for name in ARGUMENTS if name not in ("return_lse", "block_mask")),
+    *(name for name in ARGUMENTS if name != "return_lse"),
 )
 _DEFAULTS: Mapping[str, Any] = {
     "wrt": ("q", "k", "v"), "deterministic": True, "accumulate": False, "score_mod_grad": None,
@@ -233,6 +234,9 @@ class BackwardRequest:
         q, k, v = (operands[name] for name in "qkv")
         forward = self.attention.call(q, k, v, None, on_gpu=on_gpu)
         in_kernel = on_gpu or forward.kernel != "auto"
+        if forward.lists is not None and in_kernel:  # no kernel walks over them
+            request = as_rule(self.attention, forward, _module_of(q))
+            forward = request.call(q, k, v, None, on_gpu=on_gpu)
         score_mod = self.attention.rules.get("score_mod")
         check_score_mod_grad(self.score_mod_grad, score_mod, forward.mod_args, in_kernel=in_kernel)
         problem = forward.problem
@@ -278,6 +282,14 @@ class BackwardRequest:
             raise TypeError(f"{target}: got dtype {got}; use float32, {why}")
         check_written(target, x, inputs, dense=name.startswith(MOD_ARGS))
         return x
+
+
+def _module_of(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return np
+    import cupy
+
+    return cupy
 
 
 def contiguous_gradients(

@@ -34,7 +34,7 @@ def test_it_takes_what_attention_takes() -> None:
     forward = set(inspect.signature(attention).parameters) - {"unknown"}
     assert taken == set(BACKWARD_ARGUMENTS) and forward == set(ARGUMENTS)
     own = {"do", "o", "lse", "dlse", "wrt", "deterministic", "accumulate", "score_mod_grad"}
-    assert taken - forward == own and forward - taken == {"return_lse", "block_mask"}
+    assert taken - forward == own and forward - taken == {"return_lse"}
     for name in taken & forward - {"kernel"}:
         defaults = [
             inspect.signature(f).parameters[name].default for f in (attention, attention_backward)

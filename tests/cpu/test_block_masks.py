@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from cases_block_masks import *  # noqa: F403
-from drawn_blocks import RULE, drawn, rule
+from drawn_blocks import RULE, drawn, poisoned_keys, rule
 
-from flashcore_cupy import BlockMask, attention, attention_backward, block_mask, explain
+from flashcore_cupy import (
+    BlockMask,
+    attention,
+    attention_backward,
+    block_mask,
+    explain,
+    explain_backward,
+)
 from flashcore_cupy.block_masks import _asked
 from flashcore_cupy.cpu import reference
 from flashcore_cupy.cpu.emulator import build
@@ -213,17 +221,86 @@ def test_what_has_no_block_mask_says_so() -> None:
         explain(q, k, v, block_mask=_lists(), kernel="cluster_sm90")
     told = explain(q, k, v, block_mask=_lists(), kernel="mma_sm80")
     assert ", blocks, " in told and "a launch ahead lists tiles of 32 queries and 128 keys" in told
-    o, lse = attention(q, k, v, return_lse=True)
-    with pytest.raises(ValueError, match="block_mask: has no gradient yet; pass the same rule"):
-        attention_backward(o, q, k, v, o, lse, block_mask=_lists())
 
 
-def test_a_gradient_through_a_block_mask_is_refused() -> None:
+def _drawn(heads: int = 2) -> tuple[Any, Any]:
+    """A block mask with a rule, and the same as a dense one."""
+    rng = np.random.default_rng(1)
+    draw = drawn(rng, (200, 300), (64, 128), (2, heads))
+    return replace(draw.mask(np, rng, stray=True), mask_mod=rule), draw.dense(4)
+
+
+def test_gradients_are_those_of_the_dense_mask() -> None:
+    q, k, v = arrays()
+    made, dense = _drawn()
+    o, lse = attention(q, k, v, block_mask=made, return_lse=True)
+    k, v = (poisoned_keys(x, dense, 2) for x in (k, v))
+    got = attention_backward(q, q, k, v, o, lse, block_mask=made)
+    want = attention_backward(q, q, k, v, o, lse, mask=dense)
+    for x, y in zip(got[:3], want[:3], strict=True):
+        assert np.isfinite(x).all()
+        np.testing.assert_allclose(x.astype("f4"), y.astype("f4"), atol=2e-3)
+
+
+def test_gradients_of_torch_and_its_other_transforms() -> None:
     torch = pytest.importorskip("torch")
+    made, dense = _drawn()
     q, k, v = (torch.from_numpy(x.astype("f4")).requires_grad_() for x in arrays())
-    with pytest.raises(ValueError, match="block_mask: has no gradient yet"):
-        attention(q, k, v, block_mask=_lists())
-    assert attention(q.detach(), k.detach(), v.detach(), block_mask=_lists()).shape == q.shape
+    o = attention(q, k, v, block_mask=made)
+    o.square().sum().backward()
+    again = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    attention(*again, mask=torch.from_numpy(dense)).square().sum().backward()
+    for x, y in zip((q, k, v), again, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+    given = [x.detach() for x in (q, k, v)]
+    mapped = torch.vmap(lambda *x: attention(*x, block_mask=made))(*(x[None] for x in given))
+    torch.testing.assert_close(mapped[0], o.detach())
+
+
+def test_gradients_and_programs_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    made, dense = _drawn()
+    given = [jax.numpy.asarray(x.astype("f4")) for x in arrays()]
+
+    def loss(q: Any, k: Any, v: Any, **rules: Any) -> Any:
+        return (attention(q, k, v, **rules) ** 2).sum()
+
+    every = (0, 1, 2)
+    got = jax.jit(jax.grad(lambda *x: loss(*x, block_mask=made), every))(*given)
+    want = jax.grad(lambda *x: loss(*x, mask=dense), every)(*given)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_of_gradients_gets_the_blocks_as_a_rule() -> None:
+    q, k, v = arrays()
+    o, lse = attention(q, k, v, return_lse=True)
+    made = replace(_drawn()[0], mask_mod=RULE)
+
+    def explained(**rules: Any) -> str:
+        given = {"block_mask": made, "kernel": "bwd_sm80"} | rules
+        return explain_backward(q, q, k, v, o, lse, **given)
+
+    assert "mask_mod" in explained()
+    with pytest.raises(ValueError, match="the name 'block_states' is taken by the block mask"):
+        explained(mod_args={"block_states": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match="block_mask: is of"):
+        explained(block_mask=_lists(seqlen_kv=400))
+    function = replace(made, mask_mod=rule)
+    with pytest.raises(TypeError, match="mask_mod: got a Python function"):
+        explained(block_mask=function)
+
+
+def test_no_blocks_at_all() -> None:
+    q, k, v = arrays()
+    for lengths in ((0, 300), (200, 0), (0, 0)):
+        made = block_mask(rule, seqlen_q=lengths[0], seqlen_kv=lengths[1])
+        assert made.to_dense().size == 0 and "BlockMask" in repr(made)
+        given = q[:, :, : lengths[0]], k[:, :, : lengths[1]], v[:, :, : lengths[1]]
+        o, lse = attention(*given, block_mask=made, return_lse=True)
+        assert o.shape == given[0].shape and not o.any() and np.isneginf(lse).all()
+        found = attention_backward(o, *given, o, lse, block_mask=made)
+        assert not any(x.any() for x in found[:3])
 
 
 def test_an_expression_has_its_arrays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,8 @@ from cases_gradients import random
 
 from flashcore_cupy import attention, attention_backward
 from flashcore_cupy.integrations import engine
+from flashcore_cupy.problem.block_lists import InKernel
+from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.gradients import by_result
 from flashcore_cupy.problem.mod_elements import label
 
@@ -59,11 +62,11 @@ def test_mapped_axes(
     do = random(*o.shape, seed=9)
     found = engine.backward(options, wrt, given | {"o": o, "lse": lse, "do": do})
     for at in np.ndindex(*lead):
-        one = engine.keywords({name: x[at] for name, x in given.items()})
-        wanted = attention(**one, **options, return_lse=True)
+        one = engine.joined({name: x[at] for name, x in given.items()}, options)
+        wanted = attention(**one, return_lse=True)
         np.testing.assert_array_equal(o[at], wanted[0])
         np.testing.assert_array_equal(lse[at], wanted[1])
-        of = attention_backward(do[at], o=wanted[0], lse=wanted[1], **one, **options, wrt=wrt)
+        of = attention_backward(do[at], o=wanted[0], lse=wanted[1], **one, wrt=wrt)
         for name, x in zip(wrt, found, strict=True):
             assert x.shape == given[name].shape
             np.testing.assert_array_equal(x[at], by_result(of)[f"d{name}"])
@@ -121,15 +124,29 @@ def test_options_as_text() -> None:
 def test_what_is_split() -> None:
     bias, x = np.ones(3), np.ones(4)
     mods = {"score_mod": "score", "mod_args": {"x": x}}
-    found, options = engine.split({"bias": bias, "mask": None, "causal": True, **mods})
+    split = functools.partial(engine.split, in_kernel=False)
+    found, options = split({"bias": bias, "mask": None, "causal": True, **mods})
     assert list(found) == ["bias", "mod_args.x"] and found["mod_args.x"] is x
     assert options == {"causal": True, "score_mod": "score"}
     draw = np.array([1, 2])
     for rng, is_array in ((draw, True), ((1, 2), False), ([1, 2], False)):
-        found, options = engine.split({"dropout_p": 0.1, "rng": rng})
+        found, options = split({"dropout_p": 0.1, "rng": rng})
         assert (found.get("rng") is rng, options.get("rng") is rng) == (is_array, not is_array)
     assert not engine.has_gradient("rng")
+    lists = np.ones((1, 1, 2), np.int32), np.zeros((1, 1, 2, 1), np.int32)
+    rule = InKernel("kv_idx > 3", lambda b, h, q_idx, kv_idx, **_: kv_idx > 3)
+    sizes = {"seqlen_q": 200, "seqlen_kv": 300, "block": (128, 64)}
+    made = BlockMask.from_lists(*lists, **sizes, mask_mod=rule, mod_args={"x": x})
+    for in_kernel, mask_mod in ((True, rule.cuda), (False, rule.python)):
+        found, options = engine.split({"block_mask": made}, in_kernel=in_kernel)
+        names = ["mod_args.x", "block_mask.kv_num_blocks", "block_mask.kv_indices"]
+        assert list(found) == names and options["mask_mod"] is mask_mod
+        again = engine.joined(found, options)
+        assert again.keys() == {"block_mask", "mask_mod", "mod_args"}
+        own = again["block_mask"]
+        assert (own.seqlens, own.block) == ((200, 300), (128, 64))
+        assert own.arrays.keys() == made.arrays.keys()
     assert label("mod_args.x") == "mod_args['x']" and label("bias") == "bias"
     for name in ("out", "gate", "stream"):
         with pytest.raises(ValueError, match=f"^{name}: "):
-            engine.split({name: bias})
+            split({name: bias})

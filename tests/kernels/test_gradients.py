@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases_gradients import FLOAT32, Rules, operands, random
+from drawn_blocks import FULL, RULE, drawn, poisoned_keys
 from kernel_gradients import (
     BRAIN,
     DROP,
@@ -142,6 +143,36 @@ def test_masks_on_hopper(
     expected = verify_gradients.expect(do, q, k, v, **plain)
     got = gradients(on, "bwd_sm90", given, ("q", "k", "v"), rules, deterministic=deterministic)
     faults = expected.faults(got)
+    assert not faults, faults
+
+
+@each("kernel", ["bwd_sm80", "bwd_sm90", "auto"])
+@each("block", [(128, 128), (64, 128), (64, 64)])
+@each("lists", [(1, 1), (2, 2), (1, HEADS)])
+@each("more", [{}, {"causal": True}, {"mask": (150, 200)}, {"mask": (2, 1, 1, 200), **DROP}])
+def test_block_masks(
+    on: Place, kernel: str, block: tuple[int, int], lists: tuple[int, int], more: Rules
+) -> None:
+    """Keys of empty blocks hold NaN; a mask is asked in mixed blocks alone."""
+    runs(on, kernel)
+    rng = np.random.default_rng(11)
+    draw = drawn(rng, (150, 200), block, lists)
+    rules: Rules = {"block_mask": draw.mask(on.xp, rng, stray=True), "mask_mod": RULE, **more}
+    dense = draw.dense(HEADS)
+    if "mask" in more:
+        rules["mask"] = rng.random(more["mask"]) < 0.7
+        full = np.repeat(draw.elements(FULL), HEADS // lists[1], axis=1)
+        dense = full | (dense & rules["mask"])
+    others = {name: x for name, x in more.items() if name != "mask"} | {"mask": dense}
+    sizes = {"seqlen": 150, "seqlen_kv": 200, "head_dim": 64, "head_dim_v": 64, "batch": 2}
+    q, k, v = operands(heads=HEADS, heads_kv=2, dtype=np.dtype(HALF), **sizes)
+    k, v = (poisoned_keys(x, dense, 2) for x in (k, v))
+    o, lse = attention(q, k, v, return_lse=True, **others)
+    do = random(*o.shape, dtype=HALF, seed=5)
+    given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
+    expected = verify_gradients.expect(do, q, k, v, **others)
+    kernel = "bwd_sm80" if on.is_emulated and kernel == "auto" else kernel
+    faults = expected.faults(gradients(on, kernel, given, ("q", "k", "v"), rules))
     assert not faults, faults
 
 
