@@ -1,35 +1,24 @@
-"""Functions with the signatures of torch, flash-attn and JAX, against torch's and JAX's own."""
+"""Functions with the signatures of torch and flash-attn, against torch's own."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 from cases_gradients import random
 
-needs_torch = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="torch is not installed"
-)
-needs_jax = pytest.mark.skipif(
-    importlib.util.find_spec("jax") is None, reason="jax is not installed"
-)
+torch = pytest.importorskip("torch")
 
 
 def tensors(*shapes: tuple[int, ...], dtype: str = "float32") -> list[Any]:
-    import torch
-
     made = (torch.as_tensor(random(*shape, seed=n)) for n, shape in enumerate(shapes))
     return [x.to(getattr(torch, dtype)).requires_grad_() for x in made]
 
 
 def agree(ours: Any, theirs: Any, inputs: list[Any], tolerance: float = 1e-5) -> None:
     """The output and the gradients of two calls."""
-    import torch
-
     start = torch.as_tensor(random(*ours.shape, seed=9)).to(ours.dtype)
     got = [ours, *torch.autograd.grad(ours, inputs, start)]
     wanted = [theirs, *torch.autograd.grad(theirs, inputs, start)]
@@ -37,7 +26,6 @@ def agree(ours: Any, theirs: Any, inputs: list[Any], tolerance: float = 1e-5) ->
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
-@needs_torch
 class TestScaledDotProductAttention:
     @pytest.mark.parametrize(
         ("lead", "mask"),
@@ -55,8 +43,6 @@ class TestScaledDotProductAttention:
     )
     @pytest.mark.parametrize("kind", ["bool", "float"])
     def test_torchs_own_agrees(self, lead: Any, mask: Any, kind: str) -> None:
-        import torch
-
         from flashcore_cupy.torch import scaled_dot_product_attention as ours
 
         theirs = torch.nn.functional.scaled_dot_product_attention
@@ -71,8 +57,6 @@ class TestScaledDotProductAttention:
         agree(ours(*inputs[:3], **more), theirs(*inputs[:3], **more), inputs)
 
     def test_grouped_heads(self) -> None:
-        import torch
-
         from flashcore_cupy.torch import scaled_dot_product_attention as ours
 
         theirs = torch.nn.functional.scaled_dot_product_attention
@@ -82,8 +66,6 @@ class TestScaledDotProductAttention:
             ours(*inputs)
 
     def test_in_a_transformer(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import torch
-
         from flashcore_cupy.torch import scaled_dot_product_attention
 
         torch.manual_seed(0)
@@ -122,15 +104,12 @@ class TestScaledDotProductAttention:
             assert list(inspect.signature(function).parameters) == names.split()
 
 
-@needs_torch
 class TestDropout:
     """The three functions of tensors (B, S, H, D)."""
 
     BOUNDS = (0, 6, 16)
 
     def each(self) -> dict[str, Any]:
-        import torch
-
         from flashcore_cupy import torch as ours
 
         bounds = torch.tensor(self.BOUNDS, dtype=torch.int32)
@@ -153,8 +132,6 @@ class TestDropout:
 
     def expected(self, name: str, inputs: list[Any], p: float) -> Any:
         """The formula, with the mask of what torch's generator gives now."""
-        import torch
-
         from flashcore_cupy import dropout_mask
 
         rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
@@ -171,8 +148,6 @@ class TestDropout:
     @pytest.mark.parametrize("name", ["sdpa", "packed", "any order", "ordered"])
     @pytest.mark.parametrize("p", [0.3, 0.8])
     def test_a_mask_for_both_directions(self, name: str, p: float) -> None:
-        import torch
-
         batch = 1 if name == "packed" else 2
         inputs = tensors(*[(batch, 16, 4, 8)] * 3)
         torch.manual_seed(5)
@@ -183,8 +158,6 @@ class TestDropout:
 
     @pytest.mark.parametrize("name", ["sdpa", "packed", "any order"])
     def test_nothing_is_drawn_for_nothing(self, name: str) -> None:
-        import torch
-
         inputs = tensors(*[(1, 16, 4, 8)] * 3)
         state = torch.get_rng_state()
         function = self.each()[name]
@@ -201,7 +174,6 @@ class TestDropout:
     @pytest.mark.parametrize("name", ["sdpa", "packed", "any order"])
     def test_compiled_and_in_a_checkpoint(self, name: str) -> None:
         """What is computed again draws the same."""
-        import torch
         from torch.utils.checkpoint import checkpoint
 
         function, inputs = self.each()[name], tensors(*[(1, 16, 4, 8)] * 3)
@@ -214,15 +186,12 @@ class TestDropout:
         torch.compiler.reset()
 
 
-@needs_torch
 class TestFlashAttn:
     @pytest.mark.parametrize("deterministic", [False, True])
     @pytest.mark.parametrize("packed", [False, True])
     def test_every_argument(
         self, packed: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import torch
-
         from flashcore_cupy import attention
         from flashcore_cupy import torch as ours
         from flashcore_cupy.integrations import engine
@@ -260,8 +229,6 @@ class TestFlashAttn:
             assert probabilities is None and o.requires_grad == grad
 
     def test_compiled(self) -> None:
-        import torch
-
         from flashcore_cupy.torch import flash_attn_func
 
         inputs = tensors((2, 9, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8))
@@ -275,71 +242,3 @@ class TestFlashAttn:
         (q,) = tensors((9, 4, 8))
         with pytest.raises(ValueError, match=r"^block_table: "):
             flash_attn_varlen_func(q, q, q, [0, 9], [0, 9], 9, 9, block_table=q)
-
-
-@needs_jax
-class TestDotProductAttention:
-    def test_signature(self) -> None:
-        import jax
-
-        from flashcore_cupy.jax import dot_product_attention as ours
-
-        names = list(inspect.signature(ours).parameters)
-        theirs = list(inspect.signature(jax.nn.dot_product_attention).parameters)
-        assert names[: len(theirs)] == theirs or set(theirs) <= set(names)
-
-    @pytest.mark.parametrize(
-        "rules",
-        [
-            {},
-            {"is_causal": True, "scale": 0.3},
-            {"bias": (2, 1, 7, 9), "mask": (1, 4, 7, 9)},
-            {"bias": (1, 4, 1, 9), "is_causal": True},
-            {"key_value_seq_lengths": [9, 3], "query_seq_lengths": [7, 7]},
-            {"local_window_size": 2, "is_causal": True},
-            {"local_window_size": (1, 3)},
-            {"local_window_size": (2, 0), "key_value_seq_lengths": [6, 7], "mask": (1, 1, 7, 9)},
-        ],
-        ids=str,
-    )
-    def test_jaxs_own_agrees(self, rules: dict[str, Any]) -> None:
-        import jax
-
-        from flashcore_cupy.jax import dot_product_attention as ours
-
-        q, k, v = (random(2, n, h, 8, seed=h + n) for n, h in ((7, 4), (9, 2), (9, 2)))
-        rules, inputs = dict(rules), {"query": q, "key": k, "value": v}
-        if "bias" in rules:
-            inputs["bias"] = random(*rules.pop("bias"), seed=4)
-        if "mask" in rules:
-            # Where a query sees no key, JAX has the mean of all values.
-            rules["mask"] = (random(*rules["mask"], seed=5) > 0) | (np.arange(9) % 2 == 0)
-        for name in ("query_seq_lengths", "key_value_seq_lengths"):
-            if name in rules:
-                rules[name] = np.array(rules[name], np.int32)
-
-        def gradients(function: Any) -> Any:
-            def loss(x: dict[str, Any]) -> Any:
-                o = function(**x, **rules)
-                return (o**2).sum(), o
-
-            return jax.jit(jax.grad(loss, has_aux=True))(inputs)
-
-        got, wanted = gradients(ours), gradients(jax.nn.dot_product_attention)
-        np.testing.assert_allclose(got[1], wanted[1], atol=1e-5)
-        for name, x in wanted[0].items():
-            np.testing.assert_allclose(got[0][name], x, atol=2e-5, err_msg=name)
-
-    def test_without_a_batch_and_with_the_log_sum_exp(self) -> None:
-        import jax
-
-        from flashcore_cupy.jax import dot_product_attention as ours
-
-        q, k, v = (random(7, 4, 8, seed=n) for n in range(3))
-        for call in (ours, jax.jit(ours, static_argnames="return_residual")):
-            o, lse = call(q, k, v, return_residual=True)
-            wanted = jax.nn.dot_product_attention(q, k, v)
-            np.testing.assert_allclose(o, wanted, atol=1e-5)
-            scores = np.einsum("ind,jnd->inj", q, k) / 8**0.5
-            np.testing.assert_allclose(lse, np.log(np.exp(scores).sum(-1)), rtol=1e-5)
-        assert isinstance(ours(q, k, v), jax.Array)
