@@ -189,16 +189,8 @@ def attention(
             alibi_slopes is None and bias is None and mask is None and block_mask is None
             and sink is None and rng is None and score_mod is None and mask_mod is None
             and mod_args is None and cu_seqlens_q is None and cu_seqlens_k is None
+            and (done := launch_cache.launch_again(q, k, v, out, return_lse, choices)) is not None
         ):  # fmt: skip
-            done = launch_cache.launch_again(q, k, v, out, return_lse, choices)
-        else:
-            rules = dict(
-                alibi_slopes=alibi_slopes, bias=bias, mask=mask, block_mask=block_mask, sink=sink,
-                rng=rng, score_mod=score_mod, mask_mod=mask_mod, mod_args=mod_args,
-                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            )  # fmt: skip
-            done = ruled_cache.launch_again(q, k, v, out, return_lse, choices, rules)
-        if done is not None:
             return done
     leave_dynamo()
     check_names("attention", unknown, ARGUMENTS)
@@ -209,12 +201,7 @@ def attention(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, batch_invariant=batch_invariant,
         kernel=kernel, config=config, gate=gate,
     )  # fmt: skip
-    return_lse = check_results(gate, return_lse, out)
-    try:
-        return _attend(arguments, q, k, v, out, stream, return_lse, choices)
-    except Traced as traced:
-        by = traced.by
-    return _integrated(by, q, k, v, arguments | dict(return_lse=return_lse, out=out, stream=stream))
+    return _attend(arguments, q, k, v, out, stream, check_results(gate, return_lse, out), choices)
 
 
 @untraced
@@ -293,16 +280,24 @@ def _attend(
     return_lse: bool,
     known_by: tuple[Any, ...] | None,
 ) -> Any:
-    """Describe a call, and compute it where q lies."""
-    if known_by is not None and tensors.differentiates(q, k, v):  # as would be found out below
-        raise Traced("q", "torch", "requires a gradient")
-    request = Request.of(arguments)
-    gpu = interop.gpu_of("q", q)
-    q, k, v = interop.in_autocast(q, k, v)
-    if gpu is None:
-        return _on_host(request, q, k, v, out, stream, return_lse)
-    rules = {name: arguments[name] for name in _KNOWN_RULES if arguments[name] is not None}
-    return _on_gpu(gpu, request, q, k, v, out, stream, return_lse, known_by, rules)
+    """Have a call computed: as it is known, or where q lies, or by who traces or differentiates."""
+    rules = {name: x for name in _KNOWN_RULES if (x := arguments[name]) is not None}
+    if rules and known_by is not None:
+        done = ruled_cache.launch_again(q, k, v, out, return_lse, known_by, rules)
+        if done is not None:
+            return done
+    try:
+        if known_by is not None and tensors.differentiates(q, k, v):  # as would be found out below
+            raise Traced("q", "torch", "requires a gradient")
+        request = Request.of(arguments)
+        gpu = interop.gpu_of("q", q)
+        given = interop.in_autocast(q, k, v)
+        if gpu is None:
+            return _on_host(request, *given, out, stream, return_lse)
+        return _on_gpu(gpu, request, *given, out, stream, return_lse, known_by, rules)
+    except Traced as traced:
+        by = traced.by
+    return _integrated(by, q, k, v, arguments | dict(return_lse=return_lse, out=out, stream=stream))
 
 
 def _integrated(by: str, q: Any, k: Any, v: Any, arguments: dict[str, Any]) -> Any:

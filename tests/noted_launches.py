@@ -128,7 +128,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, movable: bool) -> Driver:
     )
     fake = SimpleNamespace(
         ndarray=Array, empty=driver.empty, zeros=driver.empty, uint8=np.uint8, cuda=cuda,
-        ascontiguousarray=_contiguous,
+        ascontiguousarray=_contiguous, dtype=np.dtype,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)

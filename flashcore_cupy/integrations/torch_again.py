@@ -2,8 +2,8 @@
 
 What ``torch_attention`` has done once for a call, with all its checks, is done here for its like:
 the launch caches are asked, and what they know is launched. They know calls by their tensors'
-sizes, strides, dtypes, alignment and GPU, and by all other arguments; those with rules' arrays,
-with ``out``, ``stream`` or ``rng``, and kernels of the environment they do not know.
+sizes, strides, dtypes, alignment and GPU, and by all other arguments. Calls with rules' arrays,
+with ``out``, ``stream`` or ``rng`` go through ``torch_attention``, whose two passes are known each.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ class KnownAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, found: FoundTensors, return_lse: bool) -> Any:
         """Launch, and keep what the gradients take."""
-        o, lse = found.launch(q, True)
+        made = found.launch(q, True)
+        if made is None:
+            made = torch_attention.forward_of_tensors((q, k, v), "q k v", _options(found.choices))
+        o, lse = made
         ctx.found = found
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.set_materialize_grads(False)

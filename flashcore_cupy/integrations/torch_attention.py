@@ -125,7 +125,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: str, options: Options, *arrays: Any) -> Any:
         """Compute, and keep what the gradients take."""
-        output = _forward_of_tensors(arrays, names, options)
+        output = forward_of_tensors(arrays, names, options)
         _keep(ctx, names, options, arrays, output)
         return output
 
@@ -226,7 +226,7 @@ class Gradients(torch.autograd.Function):
         return found, (0,) * len(found)
 
 
-def _forward_of_tensors(tensors: Any, names: str, options: Options) -> Any:
+def forward_of_tensors(tensors: Any, names: str, options: Options) -> Any:
     """As ``_forward``; on a GPU by ``attention`` itself, whose launch cache knows tensors."""
     if not tensors[0].is_cuda:
         return _forward(tensors, names, options)

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.launch import launch_cache, tensors
+from flashcore_cupy.launch import launch_cache, once, tensors
 from flashcore_cupy.launch.backward import GpuBackward
 from flashcore_cupy.launch.known_call import KnownCall, maps_in
 from flashcore_cupy.launch.taken_apart import (
+    NO_RULES,
     NOTHING,
     TakenApart,
     address_of,
@@ -34,7 +35,6 @@ from flashcore_cupy.select.tensor_view import View
 _LIMIT = 4096  # problems remembered; beyond, all are forgotten
 _Q = 1  # the place of q among a call's operands
 _FLOAT32 = np.dtype(np.float32)
-_NO_RULES: Mapping[str, Any] = {}
 _known: dict[Any, KnownCall] = {}
 
 
@@ -42,7 +42,7 @@ def remember(
     bound: GpuBackward,
     operands: Mapping[str, Any],
     choices: tuple[Any, ...],
-    rules: Mapping[str, Any] = _NO_RULES,
+    rules: Mapping[str, Any] = NO_RULES,
     mod_args: Sequence[str] = (),
 ) -> None:
     """Keep what was found out for a call whose results are new arrays.
@@ -77,6 +77,8 @@ def remember(
         hash(key)
     except TypeError:  # a list is legal, but keys nothing
         return
+    if taken is not NOTHING and not once.comes_again(key):
+        return
     if len(_known) >= _LIMIT:
         _known.clear()
     _known[key] = _known_call(bound, names)
@@ -109,7 +111,7 @@ def _no_map(address: int, view: View) -> Params:
 def launch_again(
     operands: Mapping[str, Any],
     choices: tuple[Any, ...],
-    rules: Mapping[str, Any] = _NO_RULES,
+    rules: Mapping[str, Any] = NO_RULES,
 ) -> Gradients | None:
     """Launch a call that is remembered and return its gradients; None if it is not.
 
@@ -138,9 +140,9 @@ def launch_again(
         return None  # what it allocates is the graph's
     empty = cupy.empty
     results = [empty(*kind) for kind in known.results.values()]
-    if _misaligned(results):
-        return None
     scratch = empty(known.scratch_size, np.float32)
+    if _misaligned((*results, scratch)):
+        return None
     addresses = [x.data.ptr for x in (*given, *results)]
     known.launch([*addresses, integer_key(taken.rng)], scratch.data.ptr, device, stream)
     return gathered(dict(zip(known.results, results, strict=True)))

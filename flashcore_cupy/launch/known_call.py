@@ -1,7 +1,7 @@
 """A call that was launched once, as it is launched again: with other addresses, and all else as is.
 
-Where the parameters of a launch hold which address is found out by having them written twice, for
-addresses that are nobody's. So no list of fields has to follow what kernels take.
+To find which words of the parameters hold which address, they are written twice, for made-up
+addresses. So no list of fields has to follow what kernels take.
 """
 
 from __future__ import annotations
@@ -108,18 +108,19 @@ def _places(written: Written, names: Sequence[str]) -> list[list[_Place]]:
     tried = {name: _FIRST + _APART * n for n, name in enumerate(names)}
     moved = {name: x + _MOVED * n for n, (name, x) in enumerate(tried.items(), start=1)}
     both = zip(written(tried), written(moved), strict=True)
-    return [list(_differences(*map(_words, pair))) for pair in both]
+    return [list(_differences(_words(x), _words(y), len(names))) for x, y in both]
 
 
 def _words(params: Params) -> Any:
     return ParameterBlock(params).words
 
 
-def _differences(tried: Any, moved: Any) -> Iterable[_Place]:
+def _differences(tried: Any, moved: Any, count: int) -> Iterable[_Place]:
     for word, (here, there) in enumerate(zip(tried, moved, strict=True)):
         if here != there:
-            which = (there - here) // _MOVED - 1
-            yield _Place(word, which, here - (_FIRST + _APART * which))
+            nth, rest = divmod(there - here, _MOVED)
+            assert rest == 0 and 1 <= nth <= count, "an address, or one and a number"
+            yield _Place(word, nth - 1, here - (_FIRST + _APART * (nth - 1)))
 
 
 class _BoundBlocks:

@@ -139,7 +139,9 @@ def remember(plan: GpuPlan, choices: tuple[Any, ...], *, out_given: bool, given:
         _is_captured = cupy.cuda.runtime.streamIsCapturing
         _launch_kernel = cupy.cuda.driver.launchKernel
     q, k, v, o = (plan.arrays[name] for name in "qkvo")
-    addresses = q.data.ptr | k.data.ptr | v.data.ptr | (o.data.ptr if out_given else 0)
+    addresses = q.data.ptr | k.data.ptr | v.data.ptr
+    if not out_given and _misaligned(o.data.ptr):
+        return  # others would get a kernel that is built for less
     out, lse = o if out_given else None, "lse" in plan.arrays
     key = _key(q, k, v, out, addresses, lse, q.data.device_id, choices)
     try:
@@ -167,7 +169,7 @@ def launch_again(
     pq, pk, pv, po = q.data.ptr, k.data.ptr, v.data.ptr, 0 if out is None else out.data.ptr
     device = _current_device()
     try:
-        known = _known.get(_key(q, k, v, out, pq | pk | pv | po, return_lse, device, choices))
+        known = _known.get(_key(q, k, v, out, pq | pk | pv, return_lse, device, choices))
     except TypeError:  # an argument that cannot be hashed, or is wrong: for the long way
         return None
     if known is None or is_other_environment():
@@ -178,6 +180,8 @@ def launch_again(
     if out is None:
         out = _empty(known.output_shape, known.dtype)
         po = out.data.ptr
+        if _misaligned(po):
+            return None
     lse = _empty(known.lse_shape, _float32) if return_lse else None
     addresses = (pq, pk, pv, po, 0 if lse is None else lse.data.ptr)
     bound = known.blocks.pop() if known.blocks else _BoundBlock(known.params.copy())
@@ -195,9 +199,10 @@ def _launch_tensors(q: Any, k: Any, v: Any, return_lse: bool, choices: tuple[Any
     if tensors.differentiates(q, k, v):
         return _differentiate and _differentiate(q, k, v, return_lse, choices)
     found = find_tensors(q, k, v, return_lse, choices)
-    if found is None:
+    made = None if found is None else found.launch(q, return_lse)
+    if made is None:
         return None
-    out, lse = found.launch(q, return_lse)
+    out, lse = made
     return out if lse is None else (out, lse)
 
 
@@ -242,8 +247,11 @@ class FoundTensors:
         choices: tuple[Any, ...] = self.key[4]
         return choices
 
-    def launch(self, q: Any, return_lse: bool) -> tuple[Any, Any]:
-        """Launch it; returns the output, and the log-sum-exp or None. Their addresses are kept."""
+    def launch(self, q: Any, return_lse: bool) -> tuple[Any, Any] | None:
+        """Launch it; returns the output, and the log-sum-exp or None. Their addresses are kept.
+
+        None where an allocator has given memory that is not as the kernel is built for.
+        """
         known, device, stream = self.known, self.device, self.stream
         if not known.patterns:
             known.patterns = [
@@ -255,6 +263,8 @@ class FoundTensors:
         else:
             (out,), lse = tensors.like(known.patterns[:1]), None
         addresses = (*self.addresses, out.data_ptr(), 0 if lse is None else lse.data_ptr())
+        if _misaligned(addresses[3]):
+            return None
         self.addresses = addresses
         bound = known.blocks.pop() if known.blocks else _BoundBlock(known.params.copy())
         if bound.addresses != addresses:
@@ -290,6 +300,11 @@ def _launch(known: _KnownCall, bound: _BoundBlock, device: int, stream: int) -> 
     known.blocks.append(bound)
 
 
+def _misaligned(address: int) -> bool:
+    """Whether an allocator has given memory that is not as the kernels are built for."""
+    return address % MAX_ALIGN != 0
+
+
 def _all_on(device: int, *arrays: Any) -> bool:
     return all(x.data.device_id == device for x in arrays)
 
@@ -304,7 +319,10 @@ def _key(
     device: int,
     choices: tuple[Any, ...],
 ) -> tuple[Any, ...]:
-    """All that a launch depends on but the addresses themselves, of which it takes the union.
+    """All that a launch depends on but the addresses themselves.
+
+    ``addresses``: the union of those of q, k and v, for the least aligned of them decides how wide
+    loads are. out's own decides how wide stores are.
 
     ``choices``: the window, then others and their classes, for True and 1 are equal, but not the
     same argument.
@@ -316,8 +334,9 @@ def _key(
         q.shape, q._c_contiguous or q.strides, q.dtype,
         k.shape, k._c_contiguous or k.strides, k.dtype,
         v.shape, v._c_contiguous or v.strides, v.dtype,
-        None if out is None else (out.shape, out._c_contiguous or out.strides, out.dtype),
-        # The least aligned of them decides how wide loads and stores are.
+        None if out is None else (
+            out.shape, out._c_contiguous or out.strides, out.dtype, out.data.ptr % MAX_ALIGN
+        ),
         addresses % MAX_ALIGN, return_lse, device, choices,
         None if choices[0] is NO_WINDOW else tuple(map(type, choices[0])),
     )  # fmt: skip
@@ -361,6 +380,7 @@ def _environment_changed() -> bool:
     """
     global _variable_count
     if is_overridden():
+        _variable_count = -1  # to be asked again at each call
         return True
     _variable_count = len(os.environ)
     return False

@@ -118,6 +118,7 @@ class GpuPlan(Plan):
     """A plan of CuPy arrays. Keeps every array that a launch touches alive."""
 
     kernels: tuple[LoadedKernel, ...] = ()
+    prepared_launches: tuple[Launch, ...] = ()
     steps: tuple[Step, ...] = ()
     workspace_bytes: tuple[int, int] = (0, 0)
     """Of split_partials and counters, if the arrays have those."""
@@ -204,6 +205,7 @@ def make_plan(
     plan.arrays |= {f"mod_args[{index}]": array for index, array in enumerate(mod_args)}
     plan.params, plan.blocks = params, work.blocks
     launches = plan.launches_at({name: array.data.ptr for name, array in plan.arrays.items()})
+    plan.prepared_launches = tuple(launches)
     plan.steps = tuple(step_of(plan.kernels[launch.number], launch) for launch in launches)
     return plan
 

@@ -1,8 +1,9 @@
 """The launch cache of calls with rules: masks, biases, mods, dropout, block masks, packed batches.
 
-As ``launch_cache``, for calls that bring more arrays than q, k and v, or take several launches. The
+As ``launch_cache``, for calls that bring more arrays than q, k and v, of one launch or several. The
 first three are all CuPy's, or all tensors of torch's; beside tensors there may be arrays of CuPy's,
-as the lists of a block mask are.
+as the lists of a block mask are. A call is kept when it comes for the second time: of many, each of
+other lengths, none does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flashcore_cupy.launch import launch_cache, tensors
+from flashcore_cupy.launch import launch_cache, once, tensors
 from flashcore_cupy.launch.known_call import KnownCall, maps_in
 from flashcore_cupy.launch.plan import GpuPlan
 from flashcore_cupy.launch.taken_apart import (
@@ -45,19 +46,17 @@ class _KnownCall(KnownCall):
         self.workspace_bytes = plan.workspace_bytes if any(plan.workspace_bytes) else None
         if self.workspace_bytes is not None:
             addresses |= {n: plan.arrays[n].data.ptr for n in ("split_partials", "counters")}
-        config, trial = plan.selection.config, plan.launches_at
-        launches = trial({name: x.data.ptr for name, x in plan.arrays.items()})
-        views = [plan.views if x.config is config else () for x in launches]
+        config, launches = plan.selection.config, plan.prepared_launches
         scratch = config.scratch(plan.problem)
+        results = {name: x for name, x in plan.arrays.items() if name in ("o", "lse")}
         super().__init__(
             plan.steps,
-            [maps_in(x.config, own) for x, own in zip(launches, views, strict=True)],
-            lambda at: [launch.params for launch in trial(at)],
+            [maps_in(config, plan.views if x.config is config else ()) for x in launches],
+            lambda at: [launch.params for launch in plan.launches_at(at)],
             addresses,
             {name: math.prod(shape) * _itemsize(dtype) for name, (shape, dtype) in scratch.items()},
-            {name: (plan.arrays[name].shape, plan.arrays[name].dtype) for name in names
-             if name in ("o", "lse")},
-        )  # fmt: skip
+            {name: (x.shape, x.dtype) for name, x in results.items()},
+        )
         #: First byte of each input, and the one after the last, relative to its address; o's last.
         self.spans = [span_of(plan.arrays[name], 0) for name in (*inputs, "o")]
 
@@ -105,12 +104,17 @@ def remember(
     places = [address_of(x, ndarray) for x in given]
     if places != [plan.arrays[n].data.ptr if n in plan.arrays else None for n in names]:
         return  # copied, or not asked for
+    made = [plan.arrays[n] for n in ("o", "lse")[out_given:] if n in plan.arrays]
+    if any(x.data.ptr % MAX_ALIGN for x in made):
+        return  # others would get a kernel that is built for less
     out = plan.arrays["o"] if out_given else None
     lse, device = "lse" in plan.arrays, cupy.cuda.runtime.getDevice()
     try:
         key = _key(given, taken, out, lse, device, choices, ndarray)
         hash(key)
     except TypeError:  # a list is legal, but keys nothing
+        return
+    if not once.comes_again(key):
         return
     if len(_known) >= _LIMIT:
         _known.clear()
@@ -150,16 +154,17 @@ def launch_again(
     if stream > 1 and cupy.cuda.runtime.streamIsCapturing(stream):
         return None  # what it allocates is the graph's
     addresses = [x.data.ptr for x in given]
-    if out is None:
-        out = cupy.empty(*known.results["o"])
-    elif known.overlaps(addresses, out.data.ptr):
+    if out is not None and known.overlaps(addresses, out.data.ptr):
         return None  # the long way looks closer, or says what is wrong
-    lse = cupy.empty(*known.results["lse"]) if return_lse else None
-    results = [x.data.ptr for x in (out, lse) if x is not None]
-    if any(address % MAX_ALIGN for address in results):
-        return None  # an allocator has given memory that is not as the kernels are built for
-    addresses += results
+    made = {name: cupy.empty(*kind) for name, kind in known.results.items()}
+    if out is not None:
+        made["o"] = out
     scratch = cupy.empty(known.scratch_size, np.float32)
+    allocated = [x.data.ptr for x in (*made.values(), scratch) if x is not out]
+    if any(address % MAX_ALIGN for address in allocated):
+        return None  # an allocator has given memory that is not as the kernels are built for
+    out, lse = made["o"], made.get("lse")
+    addresses += [x.data.ptr for x in made.values()]
     _launch(known, taken, addresses, scratch.data.ptr, device, stream)
     return out if lse is None else (out, lse)
 

@@ -20,10 +20,10 @@ from flashcore_cupy.problem.rules import RULES
 class TakenApart(NamedTuple):
     """The rules of a call."""
 
-    said: tuple[Any, ...]
-    """All that is not an array."""
+    settled: tuple[Any, ...]
+    """All that is not an array: expressions, the sizes of a block mask."""
     names: tuple[str, ...]
-    """Of the arrays, as ``arrays_of`` has them: a rule's, or with a dot one of mod_args."""
+    """Of the arrays: a rule's, one of ``LISTS``, or "mod_args.table"."""
     arrays: tuple[Any, ...]
     rng: tuple[int, int] | None
     """Seed and offset, if they are not in an array; they are not part of the key."""
@@ -31,9 +31,10 @@ class TakenApart(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """What a call is known by, but for its arrays."""
-        return self.said, self.names, self.rng is None
+        return self.settled, self.names, self.rng is None
 
 
+NO_RULES: Mapping[str, Any] = {}
 NOTHING = TakenApart((), (), (), None)
 
 
@@ -41,7 +42,7 @@ def take_apart(rules: Mapping[str, Any]) -> TakenApart | None:
     """Look at rules by the names that ``attention`` has for them; None for the long way."""
     if not rules:
         return NOTHING
-    said: list[Any] = []
+    settled: list[Any] = []
     found: dict[str, Any] = {}
     rng = None
     for name, x in rules.items():
@@ -49,36 +50,36 @@ def take_apart(rules: Mapping[str, Any]) -> TakenApart | None:
             continue
         kind = x.__class__
         if name == "block_mask":
-            if not _take_block_mask(x, rules, said, found):
+            if not _take_block_mask(x, rules, settled, found):
                 return None
         elif name == "mod_args":
             if kind is not dict or not _take_mod_args(x, found):
                 return None
         elif kind is str:
-            said.append((name, x))
+            settled.append((name, x))
         elif name == "rng" and (kind is tuple or kind is list):
             if not _is_key(x):
                 return None
             rng = x[0], x[1]
         else:
             found[name] = x
-    return TakenApart(tuple(said), tuple(found), tuple(found.values()), rng)
+    return TakenApart(tuple(settled), tuple(found), tuple(found.values()), rng)
 
 
 def _take_block_mask(
-    mask: Any, rules: Mapping[str, Any], said: list[Any], found: dict[str, Any]
+    mask: Any, rules: Mapping[str, Any], settled: list[Any], found: dict[str, Any]
 ) -> bool:
     if mask.__class__ is not BlockMask:
-        return _take_flex(mask, said, found)
-    said.append(("block_mask", mask.block, mask.seqlens, mask.rule_heads))
-    found.update(mask.arrays)
+        return _take_flex(mask, settled, found)
+    settled.append(("block_mask", mask.block, mask.seqlens, mask.rule_heads))
+    found.update({name: mask.arrays[name] for name in LISTS if name in mask.arrays})
     if rules.get("mask_mod") is None and rules.get("mask") is None:  # its own rule
         own = mask.mask_mod
         if own is not None:
             own = own.cuda if own.__class__ is InKernel else own
             if own.__class__ is not str:
                 return False
-            said.append(own)
+            settled.append(own)
             if mask.mod_args and not _take_mod_args(mask.mod_args, found):
                 return False
         if mask.mask is not None:
@@ -86,24 +87,27 @@ def _take_block_mask(
     return True
 
 
-def _take_flex(mask: Any, said: list[Any], found: dict[str, Any]) -> bool:
+def _take_flex(mask: Any, settled: list[Any], found: dict[str, Any]) -> bool:
     """A BlockMask of torch's, whose attributes say all that there is to know."""
-    size, lengths = getattr(mask, "BLOCK_SIZE", None), getattr(mask, "seq_lengths", None)
-    if lengths.__class__ is not tuple:
+    try:
+        lists = {name: getattr(mask, name, None) for name in LISTS}
+        size, lengths = mask.BLOCK_SIZE, mask.seq_lengths
+        sizes = (*size, *lengths) if size.__class__ is tuple else (size, *lengths)
+    except Exception:  # of an object that only looks like one
         return False
-    said.append(("block_mask", size, lengths))
-    for name in LISTS:
-        x = getattr(mask, name, None)
-        if x is not None:
-            found[name] = x
+    if any(n.__class__ is not int for n in sizes):
+        return False
+    settled.append(("block_mask", sizes))
+    found.update({name: x for name, x in lists.items() if x is not None})
     return True
 
 
 def _take_mod_args(given: Mapping[str, Any], found: dict[str, Any]) -> bool:
     """Add mod_args; whether each name stands for one array."""
     for name, x in given.items():
-        known = f"mod_args.{name}"
-        if x is None or found.setdefault(known, x) is not x:
+        if name.__class__ is not str or x is None:
+            return False
+        if found.setdefault(f"mod_args.{name}", x) is not x:
             return False
     return True
 
@@ -130,11 +134,11 @@ def pointers_of(taken: TakenApart, mod_args: Iterable[str]) -> list[str]:
 
 
 def form_of(x: Any, ndarray: Any) -> tuple[Any, ...]:
-    """What a launch depends on of an array of CuPy's, ``ndarray``, or a tensor, but its address.
+    """What a launch depends on of an array of CuPy's, ``ndarray``, or a tensor.
 
-    Of that it is the alignment. A tuple of strides takes as long to make as all else here, and most
-    arrays are contiguous. (That is CuPy's own name for it; the public flags.c_contiguous takes
-    longer than the strides.)
+    Of the address only the alignment matters. A tuple of strides takes as long to make as all else
+    here, and most arrays are contiguous. (That is CuPy's own name for it; the public
+    flags.c_contiguous takes longer than the strides.)
     """
     if x.__class__ is ndarray:
         return x.shape, x._c_contiguous or x.strides, x.dtype, x.data.ptr % MAX_ALIGN

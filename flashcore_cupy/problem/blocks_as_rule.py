@@ -7,8 +7,8 @@ empty blocks as they compute full ones.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
+from flashcore_cupy.problem.block_lists import module_of
 from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.listed_blocks import FULL, MIXED, state_grid
 from flashcore_cupy.problem.request import Call, Request
@@ -17,15 +17,16 @@ _STATES, _MASK = "block_states", "block_mask_mask"  # names among mod_args
 _INDICES = ("b", "h", "q_idx", "kv_idx")
 
 
-def as_rule(request: Request, call: Call, xp: Any) -> Request:
+def as_rule(request: Request, call: Call) -> Request:
     """The request with a mask_mod in place of its block mask.
 
-    ``call``: what the request with the block mask has made, which has checked it; ``xp``: CuPy or
-    NumPy, of the call's arrays. What the lists hold is looked at by enqueued work: a captured graph
-    looks anew. Raises ``ValueError`` if mod_args has one of the names that are needed.
+    ``call``: what the request with the block mask has made, which has checked it. What the lists
+    hold is looked at by enqueued work: a captured graph looks anew. Raises ``ValueError`` if
+    mod_args has one of the names that are needed.
     """
     lists, scores = call.lists, call.problem.scores
     assert lists is not None
+    xp = module_of(next(iter(lists.arrays.values())))
     rules = BlockMask.of(request.rules["block_mask"]).beside(request.rules, in_kernel=True)
     del rules["block_mask"]
     states = xp.ascontiguousarray(state_grid(lists.arrays, lists.block, lists.seqlens, xp))

@@ -40,11 +40,9 @@ from flashcore_cupy.problem.values import check_flag, shown
 
 #: What has a gradient: q, k, v and rules' arrays; and beside these "mod_args.table", by its name.
 INPUTS = ("q", "k", "v", *(rule.name for rule in RULES if rule.has_gradient))
+_OWN = ("do", "o", "lse", "dlse", "wrt", "deterministic", "accumulate", "score_mod_grad")
 #: All that attention_backward() takes by name.
-BACKWARD_ARGUMENTS = (
-    *("do", "o", "lse", "dlse", "wrt", "deterministic", "accumulate", "score_mod_grad"),
-    *(name for name in ARGUMENTS if name != "return_lse"),
-)
+BACKWARD_ARGUMENTS = (*_OWN, *(name for name in ARGUMENTS if name != "return_lse"))
 _DEFAULTS: Mapping[str, Any] = {
     "wrt": ("q", "k", "v"), "deterministic": True, "accumulate": False, "score_mod_grad": None,
     "out": None, "gate": None,
@@ -235,8 +233,7 @@ class BackwardRequest:
         forward = self.attention.call(q, k, v, None, on_gpu=on_gpu)
         in_kernel = on_gpu or forward.kernel != "auto"
         if forward.lists is not None and in_kernel:  # no kernel walks over them
-            request = as_rule(self.attention, forward, _module_of(q))
-            forward = request.call(q, k, v, None, on_gpu=on_gpu)
+            forward = as_rule(self.attention, forward).call(q, k, v, None, on_gpu=on_gpu)
         score_mod = self.attention.rules.get("score_mod")
         check_score_mod_grad(self.score_mod_grad, score_mod, forward.mod_args, in_kernel=in_kernel)
         problem = forward.problem
@@ -282,14 +279,6 @@ class BackwardRequest:
             raise TypeError(f"{target}: got dtype {got}; use float32, {why}")
         check_written(target, x, inputs, dense=name.startswith(MOD_ARGS))
         return x
-
-
-def _module_of(x: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return np
-    import cupy
-
-    return cupy
 
 
 def contiguous_gradients(

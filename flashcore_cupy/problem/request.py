@@ -142,8 +142,10 @@ class Request:
         rng = check_rng(self.rng, on_gpu=on_gpu)
         if described.dropout_p and rng is None:
             raise missing_rng(described.dropout_p)
-        if described.dropout_p and not isinstance(rng, tuple):
-            given["rng"], rng = rng, None
+        if not isinstance(rng, tuple):
+            if described.dropout_p:
+                given["rng"] = rng
+            rng = None
         if out is not None:
             check_out(problem, out, {name: given[name] for name in "qkv"})
             named = {f"mod_args[{name!r}]": x for name, x in mod_args.items()}

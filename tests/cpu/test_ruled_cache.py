@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import zlib
@@ -21,6 +22,7 @@ from flashcore_cupy.launch import (
     backward_cache,
     bind,
     launch_cache,
+    once,
     plan,
     ruled_cache,
     tensors,
@@ -34,6 +36,11 @@ from flashcore_cupy.problem.rules import NO_WINDOW
 from flashcore_cupy.select.registry import KERNELS
 
 B, H, S, T, D = 2, 4, 300, 400, 64
+#: What the launch cache keeps of CuPy's.
+OF_CUPY = (
+    *("_ndarray", "_empty", "_float32", "_current_device", "_set_device", "_current_stream"),
+    *("_is_captured", "_launch_kernel"),
+)
 attention_module = sys.modules["flashcore_cupy.attention"]
 backward_module = sys.modules["flashcore_cupy.backward"]
 
@@ -52,6 +59,9 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     driver.step = 64  # as parts of one allocation lie
     for module in (launch_cache, ruled_cache, backward_cache):
         monkeypatch.setattr(module, "_known", {})
+    monkeypatch.setattr(once, "_seen", set())
+    for name in OF_CUPY:
+        monkeypatch.setattr(launch_cache, name, None)
     for module in (plan, backward):
         monkeypatch.setattr(module, "load_kernel", loaded)
     monkeypatch.setattr(compiler, "device_arch", lambda device=None: "sm_90a")
@@ -139,8 +149,9 @@ def call(kernel: str, given: Any, rules: dict[str, Any], **more: Any) -> Any:
 
 def check(driver: Driver, make: Any, run: Any, *, known: Any, bind_name: tuple[Any, str]) -> None:
     """What a second call launches is what a first call with the same arrays would launch."""
-    run(*make(Arrays(2**30)))
-    assert len(known) == 1, "it is remembered"
+    for known_calls in (0, 1):
+        run(*make(Arrays(2**30)))
+        assert len(known) == known_calls, "it is remembered when it comes again"
     place = driver.next
     for start in (2**33, 2**35 + 2**12, 2**33):
         driver.next = place
@@ -151,6 +162,7 @@ def check(driver: Driver, make: Any, run: Any, *, known: Any, bind_name: tuple[A
         got = driver.launches[:]
         kept = dict(known)
         known.clear()
+        once._seen.clear()
         driver.next = place
         driver.launches.clear()
         run(*make(Arrays(start)))
@@ -267,7 +279,8 @@ def takes_long_way(given: Any, rules: dict[str, Any], **more: Any) -> bool:
 def test_calls_that_differ_are_told_apart(driver: Driver, closed: Any) -> None:
     new = Arrays(2**30)
     given, rules = operands(new), RULES["mods"](new) | {"bias": new(1, H, S, T)}
-    attention(*given, **rules)
+    for _ in range(2):
+        attention(*given, **rules)
     closed()
     assert not takes_long_way(given, rules)
     x, y = rules["mod_args"]["x"], rules["mod_args"]["y"]
@@ -300,7 +313,8 @@ def test_calls_that_differ_are_told_apart(driver: Driver, closed: Any) -> None:
 def test_a_key_of_dropout_is_new_in_each_call(driver: Driver, closed: Any) -> None:
     new = Arrays(2**30)
     given = operands(new)
-    attention(*given, dropout_p=0.1, rng=(1, 2))
+    for _ in range(2):
+        attention(*given, dropout_p=0.1, rng=(1, 2))
     closed()
     seen = set()
     for rng in ((1, 3), (2, 2), [2**64 - 1, 2**63], (0, 0)):
@@ -322,9 +336,12 @@ def test_a_key_of_dropout_is_new_in_each_call(driver: Driver, closed: Any) -> No
 def test_an_output_is_given(driver: Driver, closed: Any) -> None:
     new = Arrays(2**30)
     given, mask, out = operands(new), new(S, T, dtype="bool"), new(B, H, S, D)
-    attention(*given, mask=mask, out=out)
+    for _ in range(2):
+        attention(*given, mask=mask, out=out)
     closed()
     assert not takes_long_way(given, {"mask": mask}, out=new(B, H, S, D))
+    at_8 = Array(out.shape, out.dtype, out.data.ptr + 8)
+    assert takes_long_way(given, {"mask": mask}, out=at_8)
     inside = Array((B, H, S, D), "float16", mask.data.ptr + 16 * 100)
     for taken in (given[0], inside):
         with pytest.raises(ValueError, match="out: overlaps"):
@@ -334,7 +351,8 @@ def test_an_output_is_given(driver: Driver, closed: Any) -> None:
 def test_what_is_not_this_gpus_takes_the_long_way(driver: Driver, closed: Any) -> None:
     new = Arrays(2**30)
     given, mask = operands(new), new(S, T, dtype="bool")
-    attention(*given, mask=mask)
+    for _ in range(2):
+        attention(*given, mask=mask)
     closed()
     driver.captured = True  # what it allocates is the graph's
     with pytest.raises(AttributeError, match="get_allocator"):
@@ -352,20 +370,22 @@ def test_what_was_converted_is_not_remembered(driver: Driver) -> None:
     new = Arrays(2**30)
     given = operands(new)
     turned = Array((B, H, S, D), ptr=new.next, strides=(H * S * D * 2, S * D * 2, 2, S * 2))
-    attention(*given, mask_mod="kv_idx > 3", config={})
+    for _ in range(2):
+        attention(*given, mask_mod="kv_idx > 3", config={})
     assert not ruled_cache._known
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "load_kernel", loaded)
         copied = SimpleNamespace(array=lambda x, **_: new(*x.shape))
         patch.setattr(sys.modules["cupy"], "array", copied.array, raising=False)
-        attention(turned, *given[1:], mask_mod="kv_idx > 3")
+        for _ in range(2):
+            attention(turned, *given[1:], mask_mod="kv_idx > 3")
     assert not ruled_cache._known, "q was copied"
 
 
 def test_results_are_where_the_last_launch_writes(driver: Driver) -> None:
     new = Arrays(2**30)
     given, rules = operands(new), {"block_mask": lists(new, mask_mod="kv_idx > q_idx")}
-    for _ in range(2):
+    for _ in range(3):
         driver.made.clear()
         o, lse = attention(*given, return_lse=True, **rules)
         assert (o.shape, o.dtype, lse.shape) == ((B, H, S, D), np.float16, (B, H, S))
@@ -417,7 +437,10 @@ def test_tensors(driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str, lse
     bound = bind.bind(call, want_lse=lse, own_workspace=False)
     rules.pop("dropout_p", None)
     choices = (NO_WINDOW, "bhsd", defaults["kernel"], 0.0, float)
-    ruled_cache.remember(bound, given, rules, choices, mod_args=[*call.mod_args], out_given=False)
+    for _ in range(2):
+        ruled_cache.remember(
+            bound, given, rules, choices, mod_args=[*call.mod_args], out_given=False
+        )
     assert len(ruled_cache._known) == 1
 
     def again(given: Any, rules: dict[str, Any]) -> Any:
@@ -442,3 +465,71 @@ def test_tensors(driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str, lse
     with torch.no_grad():
         assert again(given, rules) is not None
     assert again((of_tensors(given[0]), *given[1:]), rules) is None
+
+
+# --- what an allocator gives, and what only looks like an argument --------------------------------
+
+
+def test_an_allocator_may_give_memory_of_less_alignment(driver: Driver, closed: Any) -> None:
+    new = Arrays(2**30)
+    given, rules = operands(new), {"block_mask": lists(new, mask_mod="kv_idx > q_idx")}
+    driver.next += 8
+    for _ in range(2):
+        attention(*given, **rules)
+    assert not ruled_cache._known, "later ones would get a kernel that is built for less"
+    driver.next -= 8
+    for _ in range(2):
+        attention(*given, **rules)
+    closed()
+    assert not takes_long_way(given, rules)
+    driver.next += 4
+    assert takes_long_way(given, rules)
+
+
+def test_plain_calls_look_at_each_alignment(driver: Driver, closed: Any) -> None:
+    """An output at 8 beside inputs at 16, then the other way round."""
+    new = Arrays(2**30)
+    q, k, v = operands(new)
+    out = new(B, H, S, D)
+    q_at_8, out_at_8 = (Array(x.shape, x.dtype, x.data.ptr + 8) for x in (q, out))
+    attention(q, k, v, out=out_at_8)
+    attention(q, k, v)
+    closed()
+    assert not takes_long_way((q, k, v), {}, out=out_at_8)
+    assert takes_long_way((q_at_8, k, v), {}, out=out)
+    assert takes_long_way((q, k, v), {}, out=out)
+    assert not takes_long_way((q, k, v), {})
+    driver.next += 8
+    assert takes_long_way((q, k, v), {}), "what the allocator gives is not as the kernel wants it"
+
+
+def test_what_only_looks_like_a_block_mask(driver: Driver) -> None:
+    new = Arrays(2**30)
+    given, mask = operands(new), flex(new)
+    for _ in range(3):
+        attention(*given, block_mask=mask)
+    assert len(ruled_cache._known) == 1
+
+    class Broken:
+        @property
+        def BLOCK_SIZE(self) -> int:
+            raise RuntimeError("it is gone")
+
+    with pytest.raises(TypeError, match="block_mask: got"):
+        attention(*given, block_mask=Broken())
+    with pytest.raises(ValueError, match="block"):
+        attention(*given, block_mask=SimpleNamespace(**{**vars(mask), "BLOCK_SIZE": (128.0, 128)}))
+    made = lists(new, mask_mod="kv_idx > q_idx")
+    beside = replace(made, arrays={**made.arrays, "extra": new(3)})
+    for _ in range(3):
+        with contextlib.suppress(ValueError, TypeError):
+            attention(*given, block_mask=beside)
+
+
+def test_a_draw_that_nothing_is_dropped_by(driver: Driver) -> None:
+    new = Arrays(2**30)
+    given = operands(new)
+    for rng in (new(2, dtype="uint64"), (1, 2), None):
+        attention(*given, rng=rng)
+    lse = new(B, H, S, dtype="float32")
+    attention_backward(new(B, H, S, D), *given, new(B, H, S, D), lse, rng=new(2, dtype="uint64"))

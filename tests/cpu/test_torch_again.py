@@ -160,7 +160,7 @@ class _Gpu:
         return bound
 
 
-_long_forward = torch_attention._forward_of_tensors
+_long_forward = torch_attention.forward_of_tensors
 _long_backward = torch_attention._backward_of_tensors
 
 
@@ -218,7 +218,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> _Gpu:
         monkeypatch.setattr(launch_cache, name, fake)
     monkeypatch.setattr(backward_cache, "_known", {})
     monkeypatch.setattr(tensors, "_asked", own)
-    monkeypatch.setattr(torch_attention, "_forward_of_tensors", gpu.forward)
+    monkeypatch.setattr(torch_attention, "forward_of_tensors", gpu.forward)
     monkeypatch.setattr(torch_attention, "_backward_of_tensors", gpu.backward)
     for variable in ("FLASHCORE_KERNELS_DIR", "FLASHCORE_ARCH"):
         monkeypatch.delenv(variable, raising=False)
@@ -261,7 +261,7 @@ def by_hand(given: list[Any], **arguments: Any) -> list[Any]:
     """The long way's results, whatever is known."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_cache, "_differentiate", None)
-        patch.setattr(torch_attention, "_forward_of_tensors", _long_forward)
+        patch.setattr(torch_attention, "forward_of_tensors", _long_forward)
         patch.setattr(torch_attention, "_backward_of_tensors", _long_backward)
         return gradients(given, **arguments)
 
