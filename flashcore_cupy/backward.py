@@ -193,7 +193,8 @@ def plan_backward(
     ``plan_backward(...).launch()`` enqueues the kernels on the current stream of the current
     device, as often as wanted, without allocating: for timing, and for capture into a CUDA graph.
     The arguments are ``attention_backward``'s but ``stream``; the current device is the one that
-    holds the arrays. With NumPy arrays and a kernel by name, ``launch()`` emulates it.
+    holds the arrays. With NumPy arrays and a kernel by name, ``launch()`` emulates it. The lists of
+    a block mask are looked at once, when the plan is made.
     """
     leave_dynamo()
     check_names("plan_backward", arguments, set(BACKWARD_ARGUMENTS) - {"stream"})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashcore_cupy import attention
+from flashcore_cupy import BlockMask, attention
 from flashcore_cupy.attention import plan
 from flashcore_cupy.backward import attention_backward, plan_backward
 from flashcore_cupy.check import verify_gradients
@@ -257,6 +257,33 @@ def test_what_graphs_owned_is_freed_during_the_next_capture(name: str) -> None:
         assert not captures._gone
     replay(result)
     check(o, host)
+
+
+def test_gradients_of_a_block_mask_follow_its_lists() -> None:
+    """A replay looks at the lists as they are by then."""
+    import cupy
+
+    host = gradient_inputs(seed=3)
+    given = {name: cupy.asarray(x) for name, x in host.items()}
+    rows, columns = (-(-host[name].shape[2] // 128) for name in "qk")
+    counts = cupy.ones((1, 1, rows), cupy.int32)
+    indices = cupy.zeros((1, 1, rows, columns), cupy.int32)
+    sizes = {"seqlen_q": host["q"].shape[2], "seqlen_kv": host["k"].shape[2]}
+    made = BlockMask.from_lists(None, None, counts, indices, **sizes)
+    with captured() as result:
+        got = attention_backward(**given, block_mask=made)
+    for lists in ([0], [columns - 1], list(range(columns))):
+        counts[...] = len(lists)
+        indices[..., : len(lists)] = cupy.asarray(lists, cupy.int32)
+        mask = np.zeros((sizes["seqlen_q"], sizes["seqlen_kv"]), bool)
+        for block in lists:
+            mask[:, 128 * block : 128 * (block + 1)] = True
+        o, lse = attention(*(given[n] for n in "qkv"), mask=cupy.asarray(mask), return_lse=True)
+        given["o"][...], given["lse"][...] = o, lse
+        replay(result)
+        want = attention_backward(**given, mask=cupy.asarray(mask))
+        for x, y in zip(got[:3], want[:3], strict=True):
+            np.testing.assert_allclose(x.get(), y.get(), rtol=1e-2, atol=1e-2)
 
 
 def test_lists_and_boundaries_of_the_host_are_captured() -> None:
