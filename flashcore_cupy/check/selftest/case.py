@@ -361,11 +361,16 @@ class Case:
         return int(queries), int(keys)
 
     def _lists(self, rng: np.random.Generator) -> dict[str, Array]:
-        """Of blocks that are empty, mixed or full, a third of each; the first row has none."""
+        """Of blocks that are empty, mixed or full, a third of each; the first row has none.
+
+        Every other full block is in the list of mixed ones, too.
+        """
         rows, keys = map(blocks_of, (self.seqlen_q, self.seqlen_kv), self._block)
         states = rng.choice(3, (*self._axes(self.block_mask.split()[1]), rows, keys))
         states[..., :1, :] *= rows == 1
-        lists = (packed_lists(states == state, np) for state in (MIXED, FULL))
+        full = states == FULL
+        mixed = (states == MIXED) | (full & (np.arange(keys) % 2 == 0))
+        lists = (packed_lists(listed, np) for listed in (mixed, full))
         return dict(zip(LISTS, (x for pair in lists for x in pair), strict=True))
 
     def _axes(self, axes: str) -> tuple[int, ...]:
