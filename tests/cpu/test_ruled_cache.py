@@ -3,89 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
-import zlib
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from noted_launches import Array, Driver, install
+from cases_repeats import Arrays, B, D, H, S, T, lists, loaded, no_gpu
+from noted_launches import Array, Driver
 from places import PACKED, RULED
 
 from flashcore_cupy import attention, attention_backward
-from flashcore_cupy.jit import compiler
 from flashcore_cupy.launch import (
-    backward,
     backward_cache,
-    bind,
-    launch_cache,
     once,
     plan,
     ruled_cache,
-    tensors,
 )
-from flashcore_cupy.launch.plan import LoadedKernel
-from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.philox import key_of
-from flashcore_cupy.problem.request import Request
 from flashcore_cupy.problem.rng import integer_key
-from flashcore_cupy.problem.rules import NO_WINDOW
 from flashcore_cupy.select.registry import KERNELS
 
-B, H, S, T, D = 2, 4, 300, 400, 64
-#: What the launch cache keeps of CuPy's.
-OF_CUPY = (
-    *("_ndarray", "_empty", "_float32", "_current_device", "_set_device", "_current_stream"),
-    *("_is_captured", "_launch_kernel"),
-)
 attention_module = sys.modules["flashcore_cupy.attention"]
 backward_module = sys.modules["flashcore_cupy.backward"]
 
 
-@functools.cache
-def loaded(config: Any, place: Any) -> LoadedKernel:
-    """A kernel that nobody has built."""
-    pointers = {n: SimpleNamespace(ptr=zlib.crc32(f"{n}{config}".encode())) for n in config.entries}
-    compiled: Any = SimpleNamespace(entries={n: SimpleNamespace(registers=128) for n in pointers})
-    return LoadedKernel(config, compiled, pointers)
-
-
 @pytest.fixture(params=[True, False], ids=["maps move", "maps are encoded"])
 def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Driver:
-    driver = install(monkeypatch, movable=request.param)
-    driver.step = 64  # as parts of one allocation lie
-    for module in (launch_cache, ruled_cache, backward_cache):
-        monkeypatch.setattr(module, "_known", {})
-    monkeypatch.setattr(once, "_seen", set())
-    for name in OF_CUPY:
-        monkeypatch.setattr(launch_cache, name, None)
-    for module in (plan, backward):
-        monkeypatch.setattr(module, "load_kernel", loaded)
-    monkeypatch.setattr(compiler, "device_arch", lambda device=None: "sm_90a")
-    monkeypatch.setattr(bind, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(plan, "can_overlap_launches", lambda: False)
-    return driver
-
-
-class Arrays:
-    """Arrays of one call; another start gives others."""
-
-    def __init__(self, first: int) -> None:
-        self.next = first
-
-    def __call__(self, *shape: int, dtype: str = "float16", strides: Any = None) -> Array:
-        self.next += 2**26 + 64
-        return Array(shape, dtype, self.next, strides=strides)
-
-
-def lists(new: Arrays, **rule: Any) -> BlockMask:
-    rows, columns = -(-S // 128), -(-T // 128)
-    shapes = (1, H, rows), (1, H, rows, columns)
-    arrays = [new(*shape, dtype="int32") for shape in (*shapes, *shapes)]
-    return BlockMask.from_lists(*arrays, seqlen_q=S, seqlen_kv=T, **rule)
+    return no_gpu(monkeypatch, movable=request.param)
 
 
 def flex(new: Arrays) -> Any:
@@ -393,78 +339,6 @@ def test_results_are_where_the_last_launch_writes(driver: Driver) -> None:
     first, last = (np.frombuffer(x.contents, np.uint64) for x in driver.launches[-2:])
     assert {o.data.ptr, lse.data.ptr} <= set(last.tolist())
     assert o.data.ptr not in first.tolist()
-
-
-# --- tensors --------------------------------------------------------------------------------------
-
-
-def of_tensors(x: Any) -> Any:
-    """What the long way sees: the memory of tensors as CuPy's arrays."""
-    if isinstance(x, dict):
-        return {name: of_tensors(value) for name, value in x.items()}
-    if isinstance(x, BlockMask):
-        return replace(x, arrays=of_tensors(x.arrays))
-    if isinstance(x, tuple) or not hasattr(x, "data_ptr"):
-        return x
-    return Array(tuple(x.shape), str(x.dtype).removeprefix("torch."), x.data_ptr())
-
-
-@pytest.mark.parametrize("name", ["mask", "dropout", "block mask", "mods"])
-@pytest.mark.parametrize("lse", [False, True])
-def test_tensors(driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str, lse: bool) -> None:
-    torch = pytest.importorskip("torch")
-    from noted_tensors import answers, tensor
-
-    asked = answers()
-    monkeypatch.setattr(tensors, "_asked", asked)
-    monkeypatch.setattr(tensors, "connect", lambda given: bool(given))
-
-    def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = tensor(B, H, S, D), tensor(B, 2, T, D), tensor(B, 2, T, D)
-        if name == "mask":
-            return given, {"mask": tensor(S, T, dtype=torch.bool)}
-        if name == "dropout":
-            return given, {"dropout_p": 0.25, "rng": (given[0].data_ptr(), 3)}
-        if name == "mods":
-            return given, {"score_mod": "score * x[h]", "mod_args": {"x": tensor(H)}}
-        lists_of_cupy = lists(Arrays(given[0].data_ptr()), mask_mod="kv_idx < q_idx")
-        return given, {"block_mask": lists_of_cupy}
-
-    given, rules = make()
-    defaults = attention.__kwdefaults__ or {}
-    request = Request.of({n: x for n, x in of_tensors(rules).items()})
-    call = request.call(*map(of_tensors, given), None, on_gpu=True)
-    bound = bind.bind(call, want_lse=lse, own_workspace=False)
-    rules.pop("dropout_p", None)
-    choices = (NO_WINDOW, "bhsd", defaults["kernel"], 0.0, float)
-    for _ in range(2):
-        ruled_cache.remember(
-            bound, given, rules, choices, mod_args=[*call.mod_args], out_given=False
-        )
-    assert len(ruled_cache._known) == 1
-
-    def again(given: Any, rules: dict[str, Any]) -> Any:
-        return ruled_cache.launch_again(*given, None, lse, choices, rules)
-
-    given, rules = make()
-    rules.pop("dropout_p", None)
-    made = again(given, rules)
-    o, *rest = made if lse else (made,)
-    assert (o.shape, o.dtype) == ((B, H, S, D), torch.float16) and len(rest) == lse
-    assert not lse or (rest[0].shape, rest[0].dtype) == ((B, H, S), torch.float32)
-    words = np.frombuffer(driver.launches[-1].contents, np.uint64).tolist()
-    assert words[:5] == [*(x.data_ptr() for x in (*given, o)), rest[0].data_ptr() if lse else 0]
-    taken = ruled_cache.take_apart(rules)
-    assert {x.data.ptr if isinstance(x, Array) else x.data_ptr() for x in taken.arrays} <= {
-        *words, *np.frombuffer(driver.launches[0].contents, np.uint64).tolist(),
-    }  # fmt: skip
-    asked.is_autocast_enabled = lambda where: True
-    assert again(given, rules) is None
-    asked.is_autocast_enabled = lambda where: False
-    assert again((given[0].requires_grad_(), *given[1:]), rules) is None
-    with torch.no_grad():
-        assert again(given, rules) is not None
-    assert again((of_tensors(given[0]), *given[1:]), rules) is None
 
 
 # --- what an allocator gives, and what only looks like an argument --------------------------------
