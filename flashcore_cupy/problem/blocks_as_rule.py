@@ -11,6 +11,7 @@ from dataclasses import replace
 from flashcore_cupy.problem.block_lists import module_of
 from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.listed_blocks import FULL, MIXED, state_grid
+from flashcore_cupy.problem.mods import MAX_MOD_ARGS
 from flashcore_cupy.problem.request import Call, Request
 
 _STATES, _MASK = "block_states", "block_mask_mask"  # names among mod_args
@@ -22,7 +23,7 @@ def as_rule(request: Request, call: Call) -> Request:
 
     ``call``: what the request with the block mask has made, which has checked it. What the lists
     hold is looked at by enqueued work: a captured graph looks anew. Raises ``ValueError`` if
-    mod_args has one of the names that are needed.
+    mod_args has one of the names that are needed, or too many arrays.
     """
     lists, scores = call.lists, call.problem.scores
     assert lists is not None
@@ -46,6 +47,12 @@ def as_rule(request: Request, call: Call) -> Request:
         mask = xp.ascontiguousarray(call.arrays["mask"])
         mod_args[_MASK] = mask
         asked.append(f"{_MASK}[{_place((1,) * (4 - mask.ndim) + mask.shape, (1, 1, 1, 1))}]")
+    own = len(mod_args) - len(rules.get("mod_args") or {})
+    if len(mod_args) > MAX_MOD_ARGS:
+        raise ValueError(
+            f"mod_args: got {len(mod_args) - own} arrays; at most {MAX_MOD_ARGS - own} for "
+            f"gradients through a block mask"
+        )
     rules["mask_mod"] = f"{state} == {FULL} || ({' && '.join(asked)})"
     rules["mod_args"] = mod_args
     return replace(request, rules=rules)

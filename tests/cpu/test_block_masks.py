@@ -284,6 +284,12 @@ def test_a_kernel_of_gradients_gets_the_blocks_as_a_rule() -> None:
     assert "mask_mod" in explained()
     with pytest.raises(ValueError, match="the name 'block_states' is taken by the block mask"):
         explained(mod_args={"block_states": np.ones(3, np.float32)})
+    many = {f"x{n}": np.ones(3, np.float32) for n in range(8)}
+    with pytest.raises(ValueError, match="got 8 arrays; at most 7 for gradients through a block"):
+        explained(mod_args=many)
+    with pytest.raises(ValueError, match="got 7 arrays; at most 6 for gradients through a block"):
+        del many["x7"]
+        explained(mod_args=many, mask=np.ones((200, 300), bool), mask_mod=RULE)
     with pytest.raises(ValueError, match="block_mask: is of"):
         explained(block_mask=_lists(seqlen_kv=400))
     function = replace(made, mask_mod=rule)
