@@ -226,8 +226,8 @@ def explain_backward(
 ) -> str:
     """Tell which kernels a call takes, why faster ones were passed over, and what is copied.
 
-    Takes all of ``attention_backward``'s arguments, and refuses what it refuses. Builds and
-    launches nothing.
+    Takes all of ``attention_backward``'s arguments, and refuses what it refuses. Builds no kernel
+    and launches none of its own; CuPy looks at the lists of a block mask.
     """
     leave_dynamo()
     check_names("explain_backward", arguments, BACKWARD_ARGUMENTS)

@@ -57,7 +57,7 @@ def today() -> int:
 def todays(every: list[T]) -> list[T]:
     """A tenth, another one each day, and the first of all.
 
-    To build all rows takes an hour of two cores, of the twenty minutes that all tests may take.
+    All rows take about an hour on two cores, and all tests together may take twenty minutes.
     """
     if TEST_ALL:
         return every

@@ -2,8 +2,8 @@
 
 As ``launch_cache``, for calls that bring more arrays than q, k and v, of one launch or several. The
 first three are all CuPy's, or all tensors of torch's; beside tensors there may be arrays of CuPy's,
-as the lists of a block mask are. A call is kept when it comes for the second time: of many, each of
-other lengths, none does.
+as the lists of a block mask are. A call is kept when it comes for the second time, for a decoder's
+calls, each of another length, never come again.
 """
 
 from __future__ import annotations

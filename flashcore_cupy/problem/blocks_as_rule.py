@@ -30,13 +30,19 @@ def as_rule(request: Request, call: Call) -> Request:
     xp = module_of(next(iter(lists.arrays.values())))
     rules = BlockMask.of(request.rules["block_mask"]).beside(request.rules, in_kernel=True)
     del rules["block_mask"]
-    states = xp.ascontiguousarray(state_grid(lists.arrays, lists.block, lists.seqlens, xp))
-    if states.size == 0:  # there is no score either
-        return replace(request, rules=rules)
     mod_args = dict(rules.get("mod_args") or {})
     for name in (_STATES, _MASK):
         if name in mod_args:
             raise ValueError(f"mod_args: the name {name!r} is taken by the block mask")
+    most = MAX_MOD_ARGS - (1 if rules.get("mask") is None else 2)
+    if len(mod_args) > most:
+        raise ValueError(
+            f"mod_args: got {len(mod_args)} arrays; at most {most} for gradients through a block "
+            f"mask"
+        )
+    states = xp.ascontiguousarray(state_grid(lists.arrays, lists.block, lists.seqlens, xp))
+    if states.size == 0:  # there is no score either
+        return replace(request, rules=rules)
     mod_args[_STATES] = states
     heads = scores.heads // states.shape[1]
     state = f"{_STATES}[{_place(states.shape, (1, heads, *lists.block))}]"
@@ -47,21 +53,16 @@ def as_rule(request: Request, call: Call) -> Request:
         mask = xp.ascontiguousarray(call.arrays["mask"])
         mod_args[_MASK] = mask
         asked.append(f"{_MASK}[{_place((1,) * (4 - mask.ndim) + mask.shape, (1, 1, 1, 1))}]")
-    own = len(mod_args) - len(rules.get("mod_args") or {})
-    if len(mod_args) > MAX_MOD_ARGS:
-        raise ValueError(
-            f"mod_args: got {len(mod_args) - own} arrays; at most {MAX_MOD_ARGS - own} for "
-            f"gradients through a block mask"
-        )
     rules["mask_mod"] = f"{state} == {FULL} || ({' && '.join(asked)})"
     rules["mod_args"] = mod_args
     return replace(request, rules=rules)
 
 
 def _place(shape: tuple[int, ...], steps: tuple[int, ...]) -> str:
-    """Which element of a C-contiguous array is an index's; an axis of 1 is that of all.
+    """An expression: the element of a C-contiguous array that belongs to a score.
 
-    ``steps``: how many neighbours share an element.
+    An axis of length 1 has one element for all. ``steps``: how many neighbouring indices share an
+    element, along each axis.
     """
     place = "0LL"
     for name, size, step in zip(_INDICES, shape, steps, strict=True):
