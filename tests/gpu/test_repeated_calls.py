@@ -63,7 +63,8 @@ def closed(patch: pytest.MonkeyPatch, module: str, name: str) -> None:
 @pytest.mark.parametrize("kernel", ["auto", "mma_sm80"])
 def test_calls(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ruled_cache, "_known", {})
-    attention(*operands(0), **rules_of(name, 0), kernel=kernel, return_lse=True)
+    for _ in range(2):  # kept when it comes again
+        attention(*operands(0), **rules_of(name, 0), kernel=kernel, return_lse=True)
     assert len(ruled_cache._known) == 1
     for seed in (10, 20):
         given, rules = operands(seed), rules_of(name, seed)
@@ -89,7 +90,8 @@ def test_gradients(name: str, deterministic: bool, monkeypatch: pytest.MonkeyPat
     def run(arrays: Any, rules: Any, **more: Any) -> Any:
         return attention_backward(*arrays, **rules, wrt=wrt, deterministic=deterministic, **more)
 
-    run(*given(0))
+    for _ in range(2):  # kept when it comes again
+        run(*given(0))
     assert len(backward_cache._known) == 1
     for seed in (10, 20):
         arrays, rules = given(seed)
@@ -122,8 +124,9 @@ def test_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             rules["mod_args"] = {n: tensor(x) for n, x in rules["mod_args"].items()}
         return [tensor(x) for x in operands(seed)], rules
 
-    arrays, rules = given(0)
-    attention(*arrays, **rules)
+    for _ in range(2):  # kept when it comes again
+        arrays, rules = given(0)
+        attention(*arrays, **rules)
     assert len(ruled_cache._known) == 1
     arrays, rules = given(10)
     with monkeypatch.context() as patch:
