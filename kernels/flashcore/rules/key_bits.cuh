@@ -66,9 +66,9 @@ struct KeyBits {
     __device__ static __forceinline__ KeyBits between(int begin, int end) {
         KeyBits inside;
 #pragma unroll
-        for (int n = 0; n < PAIRS; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) inside.set(n, e, n * 8 + e >= begin && n * 8 + e < end);
+        for (int w = 0; w < WORDS; ++w)
+            inside.words[w] =
+                reordered(before(end - 128 * w) & ~before(begin - 128 * w)) & all(w);
         return inside;
     }
     // Clears the bits of keys outside [begin, end).
@@ -94,6 +94,21 @@ struct KeyBits {
         for (int w = 0; w < WORDS; ++w)
 #pragma unroll
             for (int mask = 4; mask < WARP_SIZE; mask *= 2) words[w] |= shfl_xor(words[w], mask);
+    }
+
+  private:
+    // A word for the keys before `end`, whose halfword e has pair n at bit n.
+    __device__ static __forceinline__ uint32 before(int end) {
+        const int pairs[2] = {min(max(end + 7 >> 3, 0), 16), min(max(end + 6 >> 3, 0), 16)};
+        return (1u << pairs[0]) - 1 | (1u << pairs[1]) - 1 << 16;
+    }
+    // The same word with each pair's bits where bit() has them: the two middle nibbles of a halfword
+    // change places, and the two middle bits of a nibble.
+    __device__ static __forceinline__ uint32 reordered(uint32 x) {
+        const uint32 nibbles = (x ^ x >> 4) & 0x00f000f0u;
+        x ^= nibbles ^ nibbles << 4;
+        const uint32 inner = (x ^ x >> 1) & 0x22222222u;
+        return x ^ inner ^ inner << 1;
     }
 };
 

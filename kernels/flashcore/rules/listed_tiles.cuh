@@ -38,8 +38,9 @@ struct BlocksOfRow {
 #pragma unroll 1
         for (int c = 0; c < MOST_BLOCKS; ++c) {
             const uint32 state = states >> 2 * c & 3;
+            if (state == BLOCK_MIXED) continue;  // as the rules say
             const int begin = first_key + (c << shift) - key, end = begin + (1 << shift);
-            if (end <= 0 || begin >= 8 * PAIRS) continue;  // the lane has no keys there
+            if (end <= 0 || begin > 8 * PAIRS - 7) continue;  // the lane has no keys there
             if (state & BLOCK_FULL) bits.add(KeyBits<true, PAIRS>::between(begin, end));
             if (state == 0) bits.clear(begin, end);
         }
