@@ -69,7 +69,7 @@ __device__ __forceinline__ void Warpgroup::attend_tile(int nth) {
     exponentiate(tile, 0, shift);
     wait_full(smem.full_v[index][stage], nth);
     if (!extent.all) {
-        smem.seen[index].template clear_unseen<LayoutV>(sV, thread() / WARP_SIZE);
+        smem.seen[index].template clear_unseen<LayoutV, WARPGROUP_WARPS>(sV, thread() / WARP_SIZE);
         fence_proxy_async();  // wgmma sees this thread's zeros
         sync();               // all warps have written theirs
     }

@@ -97,8 +97,8 @@ __device__ __forceinline__ void Consumer::start_listed_pv(const StateKV& v, cons
         await_published();
         const auto& all = smem.seen.buffer[tiles_synced % 2];
         if (!all.extent().all) {
-            all.template clear_unseen<LayoutV>(smem.sV[v.stage], warp() % WARPGROUP_WARPS,
-                                               WARPGROUP_WARPS);
+            all.template clear_unseen<LayoutV, WARPGROUP_WARPS>(smem.sV[v.stage],
+                                                                warp() % WARPGROUP_WARPS);
             fence_proxy_async();  // wgmma sees this thread's zeros
             // All four warps have written their zeros.
             named_barrier_sync(BARRIER_CONSUMER + index, WARPGROUP_THREADS);

@@ -69,7 +69,8 @@ __device__ __forceinline__ SeenExtent Consumer::sync_seen_keys() {
     return smem.seen.buffer[tiles_synced % 2].extent();
 }
 __device__ __forceinline__ void Consumer::clear_unseen_together() {
-    smem.seen.buffer[tiles_synced % 2].template clear_unseen<LayoutV>(smem.sV[kv.stage], warp());
+    smem.seen.buffer[tiles_synced % 2].template clear_unseen<LayoutV, CONSUMER_WARPS>(
+        smem.sV[kv.stage], warp());
     fence_proxy_async();                                          // wgmma sees this thread's zeros
     named_barrier_sync(BARRIER_ALL_CONSUMERS, CONSUMER_THREADS);  // all warps have written theirs
 }

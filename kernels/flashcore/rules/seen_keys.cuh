@@ -10,6 +10,11 @@
 
 namespace flashcore {
 
+// The largest power of two that is not above x, or 1.
+__device__ constexpr int power_of_two_up_to(int x) {
+    return x < 2 ? 1 : 2 * power_of_two_up_to(x / 2);
+}
+
 // How much of a tile is seen: some of its keys, all of them.
 struct SeenExtent {
     bool some, all;
@@ -59,15 +64,34 @@ struct SeenKeys {
         return word >> Bits::bit(key / 8, key % 2) & 1u;
     }
 
-    // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Of `warps` warps each
-    // has as many rows.
-    template <typename Layout, typename T>
-    __device__ __forceinline__ void clear_unseen(T* sV, int warp, int warps = NUM_WARPS) const {
-#pragma unroll 1
-        for (int key = warp; key < KEYS; key += warps) {
-            if (seen(key % 8 / 2, key / 128) >> Bits::bit(key / 8, key % 2) & 1u) continue;
-            for (int d = thread_index() % WARP_SIZE * 2; d < Layout::COLS; d += 2 * WARP_SIZE)
-                *reinterpret_cast<uint32*>(sV + Layout::element(key, d)) = 0;
+    // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Of `warps` warps each has
+    // as many rows.
+    //
+    // A thread has one chunk of every GROUPS-th group of eight rows, the same row of each: so its
+    // keys' bits lie in the word of one lane, and only constants are added to its bit and to its
+    // address from one row to the next. Eight threads have the same chunk of eight rows, which are
+    // in different banks.
+    template <typename Layout, int WARPS, typename T>
+    __device__ __forceinline__ void clear_unseen(T* sV, int warp) const {
+        constexpr int EIGHTHS = WARPS * WARP_SIZE / 8, CHUNKS = Layout::COLS / Layout::CHUNK;
+        constexpr int GROUPS = power_of_two_up_to(EIGHTHS / CHUNKS);
+        const int lane = thread_index() % WARP_SIZE;
+        const uint32 of_lane = word_of_lane();
+        const int row = lane % 8, place = (warp * WARP_SIZE + lane) / 8;
+        const int group = place / CHUNKS;  // the first
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) {
+            const uint32 all = shfl(of_lane, row / 2 * WORDS + w);
+            const uint32 seen = all >> Bits::bit(group, row % 2);
+            if (group >= GROUPS) continue;
+#pragma unroll
+            for (int n = 0; n < 16; n += GROUPS) {
+                if (16 * w + n >= KEYS / 8 || seen >> Bits::bit(n, 0) & 1u) continue;
+                const int key = 128 * w + 8 * (group + n) + row;
+                for (int chunk = place % CHUNKS; chunk < CHUNKS; chunk += EIGHTHS)
+                    *reinterpret_cast<Vector<16>*>(
+                        sV + Layout::element(key, chunk * Layout::CHUNK)) = Vector<16>();
+            }
         }
     }
 
@@ -89,8 +113,8 @@ struct SeenKeys<false, NUM_WARPS, KEYS> {
     __device__ __forceinline__ void publish(const Mine&, int) {}
     __device__ __forceinline__ Bits by(int) const { return {}; }
     __device__ __forceinline__ SeenExtent extent() const { return {true, true}; }
-    template <typename Layout, typename T>
-    __device__ __forceinline__ void clear_unseen(T*, int, int = NUM_WARPS) const {}
+    template <typename Layout, int WARPS, typename T>
+    __device__ __forceinline__ void clear_unseen(T*, int) const {}
 };
 
 }  // namespace flashcore
