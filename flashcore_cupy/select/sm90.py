@@ -9,7 +9,7 @@ import numpy as np
 
 from flashcore_cupy.cuda.targets import HOPPER, smem_limit
 from flashcore_cupy.problem.attention_problem import ITEMSIZE, AttentionProblem, Operand
-from flashcore_cupy.select.config import KernelConfig, Tile
+from flashcore_cupy.select.config import KernelConfig
 from flashcore_cupy.select.grids import (
     Split,
     blocks_per_head,
@@ -101,15 +101,6 @@ class Sm90(TakesLists):
             raise ValueError(
                 f"packs groups of 1, 2, 4, ... {self.tile.block_m} heads, not of {group}"
             )
-
-    @classmethod
-    def tile_for(cls, tile: Tile, problem: AttentionProblem) -> Tile:
-        """Of a block mask's problem also: queries of one block of the mask, or of whole ones."""
-        tile = super().tile_for(tile, problem)
-        lists = problem.rules.block_mask
-        if lists is None or tile.block_m <= 128:
-            return tile
-        return replace(tile, block_m=128, warps_m=8, num_stages=2)
 
     # --- tiles ------------------------------------------------------------------------------------
 

@@ -55,14 +55,6 @@ __device__ __forceinline__ void look_up_rows(const WarpContext& c, const WalkedT
     }
 }
 
-// A warp overwrites a row with zeros.
-template <typename Layout>
-__device__ __forceinline__ void clear_row(T* sTile, int row, int lane) {
-#pragma unroll
-    for (int col = lane * 2; col < Layout::COLS; col += 2 * WARP_SIZE)
-        *reinterpret_cast<uint32*>(sTile + Layout::element(row, col)) = 0;
-}
-
 // Overwrites rows of the nth tile with zeros if no own row of any consumer meets them. seen: those
 // that this warp meets. S and dP have been computed. One barrier is enough where all rows are met,
 // because there are two buffers: before a warp writes to a buffer again, it passes the next tile's
@@ -76,13 +68,9 @@ __device__ __forceinline__ void clear_hidden(const WarpContext& c, Shared& smem,
     // All warps have published, and their S and dP no longer read the tile.
     named_barrier_sync(BARRIER_SEEN, NUM_THREADS);
     if (buffer.extent().all) return;
-    const uint32 word = buffer.word_of_lane();
-#pragma unroll 1
-    for (int row = warp; row < BLOCK_N; row += CONSUMER_WARPS) {
-        if (buffer.has(word, row)) continue;
-        clear_row<LayoutQK>(smem.sQK[stage], row, c.lane);
-        if constexpr (OWNS_KEYS) clear_row<LayoutVO>(smem.sVO[stage], row, c.lane);
-    }
+    buffer.template clear_unseen<LayoutQK, CONSUMER_WARPS>(smem.sQK[stage], warp);
+    if constexpr (OWNS_KEYS)
+        buffer.template clear_unseen<LayoutVO, CONSUMER_WARPS>(smem.sVO[stage], warp);
     finish_writing();
 }
 

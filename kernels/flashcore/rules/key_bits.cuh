@@ -67,8 +67,7 @@ struct KeyBits {
         KeyBits inside;
 #pragma unroll
         for (int w = 0; w < WORDS; ++w)
-            inside.words[w] =
-                reordered(before(end - 128 * w) & ~before(begin - 128 * w)) & all(w);
+            inside.words[w] = reordered(before(end - 128 * w) & ~before(begin - 128 * w)) & all(w);
         return inside;
     }
     // Clears the bits of keys outside [begin, end).

@@ -58,12 +58,6 @@ struct SeenKeys {
         const int lane = thread_index() % WARP_SIZE;
         return lane < 4 * WORDS ? seen(lane / WORDS, lane % WORDS) : 0;
     }
-    // Whether a key is among them; all lanes of the warp ask for the same one.
-    __device__ __forceinline__ static bool has(uint32 word_of_lane, int key) {
-        const uint32 word = shfl(word_of_lane, key % 8 / 2 * WORDS + key / 128);
-        return word >> Bits::bit(key / 8, key % 2) & 1u;
-    }
-
     // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Of `warps` warps each has
     // as many rows.
     //
