@@ -250,7 +250,6 @@ def _rounds(tile: Tile, cost: float, **limits: Any) -> _Choice:
     )
 
 
-_FULL_BLOCKS = _rounds(_WGMMA, 1)
 _BIAS = ("bias", "bias_fp32")
 _SOFTCAP = ("softcap", "softcap_wide")
 _BIAS_AND_DROPOUT = ("bias+dropout", "bias_fp32+dropout")
