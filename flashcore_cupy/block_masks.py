@@ -19,7 +19,8 @@ from flashcore_cupy.problem.rule_arrays import rule_array
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.problem.stream import entered
 from flashcore_cupy.problem.tracing import untraced
-from flashcore_cupy.select.block_lister import Asked, empty_lists, launch_of
+from flashcore_cupy.select.block_launch import empty_lists, launch_of
+from flashcore_cupy.select.block_lister import Asked
 
 __all__ = ["block_mask"]
 

@@ -52,6 +52,8 @@ class BlockLists(NamedTuple):
     """Indices of mixed and of full blocks that there is room for, per block of queries."""
     strides: tuple[tuple[int, ...], ...]
     """Elements, of each of ``LISTS``; empty of one that there is not."""
+    made: bool = False
+    """The call makes them from its own mask and mask_mod, in scratch: nobody has passed any."""
 
 
 def blocks_of(length: int, block: int) -> int:

@@ -151,6 +151,39 @@ def test_packed_batches(driver: Driver, kernel: str) -> None:
     )
 
 
+def of_own_lists(new: Arrays) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    """A call that is large enough to ask its mask_mod ahead."""
+    rules = {
+        "mask_mod": "document[q_idx] == document[kv_idx] || near[0] > kv_idx",
+        "mod_args": {"document": new(1024, dtype="int32"), "near": new(1, dtype="float32")},
+        "mask": new(16, 1, 1, 1024, dtype="bool"),
+    }
+    return tuple(new(16, 16, 1024, 64) for _ in range(3)), rules
+
+
+@pytest.mark.parametrize("kernel", LISTED)
+@pytest.mark.parametrize("lse", [False, True])
+def test_lists_that_a_call_makes(driver: Driver, kernel: str, lse: bool) -> None:
+    check(
+        driver,
+        of_own_lists,
+        lambda given, rules: call(kernel, given, rules, return_lse=lse),
+        known=ruled_cache._known,
+        bind_name=(attention_module, "bind"),
+    )
+    driver.launches.clear()
+    given, rules = of_own_lists(Arrays(2**33))
+    call(kernel, given, rules, return_lse=lse)
+    blocks, tiles, _ = driver.launches
+    assert blocks.geometry[1] == 16 * 8, "a thread block for each list"
+    words = set(np.frombuffer(blocks.contents, np.uint64).tolist())
+    assert {x.data.ptr for x in (rules["mask"], *rules["mod_args"].values())} <= words
+    made = words & set(np.frombuffer(tiles.contents, np.uint64).tolist())
+    scratch = driver.made[-1]
+    inside = {x for x in made if scratch.data.ptr <= x < scratch.data.ptr + scratch.nbytes}
+    assert len(inside) == 4, "counts and indices, of mixed and of full blocks"
+
+
 GRADIENTS: dict[str, tuple[str, ...]] = {
     "slopes": ("q", "alibi_slopes"),
     "bias": ("q", "k", "v", "bias"),
