@@ -29,14 +29,16 @@ BLOCK = (128, 128)
 #   prefix of 2048                1626 / 1103         3121 / 2263      160 to 170
 #   window of 1024                 936 /  859         2004 / 1244      170 to 180
 #
-# So lists save 16 to 36 us a head, and making them takes what 5 to 15 heads save.
+# So lists save 12 to 36 us a head, and making them takes what 5 to 16 heads save. (What is near 850
+# us may have been the host's time, so the most is rather less.) A mask that leaves each block mixed
+# saves nothing, but the sizes do not tell.
 _LEAST_HEADS = 16
 """Scores that the kernel would ask for, for each that the launch ahead asks for."""
-# A thread block makes the lists of 128 queries and walks over all keys. In the table 64 of them ran
-# side by side; with fewer queries there are fewer, but none is done sooner. So what counts are all
-# queries that the lists save something of: those of 16 heads in the table.
+# A thread block makes a list of 128 queries, and walks over all keys. In the table 64 of them ran
+# side by side, which no GPU is filled by. With fewer queries there are fewer, but none is done
+# sooner: so the queries of all heads count, and in the table 16 heads have as many as these.
 _LEAST_QUERIES = _LEAST_HEADS * 8192
-# 16 to 36 us saved for 8192 x 8192 scores are 60 to 140 us for these: enough for two more launches.
+# 12 to 36 us for 8192 x 8192 scores are 48 to 144 us for these: enough for two more launches, too.
 _LEAST_SCORES = 2**28
 
 
@@ -103,14 +105,13 @@ def why_not(problem: AttentionProblem) -> str | None:
     keys = problem.visible_kv
     ahead = lists.batches * lists.heads * problem.seqlen_q * keys
     if scores < _LEAST_HEADS * ahead:
-        shared = f"{lists.batches} x {lists.heads} lists"
         return (
-            f"{shared} ask for {ahead} scores, the kernel for {scores}: less than {_LEAST_HEADS} "
-            f"times as many"
+            f"{lists.batches} x {lists.heads} lists take {ahead} scores, and the kernel asks for "
+            f"{scores}; it pays from {_LEAST_HEADS} times as many on"
         )
     least = max(_LEAST_SCORES, _LEAST_QUERIES * keys)
     if scores < least:
-        return f"{scores} scores; it pays from {least} on"
+        return f"the kernel asks for {scores} scores; it pays from {least} on"
     return None
 
 
