@@ -54,10 +54,11 @@ def placed(on: Place, rules: dict[str, Any]) -> dict[str, Any]:
 
 
 def visible(
-    name: str, causal: bool = False, window: tuple[int, int] = (-1, -1), mask: Any = True, **_: Any
+    name: str, causal: Any = False, window: tuple[int, int] = (-1, -1), mask: Any = True, **_: Any
 ) -> np.ndarray:
-    at = i + SKV - SQ
-    near = ((j <= at) | (not causal)) & ((j >= at - window[0]) | (window[0] < 0))
+    at = i + (0 if causal == "top-left" else SKV - SQ)
+    left, right = window[0], 0 if causal else window[1]
+    near = ((j <= at + right) | (right < 0)) & ((j >= at - left) | (left < 0))
     return np.broadcast_to(MODS[name][1] & near & mask, (B, HEADS, SQ, SKV))
 
 
@@ -84,12 +85,13 @@ def test_against_the_oracle(on: Place, name: str, tile: Any) -> None:
     "rules",
     (
         {"causal": True},
+        {"causal": "top-left"},  # which hides the last keys from all queries
         {"window": (90, -1), "softcap": 5.0},
         {"mask": np.random.default_rng(1).random((B, 1, SQ, SKV)) < 0.6},
         {"mask": np.random.default_rng(2).random((HEADS, 1, SKV)) < 0.6},
     ),
 )
-@each("name", ("all alike", "of a batch"))
+@each("name", ("all alike", "of a batch", "of both"))
 @everywhere(*KERNELS)
 def test_beside_other_rules_that_hide_keys(on: Place, name: str, rules: Any) -> None:
     checked(on, name, **rules)
