@@ -59,6 +59,7 @@ def checked(given: Mapping[str, Any], rows: int) -> dict[str, Any]:
                 f"{indices}: got shape {tuple(found[indices].shape)}; use that of {counts}, "
                 f"{tuple(found[counts].shape)}, and an axis of indices"
             )
+    _check_places(found)
     if not found:
         raise ValueError("kv_num_blocks: got no lists; pass those of mixed or of full blocks")
     counted = [found[name] for name in LISTS[::2] if name in found]
@@ -91,6 +92,15 @@ def _check_int32(name: str, array: Any) -> None:
     if array.dtype != np.int32:
         got = array.dtype.name if array.dtype.isnative else f"{array.dtype.str}, of other bytes"
         raise TypeError(f"{name}: got dtype {got}; use int32")
+
+
+def _check_places(arrays: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` unless all are NumPy's, or all are CuPy's."""
+    on_host = {name: isinstance(x, np.ndarray) for name, x in arrays.items()}
+    if len(set(on_host.values())) == 2:
+        gpu = next(name for name, is_there in on_host.items() if not is_there)
+        cpu = next(name for name, is_there in on_host.items() if is_there)
+        raise TypeError(f"{gpu}: a CuPy array while {cpu} is a NumPy array; put both in one place")
 
 
 def of_grid(grid: Any, wanted: tuple[int, int]) -> tuple[Any, Any]:
@@ -128,6 +138,7 @@ def of_csr(indptr: Any, indices: Any, wanted: tuple[int, int]) -> tuple[Any, Any
     values, _ = interop.taken("indices", indices)
     for name, x in (("indptr", starts), ("indices", values)):
         _check_int32(name, x)
+    _check_places({"indptr": starts, "indices": values})
     if not 1 <= starts.ndim <= 3 or starts.shape[-1] != wanted[0] + 1:
         raise ValueError(
             f"indptr: got shape {tuple(starts.shape)}; use (B or 1, heads or 1, Qb + 1) with "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import gpu_skip_reason
+from noted_launches import Array
 
 from flashcore_cupy import BlockMask, attention, block_mask, explain
 from flashcore_cupy.cpu.emulator import build
@@ -90,6 +91,13 @@ REFUSED: dict[str, Any] = {
     ),
     r"block_mask\.seq_lengths: got 200; use": lambda: BlockMask.from_flex(flex(seq_lengths=200)),
     "block: got 'ab'; use": lambda: BlockMask.from_flex(flex(BLOCK_SIZE="ab")),
+    # Arrays in two places.
+    "indices: a CuPy array while indptr is a NumPy array": lambda: BlockMask.from_csr(
+        zeros(5), Array((2,), "int32"), **SIZES
+    ),
+    "full_kv_indices: a CuPy array while full_kv_num_blocks is a NumPy": lambda: full(
+        indices=Array((1, 1, 4, 3), "int32")
+    ),
     # Of a rule.
     "stream: is of a GPU, but NumPy asks this rule": lambda: block_mask(causal, stream=5, **SIZES),
     r"mod_args\['x'\]: got list; use a": lambda: block_mask(
