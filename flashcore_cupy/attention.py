@@ -121,7 +121,8 @@ def attention(
         element inside the kernel: ``score_mod="score + 0.1f * (kv_idx - q_idx)"``,
         ``mask_mod="kv_idx % 2 == 0"``. On NumPy arrays ``score_mod(score, b, h, q_idx, kv_idx,
         **mod_args)`` takes and returns blocks (M, N) of scores, q_idx (M, 1) and kv_idx (1, N);
-        mask_mod, without score, returns booleans. Blocks are of any size, in several threads.
+        mask_mod, without score, returns booleans. Blocks are of any size, in several threads. A
+        kernel that has much to do gets lists of blocks, for which mask_mod is asked ahead.
     mod_args : mapping of names to arrays
         What the mods use besides, C-contiguous; in an expression ``name[i]`` is element i.
     cu_seqlens_q, cu_seqlens_k : array, (B + 1,), int32

@@ -19,7 +19,8 @@ from flashcore_cupy.problem.rule_arrays import rule_array
 from flashcore_cupy.problem.rules import RULES
 from flashcore_cupy.problem.stream import entered
 from flashcore_cupy.problem.tracing import untraced
-from flashcore_cupy.select.block_lister import Asked, empty_lists, launch_of
+from flashcore_cupy.select.block_launch import empty_lists, launch_of
+from flashcore_cupy.select.block_lister import Asked
 
 __all__ = ["block_mask"]
 
@@ -79,9 +80,12 @@ def block_mask(
         raise ValueError("mask_mod: got no rule; pass mask_mod or mask")
     given = {} if mod_args is None else mod_args
     check_mod_args(given, None, mask_mod)
-    found = (mask, *given.values())
-    gpus = [gpu for x in found if x is not None and (gpu := interop.gpu_of("mask", x)) is not None]
+    found = {"mask": mask} | {f"mod_args[{name!r}]": x for name, x in given.items()}
+    where = (interop.gpu_of(name, x) for name, x in found.items() if x is not None)
+    gpus = [gpu for gpu in where if gpu is not None]
     on_gpu = bool(gpus) or isinstance(mask_mod, str)
+    if not on_gpu and stream is not None:
+        raise ValueError("stream: is of a GPU, but NumPy asks this rule; leave it out")
     rule = {"mask_mod": mask_mod, "mask": mask, "mod_args": mod_args}
     if on_gpu:
         lists = _on_gpu(gpus, scores, block, rule, given, stream)
@@ -99,9 +103,9 @@ def _on_gpu(
     given: Mapping[str, Any],
     stream: Any,
 ) -> list[Any]:
+    gpu = gpus[0] if gpus else _current_gpu()
     import cupy
 
-    gpu = gpus[0] if gpus else cupy.cuda.runtime.getDevice()
     with entered(gpu, stream), captures.captured_call():
         mask = rule_array("mask", rule["mask"], cpu=False)
         mods = {name: rule_array(f"mod_args[{name!r}]", x, cpu=False) for name, x in given.items()}
@@ -114,6 +118,19 @@ def _on_gpu(
             kernel = load_kernel(launch.config, place_of(gpu))
             launch_steps((step_of(kernel, launch),), everything | mods)
         return [arrays[name] for name in LISTS]
+
+
+def _current_gpu() -> int:
+    """The GPU that asks an expression; ``TypeError`` if there is none."""
+    try:
+        import cupy
+
+        return int(cupy.cuda.runtime.getDevice())
+    except Exception as reason:  # CuPy is missing, or its driver, or a GPU
+        raise TypeError(
+            f"mask_mod: got a str, which a GPU asks, and there is none ({reason}); pass a callable "
+            f"mask_mod(b, h, q_idx, kv_idx, **mod_args)"
+        ) from reason
 
 
 def _asked(

@@ -162,6 +162,7 @@ def prepare(
 
     ``o_operand`` describes the output; ``place`` names the current device.
     """
+    problem = selection.seen(problem)
     selection = selection.stored_to(problem, o_operand)
     kernels = tuple(load_kernel(config, place) for config in selection.configs)
     params = _fixed_params(problem, kernels[-1], o_operand, place)

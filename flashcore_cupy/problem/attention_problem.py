@@ -150,19 +150,21 @@ class AttentionProblem:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the two products, over visible (query, key) pairs.
+        """Floating-point operations of the two products, over visible (query, key) pairs."""
+        pairs = float(self.visible_pairs)
+        return 2.0 * self.batch * self.heads_q * pairs * (self.head_dim + self.head_dim_v)
 
-        As far as positions hide them; not known of a packed batch.
+    @property
+    def visible_pairs(self) -> int:
+        """Pairs of a query and a key that it sees, in one head, as far as positions hide keys.
+
+        Not known of a packed batch.
         """
         if self.packed:
             raise ValueError("the lengths of packed sequences are not known")
         left, right = self.window
-        pairs = float(self.seqlen_q) * self.seqlen_kv
-        if right >= 0:
-            pairs = float(self._keys_up_to(right))
-        if left >= 0:
-            pairs = max(0.0, pairs - self._keys_up_to(-left - 1))
-        return 2.0 * self.batch * self.heads_q * pairs * (self.head_dim + self.head_dim_v)
+        pairs = self.seqlen_q * self.seqlen_kv if right < 0 else self._keys_up_to(right)
+        return pairs if left < 0 else max(0, pairs - self._keys_up_to(-left - 1))
 
     def _keys_up_to(self, right: int) -> int:
         """Sum over queries i of the keys j <= i + causal_offset + right."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flashcore_cupy.problem import interop
 from flashcore_cupy.problem.listed_blocks import LISTS, blocks_of
+from flashcore_cupy.problem.values import shown
 
 
 class InKernel(NamedTuple):
@@ -18,6 +20,9 @@ class InKernel(NamedTuple):
 
     cuda: str
     python: Callable[..., Any]
+
+
+_INTERVALS = "fc_intervals"  # among mod_args
 
 
 class Made(NamedTuple):
@@ -38,9 +43,12 @@ def checked(given: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
     Raises ``TypeError`` or ``ValueError`` naming the list.
     """
+    if not isinstance(given, Mapping) or not set(given) <= set(LISTS):
+        names = shown(sorted(map(str, given)) if isinstance(given, Mapping) else given)
+        raise TypeError(f"arrays: got {names}; use a dict of some of {', '.join(LISTS)}")
     found: dict[str, Any] = {}
     for counts, indices in (LISTS[:2], LISTS[2:]):
-        pair = {name: given[name] for name in (counts, indices) if given[name] is not None}
+        pair = {name: x for name in (counts, indices) if (x := given.get(name)) is not None}
         if len(pair) == 1:
             (only,) = pair
             missing = indices if only == counts else counts
@@ -51,6 +59,7 @@ def checked(given: Mapping[str, Any], rows: int) -> dict[str, Any]:
                 f"{indices}: got shape {tuple(found[indices].shape)}; use that of {counts}, "
                 f"{tuple(found[counts].shape)}, and an axis of indices"
             )
+    _check_places(found)
     if not found:
         raise ValueError("kv_num_blocks: got no lists; pass those of mixed or of full blocks")
     counted = [found[name] for name in LISTS[::2] if name in found]
@@ -70,14 +79,28 @@ def checked(given: Mapping[str, Any], rows: int) -> dict[str, Any]:
 def _list(name: str, x: Any, axes: int) -> Any:
     """A list as CuPy or NumPy has it, with all of its axes."""
     array, _ = interop.taken(name, x)
-    if array.dtype != np.int32:
-        raise TypeError(f"{name}: got dtype {array.dtype.name}; use int32")
+    _check_int32(name, array)
     if not axes - 2 <= array.ndim <= axes:
         raise ValueError(
             f"{name}: got shape {tuple(array.shape)}; use (B or 1, heads or 1, Qb"
             + (")" if axes == 3 else ", capacity)")
         )
     return array[(None,) * (axes - array.ndim)]
+
+
+def _check_int32(name: str, array: Any) -> None:
+    if array.dtype != np.int32:
+        got = array.dtype.name if array.dtype.isnative else f"{array.dtype.str}, of other bytes"
+        raise TypeError(f"{name}: got dtype {got}; use int32")
+
+
+def _check_places(arrays: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` unless all are NumPy's, or all are CuPy's."""
+    on_host = {name: isinstance(x, np.ndarray) for name, x in arrays.items()}
+    if len(set(on_host.values())) == 2:
+        gpu = next(name for name, is_there in on_host.items() if not is_there)
+        cpu = next(name for name, is_there in on_host.items() if is_there)
+        raise TypeError(f"{gpu}: a CuPy array while {cpu} is a NumPy array; put both in one place")
 
 
 def of_grid(grid: Any, wanted: tuple[int, int]) -> tuple[Any, Any]:
@@ -114,8 +137,8 @@ def of_csr(indptr: Any, indices: Any, wanted: tuple[int, int]) -> tuple[Any, Any
     starts, _ = interop.taken("indptr", indptr)
     values, _ = interop.taken("indices", indices)
     for name, x in (("indptr", starts), ("indices", values)):
-        if x.dtype != np.int32:
-            raise TypeError(f"{name}: got dtype {x.dtype.name}; use int32")
+        _check_int32(name, x)
+    _check_places({"indptr": starts, "indices": values})
     if not 1 <= starts.ndim <= 3 or starts.shape[-1] != wanted[0] + 1:
         raise ValueError(
             f"indptr: got shape {tuple(starts.shape)}; use (B or 1, heads or 1, Qb + 1) with "
@@ -134,21 +157,17 @@ def of_csr(indptr: Any, indices: Any, wanted: tuple[int, int]) -> tuple[Any, Any
     return counts, empty if found is None else xp.ascontiguousarray(found)
 
 
-def of_intervals(intervals: Any, seqlens: tuple[int, int], block: tuple[int, int]) -> Made:
-    """Mixed and full blocks of intervals (..., rows, n, 2), and the rule that they are."""
+def of_intervals(
+    intervals: Any, seqlens: tuple[int, int], block: tuple[int, int], queries: int
+) -> Made:
+    """Mixed and full blocks of intervals (..., rows, n, 2), and the rule that they are.
+
+    ``queries``: how many blocks of them there are.
+    """
     array, _ = interop.taken("intervals", intervals)
-    queries = blocks_of(seqlens[0], block[0])
-    if array.dtype != np.int32:
-        raise TypeError(f"intervals: got dtype {array.dtype.name}; use int32")
-    if (
-        not 3 <= array.ndim <= 5
-        or array.shape[-1] != 2
-        or array.shape[-3]
-        not in (
-            seqlens[0],
-            queries,
-        )
-    ):
+    _check_int32("intervals", array)
+    has_axes = 3 <= array.ndim <= 5 and array.shape[-1] == 2
+    if not has_axes or array.shape[-3] not in (seqlens[0], queries):
         raise ValueError(
             f"intervals: got shape {tuple(array.shape)}; use (B or 1, heads or 1, rows, n, 2) with "
             f"rows = {seqlens[0]}, one for each query, or {queries}, one for each block of them"
@@ -159,7 +178,7 @@ def of_intervals(intervals: Any, seqlens: tuple[int, int], block: tuple[int, int
     some, every = _covered(array, seqlens, block, per, xp)
     lists = (*packed(some & ~every, xp), *packed(every, xp))
     rule = _rule_of(array.shape, per)
-    return Made(lists, rule, {"fc_intervals": array})
+    return Made(lists, rule, {_INTERVALS: array} if array.size else {})
 
 
 def _covered(
@@ -181,22 +200,35 @@ def _covered(
     return all_some.reshape(by_row).any(axis=3), all_every.reshape(by_row).all(axis=3)
 
 
+@dataclass(frozen=True)
+class _Inside:
+    """Whether a key lies in an interval of its query, by NumPy; unlike a closure it is pickled."""
+
+    batches: int
+    heads: int
+    per: int
+    """Queries that share intervals."""
+
+    def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any, **arrays: Any) -> Any:
+        seen = np.zeros((len(q_idx), kv_idx.shape[1]), np.bool_)
+        if _INTERVALS not in arrays:  # there are none
+            return seen
+        of_head = arrays[_INTERVALS][b if self.batches > 1 else 0, h if self.heads > 1 else 0]
+        own = of_head[q_idx[:, 0] // self.per]
+        for i in range(own.shape[1]):
+            seen |= (kv_idx >= own[:, i, :1]) & (kv_idx < own[:, i, 1:])
+        return seen
+
+
 def _rule_of(shape: tuple[int, ...], per: int) -> InKernel:
     batches, heads, rows, n, _ = shape
     b = "b" if batches > 1 else "0"
     h = "h" if heads > 1 else "0"
     first = f"((({b}) * {heads} + {h}) * {rows}ll + q_idx / {per}) * {2 * n}"
     inside = (
-        f"(kv_idx >= fc_intervals[{first} + {2 * i}] && "
-        f"kv_idx < fc_intervals[{first} + {2 * i + 1}])"
+        f"(kv_idx >= {_INTERVALS}[{first} + {2 * i}] && "
+        f"kv_idx < {_INTERVALS}[{first} + {2 * i + 1}])"
         for i in range(n)
     )
-
-    def python(b: Any, h: Any, q_idx: Any, kv_idx: Any, *, fc_intervals: Any, **_: Any) -> Any:
-        own = fc_intervals[b if batches > 1 else 0, h if heads > 1 else 0][q_idx[:, 0] // per]
-        seen = np.zeros((len(own), kv_idx.shape[1]), np.bool_)
-        for i in range(n):
-            seen |= (kv_idx >= own[:, i, :1]) & (kv_idx < own[:, i, 1:])
-        return seen
-
-    return InKernel(" || ".join(inside) if n else "false", python)
+    some = " || ".join(inside) if math.prod(shape) else "false"
+    return InKernel(some, _Inside(batches, heads, per))

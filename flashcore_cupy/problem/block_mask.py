@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from flashcore_cupy.problem import block_lists, interop
+from flashcore_cupy.problem.attention_problem import MAX_SEQLEN
 from flashcore_cupy.problem.block_lists import InKernel
 from flashcore_cupy.problem.listed_blocks import (
     BLOCK_SIZES,
@@ -50,6 +51,16 @@ class BlockMask:
     mask: Any = None
     mod_args: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Check all but the rule, and give each list all of its axes."""
+        block, (seqlen_q, seqlen_kv) = checked_block(self.block), _two("seqlens", self.seqlens)
+        lengths = checked_length("seqlen_q", seqlen_q), checked_length("seqlen_kv", seqlen_kv)
+        arrays = block_lists.checked(self.arrays, blocks_of(lengths[0], block[0]))
+        if self.mod_args is not None and not isinstance(self.mod_args, Mapping):
+            raise TypeError(f"mod_args: got {shown(self.mod_args)}; use a dict of names and arrays")
+        for name, value in (("arrays", arrays), ("seqlens", lengths), ("block", block)):
+            object.__setattr__(self, name, value)  # the class is frozen
+
     # --- made from ------------------------------------------------------------------------------
 
     @classmethod
@@ -72,23 +83,16 @@ class BlockMask:
         Axes in front may be missing. The first two are of mixed blocks, which need a rule here or
         beside the call; the others are of full ones. No array is copied.
         """
-        block = checked_block(block)
-        seqlens = checked_length("seqlen_q", seqlen_q), checked_length("seqlen_kv", seqlen_kv)
-        given = dict(
-            zip(
-                LISTS, (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices), strict=True
-            )
-        )
-        arrays = block_lists.checked(given, blocks_of(seqlens[0], block[0]))
-        return cls(arrays, seqlens, block, mask_mod, mask, mod_args)
+        lists = (kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices)
+        arrays = {name: x for name, x in zip(LISTS, lists, strict=True) if x is not None}
+        return cls(arrays, (seqlen_q, seqlen_kv), block, mask_mod, mask, mod_args)
 
     @classmethod
     def from_grid(
         cls, grid: Any, *, seqlen_q: int, seqlen_kv: int, block: tuple[int, int] = (128, 128)
     ) -> BlockMask:
         """Take a grid of blocks, (..., Qb, Kb) bool: True where a block is full, else empty."""
-        block = checked_block(block)
-        wanted = blocks_of(seqlen_q, block[0]), blocks_of(seqlen_kv, block[1])
+        wanted = _blocks(seqlen_q, seqlen_kv, block)
         lists = block_lists.of_grid(grid, wanted)
         return cls.from_lists(
             None, None, *lists, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, block=block
@@ -108,8 +112,7 @@ class BlockMask:
 
         Row i of a head has the key blocks indices[indptr[i]:indptr[i + 1]].
         """
-        block = checked_block(block)
-        wanted = blocks_of(seqlen_q, block[0]), blocks_of(seqlen_kv, block[1])
+        wanted = _blocks(seqlen_q, seqlen_kv, block)
         lists = block_lists.of_csr(indptr, indices, wanted)
         return cls.from_lists(
             None, None, *lists, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, block=block
@@ -129,8 +132,8 @@ class BlockMask:
         A row has n intervals [begin, end), of which any may be empty. rows: Sq, or one for each
         block of queries. The mask keeps the intervals, as the rule of its mixed blocks.
         """
-        block = checked_block(block)
-        made = block_lists.of_intervals(intervals, (seqlen_q, seqlen_kv), block)
+        queries, _ = _blocks(seqlen_q, seqlen_kv, block)
+        made = block_lists.of_intervals(intervals, (seqlen_q, seqlen_kv), block, queries)
         return cls.from_lists(
             *made.lists,
             seqlen_q=seqlen_q,
@@ -158,8 +161,9 @@ class BlockMask:
                 f"block_mask: got {type(block_mask).__name__}; use flashcore_cupy.block_mask(...), "
                 f"a BlockMask.from_..., or a BlockMask of torch's FlexAttention"
             )
-        block = (size, size) if isinstance(size, int) else tuple(size)
-        return cls.from_lists(**given, seqlen_q=lengths[0], seqlen_kv=lengths[1], block=block)
+        block = (size, size) if hasattr(size, "__index__") else size
+        seqlen_q, seqlen_kv = _two("block_mask.seq_lengths", lengths)
+        return cls.from_lists(**given, seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, block=block)
 
     @classmethod
     def of(cls, given: Any) -> BlockMask:
@@ -258,6 +262,20 @@ def _picture(grid: Any) -> list[str]:
     return lines
 
 
+def _two(name: str, values: Any) -> tuple[Any, Any]:
+    """Two lengths, whatever they are; ``TypeError`` if it is not two."""
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise TypeError(f"{name}: got {shown(values)}; use (Sq, Skv)")
+    return values[0], values[1]
+
+
+def _blocks(seqlen_q: Any, seqlen_kv: Any, block: Any) -> tuple[int, int]:
+    """Blocks of queries and of keys, of lengths that are checked."""
+    block = checked_block(block)
+    lengths = checked_length("seqlen_q", seqlen_q), checked_length("seqlen_kv", seqlen_kv)
+    return blocks_of(lengths[0], block[0]), blocks_of(lengths[1], block[1])
+
+
 def checked_block(block: Any) -> tuple[int, int]:
     """Return queries and keys of a block; ``ValueError`` unless each is one of ``BLOCK_SIZES``."""
     if isinstance(block, tuple | list) and len(block) == 2:
@@ -274,12 +292,16 @@ def checked_length(name: str, value: Any) -> int:
         n = int(value.__index__())
     except Exception:  # of no integer, or of an array of any library that is none
         raise TypeError(f"{name}: got {shown(value)}; use an int") from None
-    if n < 0:
-        raise ValueError(f"{name}: got {n}; use an int from 0")
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: got {value}; use an int")
+    if not 0 <= n <= MAX_SEQLEN:
+        raise ValueError(f"{name}: got {n}; use an int from 0 to {MAX_SEQLEN}")
     return n
 
 
-def _joined(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _joined(own: Mapping[str, Any], given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"mod_args: got {shown(given)}; use a dict of names and arrays")
     for name in own.keys() & given.keys():
         if own[name] is not given[name]:
             raise ValueError(

@@ -52,6 +52,8 @@ class BlockLists(NamedTuple):
     """Indices of mixed and of full blocks that there is room for, per block of queries."""
     strides: tuple[tuple[int, ...], ...]
     """Elements, of each of ``LISTS``; empty of one that there is not."""
+    made: bool = False
+    """The call makes them from its own mask and mask_mod, in scratch: nobody has passed any."""
 
 
 def blocks_of(length: int, block: int) -> int:
@@ -79,8 +81,10 @@ def state_grid(
 def _listed(counts: Any, indices: Any, columns: int, xp: Any) -> Any:
     """Which blocks are in a list, (..., Qb, Kb) bool."""
     rows, capacity = counts.size, indices.shape[-1]
+    if xp is np:  # which knows what they hold: no list is longer than this
+        capacity = min(capacity, max(0, int(counts.max(initial=0))))
     nth = xp.arange(capacity)[None, :]
-    flat = indices.reshape(rows, capacity).astype(xp.int64)
+    flat = indices[..., :capacity].reshape(rows, capacity).astype(xp.int64)
     inside = (nth < counts.reshape(rows, 1)) & (flat >= 0) & (flat < columns)
     found = xp.zeros((rows, columns + 1), xp.bool_)  # the last column takes what is out of range
     row = xp.arange(rows)[:, None] * (columns + 1)
@@ -101,7 +105,9 @@ class BlockMaskRule(Rule):
         self.check(value, scores)
         arrays = value.arrays
         batches, heads = next(x.shape[:2] for name, x in arrays.items() if name in LISTS[::2])
-        capacity = [arrays[name].shape[-1] if name in arrays else 0 for name in LISTS[1::2]]
+        # No count is larger than int32 holds.
+        room = (arrays[name].shape[-1] if name in arrays else 0 for name in LISTS[1::2])
+        capacity = [min(n, 2**31 - 1) for n in room]
         strides = (
             tuple(s // 4 for s in arrays[name].strides) if name in arrays else () for name in LISTS
         )

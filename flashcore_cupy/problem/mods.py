@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -52,6 +53,10 @@ class Mods:
     score_mod: str | None
     mask_mod: str | None
     args: tuple[tuple[str, str], ...] = ()
+
+    def mask_asks(self, variable: str) -> bool:
+        """Whether mask_mod may depend on a variable: its name stands somewhere in the text."""
+        return bool(re.search(rf"\b{variable}\b", self.mask_mod or "", re.ASCII))
 
     def elements(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """What score_mod reads of these arrays: the array's name and an index, each pair once."""

@@ -1,10 +1,10 @@
-"""What makes a block mask from a rule: the kernel ``block_mask.cu``, its arrays and parameters."""
+"""What makes lists of blocks from a rule: the kernel ``block_mask.cu`` and its parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -14,9 +14,8 @@ from flashcore_cupy.problem.blocks import ScoreShape
 from flashcore_cupy.problem.listed_blocks import LISTS, blocks_of
 from flashcore_cupy.problem.mods import Mods
 from flashcore_cupy.problem.rule import Broadcast
-from flashcore_cupy.select.config import KernelConfig, Tile
+from flashcore_cupy.select.config import KernelConfig, Scratch, Tile
 from flashcore_cupy.select.params import BLOCK_MASK_PARAMS
-from flashcore_cupy.select.plan import Launch
 from flashcore_cupy.select.units import MMA
 
 _BLOCKS = 1024
@@ -31,6 +30,14 @@ class Asked(NamedTuple):
     block: tuple[int, int]
     mods: Mods | None
     mask: Broadcast | None
+
+    @classmethod
+    def by(cls, problem: AttentionProblem) -> Asked:
+        """The lists that a problem's own call makes."""
+        rules, lists = problem.rules, problem.rules.block_mask
+        assert lists is not None
+        scores = ScoreShape(lists.batches, lists.heads, problem.seqlen_q, problem.visible_kv)
+        return cls(scores, lists.block, rules.mods, rules.mask)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -49,15 +56,22 @@ class BlockLister(KernelConfig):
     params: ClassVar[np.dtype[Any]] = BLOCK_MASK_PARAMS
 
     @classmethod
-    def asked(cls, asked: Asked) -> BlockLister:
-        """The kernel that makes a block mask."""
-        rules = ("mask",) * (asked.mask is not None)
-        if asked.mods is not None and asked.mods.mask_mod is not None:
+    def asked(cls, mods: Mods | None, *, mask: bool) -> BlockLister:
+        """The kernel that asks a mask_mod, if there is one, and a mask, if there is one."""
+        rules = ("mask",) * mask
+        if mods is not None and mods.mask_mod is not None:
             rules += ("mask_mod",)
+            mods = replace(mods, score_mod=None)  # nobody asks for scores
         return cls(
             kernel="block_mask", dtype="float16", head_dim=MMA, head_dim_v=MMA, dim_qk=MMA,
-            dim_v=MMA, tile=Tile(MMA, MMA, warps_m=8), rules=rules, mods=asked.mods,
+            dim_v=MMA, tile=Tile(MMA, MMA, warps_m=8), rules=rules,
+            mods=mods if "mask_mod" in rules else None,
         )  # fmt: skip
+
+    @classmethod
+    def ahead_of(cls, config: KernelConfig) -> BlockLister:
+        """The kernel that asks the rules of another one."""
+        return cls.asked(config.mods, mask="mask" in config.rules)
 
     def unfit(self) -> list[str]:
         """Nothing: there is one tile."""
@@ -70,31 +84,34 @@ class BlockLister(KernelConfig):
 
     def grids(self, problem: AttentionProblem, blocks: int) -> tuple[int, ...]:
         """A thread block for each row of blocks."""
-        return (blocks,)
+        return (math.prod(Asked.by(problem).shapes[0]),)
+
+    def bind(
+        self, params: np.ndarray[Any, Any], problem: AttentionProblem, addresses: Mapping[str, int]
+    ) -> None:
+        """Write what is asked, and where the lists go."""
+        write(params, Asked.by(problem), addresses)
 
 
-def empty_lists(asked: Asked, empty: Callable[..., Any]) -> dict[str, Any]:
-    """The arrays that are written, by their names in ``LISTS``."""
-    shapes = asked.shapes
-    return {name: empty(shapes[n % 2], np.dtype(np.int32)) for n, name in enumerate(LISTS)}
+def scratch_of(problem: AttentionProblem) -> Scratch:
+    """The arrays that are written, of a problem whose own call makes the lists."""
+    shapes = Asked.by(problem).shapes
+    return {name: (shapes[n % 2], "int32") for n, name in enumerate(LISTS)}
 
 
-def launch_of(asked: Asked, addresses: Mapping[str, int], mod_args: Sequence[int]) -> Launch | None:
-    """The launch; None if there is no block. ``addresses``: of the lists, and of "mask"."""
-    config, scores = BlockLister.asked(asked), asked.scores
-    params = np.zeros((), config.params)
+def write(params: np.ndarray[Any, Any], asked: Asked, addresses: Mapping[str, int]) -> None:
+    """Write what is asked, and where the arrays are; ``addresses``: also "mask", "mod_args[0]"."""
+    scores = asked.scores
     params["batch"], params["seqlen_q"], params["seqlen_kv"] = (
         scores.batch, scores.seqlen_q, scores.seqlen_kv,
     )  # fmt: skip
     params["list_batches"], params["list_heads"] = scores.batch, scores.heads
     params["list_shift_q"], params["list_shift_kv"] = (n.bit_length() - 1 for n in asked.block)
-    counts, indices = asked.shapes
-    params["q_blocks"], params["kv_blocks"] = indices[-2:]
+    params["q_blocks"], params["kv_blocks"] = asked.shapes[1][-2:]
     for n, name in enumerate(LISTS):
         params["counts" if n % 2 == 0 else "indices"][n // 2] = addresses[name]
     if asked.mask is not None:
         params["mask"], params["mask_strides"] = addresses["mask"], asked.mask.strides
-    for n, address in enumerate(mod_args):
-        params["mod_args"][n] = address
-    grid = math.prod(counts)
-    return Launch(0, config, config.entries[0], grid, params) if grid else None
+    if asked.mods is not None:
+        for n in range(len(asked.mods.args)):
+            params["mod_args"][n] = addresses[f"mod_args[{n}]"]

@@ -66,6 +66,8 @@ class Tile:
     alone: bool = False
     """cluster_sm90: no other thread block runs beside one on its multiprocessor, for it takes more
     than half of the shared memory."""
+    own_lists: bool = False
+    """mma_sm80, wgmma_sm90: a launch ahead asks mask_mod, and lists blocks; see own_lists.py."""
     min_blocks: int = 1
     """Thread blocks per multiprocessor that registers are kept free for."""
 
@@ -112,7 +114,7 @@ class KernelConfig(ABC):
     quantizes: ClassVar[bool] = False
     """Rounds its inputs to fp8 first, so ``auto`` never takes it."""
     own_switches: ClassVar[tuple[str, ...]] = ()
-    """Which of ``one_tile`` and ``alone`` its tiles may have."""
+    """Which of ``one_tile``, ``alone`` and ``own_lists`` its tiles may have."""
     row_align: ClassVar[int] = 1
     """Every row of q, k and v starts and ends on a multiple of so many bytes."""
     mask_keys: ClassVar[int] = 1
@@ -217,10 +219,8 @@ class KernelConfig(ABC):
             reasons.append(
                 f"warps_m x warps_n = {self.num_warps} warps; a thread block holds at most 32"
             )
-        others = {"one_tile", "alone"}.difference(self.own_switches)
-        reasons += [
-            f"{self.kernel} has no {name}" for name in sorted(others) if getattr(self.tile, name)
-        ]
+        others = {"one_tile", "alone", "own_lists"}.difference(self.own_switches)
+        reasons += [f"{self.kernel} has no {n}" for n in sorted(others) if getattr(self.tile, n)]
         return reasons + self.unfit()
 
     @abstractmethod

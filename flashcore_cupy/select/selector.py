@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from flashcore_cupy.cuda.targets import capability, smem_limit
 from flashcore_cupy.problem.attention_problem import AttentionProblem, Operand, check_choice
+from flashcore_cupy.select import own_lists
 from flashcore_cupy.select.config import KernelConfig, check_overrides
 from flashcore_cupy.select.grids import check_sizes
 from flashcore_cupy.select.registry import AUTO_ORDER, KERNELS, Kernel
@@ -23,6 +24,12 @@ class Selection:
     kernel: Kernel
     config: KernelConfig
     passed_over: tuple[tuple[str, str], ...] = ()
+    why_unlisted: str | None = None
+    """Why the kernel itself asks a mask_mod, score by score; None of a call without."""
+
+    def seen(self, problem: AttentionProblem) -> AttentionProblem:
+        """The problem as the kernel sees it: with lists, if its own call makes them."""
+        return own_lists.with_lists(problem) if self.config.tile.own_lists else problem
 
     @property
     def name(self) -> str:
@@ -48,6 +55,8 @@ class Selection:
         lines = [f"{self.name} on {arch}: {self.describe()}"]
         if isinstance(self.config, TakesLists):
             lines += self.config.told()
+        if self.why_unlisted is not None:
+            lines.append(f"mask_mod: asked score by score, not ahead: {self.why_unlisted}")
         return lines + [f"passed over {name}: {reason}" for name, reason in self.passed_over]
 
 
@@ -72,10 +81,11 @@ def configure(
         raise ValueError(f"takes {' and '.join(kernel.dtypes)}, not {problem.dtype}")
     _refuse(kernel.family.why_not_on(arch))
     kernel.family.check_problem(problem)
-    if problem.rules.block_mask is not None:
+    lists = problem.rules.block_mask
+    if lists is not None:
         family = kernel.family
         if not (issubclass(family, TakesLists) and family.takes_blocks):
-            raise ValueError("has no block_mask")
+            raise ValueError(f"has no {'own_lists' if lists.made else 'block_mask'}")
     if auto:
         _refuse(kernel.family.why_slow(problem))
     dims = (problem.head_dim, problem.head_dim_v)
@@ -171,6 +181,38 @@ def select(
 def _select(
     problem: AttentionProblem, arch: str, kernel: str, changes: tuple[tuple[str, int | bool], ...]
 ) -> Selection:
+    tile = dict(changes)
+    if tile.pop("own_lists", own_lists.is_asked(problem)):
+        if "own_lists" in dict(changes):
+            own_lists.check(problem)
+            return _chosen(own_lists.with_lists(problem), arch, kernel, tile)
+        return _with_lists_if_they_pay(problem, arch, kernel, tile)
+    found = _chosen(problem, arch, kernel, tile)
+    forbidden = own_lists.is_asked(problem)
+    return replace(found, why_unlisted="own_lists=False") if forbidden else found
+
+
+def _with_lists_if_they_pay(
+    problem: AttentionProblem, arch: str, kernel: str, changes: Mapping[str, int | bool]
+) -> Selection:
+    """What a problem with a mask_mod gets: the kernel asks it, or walks over lists of it."""
+    asking = _chosen(problem, arch, kernel, changes)
+    reason = own_lists.why_not(problem)
+    if reason is None:
+        listed = own_lists.with_lists(problem)
+        try:
+            found = _chosen(listed, arch, asking.name, changes)
+            reason = own_lists.why_too_large(listed, found.config)
+        except ValueError as error:  # of a kernel, or of a tile, that goes without lists
+            reason = str(error)
+        if reason is None:
+            return replace(found, passed_over=asking.passed_over)
+    return replace(asking, why_unlisted=reason)
+
+
+def _chosen(
+    problem: AttentionProblem, arch: str, kernel: str, changes: Mapping[str, int | bool]
+) -> Selection:
     if kernel == "auto":
         fastest = _fastest(problem, arch)
         if not changes:
@@ -179,7 +221,7 @@ def _select(
     else:
         passed_over = ()
     try:
-        config = configure(problem, KERNELS[kernel], arch, dict(changes))
+        config = configure(problem, KERNELS[kernel], arch, changes)
     except ValueError as error:
         raise ValueError(f"kernel {kernel!r}: {error}") from None
     return Selection(KERNELS[kernel], config, passed_over)

@@ -15,6 +15,7 @@ import numpy as np
 
 from flashcore_cupy.problem.attention_problem import AttentionProblem
 from flashcore_cupy.problem.listed_blocks import LISTS, BlockMaskRule
+from flashcore_cupy.select.block_lister import BlockLister, scratch_of
 from flashcore_cupy.select.config import KernelConfig, Scratch, Tile
 from flashcore_cupy.select.params import TILE_LISTS_PARAMS
 from flashcore_cupy.select.units import MMA
@@ -33,6 +34,7 @@ class TakesLists(KernelConfig):
     """A family whose kernels may walk over lists of tiles."""
 
     takes_blocks: ClassVar[bool] = True
+    own_switches: ClassVar[tuple[str, ...]] = ("own_lists",)
 
     @classmethod
     def tile_for(cls, tile: Tile, problem: AttentionProblem) -> Tile:
@@ -41,7 +43,7 @@ class TakesLists(KernelConfig):
         if lists is None:
             return tile
         keys = next(n for n in (128, 64, 32, MMA) if n <= tile.block_n and lists.block[1] % n == 0)
-        return replace(tile, block_n=keys)
+        return replace(tile, block_n=keys, own_lists=lists.made)
 
     @property
     def is_listed(self) -> bool:
@@ -60,6 +62,8 @@ class TakesLists(KernelConfig):
         """Raise ``ValueError`` if the tile touches more blocks of a mask than an entry holds."""
         super().check_heads(problem)
         lists = problem.rules.block_mask
+        if self.tile.own_lists != (lists is not None and lists.made):
+            raise ValueError("config: own_lists is chosen for a call, not for a tile")
         if lists is None:
             return
         sides = (("block_m", lists.block[0]), ("block_n", lists.block[1]))
@@ -76,25 +80,29 @@ class TakesLists(KernelConfig):
         if not self.is_listed:
             return []
         t = self.tile
+        ahead = "mask_mod: asked ahead, block by block; " if t.own_lists else "block mask: "
         return [
-            f"block mask: a launch ahead lists tiles of {t.block_m} queries and {t.block_n} keys; "
+            f"{ahead}a launch ahead lists tiles of {t.block_m} queries and {t.block_n} keys; "
             f"no others are loaded, and rules that hide keys are asked in mixed ones alone"
         ]
 
     def before(self) -> tuple[KernelConfig, ...]:
-        """What makes the lists."""
+        """What makes the lists: first those of blocks, unless they are passed."""
         if not self.is_listed:
             return super().before()
+        blocks = (BlockLister.ahead_of(self),) if self.tile.own_lists else ()
         lister = TileLister(
             kernel=self.kernel, dtype="float16", head_dim=MMA, head_dim_v=MMA, dim_qk=MMA,
             dim_v=MMA, tile=_LISTERS_TILE, bounded_right=self.bounded_right,
             bounded_left=self.bounded_left, listed=self.tile,
         )  # fmt: skip
-        return (*super().before(), lister)
+        return (*super().before(), *blocks, lister)
 
     def scratch(self, problem: AttentionProblem) -> Scratch:
-        """The lists of tiles, and how many entries each has."""
+        """The lists of tiles, and how many entries each has; before them those of blocks."""
         found = dict(super().scratch(problem))
+        if self.tile.own_lists:
+            found |= scratch_of(problem)
         if self.is_listed:
             shape = _lists_of(problem, self.tile)
             found["tile_entries"] = (*shape, _ENTRY_INTS), "int32"
@@ -104,8 +112,11 @@ class TakesLists(KernelConfig):
     def bind(
         self, params: np.ndarray[Any, Any], problem: AttentionProblem, addresses: Mapping[str, int]
     ) -> None:
-        """Write how the lists of tiles lie."""
-        super().bind(params, problem, addresses)
+        """Write how the lists of tiles lie; those of blocks are no business of the kernel."""
+        known = params.dtype.fields or {}
+        for name in self.scratch(problem):
+            if name in known:
+                params[name] = addresses[name]
         if self.is_listed:
             _describe_tiles(params, problem, self.tile)
 

@@ -25,7 +25,7 @@ from flashcore_cupy.cpu.emulator import build
 from flashcore_cupy.cpu.emulator.run import Grid, launch
 from flashcore_cupy.problem.blocks import ScoreShape
 from flashcore_cupy.problem.listed_blocks import LISTS
-from flashcore_cupy.select.block_lister import empty_lists, launch_of
+from flashcore_cupy.select.block_launch import empty_lists, launch_of
 
 SIZES: dict[str, Any] = {"seqlen_q": 200, "seqlen_kv": 300, "block": (64, 128)}
 

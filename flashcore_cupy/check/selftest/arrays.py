@@ -16,6 +16,7 @@ from flashcore_cupy.check.inputs import inputs
 from flashcore_cupy.check.selftest.case import Case
 from flashcore_cupy.problem.attention_problem import AttentionProblem, describe
 from flashcore_cupy.problem.blocks import Array
+from flashcore_cupy.problem.listed_blocks import Lists
 from flashcore_cupy.problem.rules import RULES, describe_rules
 
 #: NaN elements before and after every array. 64 keeps what follows aligned.
@@ -187,7 +188,7 @@ def described(case: Case) -> AttentionProblem:
     for name, x in case.rule_arrays().items():
         four = (1,) * (4 - x.ndim) + x.shape
         extras[name] = _Spec.of(four, x.dtype, _view_of(case, name)).last(x.ndim)
-    rules = case.rules(extras, cuda=True)
+    rules = case.rules(extras, cuda=True, blocks=Lists)
     described = describe_rules(problem.scores, case.dtype, packed=problem.packed, **rules)
     return replace(problem, rules=described)
 

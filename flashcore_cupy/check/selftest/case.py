@@ -25,7 +25,7 @@ from flashcore_cupy.problem.block_lists import packed as packed_lists
 from flashcore_cupy.problem.block_mask import BlockMask
 from flashcore_cupy.problem.blocks import Array
 from flashcore_cupy.problem.gradients import INPUTS, BackwardGate
-from flashcore_cupy.problem.listed_blocks import FULL, LISTS, MIXED, blocks_of
+from flashcore_cupy.problem.listed_blocks import FULL, LISTS, MIXED, Lists, blocks_of
 from flashcore_cupy.problem.rules import NO_RULES, RULES, Rules
 from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
@@ -324,10 +324,17 @@ class Case:
             found["mask_mod"] = MASK_MODS[self.mask_mod]
         return found
 
-    def rules(self, arrays: Mapping[str, Any], *, cuda: bool = False) -> dict[str, Any]:
+    def rules(
+        self,
+        arrays: Mapping[str, Any],
+        *,
+        cuda: bool = False,
+        blocks: type[BlockMask] | type[Lists] = BlockMask,
+    ) -> dict[str, Any]:
         """The rules as ``attention`` takes them, but scale, causal and boundaries.
 
         ``arrays`` are those of ``rule_arrays``, wherever they lie; ``cuda``: mods as expressions.
+        ``blocks``: what a block mask becomes.
         """
         rules = self._values | {
             rule.name: arrays[rule.name] for rule in RULES if rule.name in arrays
@@ -335,7 +342,7 @@ class Case:
         if self.block_mask:
             lists = {name: arrays[name] for name in LISTS}
             seqlens = self.seqlen_q, self.seqlen_kv
-            rules["block_mask"] = BlockMask(lists, seqlens, self._block)
+            rules["block_mask"] = blocks(arrays=lists, seqlens=seqlens, block=self._block)
         if self.dropout_p:
             rules["rng"] = (self.seed, 2**40)
         rules |= {name: mod.cuda if cuda else mod.python for name, mod in self.mods.items()}

@@ -94,8 +94,8 @@ def bind(
     ``multiprocessors``: how many the emulated GPU has. Raises ``ValueError`` with the reason if the
     kernel cannot do the problem.
     """
-    problem = call.problem
-    selection = select(problem, arch, kernel=call.kernel, overrides=call.config)
+    selection = select(call.problem, arch, kernel=call.kernel, overrides=call.config)
+    problem = selection.seen(call.problem)
     q, k, v = (usable(call.arrays[name], np) for name in "qkv")
     out = call.arrays.get("out")
     if out is None:
@@ -123,10 +123,10 @@ def _add_steps(
     if work.partials_bytes or work.counters_bytes:
         plan.arrays["split_partials"] = poisoned((work.partials_bytes,), np.dtype(np.uint8))
         plan.arrays["counters"] = np.zeros(work.counters_bytes, np.uint8)
-    addresses = {name: array.ctypes.data for name, array in plan.arrays.items()}
     mods = {f"mod_args[{index}]": array for index, array in enumerate(mod_args)}
     plan.arrays |= mods
     plan.inputs |= mods.keys()
+    addresses = {name: array.ctypes.data for name, array in plan.arrays.items()}
     pointers = [array.ctypes.data for array in mod_args]
     plan.steps = tuple(plan.launches(params, addresses, pointers, work.blocks))
 
