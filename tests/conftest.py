@@ -16,6 +16,7 @@ import pytest
 from helpers import (
     PROBES,
     ROOT,
+    TEST_ALL,
     compiler_skip_reason,
     gpu_skip_reason,
     kernels_skip_reason,
@@ -88,6 +89,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=f"needs {what}: {reason}"))
     _tell_once(config, items)
+    _leave_for_other_days(config, items)
+
+
+def _leave_for_other_days(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test with three rows or more that emulates kernels, two in five are tried each day.
+
+    Kernels take turns by threes and sixes (``Place.by_turns``), so each meets each row.
+    """
+    if TEST_ALL or gpu_skip_reason() is None:
+        return
+    rows: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if ROOT / "tests" / "kernels" in item.path.parents:
+            rows.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped = {
+        item
+        for of_test in rows.values()
+        for n, item in enumerate(of_test)
+        if len(of_test) > 2 and (n + today()) % 5 not in (0, 2)
+        if item.get_closest_marker("every_day") is None
+    }
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
 
 
 def _tell_once(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from cases_emulator import small
+from helpers import today
 from places import RULED, Place, each
 
 from flashcore_cupy.attention import plan
@@ -21,6 +22,9 @@ from flashcore_cupy.launch import builds
 from flashcore_cupy.select import registry
 from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 
+# It is of every kernel, and of every path.
+pytestmark = pytest.mark.every_day
+
 #: Two launches: copies end as late as they may, and at once.
 EMULATED = matrix.Emulated(HOPPER, seed=1)
 GROUPS = ("rules", "packed", "rules gate", "decode", "invariant")
@@ -33,7 +37,7 @@ def test_matrix(on: Place, kernel: str) -> None:
     assert len(mine) > 50
     if on.is_emulated:
         few = [case for case in mine if scores_of(case) < 100_000 and not case.batch_invariant]
-        few = few[:: len(few) // (8 if kernel in RULED else 1)]
+        few = some_of(few, 5 if kernel in RULED else 1)
         results = [matrix.run_case(case, EMULATED) for case in few]
     else:
         arch = compiler.device_arch()
@@ -51,7 +55,7 @@ def test_matrix_of_the_backward_pass(on: Place, kernel: str) -> None:
     mine = [case for case in backward_cases() if case.kernel == kernel]
     if on.is_emulated:
         few = [case for case in mine if scores_of(case) < 100_000]
-        results = [matrix.run_case(case, EMULATED) for case in few[:: len(few) // 8]]
+        results = [matrix.run_case(case, EMULATED) for case in some_of(few, 5)]
     else:
         arch = compiler.device_arch()
         mine = matrix.runnable(mine, arch)
@@ -61,6 +65,12 @@ def test_matrix_of_the_backward_pass(on: Place, kernel: str) -> None:
             results = list(pool.map(matrix.run_case, mine))
     failed = [f"{r.case.dtype} {r.case.name}: {r.reason}" for r in results if not r.ok]
     assert not failed, f"{len(failed)} of {len(results)} cases fail:\n" + "\n".join(failed)
+
+
+def some_of(cases: list[Case], count: int) -> list[Case]:
+    """As many cases, evenly spaced; others each day."""
+    step = len(cases) // count
+    return cases[today() % step :: step]
 
 
 def scores_of(case: Case) -> int:
