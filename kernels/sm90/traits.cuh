@@ -66,10 +66,10 @@ using Bits = KeyBits<HIDES_KEYS, TILES_N>;
 constexpr uint64 POLICY_KV = PACK_GQA ? EVICT_FIRST : EVICT_LAST;
 // Ping-pong: consumers take turns at starting products, so that the softmax of one runs during the
 // products of another. Heads wider than 128 have enough products to hide the softmax without turns.
-// With masks all consumers synchronise at every tile, which leaves no room for turns. With lists two
-// consumers are up to 12 % faster without, and three that look up nothing 9 %. In a short causal
-// block three consumers have different numbers of tiles, and turns would delay them: blocks of up
-// to SHORT_BLOCK tiles go without.
+// With masks all consumers synchronise at every tile, which leaves no room for turns. With lists
+// two consumers are up to 12 % faster without, and three that look up nothing 9 %. In a short
+// causal block three consumers have different numbers of tiles, and turns would delay them: blocks
+// of up to SHORT_BLOCK tiles go without.
 constexpr bool HAS_TURNS =
     CONSUMERS > 1 && HEAD_DIM <= 128 &&
     (LISTED ? CONSUMERS == 3 && (RULES & (RULE_MASK | RULE_MASK_MOD)) != 0 : !HIDES_KEYS);

@@ -101,8 +101,8 @@ struct KeyBits {
         const int pairs[2] = {min(max(end + 7 >> 3, 0), 16), min(max(end + 6 >> 3, 0), 16)};
         return (1u << pairs[0]) - 1 | (1u << pairs[1]) - 1 << 16;
     }
-    // The same word with each pair's bits where bit() has them: the two middle nibbles of a halfword
-    // change places, and the two middle bits of a nibble.
+    // The same word with each pair's bits where bit() has them: the two middle nibbles of a
+    // halfword change places, and the two middle bits of a nibble.
     __device__ static __forceinline__ uint32 reordered(uint32 x) {
         const uint32 nibbles = (x ^ x >> 4) & 0x00f000f0u;
         x ^= nibbles ^ nibbles << 4;

@@ -58,8 +58,8 @@ struct SeenKeys {
         const int lane = thread_index() % WARP_SIZE;
         return lane < 4 * WORDS ? seen(lane / WORDS, lane % WORDS) : 0;
     }
-    // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros. Of `warps` warps each has
-    // as many rows.
+    // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros: WARPS warps together, of
+    // which this is number `warp`.
     //
     // A thread has one chunk of every GROUPS-th group of eight rows, the same row of each: so its
     // keys' bits lie in the word of one lane, and only constants are added to its bit and to its
