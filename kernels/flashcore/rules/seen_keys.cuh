@@ -10,9 +10,9 @@
 
 namespace flashcore {
 
-// The largest power of two that is not above x, or 1.
-__device__ constexpr int power_of_two_up_to(int x) {
-    return x < 2 ? 1 : 2 * power_of_two_up_to(x / 2);
+// The largest power of two that divides x and is not above `most`; 1 if there is none.
+__device__ constexpr int power_of_two_in(int x, int most) {
+    return x % 2 != 0 || most < 2 ? 1 : 2 * power_of_two_in(x / 2, most / 2);
 }
 
 // How much of a tile is seen: some of its keys, all of them.
@@ -58,6 +58,7 @@ struct SeenKeys {
         const int lane = thread_index() % WARP_SIZE;
         return lane < 4 * WORDS ? seen(lane / WORDS, lane % WORDS) : 0;
     }
+
     // Overwrites rows of sV (KEYS rows) whose key no warp sees with zeros: WARPS warps together, of
     // which this is number `warp`.
     //
@@ -68,7 +69,7 @@ struct SeenKeys {
     template <typename Layout, int WARPS, typename T>
     __device__ __forceinline__ void clear_unseen(T* sV, int warp) const {
         constexpr int EIGHTHS = WARPS * WARP_SIZE / 8, CHUNKS = Layout::COLS / Layout::CHUNK;
-        constexpr int GROUPS = power_of_two_up_to(EIGHTHS / CHUNKS);
+        constexpr int GROUPS = power_of_two_in(KEYS / 8, EIGHTHS / CHUNKS);
         const int lane = thread_index() % WARP_SIZE;
         const uint32 of_lane = word_of_lane();
         const int row = lane % 8, place = (warp * WARP_SIZE + lane) / 8;
