@@ -29,6 +29,7 @@ class Sm90Backward(Sm80Backward):
     row_align = TMA_ALIGN
     idea: ClassVar[str] = "the same by TMA and wgmma: a warp that loads, P and dS in registers"
 
+    takes_blocks = False
     lacks: ClassVar[tuple[str, ...]] = ()
     """Rules that it has not, whatever the tile."""
 
