@@ -133,7 +133,7 @@ __device__ __forceinline__ void add_queries(const Context& c, BiasTile& rdT, con
     load_own_statistics(c, of);
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
-        const WalkedTile at = {c.work.head, tile, LISTED ? states_of(c, tile) : 0};
+        const WalkedTile at = {c.work.head, tile, LISTED ? states_of(c, tile) : 0, false};
         if (!LISTED || at.states != 0) add_tile(c, rdT, at, of);
     }
 }

@@ -154,8 +154,6 @@ def _configure(
     """The first of a kernel's rows that fits; ``ValueError`` if none does."""
     if reason := BACKWARD_KERNELS[name].why_not(problem, arch):
         raise ValueError(reason)
-    if problem.attention.rules.block_mask is not None and not BACKWARD_KERNELS[name].takes_blocks:
-        raise ValueError("has no block_mask")
     reasons = []
     for row in rows_of(name, problem.attention):
         try:
@@ -195,7 +193,7 @@ def _configure_row(
     wants_keys = not asked.keys().isdisjoint(family.of_keys)
     tile = row.keys.override(changes)
     columns = family.dq_columns(row.head_dim, tile)
-    adds_dq = wants_keys and "dq" in asked and not slopes and columns > 0 and attention.seqlen_q > 0
+    adds_dq = wants_keys and "dq" in asked and not slopes and columns > 0 and _has_turns(attention)
     if wants_keys:
         ordered = adds_dq and problem.deterministic
         keys = of(family, tile, row.dims, owns_keys=True, adds_dq=adds_dq, ordered=ordered)
@@ -215,8 +213,8 @@ def _configure_row(
     if "dbias" in asked:
         plain = rows_of("bwd_sm80", attention)[-1]
         shape = _of_four(asked["dbias"].shape, 1)
-        tile = replace(plain.queries, num_stages=1)
-        bias = of(Sm80BackwardBias, tile, plain.dims, bias_shape=shape)
+        one = replace(plain.queries, num_stages=1)
+        bias = of(Sm80BackwardBias, one, plain.dims, bias_shape=shape)
     if "dsink" in asked or slopes:
         per_head = BackwardHeads.of(name, row.dims, _HEADS_TILE, attention)
         heads = replace(cast(BackwardHeads, per_head), accumulates=problem.accumulate)
@@ -225,6 +223,14 @@ def _configure_row(
         align_bytes=min(problem.do.align_bytes, problem.o.align_bytes),
     )
     return BackwardSelection(name, rows, keys, queries, scale, bias, heads, mods)
+
+
+def _has_turns(attention: AttentionProblem) -> bool:
+    """Whether all blocks of keys that see a tile of queries come to it, by turns.
+
+    Of a block mask only the device knows which do.
+    """
+    return attention.seqlen_q > 0 and attention.rules.block_mask is None
 
 
 def _of_four(axes: Sequence[int], missing: int) -> tuple[int, int, int, int]:

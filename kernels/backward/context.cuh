@@ -44,7 +44,8 @@ struct Meeting {
 // head is theirs.
 struct WalkedTile {
     int head, tile;
-    uint32 states;  // LISTED: of the blocks that it touches, as ListedTile has them
+    uint32 states;    // LISTED: of the blocks that it touches, as ListedTile has them
+    bool has_unseen;  // LISTED: maybe some of its rows meet no own row
 };
 
 // The rows of the other side, of which the CTA's own rows see some or all: [begin, end).

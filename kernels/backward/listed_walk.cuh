@@ -52,7 +52,7 @@ struct ListedWalk {
   private:
     __device__ __forceinline__ WalkedTile take() {
         while (left == 0) {
-            if (head + 1 >= end_head) return {head, NO_TILE, 0};
+            if (head + 1 >= end_head) return {head, NO_TILE, 0, false};
             const TileLists lists(p);
             const int number = lists.number(batch, ++head, block);
             left = lists.count(number);
@@ -60,9 +60,20 @@ struct ListedWalk {
         }
         --left;
         const ListedTile found = *entry++;
-        return {head, found.tile(), found.states};
+        return {head, found.tile(), found.states, found.has_unseen()};
     }
 };
+
+// How many tiles a CTA walks over, for who does not read the lists itself.
+__device__ __forceinline__ int count_listed(const WarpContext& c) {
+    const TileLists lists(c.params);
+    const int heads = OWNS_KEYS ? c.params.group : 1;
+    int count = 0;
+    for (int n = 0; n < heads; ++n)
+        count +=
+            lists.count(lists.number(c.work.batch, c.work.head + n, c.work.first_row / BLOCK_M));
+    return count;
+}
 
 // The state of the block that a warp's own rows, or its warpgroup's, meet in a tile; 0: empty.
 __device__ __forceinline__ int state_met(const WarpContext& c, const WalkedTile& at) {

@@ -75,7 +75,7 @@ struct RangeWalk {
     __device__ __forceinline__ int count() const { return per_head() * heads; }
     __device__ __forceinline__ WalkedTile operator[](int nth) const {
         const int head = heads == 1 ? 0 : nth / per_head();
-        return {first_head + head, tiles.begin + nth - head * per_head(), 0};
+        return {first_head + head, tiles.begin + nth - head * per_head(), 0, false};
     }
 
     // As a walk over a list has it, which knows no tile by its number.

@@ -127,6 +127,9 @@ def test_lists_are_made_right_before() -> None:
         ("bwd_sm80", 4 * blocks_of_keys),
         ("bwd_sm80", 8 * blocks_of_queries),
     ]
+    bound, _ = listed_plan("bwd_sm90", (300, 333), (64, 128), (2, 1), mask_mod=RULE)
+    found = [(step.entry, step.grid) for step in bound.steps]
+    assert found[1:] == [("tile_lists", 6), ("tile_lists", 6), ("bwd_sm90", 12), ("bwd_sm90", 24)]
     bias = np.zeros((4, 300, 333), np.float16)
     bound, _ = listed_plan(
         "bwd_sm80", (300, 333), (64, 128), (1, 1), mask_mod=RULE, bias=bias, wrt=("bias", "k")
@@ -140,11 +143,13 @@ def test_lists_are_made_right_before() -> None:
 @pytest.mark.skipif(build.why_not() is not None, reason=build.why_not() or "")
 @pytest.mark.parametrize("block", [(64, 128), (128, 64)])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("lists", [(1, 2), (2, 4)])
-def test_what_lists_hold(block: tuple[int, int], causal: bool, lists: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("kernel", "lists"), [("bwd_sm80", (1, 2)), ("bwd_sm90", (2, 4))])
+def test_what_lists_hold(
+    block: tuple[int, int], causal: bool, kernel: str, lists: tuple[int, int]
+) -> None:
     """Tiles that have a block which is not empty, but for those that all positions hide."""
     seqlens = 300, 333
-    bound, draw = listed_plan("bwd_sm80", seqlens, block, lists, mask_mod=RULE, causal=causal)
+    bound, draw = listed_plan(kernel, seqlens, block, lists, mask_mod=RULE, causal=causal)
     bound.launch()
     i, j = np.ogrid[:300, :333]
     near = (j <= i + 33) if causal else np.ones(seqlens, bool)
