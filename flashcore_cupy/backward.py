@@ -30,10 +30,10 @@ __all__ = ["attention_backward", "explain_backward", "plan_backward"]
 
 Mod = str | Callable[..., Any]
 
-_NOT_KNOWN = ("config", "gate", "out", "block_mask")  # which is looked at in each call
+_NOT_KNOWN = ("config", "gate", "out")
 _KNOWN_RULES = (
-    *("alibi_slopes", "bias", "mask", "sink", "rng", "score_mod", "score_mod_grad", "mask_mod"),
-    *("mod_args", "cu_seqlens_q", "cu_seqlens_k"),
+    *("alibi_slopes", "bias", "mask", "block_mask", "sink", "rng", "score_mod", "score_mod_grad"),
+    *("mask_mod", "mod_args", "cu_seqlens_q", "cu_seqlens_k"),
 )
 _KNOWN_BY = (
     *("layout", "kernel", "causal", "softcap", "softmax_scale", "dropout_p"),
@@ -123,7 +123,7 @@ def attention_backward(
         As ``attention`` had them.
     block_mask : BlockMask, or one of torch's FlexAttention
         As ``attention`` had it, with the rule of its mixed blocks beside it if it has none itself.
-        Kernels look up each element's block, for which they compute all blocks.
+        Kernels never load empty blocks, and ask no rule in full ones.
     dropout_p, rng, score_mod, mask_mod, mod_args, cu_seqlens_q, cu_seqlens_k, batch_invariant
         As ``attention`` had them.
     score_mod_grad : str or callable, optional
@@ -193,8 +193,7 @@ def plan_backward(
     ``plan_backward(...).launch()`` enqueues the kernels on the current stream of the current
     device, as often as wanted, without allocating: for timing, and for capture into a CUDA graph.
     The arguments are ``attention_backward``'s but ``stream``; the current device is the one that
-    holds the arrays. With NumPy arrays and a kernel by name, ``launch()`` emulates it. The lists of
-    a block mask are looked at once, when the plan is made.
+    holds the arrays. With NumPy arrays and a kernel by name, ``launch()`` emulates it.
     """
     leave_dynamo()
     check_names("plan_backward", arguments, set(BACKWARD_ARGUMENTS) - {"stream"})
@@ -226,8 +225,8 @@ def explain_backward(
 ) -> str:
     """Tell which kernels a call takes, why faster ones were passed over, and what is copied.
 
-    Takes all of ``attention_backward``'s arguments, and refuses what it refuses. Builds no kernel
-    and launches none of its own; CuPy looks at the lists of a block mask.
+    Takes all of ``attention_backward``'s arguments, and refuses what it refuses. Builds and
+    launches nothing.
     """
     leave_dynamo()
     check_names("explain_backward", arguments, BACKWARD_ARGUMENTS)

@@ -22,8 +22,9 @@
 // Every warp owns 16 FRAGMENTS_M rows, copies its part of every tile, and computes. With
 // NUM_STAGES = 2 the next tile is copied while this one is used.
 //
-// The CTA that owns keys walks over the query heads that share them, one after the other. Wide
-// heads: a CTA has GRADIENT_COLS columns of the gradients.
+// The CTA that owns keys walks over the query heads that share them, one after the other. With a
+// block mask a CTA walks over a list of tiles for each head (backward/listed_walk.cuh). Wide heads:
+// a CTA has GRADIENT_COLS columns of the gradients.
 //
 // Shared memory (SharedStorage in sm80_backward/traits.cuh)
 //   | sOwnQK, sOwnVO, BLOCK_M rows | sQK, sVO, NUM_STAGES x BLOCK_N rows | sShift, sDelta |
@@ -42,40 +43,51 @@ namespace flashcore {
 
 // ---- the main loop: one tile of the other side --------------------------------------------------
 
-template <bool MASKED, typename StatisticsOf>
+template <bool MASKED, bool LOOKED_UP, typename StatisticsOf>
 __device__ __forceinline__ void add_gradients(const Context& c, Gradients& rows,
                                               const WalkedTile& at, int stage, const Scores& rS,
                                               const Scores& rdP, StatisticsOf statistics);
 
+// Computes a tile that is in shared memory. Block masks: where a warp meets an empty block it
+// computes nothing, and where it meets a full one it looks up nothing, unless positions hide some.
 template <typename StatisticsOf>
-__device__ __forceinline__ void attend_tile(const Context& c, Gradients& rows, const Walk& walk,
-                                            int nth, StatisticsOf statistics) {
-    const int stage = nth % NUM_STAGES;
-    const WalkedTile at = walk[nth];
-    if (NUM_STAGES > 1 && nth + 1 < walk.count()) fill(c, walk, nth + 1);
-    wait_full(c, nth);
+__device__ __forceinline__ void compute_tile(const Context& c, Gradients& rows,
+                                             const WalkedTile& at, int stage,
+                                             StatisticsOf statistics) {
+    const int state = state_met(c, at);
+    if (state == 0) return;
     Scores rS, rdP;
     ProductsQK::scores(rS, ProductsQK::lane_q(c.smem.sOwnQK, c.first_row),
                        ProductsQK::lane_k(c.smem.sQK[stage], 0));
     ProductsVO::scores(rdP, ProductsVO::lane_q(c.smem.sOwnVO, c.first_row),
                        ProductsVO::lane_k(c.smem.sVO[stage], 0));
     if (needs_mask(c, at.tile)) {
-        add_gradients<true>(c, rows, at, stage, rS, rdP, statistics);
+        add_gradients<true, HIDES_KEYS>(c, rows, at, stage, rS, rdP, statistics);
+    } else if (LISTED && state == BLOCK_FULL) {
+        add_gradients<false, false>(c, rows, at, stage, rS, rdP, statistics);
     } else {
-        add_gradients<false>(c, rows, at, stage, rS, rdP, statistics);
+        add_gradients<false, HIDES_KEYS>(c, rows, at, stage, rS, rdP, statistics);
     }
+}
+
+template <typename StatisticsOf>
+__device__ __forceinline__ void attend_tile(const Context& c, Gradients& rows, const Walk& walk,
+                                            int nth, StatisticsOf statistics) {
+    if (NUM_STAGES > 1 && walk.has_next(nth)) fill(c, walk, walk.next(nth), nth + 1);
+    wait_full(c, nth);
+    compute_tile(c, rows, walk.at(nth), nth % NUM_STAGES, statistics);
     release(c, nth);
-    if (NUM_STAGES == 1 && nth + 1 < walk.count()) fill(c, walk, nth + 1);
+    if (NUM_STAGES == 1 && walk.has_next(nth)) fill(c, walk, walk.next(nth), nth + 1);
 }
 
 // P and dS of a step of the products that follow.
-template <bool MASKED, typename StatisticsOf>
+template <bool MASKED, bool LOOKED_UP, typename StatisticsOf>
 __device__ __forceinline__ void differentiate_step(const Context& c, Gradients& rows,
                                                    const WalkedTile& at, int step,
-                                                   const Visible& visible, const AllKept& kept,
-                                                   const Scores& rS, const Scores& rdP,
-                                                   StatisticsOf statistics, Probabilities& rP,
-                                                   Probabilities& rdS) {
+                                                   const Visible<LOOKED_UP>& visible,
+                                                   const AllKept& kept, const Scores& rS,
+                                                   const Scores& rdP, StatisticsOf statistics,
+                                                   Probabilities& rP, Probabilities& rdS) {
 #pragma unroll
     for (int i = 0; i < STEP_TILES; ++i) {
         const int n = step * STEP_TILES + i;
@@ -102,19 +114,20 @@ __device__ __forceinline__ void differentiate_step(const Context& c, Gradients& 
 }
 
 // dV += P^T dO and dK += dS^T Q, or dQ += dS K, in steps of rows of the tile.
-template <bool MASKED, typename StatisticsOf>
+template <bool MASKED, bool LOOKED_UP, typename StatisticsOf>
 __device__ __forceinline__ void add_gradients(const Context& c, Gradients& rows,
                                               const WalkedTile& at, int stage, const Scores& rS,
                                               const Scores& rdP, StatisticsOf statistics) {
-    Visible visible;
+    Visible<LOOKED_UP> visible;
     look_up_keys<MASKED>(c, at, visible);
-    const Bits seen = rows_seen(visible);
+    const KeyBits<LOOKED_UP, TILES_N> seen = rows_seen(visible);
     AllKept kept;
     look_up_kept(c, at, kept);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         Probabilities rP, rdS;
-        differentiate_step<MASKED>(c, rows, at, step, visible, kept, rS, rdP, statistics, rP, rdS);
+        differentiate_step<MASKED, LOOKED_UP>(c, rows, at, step, visible, kept, rS, rdP, statistics,
+                                              rP, rdS);
         if (OWNS_KEYS && c.has_columns(HEAD_DIM_V))
             ProductsVO::output(rows.rVO, rP, ProductsVO::lane_v(c.smem.sVO[stage], 0, c.first_col),
                                step, seen);
@@ -126,23 +139,27 @@ __device__ __forceinline__ void add_gradients(const Context& c, Gradients& rows,
 
 // ---- a block of keys, or of queries -------------------------------------------------------------
 
-__device__ __forceinline__ void attend(const Context& c, Gradients& rows, const Walk& walk) {
+__device__ __forceinline__ void attend(const Context& c, Gradients& rows, Walk& walk) {
     if constexpr (OWNS_KEYS) {
 #pragma unroll 1
-        for (int nth = 0; nth < walk.count(); ++nth) {
+        for (int nth = 0; walk.has(nth); ++nth) {
             const int stage = nth % NUM_STAGES;
             const auto statistics = [&](int, int, int n, int e) {
                 const int query = n * 8 + c.lane % QUAD * 2 + e;
                 return Statistics{c.smem.sShift[stage][query], c.smem.sDelta[stage][query]};
             };
             attend_tile(c, rows, walk, nth, statistics);
+            walk.advance();
         }
     } else {
         Statistics of[FRAGMENTS_M][2];  // of the lane's rows
         load_own_statistics(c, of);
         const auto statistics = [&](int m, int half, int, int) { return of[m][half]; };
 #pragma unroll 1
-        for (int nth = 0; nth < walk.count(); ++nth) attend_tile(c, rows, walk, nth, statistics);
+        for (int nth = 0; walk.has(nth); ++nth) {
+            attend_tile(c, rows, walk, nth, statistics);
+            walk.advance();
+        }
     }
 }
 
@@ -160,10 +177,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     const Context context(params, smem, smem.work, first_col);
     Gradients rows;
     rows.clear();
-    const Walk walk(context);
-    if (walk.count() > 0) {
+    Walk walk(context);
+    if (!walk.is_empty()) {
         load_own_rows(context);  // no barrier of their own: the first tile's waits for them, too
-        fill(context, walk, 0);
+        fill(context, walk, walk.at(0), 0);
         attend(context, rows, walk);
     }
     store_gradients(context, rows);

@@ -6,7 +6,8 @@
 // A CTA owns BLOCK_M queries by BLOCK_N keys of the bias, and walks over the batches and the heads
 // that share them. Where the bias has one row, or one column, for all, it walks over all queries,
 // or keys, too, and adds up rows or columns at the end. S and dP are computed again, as in
-// bwd_sm80.cu, whose pages this kernel shares: the CTA's queries are its own rows.
+// bwd_sm80.cu, whose pages this kernel shares: the CTA's queries are its own rows. With a block
+// mask it looks for each tile in the list of its queries, and passes over those not there.
 #include <backward/differentiate.cuh>
 #include <backward/work.cuh>
 #include <config.cuh>
@@ -54,12 +55,12 @@ __device__ __forceinline__ BiasBlock find_block(const BackwardParams& p, int ind
 
 // ---- one tile of queries and keys ---------------------------------------------------------------
 
-template <bool MASKED>
+template <bool MASKED, bool LOOKED_UP>
 __device__ __forceinline__ void differentiate_tile(const Context& c, BiasTile& rdT,
                                                    const WalkedTile& at, const Scores& rS,
                                                    const Scores& rdP,
                                                    const Statistics (&of)[FRAGMENTS_M][2]) {
-    Visible visible;
+    Visible<LOOKED_UP> visible;
     look_up_keys<MASKED>(c, at, visible);
     AllKept kept;
     look_up_kept(c, at, kept);
@@ -84,41 +85,57 @@ __device__ __forceinline__ void differentiate_tile(const Context& c, BiasTile& r
 }
 
 // Adds the dT of a tile of keys. The CTA's queries are in shared memory.
-__device__ __forceinline__ void add_tile(const Context& c, BiasTile& rdT, int tile,
+__device__ __forceinline__ void add_tile(const Context& c, BiasTile& rdT, const WalkedTile& at,
                                          const Statistics (&of)[FRAGMENTS_M][2]) {
     const Work& w = c.work;
     block_sync();  // all warps have read the tile before
-    copy_side<false, LayoutQK, LayoutVO>(c, c.smem.sQK[0], c.smem.sVO[0], w.head_kv, tile * BLOCK_N,
-                                         {0, w.seqlen_kv});
+    copy_side<false, LayoutQK, LayoutVO>(c, c.smem.sQK[0], c.smem.sVO[0], w.head_kv,
+                                         at.tile * BLOCK_N, {0, w.seqlen_kv});
     cp_async_commit();
     cp_async_wait<0>();
     block_sync();  // all threads' copies are in shared memory
+    const int state = state_met(c, at);
+    if (state == 0) return;
     Scores rS, rdP;
     ProductsQK::scores(rS, ProductsQK::lane_q(c.smem.sOwnQK, c.first_row),
                        ProductsQK::lane_k(c.smem.sQK[0], 0));
     ProductsVO::scores(rdP, ProductsVO::lane_q(c.smem.sOwnVO, c.first_row),
                        ProductsVO::lane_k(c.smem.sVO[0], 0));
-    const WalkedTile at = {w.head, tile};
-    if (needs_mask(c, tile)) {
-        differentiate_tile<true>(c, rdT, at, rS, rdP, of);
+    if (needs_mask(c, at.tile)) {
+        differentiate_tile<true, HIDES_KEYS>(c, rdT, at, rS, rdP, of);
+    } else if (LISTED && state == BLOCK_FULL) {
+        differentiate_tile<false, false>(c, rdT, at, rS, rdP, of);
     } else {
-        differentiate_tile<false>(c, rdT, at, rS, rdP, of);
+        differentiate_tile<false, HIDES_KEYS>(c, rdT, at, rS, rdP, of);
     }
 }
 
 // ---- all that a block sums over -----------------------------------------------------------------
 
+// Block masks: the states of a tile of keys in the list of the block of queries, 0 if it is not
+// there.
+__device__ __forceinline__ uint32 states_of(const Context& c, int tile) {
+    return TileLists(c.params).find(list_of(c.params, c.work), tile).states;
+}
+
 // Adds the tiles of a block of queries of a head.
 __device__ __forceinline__ void add_queries(const Context& c, BiasTile& rdT, const Span& keys) {
-    const Walk walk(c);  // the keys that these queries see by position
-    const int begin = max(keys.begin, walk.tiles.begin), end = min(keys.end, walk.tiles.end);
+    const RangeWalk walk(c);  // the keys that these queries see by position
+    const int end = min(keys.end, walk.tiles.end);
+    int begin = max(keys.begin, walk.tiles.begin);
+    // The copy of queries that no tile waits for would still run when the next ones are copied.
+    if constexpr (LISTED)
+        while (begin < end && states_of(c, begin) == 0) ++begin;
     if (begin >= end) return;
     block_sync();  // all warps have read the queries before
     load_own_rows(c);
     Statistics of[FRAGMENTS_M][2];
     load_own_statistics(c, of);
 #pragma unroll 1
-    for (int tile = begin; tile < end; ++tile) add_tile(c, rdT, tile, of);
+    for (int tile = begin; tile < end; ++tile) {
+        const WalkedTile at = {c.work.head, tile, LISTED ? states_of(c, tile) : 0, false};
+        if (!LISTED || at.states != 0) add_tile(c, rdT, at, of);
+    }
 }
 
 // Adds up rows where the bias has one for all: what all warps have of a column comes to be in row 0

@@ -29,8 +29,13 @@
 // With masks, and in packed batches, rows that no row of the other side meets become zeros before
 // these products, for they may hold NaN (sm90_backward/unseen_rows.cuh).
 //
+// With a block mask there are two passes. The producer walks over lists of tiles, one for each head
+// (backward/listed_walk.cuh), and says in shared memory which tile a stage holds. A consumer's rows
+// are of one block: it computes nothing where that is empty, and asks no rule where it is full.
+//
 // Shared memory (SharedStorage in sm90_backward/traits.cuh):
 //   | sDS, sKeys | sOwnQK, sOwnVO | sQK, sVO, NUM_STAGES tiles each | sShift, sDelta | barriers |
+//   With a block mask, behind them: which tile each stage holds.
 #include <backward/differentiate.cuh>
 #include <backward/work.cuh>
 #include <config.cuh>
@@ -45,33 +50,34 @@
 #include <sm90_backward/epilogue.cuh>
 #include <sm90_backward/own_rows.cuh>
 #include <sm90_backward/producer.cuh>
+#include <sm90_backward/tile_gradients.cuh>
 #include <sm90_backward/traits.cuh>
 #include <sm90_backward/turns.cuh>
 #include <sm90_backward/unseen_rows.cuh>
 
 namespace flashcore {
 
-// One of the warpgroups that compute. Of S and of gradients, element 4 n + 2 half + e is of the
-// lane's row `half` (0 or 1) and of column 8 n + 2 (lane % 4) + e.
-struct Consumer : WarpContext {
-    const HopperBackwardParams& p;
-    SharedStorage& smem;
-    const Walk walk;
-    int index;  // of the warpgroup among the consumers
-    State state;
-    Bits visible[1][2];    // with masks: which rows of its next tile each of the lane's meets
-    Statistics own[1][2];  // of the lane's queries, where the CTA owns queries
+// One of the warpgroups that compute.
+struct Consumer : TileGradients {
+    const RangeWalk walk;
+    int listed;  // LISTED: how many tiles there are
+    int index;   // of the warpgroup among the consumers
     OwnRows<LayoutOwnQK, LayoutQK> own_qk;
     OwnRows<LayoutOwnVO, LayoutVO> own_vo;
     float rQK[HEAD_DIM / 2];    // dK, or dQ
     float rVO[HEAD_DIM_V / 2];  // dV
-    float distances[2];         // SUMS_DISTANCES: of the lane's rows
     bool has_begun = false;     // the gradients' sums, which hold nothing before
+    int cleared = 0;  // LISTED: tiles of which all consumers have published what they meet
 
     // ---- the main loop: one tile of the other side ---------------------------------------------
 
     __device__ __forceinline__ void attend_tile(const WalkedTile& at, int nth) {
         const int stage = state.stage;
+        // LISTED: in full blocks all is seen, unless positions hide some.
+        const bool is_full =
+            LISTED && state_met(*this, at) == BLOCK_FULL && !needs_mask(*this, at.tile);
+        if constexpr (LISTED)
+            if (!is_full) look_up_rows(*this, at, visible[0]);
         float rS[BLOCK_N / 2], rdP[BLOCK_N / 2];  // then P and dS
         uint32 rP[STEPS][4], rdS[STEPS][4];       // as T: first operands of 16 columns each
         state.wait_full(smem.qk);
@@ -80,40 +86,28 @@ struct Consumer : WarpContext {
         own_vo.multiply(rdP, smem.sOwnVO, index, smem.sVO[stage]);
         Kept kept[1][2];
         look_up_kept(*this, at, kept);
-        const bool masked = needs_mask(*this, at.tile);
+        const Masking masking = {needs_mask(*this, at.tile), is_full};
         if constexpr (SPLITS_STEP) {
             // The exponentials run during the product dP, what follows during dV.
             wgmma_wait<1>();
             fence_registers(rS);
-            if (masked) {
-                exponentiate<true>(at, rS);
-            } else {
-                exponentiate<false>(at, rS);
-            }
+            exponentiate(at, masking, rS);
         } else {
             wgmma_wait<0>();
             fence_registers(rS);
             fence_registers(rdP);
-            if (masked) {
-                differentiate_tile<true>(at, kept[0], rS, rdP);
-            } else {
-                differentiate_tile<false>(at, kept[0], rS, rdP);
-            }
+            differentiate_tile(at, masking, kept[0], rS, rdP);
         }
-        if constexpr (HIDES_KEYS) {
+        if (HIDES_KEYS && (!LISTED || at.has_unseen)) {
             wgmma_wait<0>();  // dP has read the tile, too
             fence_registers(rdP);
-            clear_hidden(*this, smem, nth, stage, rows_seen(visible));
+            clear_unseen(nth, stage, is_full);
         }
         if constexpr (OWNS_KEYS) multiply_dv(stage, kept[0], rS, rP);
         if constexpr (SPLITS_STEP) {
             wgmma_wait<OWNS_KEYS ? 1 : 0>();
             fence_registers(rdP);
-            if (masked) {
-                multiply_p<true>(kept[0], rS, rdP);
-            } else {
-                multiply_p<false>(kept[0], rS, rdP);
-            }
+            multiply_p(masking, kept[0], rS, rdP);
         }
         pack_p<T>(rdS, rdP);
         multiply_ds(at, nth, stage, rdS);
@@ -151,10 +145,21 @@ struct Consumer : WarpContext {
     // Looks up which rows of the nth tile the lane's own rows meet, while there are no scores: it
     // takes registers.
     __device__ __forceinline__ void look_up(int nth) {
-        if constexpr (HIDES_KEYS) {
-            visible[0][0] = visible[0][1] = Bits();  // what they were is not kept meanwhile
+        if constexpr (HIDES_KEYS) visible[0][0] = visible[0][1] = Bits();  // not kept meanwhile
+        // What a list says of the next tile is not known before its stage is full.
+        if constexpr (HIDES_KEYS && !LISTED)
             if (nth < walk.count()) look_up_rows(*this, walk[nth], visible[0]);
+    }
+
+    // Has the consumers overwrite what none of them meets of a tile.
+    __device__ __forceinline__ void clear_unseen(int nth, int stage, bool is_full) {
+        Bits seen;
+        if (is_full) {
+            seen.set_all();
+        } else {
+            seen = rows_seen(visible);
         }
+        if constexpr (HIDES_KEYS) clear_hidden(*this, smem, LISTED ? cleared++ : nth, stage, seen);
     }
 
     // dV += P^T dO starts, of the P that dropout has kept.
@@ -166,77 +171,6 @@ struct Consumer : WarpContext {
         for (int i = 0; SPLITS_STEP && i < STEPS * 4; ++i)
             rP[i / 4][i % 4] = kept[i % 2].select(i / 2, rP[i / 4][i % 4]);
         wgmma_pv<LayoutVO>(rVO, rP, smem.sVO[stage], has_begun);
-    }
-
-    // P takes the place of S.
-    template <bool MASKED>
-    __device__ __forceinline__ void exponentiate(const WalkedTile& at, float (&rS)[BLOCK_N / 2]) {
-        each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-                rS[i + e] = probability<MASKED>(*this, at, 0, half, n, e, visible[0][half],
-                                                rS[i + e], of[e].shift);
-        });
-    }
-
-    // dS takes the place of dP.
-    template <bool MASKED>
-    __device__ __forceinline__ void multiply_p(const Kept (&kept)[2],
-                                               const float (&rP)[BLOCK_N / 2],
-                                               float (&rdP)[BLOCK_N / 2]) {
-        each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const float dp = kept[half].select(n, e, rdP[i + e] * keep_scale<RULES>(p));
-                rdP[i + e] = score_gradient<MASKED>(rP[i + e], dp, of[e].delta);
-            }
-        });
-    }
-
-    // Both, with a rule's derivative.
-    template <bool MASKED>
-    __device__ __forceinline__ void differentiate_tile(const WalkedTile& at, const Kept (&kept)[2],
-                                                       float (&rS)[BLOCK_N / 2],
-                                                       float (&rdP)[BLOCK_N / 2]) {
-        each_pair([&](int i, int n, int half, const Statistics(&of)[2]) {
-            const float s[2] = {rS[i], rS[i + 1]}, dp[2] = {rdP[i], rdP[i + 1]};
-            const auto added = [&](const Meeting& x, float dt) {
-                if (SUMS_DISTANCES) distances[half] += dt * distance(x);
-            };
-            const PairOfGradients pair = differentiate<MASKED>(
-                *this, at, 0, half, n, visible[0][half], kept[half], s, dp, of, added);
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                rS[i + e] = pair.p[e];
-                rdP[i + e] = pair.ds[e];
-            }
-        });
-    }
-
-    // Calls visit(i, n, half, of) for each pair of a lane's neighbouring elements, i and i + 1, of
-    // 8-column group n of its row `half`; of: the statistics of their queries.
-    template <typename Visit>
-    __device__ __forceinline__ void each_pair(Visit visit) const {
-#pragma unroll
-        for (int n = 0; n < TILES_N; ++n) {
-            Statistics of[2];
-            if constexpr (OWNS_KEYS) {
-                const int query = n * 8 + lane % QUAD * 2;
-                const float2 shift = load_pair(&smem.sShift[state.stage][query]);
-                const float2 delta = load_pair(&smem.sDelta[state.stage][query]);
-                of[0] = {shift.x, delta.x};
-                of[1] = {shift.y, delta.y};
-            }
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                if constexpr (!OWNS_KEYS) of[0] = of[1] = own[0][half];
-                visit(4 * n + 2 * half, n, half, of);
-            }
-        }
-    }
-
-    __device__ __forceinline__ static float2 load_pair(const float* address) {
-        return *reinterpret_cast<const float2*>(address);
     }
 
     // ---- a block of keys, or of queries --------------------------------------------------------
@@ -263,23 +197,39 @@ struct Consumer : WarpContext {
         forget_registers(rQK);
         if constexpr (OWNS_KEYS) forget_registers(rVO);
         distances[0] = distances[1] = 0.0f;
-        if (walk.count() > 0) begin();
+        const int count = LISTED ? listed : walk.count();
+        if (count > 0) begin();
 #pragma unroll 1
-        for (int nth = 0; nth < walk.count(); ++nth) {
-            const WalkedTile at = walk[nth];
+        for (int nth = 0; nth < count; ++nth) {
+            const WalkedTile at = tile_at(nth);
             if constexpr (VARLEN && !HIDES_KEYS) clear_neighbours(smem, state, walk.met, at.tile);
-            if (ADDS_DQ || HIDES_KEYS || meets(at.tile)) {
+            if (LISTED ? state_met(*this, at) != 0 : ADDS_DQ || HIDES_KEYS || meets(at.tile)) {
                 attend_tile(at, nth);
                 has_begun = true;
-            } else {  // a tile that only other consumers need
-                state.wait_full(smem.qk);
-                state.release(smem.qk);
-                state.wait_full(smem.vo);
-                state.release(smem.vo);
+            } else {
+                skip_tile(at);
             }
             state.advance();
         }
         if (!has_begun) clear_sums();
+    }
+
+    __device__ __forceinline__ WalkedTile tile_at(int nth) {
+        if constexpr (LISTED) return wait_walked(smem, state);
+        return walk[nth];
+    }
+
+    // A tile that only other consumers need.
+    __device__ __forceinline__ void skip_tile(const WalkedTile& at) {
+        state.wait_full(smem.qk);
+        if (!LISTED) state.release(smem.qk);
+        state.wait_full(smem.vo);
+        if constexpr (LISTED) {
+            visible[0][0] = visible[0][1] = Bits();
+            if (at.has_unseen) clear_unseen(0, state.stage, false);
+            state.release(smem.qk);
+        }
+        state.release(smem.vo);
     }
 
     // Of rows that meet nothing.
@@ -324,14 +274,15 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 1)
     const int warp = shfl(int(thread_index()) / WARP_SIZE, 0);
     const int lane = thread_index() % WARP_SIZE, first_row = (warp - WARPGROUP_WARPS) * 16;
     const WarpContext context = {params, HIDES_KEYS ? smem.work : work, first_row, lane};
-    const Walk walk(context);
+    const RangeWalk walk(context);
     if (warp < WARPGROUP_WARPS) {
         if constexpr (MOVES_REGISTERS) registers_dec<PRODUCER_REGISTERS>();
         if (warp == 0) run_producer(params, smem, context, walk);
         if (ORDERED && warp == 1) take_turns(context, smem, walk);
     } else {
         if constexpr (MOVES_REGISTERS) registers_inc<CONSUMER_REGISTERS>();
-        Consumer consumer = {context, params, smem, walk, warp / WARPGROUP_WARPS - 1};
+        const int listed = LISTED ? count_listed(context) : 0;
+        Consumer consumer = {{context, params, smem}, walk, listed, warp / WARPGROUP_WARPS - 1};
         consumer.attend();
         store_gradients(consumer, consumer.rQK, consumer.rVO, consumer.distances);
     }

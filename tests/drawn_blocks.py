@@ -80,12 +80,19 @@ def drawn(
     block: tuple[int, int],
     lists: tuple[int, int] = (1, 1),
     shares: tuple[float, float, float] = (0.5, 0.25, 0.25),
+    *,
+    unseen: int | None = None,
 ) -> Drawn:
-    """Draw states; shares: of empty, mixed and full blocks. One row of blocks is empty."""
+    """Draw states; shares: of empty, mixed and full blocks. One row of blocks is empty.
+
+    unseen: a column of blocks that is, too, if there is one.
+    """
     rows, columns = (-(-n // size) for n, size in zip(seqlens, block, strict=True))
     states = rng.choice(3, (*lists, rows, columns), p=shares).astype(np.uint8)
     if rows > 2:
         states[:, :, 1] = EMPTY
+    if unseen is not None:
+        states[:, :, :, unseen : unseen + 1] = EMPTY
     return Drawn(states, seqlens, block)
 
 
@@ -95,3 +102,8 @@ def poisoned_keys(x: np.ndarray, dense: np.ndarray, heads_kv: int) -> np.ndarray
     group = dense.shape[1] // heads_kv
     seen = batches.reshape(len(x), heads_kv, group, *dense.shape[2:]).any(axis=(2, 3))
     return np.where(seen[..., None], x, np.asarray(np.nan, x.dtype))
+
+
+def poisoned_queries(x: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    """Queries with NaN in each row that sees no key."""
+    return np.where(dense.any(axis=3)[..., None], x, np.asarray(np.nan, x.dtype))

@@ -90,12 +90,15 @@ def configuration(kernel: str, seed: int) -> Case:
     )
     if rng.random() < 0.25:
         case = replace(case, only=rng.choice(case.wrt + 2 * case.wrt[3:]))
+    if not packs and rng.random() < 0.15:
+        blocks = rng.choice(["64x64 11", "64x128 1h", "128x64 bh", "128x128 b1"])
+        case = replace(case, block_mask=blocks, batch=fewest_batches(bias, mask, blocks))
     return packed(case, ((2, case.seqlen_kv),)) if packs else case
 
 
-def fewest_batches(bias: str, mask: str) -> int:
+def fewest_batches(*arrays: str) -> int:
     """How the batches of an array lie decides how it is loaded, if there are several."""
-    return 2 if "b" in bias + mask else 1
+    return 2 if "b" in "".join(arrays) else 1
 
 
 def compiled_for(case: Case, arch: str) -> tuple[Any, ...]:
@@ -155,7 +158,7 @@ def length(rng: random.Random, fewest: int, most: int) -> int:
 def draw_sizes(rng: random.Random, case: Case, most: int) -> Case:
     fewest = 2 if is_padded(case) or case.view == "transposed" else 1
     sizes = draw_heads(rng, case)
-    fewest_b = fewest_batches(case.bias, case.mask)
+    fewest_b = fewest_batches(case.bias, case.mask, case.block_mask)
     sizes["batch"] = rng.randint(fewest_b, max(fewest_b, 8 // sizes["heads"]))
     sizes["seqlen_q"] = length(rng, fewest, most)
     if case.bias or case.mask:

@@ -25,7 +25,6 @@ from flashcore_cupy.problem.attention_problem import (
     dtype_beside,
     operand,
 )
-from flashcore_cupy.problem.blocks_as_rule import as_rule
 from flashcore_cupy.problem.mod_elements import (
     MOD_ARGS,
     check_differentiated,
@@ -232,8 +231,6 @@ class BackwardRequest:
         q, k, v = (operands[name] for name in "qkv")
         forward = self.attention.call(q, k, v, None, on_gpu=on_gpu)
         in_kernel = on_gpu or forward.kernel != "auto"
-        if forward.lists is not None and in_kernel:  # no kernel walks over them
-            forward = as_rule(self.attention, forward).call(q, k, v, None, on_gpu=on_gpu)
         score_mod = self.attention.rules.get("score_mod")
         check_score_mod_grad(self.score_mod_grad, score_mod, forward.mod_args, in_kernel=in_kernel)
         problem = forward.problem

@@ -32,6 +32,7 @@ from flashcore_cupy.select.sm80_backward import (
 )
 from flashcore_cupy.select.sm90_backward import Sm90Backward
 from flashcore_cupy.select.tensor_view import View
+from flashcore_cupy.select.tile_lists import TileLister, is_listed
 from flashcore_cupy.select.units import MAX_GRID, round_up
 
 _BIAS_AXES = ("batches", "heads", "rows", "columns")
@@ -57,7 +58,10 @@ class BackwardSelection:
     """Faster kernels, and why they cannot do it."""
 
     def scratch(self, problem: AttentionProblem) -> dict[str, tuple[int, ...]]:
-        """Shapes of float32 arrays that kernels leave for those behind them: of each query."""
+        """Shapes of arrays, of 4 bytes each element, that kernels leave for those behind them.
+
+        Numbers of each query; sums of dq, and whose turn it is to add; lists of tiles.
+        """
         rows = problem.lse_shape
         found = {"delta": rows, "shift": rows}
         if self.queries is not None and self.queries.sums:
@@ -67,7 +71,15 @@ class BackwardSelection:
             found["dq_sum"] = (tiles * self.scale.tile.block_n * self.scale.head_dim,)
             if self.keys.ordered:
                 found["turns"] = (round_up(1 + tiles, 4),)
+        for lister in self._listers:
+            found |= {name: shape for name, (shape, _) in lister.lists(problem).items()}
         return found
+
+    @property
+    def _listers(self) -> list[TileLister]:
+        """What makes lists of tiles for the passes."""
+        every = (config.lister for _, config in self._passes)
+        return [lister for lister in every if lister is not None]
 
     @property
     def _passes(self) -> list[tuple[str, Sm80Backward]]:
@@ -79,8 +91,9 @@ class BackwardSelection:
     @property
     def configs(self) -> tuple[KernelConfig, ...]:
         """Each that is launched, in launch order."""
-        every = (self.rows, self.keys, self.queries, self.scale, self.bias, self.heads)
-        return (*(config for config in every if config is not None), *self.mod_args)
+        every = (self.keys, self.queries, self.scale, self.bias, self.heads)
+        found = (config for config in every if config is not None)
+        return (self.rows, *self._listers, *found, *self.mod_args)
 
     @staticmethod
     def views(config: KernelConfig, problem: BackwardProblem) -> tuple[View, ...]:
@@ -94,6 +107,7 @@ class BackwardSelection:
     def explained(self, arch: str) -> list[str]:
         """Return a line for each kernel that takes tiles, and for each that was passed over."""
         lines = [f"{self.name} on {arch}, {what}: {x.describe()}" for what, x in self._passes]
+        lines += dict.fromkeys(lister.told() for lister in self._listers)
         return lines + [f"passed over {name}: {reason}" for name, reason in self.passed_over]
 
 
@@ -179,7 +193,7 @@ def _configure_row(
     wants_keys = not asked.keys().isdisjoint(family.of_keys)
     tile = row.keys.override(changes)
     columns = family.dq_columns(row.head_dim, tile)
-    adds_dq = wants_keys and "dq" in asked and not slopes and columns > 0 and attention.seqlen_q > 0
+    adds_dq = wants_keys and "dq" in asked and not slopes and columns > 0 and _has_turns(attention)
     if wants_keys:
         ordered = adds_dq and problem.deterministic
         keys = of(family, tile, row.dims, owns_keys=True, adds_dq=adds_dq, ordered=ordered)
@@ -199,8 +213,8 @@ def _configure_row(
     if "dbias" in asked:
         plain = rows_of("bwd_sm80", attention)[-1]
         shape = _of_four(asked["dbias"].shape, 1)
-        tile = replace(plain.queries, num_stages=1)
-        bias = of(Sm80BackwardBias, tile, plain.dims, bias_shape=shape)
+        one = replace(plain.queries, num_stages=1)
+        bias = of(Sm80BackwardBias, one, plain.dims, bias_shape=shape)
     if "dsink" in asked or slopes:
         per_head = BackwardHeads.of(name, row.dims, _HEADS_TILE, attention)
         heads = replace(cast(BackwardHeads, per_head), accumulates=problem.accumulate)
@@ -209,6 +223,14 @@ def _configure_row(
         align_bytes=min(problem.do.align_bytes, problem.o.align_bytes),
     )
     return BackwardSelection(name, rows, keys, queries, scale, bias, heads, mods)
+
+
+def _has_turns(attention: AttentionProblem) -> bool:
+    """Whether all blocks of keys that see a tile of queries come to it, by turns.
+
+    Of a block mask only the device knows which do.
+    """
+    return attention.seqlen_q > 0 and attention.rules.block_mask is None
 
 
 def _of_four(axes: Sequence[int], missing: int) -> tuple[int, int, int, int]:
@@ -300,11 +322,12 @@ def _own_params(
     addresses: Mapping[str, int],
     encode: Callable[[int, View], Params],
 ) -> Params:
-    """The struct that a kernel takes: with tensor maps, or one of mod_args, if it has any."""
-    if not isinstance(config, Sm90Backward | BackwardModArgs):
+    """The struct that a kernel takes: with the tensor maps, lists, mod_args that only it has."""
+    is_own = isinstance(config, Sm90Backward | BackwardModArgs | TileLister)
+    if not is_own and not is_listed(config):
         return params
     own = np.zeros((), config.params)
-    for name in params.dtype.names or ():
+    for name in () if isinstance(config, TileLister) else params.dtype.names or ():
         own[name] = params[name]
     config.bind(own, problem.attention, addresses)
     for view in BackwardSelection.views(config, problem):

@@ -15,6 +15,12 @@ from flashcore_cupy.problem.mods import Mods
 from flashcore_cupy.select.config import KernelConfig, Tile
 from flashcore_cupy.select.params import BACKWARD_PARAMS, MOD_ARGS_PARAMS
 from flashcore_cupy.select.plan import Params
+from flashcore_cupy.select.tile_lists import (
+    SMALLEST_BLOCK,
+    TileLister,
+    is_listed,
+    too_many_blocks,
+)
 from flashcore_cupy.select.units import round_up
 
 _WORK_BYTES = 48
@@ -112,6 +118,8 @@ class Sm80Backward(KernelConfig):
     takes_packed = True
     idea: ClassVar[str] = "mma.sync: keys walk over queries for dK and dV, queries over keys for dQ"
     """A sentence for the ladder."""
+    takes_blocks: ClassVar[bool] = True
+    """Walks over the lists of a block mask."""
     of_keys: ClassVar[tuple[str, ...]] = ("dk", "dv")
     """Which gradients need the pass over blocks of keys; with dq among them there is no other."""
 
@@ -160,7 +168,33 @@ class Sm80Backward(KernelConfig):
             reasons.append("bwd_sm80 has cp_async and neither warp_softmax nor fp8")
         if ITEMSIZE[self.dtype] == 4 and t.block_n > 64:
             reasons.append(f"block_n={t.block_n}: a warp takes at most 64 rows of float32")
+        return reasons + self.unlisted()
+
+    def unlisted(self) -> list[str]:
+        """Why a tile's warps would meet several blocks of a mask in a tile of the other side."""
+        t = self.tile
+        if not is_listed(self):
+            return []
+        reasons = too_many_blocks(t, (SMALLEST_BLOCK, SMALLEST_BLOCK))
+        if SMALLEST_BLOCK % t.block_n or SMALLEST_BLOCK % (t.block_m // t.warps_m):
+            reasons.append(
+                f"block_m={t.block_m}, warps_m={t.warps_m}, block_n={t.block_n}: with a block mask "
+                f"block_n and a warp's own rows are 16, 32 or 64"
+            )
         return reasons
+
+    @property
+    def lister(self) -> TileLister | None:
+        """What makes the lists of tiles that it walks over; None without a block mask."""
+        if not is_listed(self):
+            return None
+        name = "keys_tile" if self.owns_keys else "queries_tile"
+        return TileLister.of_walker(self, owns_keys=self.owns_keys, name=name)
+
+    def bind(self, params: Params, problem: AttentionProblem, addresses: Mapping[str, int]) -> None:
+        """Write where its lists are."""
+        if self.lister is not None:
+            self.lister.write(params, problem, addresses)
 
     @property
     def gradient_cols(self) -> int:
@@ -239,6 +273,11 @@ class Sm80BackwardBias(Sm80Backward):
         """One stage."""
         one = ["bwd_sm80_bias has one stage"] * (self.tile.num_stages != 1)
         return super().unfit() + one
+
+    @property
+    def lister(self) -> TileLister | None:
+        """Its tiles need not be those of the pass over queries."""
+        return TileLister.of_walker(self, name="bias_tile") if is_listed(self) else None
 
     def own_defines(self) -> dict[str, int]:
         """In which dtype the gradient is stored."""

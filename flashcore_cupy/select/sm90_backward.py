@@ -14,6 +14,7 @@ from flashcore_cupy.select.config import Tile
 from flashcore_cupy.select.params import HOPPER_BACKWARD_PARAMS
 from flashcore_cupy.select.sm80_backward import Sm80Backward
 from flashcore_cupy.select.tensor_view import TMA_ALIGN, View, is_addressable, view_of
+from flashcore_cupy.select.tile_lists import is_listed
 from flashcore_cupy.select.units import MMA, WARPGROUP_WARPS, round_up
 
 _BOX_ROWS, _KIB, _TURNS, _MASK_WORD, _WORK_BYTES = 64, 1024, 4, 128, 48
@@ -54,7 +55,10 @@ class Sm90Backward(Sm80Backward):
 
     @classmethod
     def why_slow(cls, problem: AttentionProblem) -> str | None:
-        """Masks are looked up for each element, a few at a time: registers are full."""
+        """Masks are looked up for each element, a few at a time: registers are full.
+
+        With a block mask that is so in mixed blocks alone, but how many these are nobody knows.
+        """
         masks = [str(name) for name in ("mask", "mask_mod") if name in problem.rules.names]
         return f"is slower than bwd_sm80 with {' and '.join(masks)}" if masks else None
 
@@ -75,7 +79,7 @@ class Sm90Backward(Sm80Backward):
             )
         if t.block_n % _BOX_ROWS or t.block_n > 256:
             reasons.append(f"block_n={t.block_n} is not a multiple of {_BOX_ROWS} up to 256")
-        reasons += self.lacking()
+        reasons += self.lacking() + self.unlisted()
         if self.head_dim % 32 or self.head_dim_v % 32:
             reasons.append("bwd_sm90 has tiles of 32, 64, 96, ... columns")
         return reasons
@@ -110,6 +114,8 @@ class Sm90Backward(Sm80Backward):
             total += ITEMSIZE[self.dtype] * t.block_m * self.head_dim  # a copy of the own keys
         if self.hides_keys:
             total += 2 * 16 * t.warps_m * -(-t.block_n // _MASK_WORD)  # which rows each warp meets
+        if is_listed(self):
+            total += 16 * t.num_stages  # which tile a stage holds
         barriers = 8 * (2 + 2 * _TURNS + 4 * t.num_stages)
         return round_up(total + barriers + _WORK_BYTES, _KIB) + _KIB
 

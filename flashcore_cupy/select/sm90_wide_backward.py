@@ -23,7 +23,8 @@ class Sm90WideBackward(Sm90Backward):
     idea: ClassVar[str] = "for wide heads: a warpgroup for each gradient, which hand on P and dS"
     of_keys = ("dq", "dk", "dv")
     takes_packed = False
-    lacks: ClassVar[tuple[str, ...]] = ("mask", "mask_mod")
+    takes_blocks = False
+    lacks: ClassVar[tuple[str, ...]] = ("block_mask", "mask", "mask_mod")
 
     @classmethod
     def is_meant_for(cls, problem: AttentionProblem) -> bool:

@@ -23,7 +23,8 @@ namespace flashcore {
 
 constexpr int TILES_N = BLOCK_N / 8;  // 8-column accumulator tiles of S
 constexpr bool HIDES_KEYS = RowRules<T, RULES>::HIDES_KEYS;
-constexpr int QUAD = 4;  // lanes that share a row of S
+constexpr bool LISTED = (RULES & RULE_BLOCKS) != 0;  // walks over lists: see listed_walk.cuh
+constexpr int QUAD = 4;                              // lanes that share a row of S
 
 using Positions = PositionMask<BOUNDED_RIGHT, BOUNDED_LEFT>;
 using Bits = KeyBits<HIDES_KEYS, TILES_N>;
@@ -43,6 +44,13 @@ struct Meeting {
 // head is theirs.
 struct WalkedTile {
     int head, tile;
+    uint32 states;    // LISTED: of the blocks that it touches, as ListedTile has them
+    bool has_unseen;  // LISTED: maybe some of its rows meet no own row
+};
+
+// The rows of the other side, of which the CTA's own rows see some or all: [begin, end).
+struct RowRange {
+    int begin, end;
 };
 
 // Columns of S, of the tile's rows: [begin, end), counted from the first one that a lane has.
@@ -105,6 +113,18 @@ struct WarpContext {
         return const_cast<G*>(head_row<G>(base, strides, array_batch(), head, start + own));
     }
 };
+
+// Which rows of the walked side have a meeting with some own row of [first, last], by positions.
+__device__ __forceinline__ RowRange rows_met(const Work& w, const Positions& mask, int first,
+                                             int last) {
+    if constexpr (OWNS_KEYS) return {mask.first_query(first), mask.end_query(last, w.seqlen_q)};
+    return {mask.row_begin(first), mask.row_end(last)};
+}
+// The same of all rows that exist, not the CTA's alone.
+__device__ __forceinline__ RowRange rows_met_by_all(const WarpContext& c) {
+    const int length = OWNS_KEYS ? c.work.seqlen_kv : c.work.seqlen_q;
+    return rows_met(c.work, c.mask(), 0, length - 1);
+}
 
 // Reads the statistics of this lane's queries; of the last query for rows that do not exist.
 template <int FRAGMENTS>

@@ -2,6 +2,7 @@
 // over.
 #pragma once
 #include <backward/context.cuh>
+#include <backward/listed_walk.cuh>
 #include <config.cuh>
 #include <flashcore/params_backward.cuh>
 #include <flashcore/scheduler/work.cuh>
@@ -52,25 +53,14 @@ __device__ __forceinline__ bool find_own_rows(const BackwardParams& p, int index
     return find_work<BOUNDED_RIGHT, VARLEN, false>(p, BLOCK_M, w, {index, 0});
 }
 
-// The rows of the other side, of which the CTA's own rows see some or all: [begin, end).
-struct RowRange {
-    int begin, end;
-};
-
-// Which rows of the walked side have a meeting with some own row of [first, last], by positions.
-__device__ __forceinline__ RowRange rows_met(const Work& w, const Positions& mask, int first,
-                                             int last) {
-    if constexpr (OWNS_KEYS) return {mask.first_query(first), mask.end_query(last, w.seqlen_q)};
-    return {mask.row_begin(first), mask.row_end(last)};
-}
-
-// The tiles that the CTA walks over, once for each of `heads` query heads.
-struct Walk {
+// The tiles that the CTA walks over, once for each of `heads` query heads: those that its rows meet
+// by positions.
+struct RangeWalk {
     TileRange tiles;
     int first_head, heads;
     RowRange met;  // by all rows that exist, not the CTA's alone; others count as zeros
 
-    __device__ __forceinline__ explicit Walk(const WarpContext& c)
+    __device__ __forceinline__ explicit RangeWalk(const WarpContext& c)
         : first_head(c.work.head), heads(OWNS_KEYS ? c.params.group : 1) {
         const Work& w = c.work;
         const int length = OWNS_KEYS ? w.seqlen_kv : w.seqlen_q;
@@ -78,16 +68,34 @@ struct Walk {
         const RowRange rows = rows_met(w, c.mask(), w.first_row, last);
         tiles = {rows.begin / BLOCK_N, div_up(max(rows.end, 0), BLOCK_N)};
         if (rows.begin >= rows.end) tiles = {0, 0};
-        met = rows_met(w, c.mask(), 0, length - 1);
+        met = rows_met_by_all(c);
     }
 
     __device__ __forceinline__ int per_head() const { return tiles.end - tiles.begin; }
     __device__ __forceinline__ int count() const { return per_head() * heads; }
     __device__ __forceinline__ WalkedTile operator[](int nth) const {
         const int head = heads == 1 ? 0 : nth / per_head();
-        return {first_head + head, tiles.begin + nth - head * per_head()};
+        return {first_head + head, tiles.begin + nth - head * per_head(), 0, false};
     }
+
+    // As a walk over a list has it, which knows no tile by its number.
+    __device__ __forceinline__ bool is_empty() const { return count() <= 0; }
+    __device__ __forceinline__ bool has(int nth) const { return nth < count(); }
+    __device__ __forceinline__ bool has_next(int nth) const { return nth + 1 < count(); }
+    __device__ __forceinline__ WalkedTile at(int nth) const { return (*this)[nth]; }
+    __device__ __forceinline__ WalkedTile next(int nth) const { return (*this)[nth + 1]; }
+    __device__ __forceinline__ void advance() const {}
 };
+
+template <bool LISTED_>
+struct WalkOver {
+    using type = RangeWalk;
+};
+template <>
+struct WalkOver<true> {
+    using type = ListedWalk;
+};
+using Walk = WalkOver<LISTED>::type;
 
 // Whether some query of the tile, or of the CTA, does not see some key of the CTA, or of the tile,
 // or one of them does not exist.

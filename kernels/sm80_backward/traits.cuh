@@ -19,11 +19,15 @@ using LayoutQK = SharedLayout<T, BLOCK_N, HEAD_DIM>;
 using LayoutVO = SharedLayout<T, BLOCK_N, HEAD_DIM_V>;
 constexpr int ROWS_PER_WARP = BLOCK_M / WARPS_M;
 constexpr int FRAGMENTS_M = ROWS_PER_WARP / 16;
-using Visible = Bits[FRAGMENTS_M][2];  // with masks: which of its pairs each of a lane's rows sees
+// With masks: which of its pairs each of a lane's rows sees.
+template <bool LOOKED_UP>
+using Visible = KeyBits<LOOKED_UP, TILES_N>[FRAGMENTS_M][2];
 using AllKept = Kept[FRAGMENTS_M][2];  // with dropout: which of them are kept
 
 static_assert(BLOCK_M % (16 * WARPS_M) == 0, "warps own whole 16-row fragments");
 static_assert(BLOCK_N % 16 == 0 && HEAD_DIM % 16 == 0 && HEAD_DIM_V % 16 == 0, "steps of 16");
+static_assert(!LISTED || (64 % BLOCK_N == 0 && 64 % ROWS_PER_WARP == 0),
+              "a warp meets one block of a mask in each tile");
 static_assert(WARPS_N == 1 && WARPS_D == 1 && !PACK_GQA && !SPLIT_KV && CP_ASYNC,
               "a warp has all of its rows' columns");
 

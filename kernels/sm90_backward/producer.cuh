@@ -9,6 +9,7 @@
 #include <flashcore/ptx/cp_async.cuh>
 #include <flashcore/ptx/mbarrier.cuh>
 #include <flashcore/ptx/thread.cuh>
+#include <flashcore/ptx/warp.cuh>
 #include <flashcore/tile/tma_tile.cuh>
 #include <sm90_backward/tiles.cuh>
 
@@ -63,29 +64,57 @@ __device__ __forceinline__ void load_statistics(const HopperBackwardParams& p, S
     mbarrier_arrive_copied(&smem.qk.full[stage]);
 }
 
-// Starts all copies of a block, as stages become empty.
+// Starts the copies of a tile of the other side, as its stage becomes empty. map_begin: the row of
+// the sequence that is the first of the side's maps.
+template <typename Shared>
+__device__ __forceinline__ void load_walked(const HopperBackwardParams& p, Shared& smem,
+                                            const WarpContext& c, const WalkedTile& at,
+                                            int map_begin, State& state) {
+    const int row = row_of_map(c.work, !OWNS_KEYS, at.tile * BLOCK_N, map_begin);
+    const int head = OWNS_KEYS ? at.head : c.work.head_kv, batch = c.array_batch();
+    const int stage = state.stage;
+    state.wait_empty(smem.qk);
+    if constexpr (LISTED) {
+        if (elect_one()) smem.list.walked[stage] = at;
+        // Whichever lane arrives at the barrier, it comes after the one that has written.
+        warp_sync();
+    }
+    load_tile_tma<LayoutQK, BOX_ROWS>(smem.sQK[stage], &smem.qk.full[stage],
+                                      TileBox{map_qk(p, !OWNS_KEYS), row, head, batch}, EVICT_LAST);
+    if constexpr (OWNS_KEYS) load_statistics(p, smem, c, at, stage);
+    state.wait_empty(smem.vo);
+    load_tile_tma<LayoutVO, BOX_ROWS>(smem.sVO[stage], &smem.vo.full[stage],
+                                      TileBox{map_vo(p, !OWNS_KEYS), row, head, batch}, EVICT_LAST);
+    state.advance();
+}
+
+// Waits for a consumer's next stage, and returns which tile it holds.
+template <typename Shared>
+__device__ __forceinline__ WalkedTile wait_walked(Shared& smem, const State& state) {
+    state.wait_full(smem.qk);
+    const WalkedTile at = smem.list.walked[state.stage];
+    warp_sync();  // all lanes have read it before one of them releases the stage
+    return at;
+}
+
+// Starts all copies of a block: of the tiles in its lists, or of those in a range.
 template <typename Shared>
 __device__ __forceinline__ void run_producer(const HopperBackwardParams& p, Shared& smem,
-                                             const WarpContext& c, const Walk& walk) {
-    if (walk.count() == 0) return;
-    load_own_rows(p, smem, c);
+                                             const WarpContext& c, const RangeWalk& walk) {
     State state;
+    if constexpr (LISTED) {
+        ListedWalk list(c);
+        if (list.is_empty()) return;
+        load_own_rows(p, smem, c);
 #pragma unroll 1
-    for (int nth = 0; nth < walk.count(); ++nth) {
-        const WalkedTile at = walk[nth];
-        const int row = row_of_map(c.work, !OWNS_KEYS, at.tile * BLOCK_N, walk.met.begin);
-        const int head = OWNS_KEYS ? at.head : c.work.head_kv, batch = c.array_batch();
-        const int stage = state.stage;
-        state.wait_empty(smem.qk);
-        load_tile_tma<LayoutQK, BOX_ROWS>(smem.sQK[stage], &smem.qk.full[stage],
-                                          TileBox{map_qk(p, !OWNS_KEYS), row, head, batch},
-                                          EVICT_LAST);
-        if constexpr (OWNS_KEYS) load_statistics(p, smem, c, at, stage);
-        state.wait_empty(smem.vo);
-        load_tile_tma<LayoutVO, BOX_ROWS>(smem.sVO[stage], &smem.vo.full[stage],
-                                          TileBox{map_vo(p, !OWNS_KEYS), row, head, batch},
-                                          EVICT_LAST);
-        state.advance();
+        for (; !list.is_empty(); list.advance())
+            load_walked(p, smem, c, list.at(0), walk.met.begin, state);
+    } else {
+        if (walk.count() == 0) return;
+        load_own_rows(p, smem, c);
+#pragma unroll 1
+        for (int nth = 0; nth < walk.count(); ++nth)
+            load_walked(p, smem, c, walk[nth], walk.met.begin, state);
     }
 }
 

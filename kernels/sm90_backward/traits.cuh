@@ -51,6 +51,7 @@ static_assert(!ADDS_DQ || (OWNS_KEYS && !SUMS_DISTANCES && NUM_STAGES > 1 && BLO
                            HEAD_DIM % COLS_DQ == 0 && (DQ_UNITS == 1 || DQ_UNITS == CONSUMERS)),
               "blocks of keys add to the dQ of 64 queries, a unit per consumer");
 static_assert(!ORDERED || ADDS_DQ, "an order of additions");
+static_assert(!LISTED || (!ADDS_DQ && BLOCK_N == 64), "a consumer meets one block in each tile");
 static_assert(GRADIENT_COLS >= HEAD_DIM && (!OWNS_KEYS || GRADIENT_COLS >= HEAD_DIM_V),
               "all columns in one block");
 
@@ -67,6 +68,14 @@ struct alignas(1024) SharedKeys {
 };
 template <>
 struct SharedKeys<false> {};
+
+// With a block mask the producer says which tile a stage holds; guarded as sQK is.
+template <bool USED>
+struct SharedWalk {
+    WalkedTile walked[NUM_STAGES];
+};
+template <>
+struct SharedWalk<false> {};
 
 // Tiles are swizzled as shared_layout.cuh says, which is TMA's and wgmma's swizzle, too. It counts
 // from multiples of 1024 bytes.
@@ -85,6 +94,7 @@ struct alignas(1024) SharedStorage : SharedDS<ADDS_DQ>, SharedKeys<COPIES_KEYS> 
     SeenKeys<HIDES_KEYS, CONSUMER_WARPS, BLOCK_N> seen[2];
     int block;  // ORDERED: which one the CTA has drawn
     Work work;  // of a CTA with masks, whose registers are short of a dozen
+    SharedWalk<LISTED> list;
 };
 static_assert(sizeof(SharedStorage) + 1024 == SMEM_BYTES,
               "flashcore_cupy/select computes the same size, and 1 KiB to align it");

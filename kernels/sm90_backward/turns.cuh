@@ -48,7 +48,8 @@ __device__ __forceinline__ int turn_of(const WarpContext& c, int tile) {
 
 // One warp does this, all its lanes.
 template <typename Shared>
-__device__ __forceinline__ void take_turns(const WarpContext& c, Shared& smem, const Walk& walk) {
+__device__ __forceinline__ void take_turns(const WarpContext& c, Shared& smem,
+                                           const RangeWalk& walk) {
     const BackwardParams& p = c.params;
     const int count = walk.count();
     const auto counter = [&](int nth) {

@@ -2,7 +2,8 @@
 // meets: their P and dS are 0, but 0 * NaN is not, so they must be zeros in shared memory before
 // wgmma multiplies them. What positions hide from all, TMA has left out. These remain:
 //
-//   behind masks         rows of the tile: all consumers tell each other which ones they meet
+//   behind masks         rows of the tile: all consumers tell each other which ones they meet; with
+//                        a block mask where the list says that some may be met by none
 //   in packed batches    rows of the tile that are a neighbour's
 //   of the own keys      for dQ += dS K both of these: it multiplies a copy without what is not
 //                        finite. S needs such keys as they are, for whoever sees them; theirs is a
@@ -30,12 +31,13 @@ __device__ __forceinline__ void finish_writing() {
 
 // ---- behind masks ------------------------------------------------------------------------------
 
-// Looks up which rows of a tile each of this lane's two rows meets. As look_up_keys does, but a few
-// at a time: the gradients leave no registers for more.
+// Looks up which rows of a tile each of this lane's two rows meets; in full blocks, by positions
+// alone. As look_up_keys does, but a few at a time: the gradients leave no registers for more.
 template <typename VisibleBits>
 __device__ __forceinline__ void look_up_rows(const WarpContext& c, const WalkedTile& at,
                                              VisibleBits (&visible)[2]) {
     const bool masked = needs_mask(c, at.tile);
+    const bool is_full = LISTED && state_met(c, at) == BLOCK_FULL;
 #pragma unroll
     for (int i = 0; i < 2 * VisibleBits::WORDS; ++i) {
         const int half = i % 2, first = i / 2 * 16;
@@ -45,7 +47,7 @@ __device__ __forceinline__ void look_up_rows(const WarpContext& c, const WalkedT
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const Meeting x = c.meeting(at.tile, 0, half, n, e);
-                bool seen = c.rules_for(at.head, x.query).sees(x.key);
+                bool seen = is_full || c.rules_for(at.head, x.query).sees_in_mixed(x.key);
                 if (masked)
                     seen = seen && x.query < c.work.seqlen_q && c.mask().visible(x.query, x.key);
                 if (seen) word |= 1u << VisibleBits::bit(n, e);
@@ -55,10 +57,10 @@ __device__ __forceinline__ void look_up_rows(const WarpContext& c, const WalkedT
     }
 }
 
-// Overwrites rows of the nth tile with zeros if no own row of any consumer meets them. seen: those
-// that this warp meets. S and dP have been computed. One barrier is enough where all rows are met,
-// because there are two buffers: before a warp writes to a buffer again, it passes the next tile's
-// barrier, at which every warp has read this one.
+// Overwrites rows of a tile with zeros if no own row of any consumer meets them; the tile is the
+// nth for which they do this. seen: those that this warp meets. S and dP have been computed. One
+// barrier is enough where all rows are met, because there are two buffers: before a warp writes to
+// a buffer again, it passes the next such tile's barrier, at which every warp has read this one.
 template <typename Shared>
 __device__ __forceinline__ void clear_hidden(const WarpContext& c, Shared& smem, int nth, int stage,
                                              const Bits& seen) {

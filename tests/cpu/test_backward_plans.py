@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from cases_gradients import bent, operands, random
+from drawn_blocks import RULE, Drawn, drawn
 
 import flashcore_cupy
 from flashcore_cupy import attention
 from flashcore_cupy.backward import attention_backward, explain_backward, plan_backward
 from flashcore_cupy.check import verify, verify_backward
+from flashcore_cupy.cpu.emulator import build
 from flashcore_cupy.problem.attention_problem import AttentionProblem, contiguous_problem
 from flashcore_cupy.problem.blocks import ScoreShape
 from flashcore_cupy.problem.gradients import contiguous_gradients
@@ -91,6 +93,97 @@ def test_a_plan_on_numpy_arrays_is_of_a_kernel() -> None:
     assert bound.gradients.dv is out["dv"] and bound.gradients.dq is None
     names = [config.source for config in bound.selection.configs]
     assert names == ["bwd_rows.cu", "bwd_sm80.cu"]
+
+
+# --- lists of a block mask ------------------------------------------------------------------------
+
+
+def listed_plan(
+    kernel: str,
+    seqlens: tuple[int, int],
+    block: tuple[int, int],
+    lists: tuple[int, int],
+    **rules: Any,
+) -> tuple[Any, Drawn]:
+    """A plan of gradients, and the mask that it has."""
+    rng = np.random.default_rng(4)
+    draw = drawn(rng, seqlens, block, lists, unseen=1)
+    made = draw.mask(np, rng, stray=True)
+    sizes = SIZES | {"seqlen": seqlens[0], "seqlen_kv": seqlens[1]}
+    q, k, v = operands(**sizes, dtype=np.float16)
+    o, lse = np.zeros_like(q), np.zeros(q.shape[:3], np.float32)
+    given = {"do": o, "q": q, "k": k, "v": v, "o": o, "lse": lse}
+    return plan_backward(**given, block_mask=made, kernel=kernel, **rules), draw
+
+
+def test_lists_are_made_right_before() -> None:
+    bound, _ = listed_plan("bwd_sm80", (300, 333), (64, 128), (2, 4), mask_mod=RULE)
+    found = [(step.entry, step.grid) for step in bound.steps]
+    blocks_of_keys, blocks_of_queries = -(-333 // 128), -(-300 // 128)
+    assert found == [
+        ("bwd_rows", found[0][1]),
+        ("tile_lists", 8 * blocks_of_keys),
+        ("tile_lists", 8 * blocks_of_queries),
+        ("bwd_sm80", 4 * blocks_of_keys),
+        ("bwd_sm80", 8 * blocks_of_queries),
+    ]
+    bound, _ = listed_plan("bwd_sm90", (300, 333), (64, 128), (2, 1), mask_mod=RULE)
+    found = [(step.entry, step.grid) for step in bound.steps]
+    assert found[1:] == [("tile_lists", 6), ("tile_lists", 6), ("bwd_sm90", 12), ("bwd_sm90", 24)]
+    bias = np.zeros((4, 300, 333), np.float16)
+    bound, _ = listed_plan(
+        "bwd_sm80", (300, 333), (64, 128), (1, 1), mask_mod=RULE, bias=bias, wrt=("bias", "k")
+    )
+    assert [step.entry for step in bound.steps] == [
+        *("bwd_rows", "tile_lists", "tile_lists", "bwd_sm80", "bwd_sm80_bias")
+    ]
+    assert [step.params["m_blocks"] for step in bound.steps[1:3]] == [3, 3]
+
+
+@pytest.mark.skipif(build.why_not() is not None, reason=build.why_not() or "")
+@pytest.mark.parametrize("block", [(64, 128), (128, 64)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("kernel", "lists"), [("bwd_sm80", (1, 2)), ("bwd_sm90", (2, 4))])
+def test_what_lists_hold(
+    block: tuple[int, int], causal: bool, kernel: str, lists: tuple[int, int]
+) -> None:
+    """Tiles that have a block which is not empty, but for those that all positions hide."""
+    seqlens = 300, 333
+    bound, draw = listed_plan(kernel, seqlens, block, lists, mask_mod=RULE, causal=causal)
+    bound.launch()
+    i, j = np.ogrid[:300, :333]
+    near = (j <= i + 33) if causal else np.ones(seqlens, bool)
+    states = draw.elements(1) + 2 * draw.elements(2)
+    for name, config in (("keys", bound.selection.keys), ("queries", bound.selection.queries)):
+        own, other = config.tile.block_m, config.tile.block_n
+        entries = bound.arrays[f"{name}_tile_entries"].view(np.uint32)
+        counts = bound.arrays[f"{name}_tile_counts"].view(np.int32)
+        for at in np.ndindex(counts.shape):
+            of_head, seen, own_block = states[at[:2]], near, block[0]
+            if name == "keys":
+                of_head, seen, own_block = of_head.T, near.T, block[1]
+            first = at[2] * own
+            rows = of_head[first : first + own], seen[first : first + own]
+            met = np.flatnonzero(rows[1].any(axis=0)) // other
+            wanted = []
+            for tile in range(met.min(), met.max() + 1) if len(met) else ():
+                of_tile = rows[0][:, tile * other : (tile + 1) * other]
+                assert (of_tile == of_tile[:, :1]).all(), "a tile of the other side is of one block"
+                blocks = [
+                    (nth, int(of_tile[n * own_block - first if n * own_block > first else 0, 0]))
+                    for nth, n in enumerate(
+                        range(first // own_block, -(-(first + len(of_tile)) // own_block))
+                    )
+                ]
+                if any(state for _, state in blocks):
+                    wanted.append((tile, [state for _, state in blocks]))
+            got = []
+            for word, bits in entries[at][: counts[at]]:
+                own_states = [int(bits) >> 8 * n & 3 for n in range(4)]
+                got.append(
+                    (int(word) & 2**31 - 1, own_states[: len(wanted[0][1]) if wanted else 0])
+                )
+            assert got == wanted, (name, at)
 
 
 # --- gates ----------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def test_gradients_and_programs_of_jax() -> None:
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
-def test_a_kernel_of_gradients_gets_the_blocks_as_a_rule() -> None:
+def test_kernels_of_gradients_walk_over_lists() -> None:
     q, k, v = arrays()
     o, lse = attention(q, k, v, return_lse=True)
     made = replace(_drawn()[0], mask_mod=RULE)
@@ -281,15 +281,20 @@ def test_a_kernel_of_gradients_gets_the_blocks_as_a_rule() -> None:
         given = {"block_mask": made, "kernel": "bwd_sm80"} | rules
         return explain_backward(q, q, k, v, o, lse, **given)
 
-    assert "mask_mod" in explained()
-    with pytest.raises(ValueError, match="the name 'block_states' is taken by the block mask"):
-        explained(mod_args={"block_states": np.ones(3, np.float32)})
-    many = {f"x{n}": np.ones(3, np.float32) for n in range(8)}
-    with pytest.raises(ValueError, match="got 8 arrays; at most 7 for gradients through a block"):
-        explained(mod_args=many)
-    with pytest.raises(ValueError, match="got 7 arrays; at most 6 for gradients through a block"):
-        del many["x7"]
-        explained(mod_args=many, mask=np.ones((200, 300), bool), mask_mod=RULE)
+    lines = explained().splitlines()
+    assert ", blocks, mask_mod, " in lines[0] and lines[0].startswith("bwd_sm80 on sm_90a, dk, dv:")
+    assert [line.partition(";")[0] for line in lines if line.startswith("block mask:")] == [
+        "block mask: a launch ahead lists tiles of 32 queries and 128 keys",
+        "block mask: a launch ahead lists tiles of 128 queries and 32 keys",
+    ]
+    assert ", blocks, " in explained(mod_args={f"x{n}": np.ones(3, np.float32) for n in range(8)})
+    for changes in ({"block_n": 96}, {"block_m": 128, "warps_m": 1}, {"block_m": 48, "warps_m": 1}):
+        with pytest.raises(ValueError, match="with a block mask block_n and a warp's own rows are"):
+            explained(config=changes)
+    with pytest.raises(ValueError, match="touches more than 4 of the block mask's blocks of 64"):
+        explained(config={"block_m": 320, "warps_m": 5})
+    with pytest.raises(ValueError, match="kernel 'bwd_sm90_wide': has no block_mask"):
+        explained(kernel="bwd_sm90_wide")
     with pytest.raises(ValueError, match="block_mask: is of"):
         explained(block_mask=_lists(seqlen_kv=400))
     function = replace(made, mask_mod=rule)

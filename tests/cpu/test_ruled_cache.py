@@ -22,6 +22,7 @@ from flashcore_cupy.launch import (
 )
 from flashcore_cupy.problem.philox import key_of
 from flashcore_cupy.problem.rng import integer_key
+from flashcore_cupy.select.backward_table import BACKWARD_KERNELS
 from flashcore_cupy.select.registry import KERNELS
 
 attention_module = sys.modules["flashcore_cupy.attention"]
@@ -183,6 +184,7 @@ def test_lists_that_a_call_makes(driver: Driver, kernel: str, lse: bool) -> None
     assert len(inside) == 4, "counts and indices, of mixed and of full blocks"
 
 
+LISTED_BACKWARD = [name for name, family in BACKWARD_KERNELS.items() if family.takes_blocks]
 GRADIENTS: dict[str, tuple[str, ...]] = {
     "slopes": ("q", "alibi_slopes"),
     "bias": ("q", "k", "v", "bias"),
@@ -203,14 +205,19 @@ def of_gradients(new: Arrays, make: Any) -> tuple[tuple[Array, ...], dict[str, A
     return (*first, *operands(new)), make(new)
 
 
-@pytest.mark.parametrize("kernel", ["bwd_sm80", "bwd_sm90"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        *((kernel, name) for kernel in ("bwd_sm80", "bwd_sm90") for name in RULES),
+        *((kernel, name) for kernel in LISTED_BACKWARD for name in BLOCKS),
+    ],
+)
 def test_gradients_of_a_repeated_call(driver: Driver, kernel: str, name: str) -> None:
     if name == "mods" and kernel == "bwd_sm90":
         kernel = "auto"  # it has no gradients of mod_args
     check(
         driver,
-        lambda new: of_gradients(new, RULES[name]),
+        lambda new: of_gradients(new, {**RULES, **BLOCKS}[name]),
         lambda given, rules: take_gradients(kernel, name, given, rules),
         known=backward_cache._known,
         bind_name=(backward_module, "bind_backward"),

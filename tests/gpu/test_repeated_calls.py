@@ -76,7 +76,7 @@ def test_calls(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert x.get().tobytes() == y.get().tobytes()
 
 
-@pytest.mark.parametrize("name", NAMES[:-1])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_gradients(name: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward_cache, "_known", {})

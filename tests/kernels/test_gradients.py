@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from cases_gradients import FLOAT32, Rules, operands, random
-from drawn_blocks import FULL, RULE, drawn, poisoned_keys
+from cases_gradients import FLOAT32, Rules, asked, operands, random
+from drawn_blocks import FULL, RULE, Drawn, drawn, poisoned_keys, poisoned_queries
 from kernel_gradients import (
     BRAIN,
     DROP,
@@ -154,34 +154,113 @@ def test_masks_on_hopper(
     assert not faults, faults
 
 
-@each("kernel", ["bwd_sm80", "bwd_sm90", "auto"])
-@each("block", [(128, 128), (64, 128), (64, 64)])
-@each("lists", [(1, 1), (2, 2), (1, HEADS)])
-@each("more", [{}, {"causal": True}, {"mask": (150, 200)}, {"mask": (2, 1, 1, 200), **DROP}])
-def test_block_masks(
-    on: Place, kernel: str, block: tuple[int, int], lists: tuple[int, int], more: Rules
+def visible(draw: Drawn, positions: Rules, mask: Any) -> np.ndarray:
+    """Where a query sees a key, by blocks, their rules and positions, (B or 1, heads, Sq, Skv)."""
+    dense = draw.dense(HEADS)
+    if mask is not None:
+        full = np.repeat(draw.elements(FULL), HEADS // draw.states.shape[1], axis=1)
+        dense = full | (dense & mask)
+    i, j = np.ogrid[: draw.seqlens[0], : draw.seqlens[1]]
+    if positions.get("causal") != "top-left":
+        i = i + (draw.seqlens[1] - draw.seqlens[0])
+    left, right = positions.get("window", (-1, 0 if positions.get("causal") else -1))
+    seen = (j <= i + right if right >= 0 else j >= 0) & (j >= i - left if left >= 0 else j >= 0)
+    return dense & seen
+
+
+def check_block_mask(
+    on: Place, kernel: str, draw: Drawn, rules: Rules, dims: tuple[int, int], dtype: str, wrt: Any
 ) -> None:
-    """Keys of empty blocks hold NaN; a mask is asked in mixed blocks alone."""
+    """Gradients of a block mask, against the same as a mask of each element.
+
+    What no one sees holds NaN: keys and values, queries and their gradients.
+    """
     runs(on, kernel)
     rng = np.random.default_rng(11)
-    draw = drawn(rng, (150, 200), block, lists)
-    rules: Rules = {"block_mask": draw.mask(on.xp, rng, stray=True), "mask_mod": RULE, **more}
-    dense = draw.dense(HEADS)
-    if "mask" in more:
-        rules["mask"] = rng.random(more["mask"]) < 0.7
-        full = np.repeat(draw.elements(FULL), HEADS // lists[1], axis=1)
-        dense = full | (dense & rules["mask"])
-    others = {name: x for name, x in more.items() if name != "mask"} | {"mask": dense}
-    sizes = {"seqlen": 150, "seqlen_kv": 200, "head_dim": 64, "head_dim_v": 64, "batch": 2}
-    q, k, v = operands(heads=HEADS, heads_kv=2, dtype=np.dtype(HALF), **sizes)
+    positions = {name: x for name, x in rules.items() if name in ("causal", "window")}
+    mask = rng.random(rules["mask"]) < 0.7 if "mask" in rules else None
+    dense = visible(draw, positions, mask)
+    others = {name: x for name, x in rules.items() if name != "mask"}
+    own: Rules = {"block_mask": draw.mask(on.xp, rng, stray=True), "mask_mod": RULE, **others}
+    if mask is not None:
+        own["mask"] = mask
+    sizes = {"seqlen": draw.seqlens[0], "seqlen_kv": draw.seqlens[1], "batch": 2}
+    sizes |= {"head_dim": dims[0], "head_dim_v": dims[1]}
+    q, k, v = operands(heads=HEADS, heads_kv=2, dtype=dtype_of(dtype), **sizes)
     k, v = (poisoned_keys(x, dense, 2) for x in (k, v))
-    o, lse = attention(q, k, v, return_lse=True, **others)
-    do = random(*o.shape, dtype=HALF, seed=5)
+    q = poisoned_queries(q, dense)
+    plain = others | {"mask": dense}
+    o, lse = attention(q, k, v, return_lse=True, **plain)
+    do = poisoned_queries(random(*o.shape, dtype=q.dtype, seed=5), dense)
     given = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dlse": None}
-    expected = verify_gradients.expect(do, q, k, v, **others)
+    expected = verify_gradients.expect(do, q, k, v, wrt=wrt, **plain)
     kernel = "bwd_sm80" if on.is_emulated and kernel == "auto" else kernel
-    faults = expected.faults(gradients(on, kernel, given, ("q", "k", "v"), rules))
+    got, again = (gradients(on, kernel, given, wrt, own) for _ in range(2))
+    faults = expected.faults(got)
     assert not faults, faults
+    for name, x in by_result(got).items():
+        assert x.tobytes() == by_result(again)[name].tobytes(), f"{name}: other bits again"
+
+
+@each("kernel", ["bwd_sm80", "bwd_sm90", "auto"])
+@each("block", [(128, 128), (64, 128), (128, 64), (64, 64)])
+@each("lists", [(1, 1), (2, 2), (1, HEADS), (2, HEADS), (2, 1)])
+@each("seqlens", [(150, 200), (300, 129), (65, 333), (321, 321)])
+@each(
+    "more",
+    [
+        {},
+        {"causal": True},
+        {"mask": (1, 1)},
+        {"mask": (2, 1, 1, 1), **DROP},
+        {"causal": "top-left", "mask": (1, 1)},
+        {"window": (90, 40)},
+        {"window": (-1, 20), "softcap": 5.0},
+    ],
+)
+def test_block_masks(
+    on: Place,
+    kernel: str,
+    block: tuple[int, int],
+    lists: tuple[int, int],
+    seqlens: tuple[int, int],
+    more: Rules,
+) -> None:
+    """A mask and mask_mod are asked in mixed blocks alone; positions hide in all."""
+    draw = drawn(np.random.default_rng(7), seqlens, block, lists, unseen=1)
+    if "mask" in more:
+        shape = *more["mask"][:-2], *seqlens
+        more = more | {"mask": shape}
+    check_block_mask(on, kernel, draw, more, (64, 64), HALF, ("q", "k", "v"))
+
+
+#: Rows of several tiles, of kernels that walk over lists.
+LISTED = [
+    ("bwd_sm80", (32, 32), BRAIN), ("bwd_sm80", (128, 128), HALF), ("bwd_sm80", (192, 128), HALF),
+    ("bwd_sm80", (512, 512), HALF), ("bwd_sm80", (64, 64), SINGLE), ("bwd_sm80", (128, 40), SINGLE),
+]  # fmt: skip
+
+
+@each("kernel, dims, dtype", LISTED)
+@each("block", [(64, 128), (128, 64)])
+def test_tiles_in_lists(
+    on: Place, kernel: str, dims: tuple[int, int], dtype: str, block: tuple[int, int]
+) -> None:
+    draw = drawn(np.random.default_rng(3), (150, 200), block, (1, HEADS), unseen=0)
+    check_block_mask(on, kernel, draw, {"causal": True}, dims, dtype, ("q", "k", "v"))
+
+
+@each("shape", [(2, HEADS, 150, 200), (1, 1, 150, 1), (HEADS, 1, 200)])
+@each("block", [(64, 128), (128, 64)])
+def test_gradients_of_rules_beside_a_block_mask(
+    on: Place, shape: tuple[int, ...], block: tuple[int, int]
+) -> None:
+    """The bias's has lists of its own; those of sinks and slopes come from dQ's."""
+    draw = drawn(np.random.default_rng(5), (150, 200), block, (2, 2), unseen=1)
+    rules: Rules = {"bias": random(*shape, seed=8), "sink": random(HEADS, seed=9)}
+    rules["alibi_slopes"] = np.abs(random(HEADS, seed=10))
+    check_block_mask(on, "bwd_sm80", draw, rules, (64, 64), HALF, asked(rules))
+    check_block_mask(on, "bwd_sm80", draw, rules, (64, 64), HALF, ("bias",))
 
 
 LENGTHS_PACKED = (

@@ -199,7 +199,7 @@ def _pairs(kernel: str, dtypes: Sequence[str]) -> Iterator[Case]:
             "size": _SIZES,
             "position": POSITIONS,
             "score": _taken(kernel, SCORES),
-            "hide": _taken(kernel, [choice for choice in HIDES if "block_mask" not in choice]),
+            "hide": _taken(kernel, HIDES),
             "sink": SINKS,
             "scale": SCALES,
             "view": _taken(kernel, _VIEWS),

@@ -1,4 +1,5 @@
-// listed_tiles.cuh - block masks: which tiles of keys a block of rows visits, as a list.
+// listed_tiles.cuh - block masks: which tiles of keys a block of rows visits, as a list; or, for a
+// kernel that owns keys (OWNS_KEYS), which tiles of queries a block of keys does.
 //
 // A block mask says of each block of queries and keys (64 or 128 of either) that it is empty, mixed
 // or full. Empty ones are never loaded, and in full ones no rule is asked. A kernel's tiles need
@@ -50,9 +51,10 @@ struct BlocksOfRow {
 // An entry of a list.
 struct alignas(8) ListedTile {
     static constexpr uint32 HAS_UNSEEN = 1u << 31;
-    uint32 word;    // the tile's number, and HAS_UNSEEN: maybe no query sees some of its keys
-    uint32 states;  // two bits per block: bit 8 r + 2 c of the r-th block of queries that the tile
-                    // touches, and the c-th of keys
+    uint32 word;  // the tile's number, and HAS_UNSEEN: maybe no query sees some of its keys
+    // Two bits per block: bit 8 r + 2 c of the r-th block of queries that the tile touches, and the
+    // c-th of keys. For owners of keys: of the r-th block of keys, and the c-th of queries.
+    uint32 states;
 
     __device__ __forceinline__ int tile() const { return int(word & ~HAS_UNSEEN); }
     __device__ __forceinline__ bool has_unseen() const { return (word & HAS_UNSEEN) != 0; }
@@ -94,19 +96,24 @@ struct TileLists {
         return {at.states >> 8 * row & 0xff, first_key, p.list_shift_kv};
     }
 
-    // The state of the block of a query and a key, 0 if it is not listed: a search through the
-    // list.
-    __device__ __forceinline__ int state_of(int batch, int head, int query, int key) const {
-        const int m_block = query / p.tile_rows, tile = key / p.tile_keys;
-        const int list = number(batch, head, m_block);
-        const ListedTile* const all = entries(list);
-        int begin = 0, end = count(list);
+    // The entry of a tile, by a search through a list; its `states` are 0 if it is not listed.
+    __device__ __forceinline__ ListedTile find(int number, int tile) const {
+        const ListedTile* const all = entries(number);
+        int begin = 0, end = count(number);
         while (end - begin > 1) {
             const int middle = (begin + end) / 2;
             (all[middle].tile() <= tile ? begin : end) = middle;
         }
-        if (end == 0 || all[begin].tile() != tile) return 0;
-        const BlocksOfRow blocks = blocks_of(all[begin], m_block * p.tile_rows, query);
+        if (end == 0 || all[begin].tile() != tile) return {uint32(tile), 0};
+        return all[begin];
+    }
+
+    // The state of the block of a query and a key, 0 if it is not listed.
+    __device__ __forceinline__ int state_of(int batch, int head, int query, int key) const {
+        const int m_block = query / p.tile_rows;
+        const ListedTile at = find(number(batch, head, m_block), key / p.tile_keys);
+        if (at.states == 0) return 0;
+        const BlocksOfRow blocks = blocks_of(at, m_block * p.tile_rows, query);
         const int state = blocks.states >> 2 * ((key - blocks.first_key) >> blocks.shift) & 3;
         return state & BLOCK_FULL ? BLOCK_FULL : state;
     }

@@ -1,6 +1,6 @@
 // score.cuh - what a score goes through between Q K^T and softmax, besides position_mask.cuh:
-// softcap, ALiBi, additive bias, the user's score_mod; then the boolean mask and the user's
-// mask_mod. A compiled kernel has the rules of its problem and no others.
+// softcap, ALiBi, bias, the user's score_mod; then the boolean mask and the user's mask_mod. A
+// compiled kernel has the rules of its problem and no others.
 #pragma once
 #include <flashcore/params.cuh>
 #include <flashcore/ptx/convert.cuh>
@@ -164,13 +164,16 @@ struct RowRules {
 
     // Whether the lists, the mask and mask_mod let the query see a key. The key need not exist.
     __device__ __forceinline__ bool sees(int key) const {
-        bool seen = true;
         if constexpr (RULES & RULE_BLOCKS) {
             const int state = TileLists(params).state_of(batch, head, query, inside<true>(key));
             if (state != BLOCK_MIXED) return state != 0;
         }
-        if constexpr (RULES & RULE_MASK)
-            seen = gMask[inside<true>(key) * params.mask_strides.column] != 0;
+        return sees_in_mixed(key);
+    }
+    // Whether the mask and mask_mod do.
+    __device__ __forceinline__ bool sees_in_mixed(int key) const {
+        bool seen =
+            !(RULES & RULE_MASK) || gMask[inside<true>(key) * params.mask_strides.column] != 0;
         if constexpr (RULES & RULE_MASK_MOD)
             seen = seen && mask_mod(params.mod_args, batch, head, query, inside<true>(key));
         return seen;
