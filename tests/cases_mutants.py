@@ -477,6 +477,8 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "tile_lists.cu: const int blocks = ((end - 1) >> other.shift) - "
         "first_block(tile) + 1; [0 for 1 in - 1]",
         "tile_lists.cu: const int last_row = first_row + (1 << own.shift) - 1; [0 for 1 in - 1]",
+        "tile_lists.cu: return OWNS_KEYS ? mask.needs_mask(first, end - 1, first_row, "
+        "last_row + 1) [0 for 1 in - 1]",
         "backward/work.cuh: return end_query > w.seqlen_q || [>= for >]",
         "backward/work.cuh: c.mask().needs_mask(first_query, end_query - 1, first_key, end_key); "
         "[0 for 1 in - 1]",
@@ -565,6 +567,10 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "section = max(section, div_up(8 * int(grid_size()), blocks)); [>= for >]",
         "flashcore/scheduler/work.cuh: if (p.section > 1 && blocks >= 40) "
         "section = max(section, div_up(8 * int(grid_size()), blocks)); [> for >=]",
+    ),
+    "where the corner of a block is hidden, one score, and each of its rows meets others": (
+        "tile_lists.cu: return OWNS_KEYS ? mask.needs_mask(first, end - 1, first_row, "
+        "last_row + 1) [0 for 1 in + 1]",
     ),
     "once more, and there is nothing": (
         "tile_lists.cu: if (!OWNS_KEYS && (block < 0 || block >= other.end_block())) return; "
