@@ -73,11 +73,12 @@ __device__ __forceinline__ void compute_tile(const Context& c, Gradients& rows,
 template <typename StatisticsOf>
 __device__ __forceinline__ void attend_tile(const Context& c, Gradients& rows, const Walk& walk,
                                             int nth, StatisticsOf statistics) {
-    if (NUM_STAGES > 1 && walk.has_next(nth)) fill(c, walk, walk.next(nth), nth + 1);
+    const WalkedTile at = walk.at(nth);
+    if (NUM_STAGES > 1 && walk.has_next(nth)) fill(c, walk, nth + 1);
     wait_full(c, nth);
-    compute_tile(c, rows, walk.at(nth), nth % NUM_STAGES, statistics);
+    compute_tile(c, rows, at, nth % NUM_STAGES, statistics);
     release(c, nth);
-    if (NUM_STAGES == 1 && walk.has_next(nth)) fill(c, walk, walk.next(nth), nth + 1);
+    if (NUM_STAGES == 1 && walk.has_next(nth)) fill(c, walk, nth + 1);
 }
 
 // P and dS of a step of the products that follow.
@@ -180,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     Walk walk(context);
     if (!walk.is_empty()) {
         load_own_rows(context);  // no barrier of their own: the first tile's waits for them, too
-        fill(context, walk, walk.at(0), 0);
+        fill(context, walk, 0);
         attend(context, rows, walk);
     }
     store_gradients(context, rows);

@@ -224,6 +224,16 @@ _LISTED_FAR = {
     **{"block_mask": "64x64 11", "mask_mod": "thirds", "seqlen_q": 20, "seqlen_kv": 8300},
     "seed": 2,
 }
+#: Of each head by itself: blocks of keys of a group walk over several lists.
+_LISTED_GRADIENTS = {
+    **{"block_mask": "64x64 1h", "mask_mod": "thirds", "seqlen_q": 290, "seqlen_kv": 200},
+    "seed": 3,
+}
+#: More tiles of queries than are listed at a time.
+_LISTED_FAR_QUERIES = {
+    **{"block_mask": "64x64 11", "mask_mod": "thirds", "seqlen_q": 8300, "seqlen_kv": 40},
+    "seed": 2,
+}
 _OWN_32 = {"block_m": 32, "block_n": 32, "warps_m": 2}
 _OWN_32_ONE_STAGE = {"block_m": 32, "block_n": 16, "warps_m": 2, "num_stages": 1}
 _OWN_128 = {"block_m": 128, "block_n": 64, "warps_m": 8, "num_stages": 2}
@@ -359,6 +369,10 @@ TRIALS = (
     _bwd80("slopes, sink", _OWN_32, alibi="bh", sink=True, batch=2, causal=True, **_GROUPED),
     _bwd80("score_mod", _OWN_32, score_mod="table", **_HEAD),
     _bwd80("gate", _OWN_32, gate="ds", only="k", causal=True, **_HEAD),
+    _bwd80("lists", _OWN_32, **_LISTED_GRADIENTS, **_GROUPED),
+    _bwd80("lists, positions", _OWN_32_ONE_STAGE, **_LISTED_GRADIENTS, causal=True, **_HEAD),
+    _bwd80("lists, bias", _OWN_32, **_LISTED_GRADIENTS, bias="1h1k", only="bias", **_GROUPED),
+    _bwd80("lists, far", _OWN_32_ONE_STAGE, **_LISTED_FAR_QUERIES, **_HEAD),
     # bwd_sm90.cu, and what is launched with it; whoever waits for a turn that never comes does not
     # end, so what has turns comes later
     _bwd90("any order", _OWN_128, causal=True, seqlen_q=128, dlse=True, **_GROUPED, **_FREE, **_40),
@@ -374,6 +388,9 @@ TRIALS = (
     _bwd90("masks, queries", _OWN_128, **_HIDDEN_QUERIES, **_FREE, **_HEAD, **_40),
     _bwd90("masks", _OWN_128, mask="qk", **_BOTH_SIDES, **_GROUPED),
     _bwd90("masks, two passes", _OWN_128, **_HIDDEN, **_HEAD, **_96),
+    _bwd90("lists", _OWN_128, **_LISTED_GRADIENTS, **_GROUPED),
+    _bwd90("lists, unseen", _OWN_128, **_LISTED, unseen_queries=(slice(0, 64),), **_HEAD),
+    _bwd90("lists, positions", _OWN_128, **_LISTED_GRADIENTS, causal=True, **_HEAD),
     _bwd90("packed, any order", _OWN_128, **_NEIGHBOURS, **_FREE, **_HEAD),
     _bwd90("packed, two passes", _OWN_128, **_NEIGHBOURS, **_GROUPED, **_96),
     _bwd90("packed, more queries", _OWN_128, **_MORE_QUERIES, **_HEAD),
@@ -403,7 +420,7 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "sm90_backward/producer.cuh: state.wait_empty(smem.vo)",
     ),
     "for a block that is cut in two by the end of the tiles that are taken at a time": (
-        "tile_lists.cu: const int last = min(last_key / p.tile_keys, end - 1); [0 for 1 in - 1]",
+        "tile_lists.cu: const int last = min(last_row / other.tile, end - 1); [0 for 1 in - 1]",
     ),
     "behind a shuffle, which orders memory as well in the emulator, but not on a GPU": (
         "tile_lists.cu: warp_sync() #4",
@@ -437,8 +454,7 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "min(first_query + BLOCK_M, p.seqlen_q) - 1; [0 for 1 in - 1]",
     ),
     "keys or queries more, which the mask hides": (
-        "tile_lists.cu: last_query = min(first_query + p.tile_rows, "
-        "p.seqlen_q) - 1; [0 for 1 in - 1]",
+        "tile_lists.cu: last_own = min(first_own + own.tile, own.length) - 1; [0 for 1 in - 1]",
         "backward/work.cuh: if (rows.begin >= rows.end) tiles = {0, 0}; [> for >=]",
         "bwd_sm90.cu: return first < rows && tile * BLOCK_N < met.end && "
         "(tile + 1) * BLOCK_N > met.begin; [<= for <] #2",
@@ -458,10 +474,11 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "for (int key = keys.begin; key < keys.end; key += 2) { [<= for <]",
     ),
     "the way with masks, or with missing rows, where the other one would do": (
-        "tile_lists.cu: const int blocks = ((end_key - 1) >> p.list_shift_kv) - "
+        "tile_lists.cu: const int blocks = ((end - 1) >> other.shift) - "
         "first_block(tile) + 1; [0 for 1 in - 1]",
-        "tile_lists.cu: const int last_of_row = first_of_row + (1 << p.list_shift_q) - "
-        "1; [0 for 1 in - 1]",
+        "tile_lists.cu: const int last_row = first_row + (1 << own.shift) - 1; [0 for 1 in - 1]",
+        "tile_lists.cu: return OWNS_KEYS ? mask.needs_mask(first, end - 1, first_row, "
+        "last_row + 1) [0 for 1 in - 1]",
         "backward/work.cuh: return end_query > w.seqlen_q || [>= for >]",
         "backward/work.cuh: c.mask().needs_mask(first_query, end_query - 1, first_key, end_key); "
         "[0 for 1 in - 1]",
@@ -551,8 +568,13 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "flashcore/scheduler/work.cuh: if (p.section > 1 && blocks >= 40) "
         "section = max(section, div_up(8 * int(grid_size()), blocks)); [> for >=]",
     ),
+    "where the corner of a block is hidden, one score, and each of its rows meets others": (
+        "tile_lists.cu: return OWNS_KEYS ? mask.needs_mask(first, end - 1, first_row, "
+        "last_row + 1) [0 for 1 in + 1]",
+    ),
     "once more, and there is nothing": (
-        "tile_lists.cu: if (block < 0 || block >= end_block()) return; [> for >=]",
+        "tile_lists.cu: if (!OWNS_KEYS && (block < 0 || block >= other.end_block())) return; "
+        "[> for >=]",
         "tile_lists.cu: for (int begin = first_tile; begin < end_tile; begin += TILES) { "
         "[<= for <]",
         "tile_lists.cu: for (int first = begin; first < end; first += WARP_SIZE) { [<= for <]",
@@ -563,8 +585,9 @@ _LIVE: dict[str, tuple[str, ...]] = {
     "both sides are never equal, or nobody asks for the result": (
         "flashcore/softmax/online_softmax.cuh: "
         "return mul_rn(new_max, scale) - mul_rn(m, scale) <= MAX_ABOVE ? m : new_max; [< for <=]",
-        "bwd_sm90, backward/work.cuh: met = rows_met(w, c.mask(), 0, length - 1); [0 for 1 in - 1]",
-        "bwd_sm90_wide, backward/work.cuh: met = rows_met(w, c.mask(), 0, length - 1); "
+        "bwd_sm90, backward/context.cuh: return rows_met(c.work, c.mask(), 0, length - 1); "
+        "[0 for 1 in - 1]",
+        "bwd_sm90_wide, backward/context.cuh: return rows_met(c.work, c.mask(), 0, length - 1); "
         "[0 for 1 in - 1]",
         "sm80_backward/traits.cuh: return COLUMN_BLOCKS == 1 || first_col < dims; [<= for <]",
         "sm90_backward/turns.cuh: last < granted && "

@@ -327,8 +327,10 @@ def _own_params(
     if not is_own and not is_listed(config):
         return params
     own = np.zeros((), config.params)
-    for name in () if isinstance(config, TileLister) else params.dtype.names or ():
-        own[name] = params[name]
+    shared = () if isinstance(config, TileLister) else config.params.names or ()
+    for name in shared:
+        if name in (params.dtype.names or ()):
+            own[name] = params[name]
     config.bind(own, problem.attention, addresses)
     for view in BackwardSelection.views(config, problem):
         own[f"{view.name}_map"] = encode(addresses[view.name] or addresses["q"], view)

@@ -43,7 +43,8 @@ struct ListedWalk {
     __device__ __forceinline__ bool has(int) const { return now.tile != NO_TILE; }
     __device__ __forceinline__ bool has_next(int) const { return ahead.tile != NO_TILE; }
     __device__ __forceinline__ WalkedTile at(int) const { return now; }
-    __device__ __forceinline__ WalkedTile next(int) const { return ahead; }
+    // The nth tile, if it is the first one or the one behind that which `at` returns.
+    __device__ __forceinline__ WalkedTile to_copy(int nth) const { return nth == 0 ? now : ahead; }
     __device__ __forceinline__ void advance() {
         now = ahead;
         ahead = take();

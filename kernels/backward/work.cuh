@@ -83,7 +83,7 @@ struct RangeWalk {
     __device__ __forceinline__ bool has(int nth) const { return nth < count(); }
     __device__ __forceinline__ bool has_next(int nth) const { return nth + 1 < count(); }
     __device__ __forceinline__ WalkedTile at(int nth) const { return (*this)[nth]; }
-    __device__ __forceinline__ WalkedTile next(int nth) const { return (*this)[nth + 1]; }
+    __device__ __forceinline__ WalkedTile to_copy(int nth) const { return (*this)[nth]; }
     __device__ __forceinline__ void advance() const {}
 };
 

@@ -58,12 +58,12 @@ __device__ __forceinline__ void load_statistics(const Context& c, const WalkedTi
     }
 }
 
-// Starts to copy the nth tile, which is `at`. Waits until all threads have read the tile that its
-// stage had before.
-__device__ __forceinline__ void fill(const Context& c, const Walk& walk, const WalkedTile& at,
-                                     int nth) {
+// Starts to copy the nth tile: the first, or the one behind that which is used. Waits until all
+// threads have read the tile that its stage had before.
+__device__ __forceinline__ void fill(const Context& c, const Walk& walk, int nth) {
     const int stage = nth % NUM_STAGES;
     mbarrier_wait(&c.smem.tiles.empty[stage], nth / NUM_STAGES % 2 ^ 1);
+    const WalkedTile at = walk.to_copy(nth);
     copy_side<OWNS_KEYS, LayoutQK, LayoutVO>(c, c.smem.sQK[stage], c.smem.sVO[stage],
                                              OWNS_KEYS ? at.head : c.work.head_kv,
                                              at.tile * BLOCK_N, walk.met);

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cases_rules import array
+from cases_rules import ASKED, array
 from helpers import one_at_a_time, todays
 
 from flashcore_cupy.cuda import targets
@@ -38,6 +38,7 @@ RULES: tuple[dict[str, Any], ...] = (
     {"dropout_p": 0.1},
     {"mask_mod": "(q_idx + kv_idx + b) % 3 != 0", "window": (20, -1)},
     {"mask": array("?", LENGTH, LENGTH), "dropout_p": 0.1},
+    ASKED["blocks"],
 )
 HIDES = [rules for rules in RULES if rules.keys() & {"mask", "mask_mod"}]
 ROWS = [(number, row) for number, row in enumerate(backward_table.ROWS)]

@@ -16,7 +16,9 @@ from cases_emulator import attend, small
 from helpers import ROOT
 from probe import Map, tensor_map
 
+from flashcore_cupy.check.selftest import gradients
 from flashcore_cupy.check.selftest.case import Case, packed
+from flashcore_cupy.check.selftest.outcome import Emulated
 from flashcore_cupy.cpu.emulator.build import Source, library, why_not
 from flashcore_cupy.cpu.emulator.memory import memory_of
 from flashcore_cupy.cpu.emulator.run import Grid, KernelError, Schedule, launch
@@ -209,6 +211,21 @@ KERNELS = {
 def test_kernels_have_no_fault(name: str) -> None:
     arch, case = KERNELS[name]
     result = attend(case, arch, Schedule(1, 20), checking=True)
+    assert result.ok, result.reason
+
+
+#: Blocks of keys of grouped heads, each of which has lists of its own.
+GRADIENTS = {
+    "lists, bwd_sm80": ("sm_80", small("bwd_sm80", **LISTED)),
+    "lists and positions, bwd_sm80": ("sm_80", small("bwd_sm80", causal=True, **LISTED)),
+    "lists, bwd_sm90": ("sm_90a", small("bwd_sm90", **LISTED)),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_kernels_of_gradients_have_no_fault(name: str) -> None:
+    arch, case = GRADIENTS[name]
+    result = gradients.run_case(case, Emulated(arch, seed=1, checking=True))
     assert result.ok, result.reason
 
 

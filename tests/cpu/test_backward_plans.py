@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases_gradients import bent, operands, random
+from cases_rules import ASKED
 from drawn_blocks import RULE, Drawn, drawn
 
 import flashcore_cupy
@@ -138,6 +139,28 @@ def test_lists_are_made_right_before() -> None:
         *("bwd_rows", "tile_lists", "tile_lists", "bwd_sm80", "bwd_sm80_bias")
     ]
     assert [step.params["m_blocks"] for step in bound.steps[1:3]] == [3, 3]
+
+
+LISTS = ASKED["blocks"]["block_mask"]
+#: Head dims, what is beside a block mask, and the kernel that its gradients get.
+CHOSEN = {
+    "alone": (64, {}, "bwd_sm90"),
+    "wider": (128, {"softcap": 2.0}, "bwd_sm90"),
+    "a rule of mixed blocks": (64, {"mask_mod": "kv_idx != 3"}, "bwd_sm80"),
+    "wide heads": (192, {}, "bwd_sm80"),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_which_kernel_a_block_mask_gets(name: str) -> None:
+    dim, rules, kernel = CHOSEN[name]
+    plain = contiguous_problem(1, 2, 64, dim, dtype="float16")
+    described = describe_rules(ScoreShape(1, 2, 64, 64), "float16", block_mask=LISTS, **rules)
+    got = select_backward(contiguous_gradients(replace(plain, rules=described)), "sm_90a")
+    assert got.name == kernel and got.keys is not None
+    assert got.queries is not None and got.scale is None, "two passes"
+    told = [line for line in got.explained("sm_90a") if line.startswith("block mask: ")]
+    assert len(told) == 2
 
 
 @pytest.mark.skipif(build.why_not() is not None, reason=build.why_not() or "")

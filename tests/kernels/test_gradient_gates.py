@@ -24,6 +24,7 @@ RULES: tuple[dict[str, Any], ...] = (
     {"alibi": "bh", "bias": "1hqk"},
     {"mask": "bhqk", "score_mod": "table"},
     {"dropout_p": 0.3, "causal": True},
+    {"block_mask": "64x128 1h", "mask_mod": "thirds", "causal": True},
 )
 
 

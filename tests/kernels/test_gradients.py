@@ -261,6 +261,7 @@ def test_gradients_of_rules_beside_a_block_mask(
     rules["alibi_slopes"] = np.abs(random(HEADS, seed=10))
     check_block_mask(on, "bwd_sm80", draw, rules, (64, 64), HALF, asked(rules))
     check_block_mask(on, "bwd_sm80", draw, rules, (64, 64), HALF, ("bias",))
+    check_block_mask(on, "bwd_sm90", draw, rules, (64, 64), HALF, ("bias", "q"))
 
 
 LENGTHS_PACKED = (
