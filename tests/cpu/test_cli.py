@@ -242,8 +242,9 @@ def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch: pytest.Mo
     monkeypatch.setenv("CXX", "no-such-compiler")
     missing = "CXX=no-such-compiler is not there: pip install 'flashcore-cupy[emulator]'"
     result = invoke("run", *SMALL, "--iters", "2", "--warmup", "0", "--json")
-    assert result.stderr.count("\n") == 1 and missing in result.stderr
-    assert "the job runs on NumPy arrays; " in result.stderr
+    told = [line for line in result.stderr.splitlines() if not line.startswith("compiling")]
+    assert len(told) == 1 and missing in told[0], "but for what a slow machine is told"
+    assert "the job runs on NumPy arrays; " in told[0]
     data = json.loads(result.stdout)
     assert data["ok"] and data["ran"] == "numpy" and missing in data["not_emulated"]
     for command in ("selftest", "emulate"):

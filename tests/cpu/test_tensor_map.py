@@ -454,7 +454,10 @@ def test_calls_of_other_kernels_have_no_maps(driver: Driver) -> None:
 # --- what is stored through shared memory ---------------------------------------------------------
 
 STAGED = [
-    *[(dim, dim, {}, dim) for dim in (64, 96, 128)],
+    (64, 64, {}, 64),
+    (96, 96, {}, 64),
+    (96, 96, {"num_stages": 2}, 96),
+    (128, 128, {}, 128),
     (192, 192, {}, 128),
     (192, 128, {}, 64),
     (192, 128, {"block_n": 112}, 128),
