@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,32 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses, option.maxprocesses = "auto", option.maxprocesses or 16
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--receipt",
+        metavar="FILE",
+        help="write what passed on this machine's GPU, module by module, with the kernels' digest",
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--receipt") is None:
+        return
+    from flashcore_cupy.check.machine import machine
+    from flashcore_cupy.jit import compiler
+
+    of = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed", "skipped")}
+    of["failed"] = [*of["failed"], *terminalreporter.stats.get("error", [])]
+    modules = Counter(report.nodeid.partition("::")[0] for report in of["passed"])
+    told = machine(compiler.device_arch()).to_json()
+    told |= {name: len(reports) for name, reports in of.items()}
+    told["modules"] = dict(sorted(modules.items()))
+    Path(config.getoption("--receipt")).write_text(json.dumps(told, indent=2) + "\n")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--receipt") and (reason := gpu_skip_reason()) is not None:
+        raise pytest.UsageError(f"--receipt: it is of a run on a GPU, and {reason}")
     # Set before xdist starts its workers, which inherit it: one cache for the whole session.
     if not hasattr(config, "workerinput") and not os.environ.get("FLASHCORE_CACHE_DIR"):
         folder = tempfile.mkdtemp(prefix="flashcore-tests-")

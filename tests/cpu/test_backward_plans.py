@@ -146,7 +146,7 @@ LISTS = ASKED["blocks"]["block_mask"]
 CHOSEN = {
     "alone": (64, {}, "bwd_sm90"),
     "wider": (128, {"softcap": 2.0}, "bwd_sm90"),
-    "a rule of mixed blocks": (64, {"mask_mod": "kv_idx != 3"}, "bwd_sm80"),
+    "a rule of mixed blocks": (64, {"mask_mod": "kv_idx != 3"}, "bwd_sm90"),
     "wide heads": (192, {}, "bwd_sm80"),
 }
 
