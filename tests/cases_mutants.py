@@ -229,6 +229,8 @@ _LISTED_GRADIENTS = {
     **{"block_mask": "64x64 1h", "mask_mod": "thirds", "seqlen_q": 290, "seqlen_kv": 200},
     "seed": 3,
 }
+#: The last block of queries is whole: behind it are the lists of the next head, or nothing.
+_LISTED_WHOLE = _LISTED_GRADIENTS | {"seqlen_q": 320}
 #: More tiles of queries than are listed at a time.
 _LISTED_FAR_QUERIES = {
     **{"block_mask": "64x64 11", "mask_mod": "thirds", "seqlen_q": 8300, "seqlen_kv": 40},
@@ -390,7 +392,7 @@ TRIALS = (
     _bwd90("masks, two passes", _OWN_128, **_HIDDEN, **_HEAD, **_96),
     _bwd90("lists", _OWN_128, **_LISTED_GRADIENTS, **_GROUPED),
     _bwd90("lists, unseen", _OWN_128, **_LISTED, unseen_queries=(slice(0, 64),), **_HEAD),
-    _bwd90("lists, positions", _OWN_128, **_LISTED_GRADIENTS, causal=True, **_HEAD),
+    _bwd90("lists, positions", _OWN_128, **_LISTED_WHOLE, causal=True, **_HEAD),
     _bwd90("packed, any order", _OWN_128, **_NEIGHBOURS, **_FREE, **_HEAD),
     _bwd90("packed, two passes", _OWN_128, **_NEIGHBOURS, **_GROUPED, **_96),
     _bwd90("packed, more queries", _OWN_128, **_MORE_QUERIES, **_HEAD),
@@ -422,7 +424,9 @@ _LIVE: dict[str, tuple[str, ...]] = {
     "for a block that is cut in two by the end of the tiles that are taken at a time": (
         "tile_lists.cu: const int last = min(last_row / other.tile, end - 1); [0 for 1 in - 1]",
     ),
-    "behind a shuffle, which orders memory as well in the emulator, but not on a GPU": (
+    "behind a shuffle, or before an election, which orders memory as well in the emulator, but not "
+    "on a GPU": (
+        "sm90_backward/producer.cuh: warp_sync()",
         "tile_lists.cu: warp_sync() #4",
     ),
     "for a consumer that is two tiles ahead of another one, which no schedule brings about": (
@@ -489,10 +493,10 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "flashcore/rules/key_bits.cuh: for (int n = w * 16; n < min(w * 16 + 16, PAIRS); ++n) "
         "[<= for <]",
         "flashcore/rules/listed_tiles.cuh: for (int c = 0; c < MOST_BLOCKS; ++c) { [<= for <]",
-        "flashcore/rules/listed_tiles.cuh: if (end <= 0 || begin >= 8 * PAIRS) continue; "
+        "flashcore/rules/listed_tiles.cuh: if (end <= 0 || begin > 8 * PAIRS - 7) continue; "
         "[< for <=]",
-        "flashcore/rules/listed_tiles.cuh: if (end <= 0 || begin >= 8 * PAIRS) continue; "
-        "[> for >=]",
+        "flashcore/rules/listed_tiles.cuh: if (end <= 0 || begin > 8 * PAIRS - 7) continue; "
+        "[>= for >]",
         "flashcore/tile/tile_copy.cuh: if (first_valid <= 0 && end_valid >= ROWS) { [< for <=]",
         "flashcore/tile/tile_copy.cuh: if (first_valid <= 0 && end_valid >= ROWS) { [> for >=]",
         "sm80/producer.cuh: return tile >= tiles.end || (BOUNDED_LEFT && tile < tiles.begin); "
@@ -567,6 +571,15 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "section = max(section, div_up(8 * int(grid_size()), blocks)); [>= for >]",
         "flashcore/scheduler/work.cuh: if (p.section > 1 && blocks >= 40) "
         "section = max(section, div_up(8 * int(grid_size()), blocks)); [> for >=]",
+    ),
+    "for as many tiles as are listed at a time, 32768 queries here": (
+        "bwd_sm90, tile_lists.cu: for (int i = lane(); i < end - begin; i += WARP_SIZE) [<= for <]",
+    ),
+    "a block that is mixed and full is taken as mixed, and a tile touches one": (
+        "bwd_sm90, tile_lists.cu: const int blocks = ((end - 1) >> other.shift) - "
+        "first_block(tile) + 1; [0 for 1 in + 1]",
+        "bwd_sm80, tile_lists.cu: const int blocks = ((end - 1) >> other.shift) - "
+        "first_block(tile) + 1; [0 for 1 in + 1]",
     ),
     "where the corner of a block is hidden, one score, and each of its rows meets others": (
         "tile_lists.cu: return OWNS_KEYS ? mask.needs_mask(first, end - 1, first_row, "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from flashcore_cupy.cpu import reference
 from flashcore_cupy.problem.block_mask import BlockMask
 
 EMPTY, MIXED, FULL = 0, 1, 2
@@ -107,3 +108,17 @@ def poisoned_keys(x: np.ndarray, dense: np.ndarray, heads_kv: int) -> np.ndarray
 def poisoned_queries(x: np.ndarray, dense: np.ndarray) -> np.ndarray:
     """Queries with NaN in each row that sees no key."""
     return np.where(dense.any(axis=3)[..., None], x, np.asarray(np.nan, x.dtype))
+
+
+def operands() -> Any:
+    """q, k and v: 2 batches, 4 heads over 2, 200 queries, 300 keys."""
+    return reference.make_inputs(
+        "normal", batch=2, heads=4, heads_kv=2, head_dim=32, seqlen=200, seqlen_kv=300
+    )
+
+
+def with_its_rule() -> tuple[BlockMask, np.ndarray]:
+    """A block mask of these that has its rule, and the same as a dense one."""
+    rng = np.random.default_rng(1)
+    draw = drawn(rng, (200, 300), (64, 128), (2, 2))
+    return replace(draw.mask(np, rng, stray=True), mask_mod=rule), draw.dense(4)

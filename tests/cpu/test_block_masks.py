@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases_block_masks import *  # noqa: F403
-from drawn_blocks import RULE, drawn, poisoned_keys, rule
+from drawn_blocks import RULE, drawn, operands, poisoned_keys, rule, with_its_rule
 
 from flashcore_cupy import (
     BlockMask,
@@ -30,12 +30,6 @@ from flashcore_cupy.select.block_launch import empty_lists, launch_of
 SIZES: dict[str, Any] = {"seqlen_q": 200, "seqlen_kv": 300, "block": (64, 128)}
 
 
-def arrays() -> Any:
-    return reference.make_inputs(
-        "normal", batch=2, heads=4, heads_kv=2, head_dim=32, seqlen=200, seqlen_kv=300
-    )
-
-
 # --- made from ------------------------------------------------------------------------------------
 
 
@@ -51,7 +45,7 @@ def test_a_grid_and_sparse_rows_say_the_same() -> None:
     by_rows = BlockMask.from_csr(indptr, indices, **SIZES)
     np.testing.assert_array_equal(by_rows.to_dense(), by_grid.to_dense())
     none = BlockMask.from_csr(np.zeros(5, np.int32), np.zeros(0, np.int32), **SIZES)
-    assert none.density == 0 and (attention(*arrays(), block_mask=none) == 0).all()
+    assert none.density == 0 and (attention(*operands(), block_mask=none) == 0).all()
 
 
 def test_rows_that_reach_behind_the_indices_are_cut() -> None:
@@ -67,7 +61,7 @@ def test_intervals_of_queries_and_of_blocks_of_queries() -> None:
     of_queries = np.repeat(of_blocks, 64, axis=0)[:200]
     again = BlockMask.from_intervals(of_queries, **SIZES)
     np.testing.assert_array_equal(again.to_dense(), made.to_dense())
-    q, k, v = arrays()
+    q, k, v = operands()
     np.testing.assert_array_equal(
         attention(q, k, v, block_mask=made), attention(q, k, v, block_mask=again)
     )
@@ -80,7 +74,7 @@ def test_torchs_block_mask_is_taken_by_its_attributes() -> None:
     flex = types.SimpleNamespace(
         **lists, BLOCK_SIZE=(64, 128), seq_lengths=(200, 300), mask_mod=lambda b, h, q, k: q >= k
     )
-    q, k, v = arrays()
+    q, k, v = operands()
     got = attention(q, k, v, block_mask=flex, mask_mod=rule)
     expected, _ = reference.oracle(q, k, v, mask=mask.dense(4))
     naive = reference.naive(q, k, v, mask=mask.dense(4))
@@ -89,25 +83,13 @@ def test_torchs_block_mask_is_taken_by_its_attributes() -> None:
         attention(q, k, v, block_mask=flex)
 
 
-def test_a_block_mask_of_torch_itself() -> None:
-    torch = pytest.importorskip("torch")
-    flex = pytest.importorskip("torch.nn.attention.flex_attention")
-    made = flex.create_block_mask(
-        lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None, 300, 300, device="cpu"
-    )
-    q, k, v = (torch.randn(1, 2, 300, 32) for _ in range(3))
-    got = attention(q, k, v, block_mask=made, mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
-    expected = attention(q, k, v, causal=True)
-    torch.testing.assert_close(got, expected)
-
-
 # --- from a rule ----------------------------------------------------------------------------------
 
 
 def test_a_rule_that_is_kept() -> None:
     made = block_mask(rule, heads=4, **SIZES)
     assert made.shape == (1, 4, 4, 3)
-    q, k, v = arrays()
+    q, k, v = operands()
     np.testing.assert_array_equal(
         attention(q, k, v, block_mask=made), attention(q, k, v, mask_mod=rule)
     )
@@ -195,7 +177,7 @@ def test_wrong_lists_are_refused(message: str) -> None:
 
 
 def test_a_mask_of_other_sizes_is_refused() -> None:
-    q, k, v = arrays()
+    q, k, v = operands()
     with pytest.raises(ValueError, match=r"block_mask: is of \(Sq, Skv\) = \(200, 300\)"):
         attention(q[:, :, :100], k, v, block_mask=_lists())
     counts, indices = np.zeros((3, 1, 4), np.int32), np.zeros((3, 1, 4, 3), np.int32)
@@ -214,7 +196,7 @@ def test_a_mask_of_other_sizes_is_refused() -> None:
 
 
 def test_what_has_no_block_mask_says_so() -> None:
-    q, k, v = arrays()
+    q, k, v = operands()
     with pytest.raises(ValueError, match="kernel 'wmma_fused_64': has no block_mask"):
         explain(q, k, v, block_mask=_lists(), kernel="wmma_fused_64")
     with pytest.raises(ValueError, match="kernel 'cluster_sm90': has no block_mask"):
@@ -223,16 +205,9 @@ def test_what_has_no_block_mask_says_so() -> None:
     assert ", blocks, " in told and "a launch ahead lists tiles of 32 queries and 128 keys" in told
 
 
-def _drawn(heads: int = 2) -> tuple[Any, Any]:
-    """A block mask with a rule, and the same as a dense one."""
-    rng = np.random.default_rng(1)
-    draw = drawn(rng, (200, 300), (64, 128), (2, heads))
-    return replace(draw.mask(np, rng, stray=True), mask_mod=rule), draw.dense(4)
-
-
 def test_gradients_are_those_of_the_dense_mask() -> None:
-    q, k, v = arrays()
-    made, dense = _drawn()
+    q, k, v = operands()
+    made, dense = with_its_rule()
     o, lse = attention(q, k, v, block_mask=made, return_lse=True)
     k, v = (poisoned_keys(x, dense, 2) for x in (k, v))
     got = attention_backward(q, q, k, v, o, lse, block_mask=made)
@@ -242,40 +217,10 @@ def test_gradients_are_those_of_the_dense_mask() -> None:
         np.testing.assert_allclose(x.astype("f4"), y.astype("f4"), atol=2e-3)
 
 
-def test_gradients_of_torch_and_its_other_transforms() -> None:
-    torch = pytest.importorskip("torch")
-    made, dense = _drawn()
-    q, k, v = (torch.from_numpy(x.astype("f4")).requires_grad_() for x in arrays())
-    o = attention(q, k, v, block_mask=made)
-    o.square().sum().backward()
-    again = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    attention(*again, mask=torch.from_numpy(dense)).square().sum().backward()
-    for x, y in zip((q, k, v), again, strict=True):
-        torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
-    given = [x.detach() for x in (q, k, v)]
-    mapped = torch.vmap(lambda *x: attention(*x, block_mask=made))(*(x[None] for x in given))
-    torch.testing.assert_close(mapped[0], o.detach())
-
-
-def test_gradients_and_programs_of_jax() -> None:
-    jax = pytest.importorskip("jax")
-    made, dense = _drawn()
-    given = [jax.numpy.asarray(x.astype("f4")) for x in arrays()]
-
-    def loss(q: Any, k: Any, v: Any, **rules: Any) -> Any:
-        return (attention(q, k, v, **rules) ** 2).sum()
-
-    every = (0, 1, 2)
-    got = jax.jit(jax.grad(lambda *x: loss(*x, block_mask=made), every))(*given)
-    want = jax.grad(lambda *x: loss(*x, mask=dense), every)(*given)
-    for x, y in zip(got, want, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
-
-
 def test_kernels_of_gradients_walk_over_lists() -> None:
-    q, k, v = arrays()
+    q, k, v = operands()
     o, lse = attention(q, k, v, return_lse=True)
-    made = replace(_drawn()[0], mask_mod=RULE)
+    made = replace(with_its_rule()[0], mask_mod=RULE)
 
     def explained(**rules: Any) -> str:
         given = {"block_mask": made, "kernel": "bwd_sm80"} | rules
@@ -303,7 +248,7 @@ def test_kernels_of_gradients_walk_over_lists() -> None:
 
 
 def test_no_blocks_at_all() -> None:
-    q, k, v = arrays()
+    q, k, v = operands()
     for lengths in ((0, 300), (200, 0), (0, 0)):
         made = block_mask(rule, seqlen_q=lengths[0], seqlen_kv=lengths[1])
         assert made.to_dense().size == 0 and "BlockMask" in repr(made)
@@ -314,7 +259,7 @@ def test_no_blocks_at_all() -> None:
         assert not any(x.any() for x in found[:3])
 
 
-def test_an_expression_has_its_arrays() -> None:
+def test_an_expression_has_its_operands() -> None:
     assert RULE  # is of the cases
     made = block_mask(
         lambda b, h, q_idx, kv_idx, first: kv_idx >= first[0],
@@ -322,4 +267,4 @@ def test_an_expression_has_its_arrays() -> None:
         **SIZES,
     )
     with pytest.raises(ValueError, match="the block mask's rule has an array 'first', too"):
-        attention(*arrays(), block_mask=made, mod_args={"first": np.array([1])})
+        attention(*operands(), block_mask=made, mod_args={"first": np.array([1])})

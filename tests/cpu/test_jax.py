@@ -19,6 +19,7 @@ from cases_tracing import (
     numbers,
     refusal,
 )
+from drawn_blocks import operands, with_its_rule
 from helpers import three_arrays
 
 import flashcore_cupy
@@ -122,3 +123,19 @@ class TestMemory:
         x = jax.device_put(three_arrays()[0], jax.local_devices(backend="cpu")[0])
         with pytest.raises(TypeError, match="out: got a JAX array, which is immutable"):
             interop.taken_out(x)
+
+
+def test_gradients_and_programs_of_a_block_mask() -> None:
+    import jax
+
+    made, dense = with_its_rule()
+    given = [jax.numpy.asarray(x.astype("f4")) for x in operands()]
+
+    def loss(q: Any, k: Any, v: Any, **rules: Any) -> Any:
+        return (flashcore_cupy.attention(q, k, v, **rules) ** 2).sum()
+
+    every = (0, 1, 2)
+    got = jax.jit(jax.grad(lambda *x: loss(*x, block_mask=made), every))(*given)
+    want = jax.grad(lambda *x: loss(*x, mask=dense), every)(*given)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)

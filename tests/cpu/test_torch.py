@@ -26,6 +26,7 @@ from cases_tracing import (
     numbers,
     refusal,
 )
+from drawn_blocks import operands, with_its_rule
 
 import flashcore_cupy
 from flashcore_cupy.problem import interop
@@ -273,3 +274,47 @@ class TestMemory:
         out = torch.empty_like(o)
         assert flashcore_cupy.attention(q, k, v, out=out) is out
         assert torch.equal(out, o)
+
+
+# --- block masks, dropout -------------------------------------------------------------------------
+
+
+def test_a_block_mask_of_torch_itself() -> None:
+    import torch
+    from torch.nn.attention import flex_attention as flex
+
+    def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return q_idx >= kv_idx
+
+    made = flex.create_block_mask(causal, None, None, 300, 300, device="cpu")
+    q, k, v = (torch.randn(1, 2, 300, 32) for _ in range(3))
+    got = flashcore_cupy.attention(q, k, v, block_mask=made, mask_mod=causal)
+    expected = flashcore_cupy.attention(q, k, v, causal=True)
+    torch.testing.assert_close(got, expected)
+
+
+def test_gradients_and_transforms_of_a_block_mask() -> None:
+    import torch
+
+    made, dense = with_its_rule()
+    q, k, v = (torch.from_numpy(x.astype("f4")).requires_grad_() for x in operands())
+    o = flashcore_cupy.attention(q, k, v, block_mask=made)
+    o.square().sum().backward()
+    again = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    flashcore_cupy.attention(*again, mask=torch.from_numpy(dense)).square().sum().backward()
+    for x, y in zip((q, k, v), again, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+    given = [x.detach() for x in (q, k, v)]
+    call = torch.vmap(lambda *x: flashcore_cupy.attention(*x, block_mask=made))
+    mapped = call(*(x[None] for x in given))
+    torch.testing.assert_close(mapped[0], o.detach())
+
+
+def test_a_dropout_mask_is_of_the_kind_of_like() -> None:
+    import torch
+
+    mask = flashcore_cupy.dropout_mask
+    found = mask((1, 1, 20, 20), 0.3, (5, 6), like=torch.zeros(3))
+    assert isinstance(found, torch.Tensor) and found.dtype is torch.bool
+    assert isinstance(mask((1, 1, 2, 2), 0.3, torch.tensor([1, 2])), torch.Tensor)
+    assert isinstance(mask((1, 1, 2, 2), 0.3, np.array([1, 2])), np.ndarray)

@@ -38,16 +38,6 @@ def check(got: Any, host: list[np.ndarray], length: int) -> None:
     assert result.ok, result.reason
 
 
-def test_it_is_what_a_call_of_this_size_takes(host: list[np.ndarray]) -> None:
-    import cupy
-
-    given, table = [cupy.asarray(x) for x in host], cupy.asarray(documents(100))
-    rules: dict[str, Any] = {"mask_mod": RULE, "mod_args": {"document": table}}
-    assert "mask_mod: asked ahead" in explain(*given, **rules)
-    assert len(plan(*given, **rules).steps) == 3
-    assert len(plan(*given, **rules, config={"own_lists": False}).steps) == 1
-
-
 @pytest.mark.parametrize("kernel", ["auto", "mma_sm80"])
 def test_each_call_gives_the_same_bits(
     host: list[np.ndarray], kernel: str, monkeypatch: pytest.MonkeyPatch
@@ -58,6 +48,9 @@ def test_each_call_gives_the_same_bits(
     monkeypatch.setattr(ruled_cache, "_known", {})
     given, table = [cupy.asarray(x) for x in host], cupy.asarray(documents(100))
     rules: dict[str, Any] = {"mask_mod": RULE, "mod_args": {"document": table}, "kernel": kernel}
+    assert "mask_mod: asked ahead" in explain(*given, **rules)
+    assert len(plan(*given, **rules).steps) == 3
+    assert len(plan(*given, **rules, config={"own_lists": False}).steps) == 1
     first = attention(*given, **rules)
     check(first, host, 100)
     attention(*given, **rules)
