@@ -328,6 +328,7 @@ TRIALS = (
     _sm90("dropout", _ONE, **_DROPPED),
     _sm90("listed", _TWO | {"block_n": 128}, **_LISTED, **_HEAD),
     _sm90("listed, many", _TWO | {"block_n": 64}, **_LISTED_ALONE),
+    _sm90("listed, turns", _THREE | {"block_n": 64}, **_LISTED_ALONE),
     _sm90("listed, no turns", _TWO | {"block_n": 64}, **_LISTED_ALONE, **_192),
     _sm90("listed, causal", _TWO | {"block_n": 64}, causal=True, **_LISTED, **_HEAD),
     # fwd_sm90_cluster.cu
@@ -372,7 +373,7 @@ TRIALS = (
     _bwd80("score_mod", _OWN_32, score_mod="table", **_HEAD),
     _bwd80("gate", _OWN_32, gate="ds", only="k", causal=True, **_HEAD),
     _bwd80("lists", _OWN_32, **_LISTED_GRADIENTS, **_GROUPED),
-    _bwd80("lists, positions", _OWN_32_ONE_STAGE, **_LISTED_GRADIENTS, causal=True, **_HEAD),
+    _bwd80("lists, positions", _OWN_32_ONE_STAGE, **_LISTED_WHOLE, causal=True, **_HEAD),
     _bwd80("lists, bias", _OWN_32, **_LISTED_GRADIENTS, bias="1h1k", only="bias", **_GROUPED),
     _bwd80("lists, far", _OWN_32_ONE_STAGE, **_LISTED_FAR_QUERIES, **_HEAD),
     # bwd_sm90.cu, and what is launched with it; whoever waits for a turn that never comes does not
@@ -427,6 +428,7 @@ _LIVE: dict[str, tuple[str, ...]] = {
     "behind a shuffle, or before an election, which orders memory as well in the emulator, but not "
     "on a GPU": (
         "sm90_backward/producer.cuh: warp_sync()",
+        "sm90/producer.cuh: warp_sync()",
         "tile_lists.cu: warp_sync() #4",
     ),
     "for a consumer that is two tiles ahead of another one, which no schedule brings about": (
@@ -572,7 +574,9 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "flashcore/scheduler/work.cuh: if (p.section > 1 && blocks >= 40) "
         "section = max(section, div_up(8 * int(grid_size()), blocks)); [> for >=]",
     ),
-    "for as many tiles as are listed at a time, 32768 queries here": (
+    "for as many tiles as are listed at a time, 32768 queries or keys here": (
+        "wgmma_sm90, tile_lists.cu: for (int i = lane(); i < end - begin; i += WARP_SIZE) "
+        "[<= for <]",
         "bwd_sm90, tile_lists.cu: for (int i = lane(); i < end - begin; i += WARP_SIZE) [<= for <]",
     ),
     "a block that is mixed and full is taken as mixed, and a tile touches one": (
@@ -585,7 +589,11 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "tile_lists.cu: return OWNS_KEYS ? mask.needs_mask(first, end - 1, first_row, "
         "last_row + 1) [0 for 1 in + 1]",
     ),
+    "threads without a part: most trials have none, and the others clear what is hidden": (
+        "flashcore/rules/seen_keys.cuh: if (group >= GROUPS) continue; [> for >=]",
+    ),
     "once more, and there is nothing": (
+        "bwd_sm80_bias.cu: while (begin < end && states_of(c, begin) == 0) ++begin; [<= for <]",
         "tile_lists.cu: if (!OWNS_KEYS && (block < 0 || block >= other.end_block())) return; "
         "[> for >=]",
         "tile_lists.cu: for (int begin = first_tile; begin < end_tile; begin += TILES) { "
@@ -596,6 +604,8 @@ _LIVE: dict[str, tuple[str, ...]] = {
         "? last - tile * BLOCK_N : BLOCK_N; [<= for <]",
     ),
     "both sides are never equal, or nobody asks for the result": (
+        "flashcore/rules/seen_keys.cuh: for (int chunk = place % CHUNKS; chunk < CHUNKS; "
+        "chunk += EIGHTHS) [<= for <]",
         "flashcore/softmax/online_softmax.cuh: "
         "return mul_rn(new_max, scale) - mul_rn(m, scale) <= MAX_ABOVE ? m : new_max; [< for <=]",
         "bwd_sm90, backward/context.cuh: return rows_met(c.work, c.mask(), 0, length - 1); "
