@@ -37,7 +37,7 @@ def test_matrix(on: Place, kernel: str) -> None:
     assert len(mine) > 50
     if on.is_emulated:
         few = [case for case in mine if scores_of(case) < 100_000 and not case.batch_invariant]
-        few = some_of(few, 5 if kernel in RULED else 1)
+        few = some_of(few, 4 if kernel in RULED else 1)
         results = [matrix.run_case(case, EMULATED) for case in few]
     else:
         arch = compiler.device_arch()
@@ -55,7 +55,7 @@ def test_matrix_of_the_backward_pass(on: Place, kernel: str) -> None:
     mine = [case for case in backward_cases() if case.kernel == kernel]
     if on.is_emulated:
         few = [case for case in mine if scores_of(case) < 100_000]
-        results = [matrix.run_case(case, EMULATED) for case in some_of(few, 5)]
+        results = [matrix.run_case(case, EMULATED) for case in some_of(few, 4)]
     else:
         arch = compiler.device_arch()
         mine = matrix.runnable(mine, arch)
